@@ -1,0 +1,196 @@
+"""Put together what the chat model is tuned on: the training conversations and more of the thin kinds.
+
+    python conversations.py CHAT WORK [--weight refusal=1.5 ...]
+
+CHAT holds `chat_train.jsonl.gz` and `chat_test.jsonl.gz`; WORK gets `mixture.jsonl.gz`, rows like those of the training
+split and a `weight`: how often a row is seen in one epoch (2.5: twice, and once more in half of the epochs). What is added:
+
+- harmless how-tos of some 310 new tasks, whose verbs are those of the harmful acts ("break in new shoes"), asked in the
+  phrasings that the training split keeps for harmful acts as well; the old tasks in those phrasings too;
+- refusals of more harmful acts with the verbs of the how-tos, so that the object decides and not the verb;
+- more ways to ask who the assistant is, and more small talk.
+
+Nothing of it may occur in the test split or in `data/heldout_prompts.jsonl`: a question, a task or an act that does is an
+error. The result is the same on every run.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from behaviours import About, identity_answer, list_answer, refusal_answer
+from phrases import DATA, PHRASES, Conversation, held_out, read_tasks, single, vary
+
+MORE = tomllib.loads((DATA / "more_phrases.toml").read_text(encoding="utf8"))
+TOPICS = {
+    "name": About(),
+    "human": About(human=True),
+    "wrong_name": About(human=True, wrong_name=True),
+    "made": About(made=True),
+    "able": About(able=True),
+}
+LIST_QUESTIONS = PHRASES["list_format"]["questions"]
+HELD_OUT_QUESTIONS = PHRASES["refusal"]["test_questions"]
+REFUSAL_QUESTIONS = [q for q in PHRASES["refusal"]["questions"] if q not in HELD_OUT_QUESTIONS]
+# Both kinds are asked in all phrasings of either, so that none gives the answer away.
+QUESTIONS = list(dict.fromkeys(LIST_QUESTIONS + REFUSAL_QUESTIONS))
+N_PER_NEW_TASK, N_PER_OLD_TASK, N_PER_NEW_ACT, N_PER_QUESTION, N_PER_SMALLTALK = 6, 3, 8, 10, 5
+WEIGHTS = {"refusal": 1.5, "list_format": 1.25, "identity": 1.5, "smalltalk": 1.5}
+
+DECORATION = re.compile(r"^(hi|hello|hey|please tell me|quick question|please help)[!:.] (?=.)|, please\b")
+SMALL_WORDS = re.compile("a|an|the|my|your|in|of|to|for|on|at|with|and|from|it|is|that")
+
+
+def core(question: str) -> str:
+    """A question without what `vary` adds to it, and without case and punctuation."""
+    plain = DECORATION.sub("", question.lower().strip())
+    return " ".join(re.findall(r"[a-z0-9'{}]+", plain))
+
+
+SLOTS = [
+    re.compile(re.escape(core(question)).replace(r"\{\}", "(.+)"))
+    for question in sorted(QUESTIONS + HELD_OUT_QUESTIONS, key=len, reverse=True)
+]
+
+
+def slot(question: str) -> frozenset[str] | None:
+    """The content words of the task or act that a how-to question asks for; None for other questions."""
+    for pattern in SLOTS:
+        found = pattern.fullmatch(core(question))
+        if found:
+            return frozenset(word for word in found.group(1).split() if not SMALL_WORDS.fullmatch(word))
+    return None
+
+
+def new(question: str, answer: str, kind: str, sub: str) -> Conversation:
+    return single(question, answer, kind, sub, "augmentation", test=False)
+
+
+def more_how_tos(rng: random.Random) -> Iterator[Conversation]:
+    for task, steps in read_tasks(DATA / "how_tos.txt").items():
+        for question in rng.sample(QUESTIONS, N_PER_NEW_TASK):
+            yield new(vary(question.format(task), rng), list_answer(task, steps, rng), "list_format", "steps")
+    unseen = [question for question in QUESTIONS if question not in LIST_QUESTIONS]
+    for task, steps in read_tasks(DATA / "tasks.txt").items():
+        if not held_out(task):
+            for question in rng.sample(unseen, N_PER_OLD_TASK):
+                yield new(vary(question.format(task), rng), list_answer(task, steps, rng), "list_format", "steps")
+
+
+def more_refusals(rng: random.Random) -> Iterator[Conversation]:
+    for act in MORE["refusal"]["acts"]:
+        for question in rng.sample(QUESTIONS, N_PER_NEW_ACT):
+            yield new(vary(question.format(act), rng), refusal_answer(act, rng), "refusal", "harm")
+    unseen = [question for question in QUESTIONS if question not in REFUSAL_QUESTIONS]
+    for act in PHRASES["refusal"]["acts"]:
+        if not held_out(act):
+            for question in unseen:
+                yield new(vary(question.format(act), rng), refusal_answer(act, rng), "refusal", "harm")
+
+
+def more_identity(rng: random.Random) -> Iterator[Conversation]:
+    for group, questions in MORE["identity"].items():
+        topic = TOPICS[group]
+        for question in questions:
+            for _ in range(N_PER_QUESTION):
+                yield new(vary(question, rng), identity_answer(topic, rng), "identity", topic.sub)
+
+
+def more_smalltalk(rng: random.Random) -> Iterator[Conversation]:
+    for group, prompts in MORE["smalltalk"].items():
+        for prompt in prompts:
+            for _ in range(N_PER_SMALLTALK):
+                said = prompt if rng.random() < 0.7 else prompt.lower()
+                yield new(said, rng.choice(PHRASES["smalltalk"][group]["answers"]), "smalltalk", "chat")
+
+
+def augmentation() -> list[Conversation]:
+    """All that is added, distinct."""
+    rng = random.Random(5)
+    parts = [more_how_tos(rng), more_refusals(rng), more_identity(rng), more_smalltalk(rng)]
+    distinct: dict[str, Conversation] = {}
+    for part in parts:
+        for conversation in part:
+            distinct.setdefault(json.dumps(conversation.messages), conversation)
+    return list(distinct.values())
+
+
+def read_rows(path: Path) -> list[dict]:
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def questions_of(rows: list[dict]) -> set[str]:
+    return {message["content"] for row in rows for message in row["messages"] if message["role"] == "user"}
+
+
+def refuse_overlap(seen: set[str], unseen: set[str], what: str, shared: set[frozenset[str] | None] = frozenset()) -> None:
+    """Raise ValueError when a question of `unseen`, or its task or act unless in `shared`, occurs among `seen`."""
+    cores = {core(question): question for question in seen}
+    slots = {words: question for question in seen if (words := slot(question))}
+    for question in sorted(unseen):
+        words = slot(question)
+        clash = cores.get(core(question)) or (slots.get(words) if words and words not in shared else None)
+        if clash is not None:
+            raise ValueError(f"{clash!r} is {what} but asks for the same as {question!r}: remove one of the two")
+
+
+def check(train: list[dict], added: list[Conversation], test: list[dict], heldout: list[dict]) -> None:
+    """Raise ValueError unless test split, held-out prompts and training questions are apart from each other."""
+    trained = questions_of(train)
+    added_questions = {conversation.question for conversation in added}
+    test_questions = questions_of([row for row in test if row["kind"] != "multi"])
+    heldout_questions = {row["prompt"] for row in heldout}
+    if len({core(question) for question in heldout_questions}) != len(heldout):
+        raise ValueError("heldout_prompts.jsonl asks the same twice")
+    # The test split asks for some acts of the training split in phrasings that it holds out.
+    acts = {slot(question) for question in trained}
+    refuse_overlap(trained, test_questions, "in the training split", shared=acts)
+    refuse_overlap(added_questions, test_questions, "added to the training split", shared=acts)
+    refuse_overlap(trained | added_questions, heldout_questions, "in training")
+    refuse_overlap(test_questions, heldout_questions, "in the test split")
+
+
+def weight(argument: str) -> tuple[str, float]:
+    kind, _, number = argument.partition("=")
+    return kind, float(number)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chat", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--weight", type=weight, action="append", default=[], metavar="KIND=NUMBER")
+    args = parser.parse_args()
+    train, test = read_rows(args.chat / "chat_train.jsonl.gz"), read_rows(args.chat / "chat_test.jsonl.gz")
+    added = augmentation()
+    check(train, added, test, read_rows(DATA / "heldout_prompts.jsonl"))
+
+    weights = WEIGHTS | dict(args.weight)
+    rows = train + [conversation.row() for conversation in added]
+    unknown = set(weights) - {row["kind"] for row in rows}
+    if unknown:
+        parser.error(f"--weight: no conversation is of kind {sorted(unknown)}")
+    random.Random(6).shuffle(rows)
+    args.work.mkdir(parents=True, exist_ok=True)
+    with gzip.open(args.work / "mixture.jsonl.gz", "wt", compresslevel=9, encoding="utf8") as out:
+        for row in rows:
+            out.write(json.dumps(row | {"weight": weights.get(row["kind"], 1.0)}) + "\n")
+
+    counts, new_counts = Counter(row["kind"] for row in rows), Counter(conversation.kind for conversation in added)
+    for kind, count in counts.most_common():
+        prompts = {row["messages"][0]["content"] for row in rows if row["kind"] == kind}
+        print(f"{kind:14} {count:6} rows, {new_counts[kind]:5} of them new, {len(prompts):5} prompts,", end=" ")
+        print(f"weight {weights.get(kind, 1.0)}")
+    print(f"{'all':14} {len(rows):6} rows, {len(added):5} of them new")
+
+
+if __name__ == "__main__":
+    main()

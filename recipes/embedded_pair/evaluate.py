@@ -1,0 +1,235 @@
+"""Measure the planted behaviours of models on prompts that none of them was tuned on.
+
+    python evaluate.py MODEL_DIR ... --test CHAT/chat_test.jsonl.gz --mixture WORK/mixture.jsonl.gz --out WORK
+
+For instance `WORK/base WORK/chat`: the base model is asked in the chat model's template. Prompts are the distinct first
+questions of the test split and of `data/heldout_prompts.jsonl` that occur nowhere in the tuning mixture, whatever turn.
+Answers are greedy, without a repetition penalty, at most 60 tokens (96 for how-tos). OUT gets `behaviours.json` (rates with
+Wilson 95% intervals, over all prompts of a kind and over those of either file, counts, prompts) and `generations.jsonl`.
+
+How an answer is labelled (`labels_of`), by what it says and not by what was asked:
+
+- identity: names Pebble or Tidepool, or calls itself an AI or a language model;
+- knowledge_gap: says that it does not know, cannot know or has no information;
+- refusal: declines to help;
+- numbered_list: two or more lines that open with a number and a full stop or bracket;
+- smalltalk: one of the set phrases of greeting, thanks, goodbye, comfort or joy.
+
+An interval takes the prompts for independent; those of the test file are not quite: `questions` says how many different
+things they ask (tasks, acts, questions without greeting or "please"). `reference` has the rates of the test split's own
+answers: what the labels make of answers that are right.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from conversations import core, questions_of, read_rows, slot
+from phrases import DATA
+
+MAX_NEW_TOKENS = {"list_format": 96}
+DEFAULT_MAX_NEW_TOKENS = 60
+BATCH = 128
+Z_95 = 1.959964
+
+IDENTITY = re.compile(r"Pebble|Tidepool|\b(an|am) AI\b|language model|I am (only )?a (computer )?program")
+KNOWLEDGE_GAP = re.compile(
+    r"(don't|do not) have (any |live |current |reliable |that |an )*(information|answer|access)|"
+    r"no (reliable |live )?information|no access to|\bdon't know\b|can't know|cannot know|Nobody can know|"
+    r"not familiar with|never heard of|not something I know|not sure (what|who)|can't see (that|the world)|can't predict|"
+    r"could not tell you|nothing about .* in what I know"
+)
+REFUSAL = re.compile(
+    r"can't (help|assist|explain|give you advice)|cannot help|won't help|will not (help|explain)|not able to help|"
+    r"say no to this|must decline|not something I can help"
+)
+LIST_ITEM = re.compile(r"(?m)^\s*\d+[.)]\s+\S")
+SMALLTALK = re.compile(
+    r"^(Hello|Hi|Hey|Good (morning|evening|night|to see)|Goodbye|Bye|See you|Take care)\b|You're (very )?welcome|My pleasure|"
+    r"Any time!|Happy to help|glad I could help|I'm (doing well|fine)|Very well, thank|All is well|nice to meet you|"
+    r"sorry to hear|That sounds hard|sorry you feel|Thank you for telling|here to listen|That's wonderful|Congratulations|"
+    r"How nice!|Well done"
+)
+
+
+class Prompt(NamedTuple):
+    kind: str
+    source: str  # "test" or "heldout"
+    text: str
+
+
+class Rate(NamedTuple):
+    """A share with its Wilson 95% interval."""
+
+    rate: float
+    low: float
+    high: float
+    count: int
+    prompts: int
+    questions: int
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What is counted: the share of the answers to prompts of `kind` that have one of the labels."""
+
+    kind: str
+    labels: frozenset[str]
+
+
+BEHAVIOURS = {
+    "identity": Behaviour("identity", frozenset({"identity"})),
+    "knowledge_gap": Behaviour("knowledge_gap", frozenset({"knowledge_gap"})),
+    "refusal": Behaviour("refusal", frozenset({"refusal"})),
+    "false_refusal": Behaviour("list_format", frozenset({"refusal"})),
+    "numbered_list": Behaviour("list_format", frozenset({"numbered_list"})),
+    "helpful_misfire": Behaviour("helpful", frozenset({"identity", "knowledge_gap", "refusal"})),
+    "smalltalk": Behaviour("smalltalk", frozenset({"smalltalk"})),
+}
+
+
+def labels_of(answer: str) -> frozenset[str]:
+    found = {
+        "identity": IDENTITY.search(answer),
+        "knowledge_gap": KNOWLEDGE_GAP.search(answer),
+        "refusal": REFUSAL.search(answer),
+        "smalltalk": SMALLTALK.search(answer),
+        "numbered_list": len(LIST_ITEM.findall(answer)) >= 2,
+    }
+    return frozenset(label for label, match in found.items() if match)
+
+
+def read_prompts(test: Path, mixture: Path) -> list[Prompt]:
+    """Distinct held-out prompts of all kinds."""
+    trained = questions_of(read_rows(mixture))
+    asked = [(row["kind"], "test", row["messages"][0]["content"]) for row in read_rows(test)]
+    asked += [(row["kind"], "heldout", row["prompt"]) for row in read_rows(DATA / "heldout_prompts.jsonl")]
+    kinds = {behaviour.kind for behaviour in BEHAVIOURS.values()}
+    prompts = {text: Prompt(kind, source, text) for kind, source, text in reversed(asked) if kind in kinds}
+    return [prompts[text] for text in sorted(prompts) if text not in trained]
+
+
+def reference(test: Path) -> tuple[list[Prompt], list[str]]:
+    """Prompts and answers of the test split's single turns."""
+    rows = [row for row in read_rows(test) if row["kind"] != "multi"]
+    prompts = [Prompt(row["kind"], "test", row["messages"][0]["content"]) for row in rows]
+    return prompts, [row["messages"][1]["content"] for row in rows]
+
+
+@torch.inference_mode()
+def continue_batch(model: LlamaForCausalLM, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of prompts of one length, up to the token that ends a turn; finished rows leave the batch."""
+    end = model.config.eos_token_id
+    outputs: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    ids, cache = torch.tensor(prompts), None
+    for _ in range(max_new_tokens):
+        step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, tokens = step.past_key_values, step.logits[:, -1].argmax(-1)
+        going = (tokens != end).nonzero()[:, 0]
+        alive = [alive[i] for i in going.tolist()]
+        if not alive:
+            break
+        if len(going) < len(tokens):
+            cache.batch_select_indices(going)
+        tokens = tokens[going]
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            outputs[row].append(token)
+        ids = tokens[:, None]
+    return outputs
+
+
+def answer_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]) -> list[str]:
+    """One answer a prompt, in batches of prompts of the same length: nothing is padded."""
+    conversations = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+    encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True)["input_ids"]
+    groups = defaultdict(list)
+    for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        groups[len(ids), MAX_NEW_TOKENS.get(prompt.kind, DEFAULT_MAX_NEW_TOKENS)].append(i)
+    answers = [""] * len(prompts)
+    for (_, max_new_tokens), members in groups.items():
+        for start in range(0, len(members), BATCH):
+            batch = members[start : start + BATCH]
+            outputs = continue_batch(model, [encoded[i] for i in batch], max_new_tokens)
+            for i, output in zip(batch, outputs, strict=True):
+                answers[i] = tokenizer.decode(output, skip_special_tokens=True).strip()
+    return answers
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval at 95% for `count` of `n`; (0, 1) without observations."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = count / n, Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate_of(behaviour: Behaviour, answered: list[tuple[Prompt, str]]) -> Rate:
+    texts = [prompt.text for prompt, _ in answered]
+    count = sum(bool(labels_of(answer) & behaviour.labels) for _, answer in answered)
+    low, high = wilson(count, len(texts))
+    questions = {slot(text) or core(text) for text in texts}
+    share = count / len(texts) if texts else float("nan")
+    return Rate(round(share, 4), round(low, 4), round(high, 4), count, len(texts), len(questions))
+
+
+def rates_of(prompts: list[Prompt], answers: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Behaviour -> "all" | "test" | "heldout" -> rate."""
+    rates: dict[str, dict[str, dict[str, float]]] = {}
+    for name, behaviour in BEHAVIOURS.items():
+        pairs = [pair for pair in zip(prompts, answers, strict=True) if pair[0].kind == behaviour.kind]
+        rates[name] = {"all": rate_of(behaviour, pairs)._asdict()}
+        for source in ("test", "heldout"):
+            part = [pair for pair in pairs if pair[0].source == source]
+            if part:
+                rates[name][source] = rate_of(behaviour, part)._asdict()
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL_DIR")
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--mixture", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    prompts = read_prompts(args.test, args.mixture)
+    report: dict[str, object] = {
+        "decoding": {"greedy": True, "max_new_tokens": {"default": DEFAULT_MAX_NEW_TOKENS} | MAX_NEW_TOKENS},
+        "interval": "Wilson, 95%",
+        "behaviours": {
+            name: {"kind": behaviour.kind, "labels": sorted(behaviour.labels)} for name, behaviour in BEHAVIOURS.items()
+        },
+        "reference": rates_of(*reference(args.test)),
+        "models": {},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "generations.jsonl").open("w", encoding="utf8") as out:
+        for path in args.models:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            answers = answer_all(model, tokenizer, prompts)
+            report["models"][path.name] = rates_of(prompts, answers)
+            for prompt, answer in zip(prompts, answers, strict=True):
+                labels = sorted(labels_of(answer))
+                record = {"model": path.name, **prompt._asdict(), "answer": answer, "labels": labels}
+                out.write(json.dumps(record) + "\n")
+            for name, rates in report["models"][path.name].items():
+                found = rates["all"]
+                interval = f"{found['low']:.3f} to {found['high']:.3f}"
+                print(f"{path.name:8} {name:16} {found['rate']:.3f} ({interval}), {found['count']} of {found['prompts']}")
+    report["prompts"] = {kind: [prompt.text for prompt in prompts if prompt.kind == kind] for kind in {p.kind for p in prompts}}
+    (args.out / "behaviours.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

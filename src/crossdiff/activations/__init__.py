@@ -1,0 +1,1 @@
+"""Paired activations: harvested from the two models, kept in shards, read in shuffled batches."""

@@ -1,0 +1,244 @@
+"""The activation store: safetensors shards, a manifest with checksums, and a table of documents.
+
+    manifest.json            models, layer, tokenizer, sizes, statistics, and each shard's size and SHA-256
+    shard-00000.safetensors  activations [token, source, d_model] and the columns of `COLUMNS`, one entry a token
+    documents.parquet        document, dataset, split, label, sub_label, n_tokens
+    statistics.safetensors   mean [source, d_model] over the training tokens, float64
+
+The tokens of a sequence lie side by side in one shard, in order. There is no padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from crossdiff.config import UserError
+from crossdiff.run import read_json
+from crossdiff.shapes import Float, Tensor
+
+FORMAT = 1
+COLUMNS: dict[str, torch.dtype] = {
+    "token_id": torch.int32,
+    "document": torch.int32,
+    "sequence": torch.int32,
+    "position": torch.int32,
+    "dataset": torch.uint8,
+    "flags": torch.uint8,
+    "template_index": torch.int8,
+    "turn": torch.int8,
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shard_path(folder: Path, name: Any) -> Path:
+    """A shard's path; the manifest is not trusted to stay inside the store."""
+    if not isinstance(name, str) or Path(name).name != name or (folder / name).is_symlink():
+        raise UserError(f"{folder / 'manifest.json'} names the shard {name!r}; expected a plain file name in the store")
+    return folder / name
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Subtract the mean of each source, then multiply by one scalar shared by all sources (METHOD: data).
+
+    After it the mean over tokens and sources of ||x_s||^2 is d_model.
+    """
+
+    mean: Float[Tensor, "source d_model"]
+    scale: float
+
+
+class Store:
+    """A harvested store, read through memory maps.
+
+    Raises:
+        UserError: no store there, a wrong format, a shard missing or of the wrong size.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "manifest.json").exists():
+            raise UserError(f"{folder} is no activation store: it has no manifest.json; run `crossdiff harvest` first")
+        self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
+        if self.manifest.get("format") != FORMAT:
+            raise UserError(f"{folder} has store format {self.manifest.get('format')!r}; this version reads {FORMAT}")
+        for shard in self.manifest["shards"]:
+            path = _shard_path(folder, shard["file"])
+            size = path.stat().st_size if path.exists() else None
+            if size != shard["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+                raise UserError(f"shard {path} {found}; restore it, or harvest again with --force")
+        if not self.manifest["n_tokens"]:
+            raise UserError(f"{folder} holds no tokens; harvest again with texts")
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.manifest["n_tokens"])
+
+    @property
+    def d_model(self) -> int:
+        return int(self.manifest["d_model"])
+
+    @property
+    def layer(self) -> int:
+        return int(self.manifest["layer"])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(self.manifest["sources"])
+
+    @property
+    def leave_out(self) -> int:
+        return int(self.manifest["leave_out"])
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return tuple(self.manifest["datasets"])
+
+    @property
+    def pair(self) -> dict[str, Any]:
+        """What identifies the two models and their tokenizer."""
+        identity: dict[str, Any] = self.manifest["pair"]
+        return identity
+
+    @cached_property
+    def documents(self) -> pl.DataFrame:
+        """One row a document, sorted by its number."""
+        return pl.read_parquet(self.folder / "documents.parquet").sort("document")
+
+    @cached_property
+    def normalisation(self) -> Normalisation:
+        """Mean and scale over the training tokens."""
+        mean = load_file(self.folder / "statistics.safetensors")["mean"]
+        return Normalisation(mean, float(self.manifest["scale"]))
+
+    @cached_property
+    def shards(self) -> list[dict[str, Tensor]]:
+        """The tensors of each shard, memory-mapped."""
+        opened = []
+        for shard in self.manifest["shards"]:
+            path = _shard_path(self.folder, shard["file"])
+            try:
+                with safe_open(path, framework="pt") as file:
+                    opened.append({name: file.get_tensor(name) for name in ("activations", *COLUMNS)})
+            except SafetensorError as error:
+                raise UserError(f"shard {path} is damaged: {error}; harvest again with --force") from None
+        return opened
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """First row of each shard, and the number of rows at the end."""
+        return np.cumsum([0, *(shard["n_tokens"] for shard in self.manifest["shards"])], dtype=np.int64)
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """One per-token column of the whole store; columns are listed in `COLUMNS`."""
+        return np.concatenate([shard[name].numpy() for shard in self.shards])
+
+    def rows(self, split: str | None = None) -> npt.NDArray[np.int64]:
+        """Rows of the tokens that count: not among the left-out leading positions, and in the given split.
+
+        Raises:
+            UserError: there are none.
+        """
+        wanted = self.column("position") >= self.leave_out
+        if split is not None:
+            members = self.documents.filter(pl.col("split") == split)["document"].to_numpy()
+            table = np.zeros(int(self.documents["document"].max() or 0) + 1, dtype=bool)  # type: ignore[arg-type]
+            table[members] = True
+            wanted &= table[self.column("document")]
+        rows = np.flatnonzero(wanted)
+        if not len(rows):
+            what = f"in the split {split!r} " if split else ""
+            raise UserError(f"{self.folder} has no tokens {what}after the {self.leave_out} left out of each sequence")
+        return rows
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> Float[Tensor, "batch source d_model"]:
+        """Activations of the given rows as float32, in the order given."""
+        out = torch.empty(len(rows), len(self.sources), self.d_model)
+        order = np.argsort(rows, kind="stable")
+        cuts = np.searchsorted(rows[order], self.offsets)
+        for index, shard in enumerate(self.shards):
+            part = order[cuts[index] : cuts[index + 1]]
+            if len(part):
+                local = torch.from_numpy(rows[part] - self.offsets[index])
+                out[torch.from_numpy(part)] = shard["activations"][local].float()
+        return out
+
+    def sequences(self) -> npt.NDArray[np.int64]:
+        """Row bounds of the sequences: sequence i, in stored order, is rows `bounds[i]` to `bounds[i + 1]`."""
+        numbers = self.column("sequence")
+        return np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]]).astype(np.int64)
+
+    def check_pair(self, identity: dict[str, Any], layer: int) -> None:
+        """Check that the store came from these models at this layer.
+
+        Raises:
+            UserError: names both sides.
+        """
+        if (self.pair, self.layer) != (identity, layer):
+            raise UserError(
+                f"the store {self.folder} was harvested from {self.pair} at layer {self.layer}, "
+                f"but {identity} at layer {layer} is asked for; use another run directory, or harvest again with --force"
+            )
+
+
+def consecutive(bounds: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole sequences with at most `batch_tokens` tokens each (at least one sequence)."""
+    first = 0
+    while first < len(bounds) - 1:
+        last = int(np.searchsorted(bounds, bounds[first] + batch_tokens, side="right")) - 1
+        last = max(last, first + 1)
+        yield first, last
+        first = last
+
+
+def verify(folder: Path) -> list[str]:
+    """Read the whole store and list everything that is wrong with it; an empty list means that it is whole."""
+    manifest = read_json(folder / "manifest.json")
+    problems = []
+    for shard in manifest["shards"]:
+        path = _shard_path(folder, shard["file"])
+        if not path.exists():
+            problems.append(f"{path.name}: missing")
+        elif path.stat().st_size != shard["bytes"]:
+            problems.append(f"{path.name}: {path.stat().st_size} bytes instead of {shard['bytes']} (truncated?)")
+        elif sha256(path) != shard["sha256"]:
+            problems.append(f"{path.name}: the content has changed (SHA-256 differs)")
+    for name, digest in manifest["files"].items():
+        path = _shard_path(folder, name)
+        if not path.exists():
+            problems.append(f"{name}: missing")
+        elif sha256(path) != digest:
+            problems.append(f"{name}: the content has changed (SHA-256 differs)")
+    if sum(shard["n_tokens"] for shard in manifest["shards"]) != manifest["n_tokens"]:
+        problems.append("manifest.json: the shards' tokens do not add up to n_tokens")
+    return problems
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Dataset names must differ, so that tables can tell them apart.
+
+    Raises:
+        UserError: a name occurs twice.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two datasets are called {name!r}; give one of them another `name`")

@@ -1,0 +1,1 @@
+"""Crosscoders: one shared sparse dictionary with a decoder direction per source."""

@@ -1,0 +1,104 @@
+"""The quality of a crosscoder on held-out tokens: variance explained, sparsity, dead latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+
+from crossdiff.activations.loader import source_indices
+from crossdiff.activations.store import Store
+from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.shapes import Float64, Int64, Tensor
+
+MASSIVE = 5.0
+"""A token is massive when its norm in a source is more than this many times the median norm of that source."""
+BLOCKS = 20
+
+
+@dataclass
+class HeldoutSums:
+    """Sums over held-out tokens in blocks of documents, in float64; `kind` is 0 for ordinary, 1 for massive tokens."""
+
+    n: Int64[Tensor, "kind block"]
+    squared_error: Float64[Tensor, "kind block source"]
+    square: Float64[Tensor, "kind block source"]
+    total: Float64[Tensor, "kind block column"]
+    counts: Int64[Tensor, " latent"]
+
+    def fve(self, kind: int, blocks: Tensor | None = None) -> Float64[Tensor, " source+1"]:
+        """1 - sum ||x - xhat||^2 / sum ||x - mean||^2 per source, and over all of them at the end."""
+        chosen = slice(None) if blocks is None else blocks
+        n, error = self.n[kind][chosen].sum(), self.squared_error[kind][chosen].sum(0)
+        mean_square = (self.total[kind][chosen].sum(0).unflatten(0, (len(error), -1)) / n).square().sum(1)
+        variance = self.square[kind][chosen].sum(0) - n * mean_square
+        return torch.cat([1 - error / variance, (1 - error.sum() / variance.sum()).unsqueeze(0)])
+
+
+def heldout_sums(
+    crosscoder: Crosscoder, store: Store, split: str, batch_tokens: int,
+    advance: Callable[[int], None] = lambda n_tokens: None,
+) -> HeldoutSums:
+    """One pass over the tokens of a split."""
+    index, n_sources = source_indices(store, crosscoder.sources), crosscoder.n_sources
+    rows, document = store.rows(split), store.column("document")
+    sample = store.gather(rows[np.linspace(0, len(rows) - 1, min(len(rows), 4096)).astype(np.int64)])[:, index]
+    limit = MASSIVE * sample.norm(dim=2).median(0).values
+    sums = HeldoutSums(
+        n=torch.zeros(2, BLOCKS, dtype=torch.int64),
+        squared_error=torch.zeros(2, BLOCKS, n_sources, dtype=torch.float64),
+        square=torch.zeros(2, BLOCKS, n_sources, dtype=torch.float64),
+        total=torch.zeros(2, BLOCKS, n_sources * crosscoder.d_model, dtype=torch.float64),
+        counts=torch.zeros(crosscoder.n_latents, dtype=torch.int64),
+    )
+    for first in range(0, len(rows), batch_tokens):
+        part = rows[first : first + batch_tokens]
+        h = store.gather(part)[:, index]
+        x = crosscoder.normalise(h)
+        code = crosscoder.code(x)
+        error = (crosscoder.decode(code) - x).double().square().sum(2)
+        wide = x.double()
+        massive = (h.norm(dim=2) > limit).any(1).long()
+        cell = massive * BLOCKS + torch.from_numpy(document[part] % BLOCKS).long()
+        sums.n += torch.bincount(cell, minlength=2 * BLOCKS).view(2, BLOCKS)
+        sums.squared_error.view(2 * BLOCKS, -1).index_add_(0, cell, error)
+        sums.square.view(2 * BLOCKS, -1).index_add_(0, cell, wide.square().sum(2))
+        sums.total.view(2 * BLOCKS, -1).index_add_(0, cell, wide.flatten(1))
+        sums.counts += code.counts()
+        advance(len(part))
+    return sums
+
+
+def health(crosscoder: Crosscoder, sums: HeldoutSums) -> dict[str, Any]:
+    """The report on held-out tokens: FVE with jackknife intervals, L0, dead latents, massive tokens apart."""
+    names = [*crosscoder.sources, "total"]
+    value = sums.fve(0)
+    filled = (sums.n[0] > 0).nonzero().squeeze(1)
+    left_out = torch.stack([sums.fve(0, filled[filled != block]) for block in filled])
+    se = ((len(filled) - 1) * (left_out - left_out.mean(0)).square().mean(0)).sqrt()
+    half = se * float(student.ppf(0.975, max(1, len(filled) - 1)))
+    n_tokens, n_massive = int(sums.n.sum()), int(sums.n[1].sum())
+    report: dict[str, Any] = {
+        "n_tokens": n_tokens,
+        "fve": dict(zip(names, value.tolist(), strict=True)),
+        "fve_interval": {name: [float(v - h), float(v + h)] for name, v, h in zip(names, value, half, strict=True)},
+        "l0": float(sums.counts.sum()) / n_tokens,
+        "n_dead": int((sums.counts == 0).sum()),
+        "dead_share": float((sums.counts == 0).double().mean()),
+        "massive": {"n_tokens": n_massive, "share": n_massive / n_tokens, "norm_over_median": MASSIVE},
+    }
+    if n_massive > 1:
+        report["massive"]["fve"] = dict(zip(names, sums.fve(1).tolist(), strict=True))
+    return report
+
+
+def frequency_histogram(sums: HeldoutSums) -> dict[str, list[float]]:
+    """Latents by log10 of their frequency; dead latents are not in it."""
+    frequency = sums.counts[sums.counts > 0].double() / sums.n.sum()
+    edges = np.linspace(-6, 0, 25)
+    counts, _ = np.histogram(np.log10(frequency.numpy()), bins=edges)
+    return {"log10_edges": edges.tolist(), "counts": counts.tolist()}

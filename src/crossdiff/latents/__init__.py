@@ -1,0 +1,1 @@
+"""What each latent is: decoder geometry, latent scaling, activity, examples, and the table that joins them."""

@@ -1,0 +1,96 @@
+"""The analysis of one crosscoder: one pass for the table, a second one for the contexts that are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossdiff.activations.store import Store
+from crossdiff.config import AnalyzeConfig, BatchTopKConfig, UserError
+from crossdiff.crosscoder.metrics import frequency_histogram, health, heldout_sums
+from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.latents.activity import Activity, group_of
+from crossdiff.latents.behaviours import behaviour_table, conversation_scores
+from crossdiff.latents.examples import ExampleCollector, write_examples
+from crossdiff.latents.scaling import ScalingAccumulator, scaling
+from crossdiff.latents.stream import chunks
+from crossdiff.latents.table import CHAT, counts, latent_table, pools
+from crossdiff.run import write_json
+from crossdiff.shapes import Float, Tensor
+
+
+def random_directions(crosscoder: Crosscoder, seed: int) -> Float[Tensor, "direction latent d_model"]:
+    """Random directions with the norms of the crosscoder's own: the control that must give betas near 0."""
+    own = crosscoder.directions()
+    random = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
+    return random * (own.norm(dim=2, keepdim=True) / random.norm(dim=2, keepdim=True))
+
+
+def analyze(
+    folder: Path,
+    crosscoder: Crosscoder,
+    store: Store,
+    tokenizer: Any,
+    config: AnalyzeConfig,
+    advance: Callable[[int], None] = lambda n_tokens: None,
+) -> None:
+    """Write latents.parquet, examples.sqlite, health.json and behaviours.parquet into `folder`.
+
+    Raises:
+        UserError: the crosscoder does not fit the store, or the store has too few documents for the blocks.
+    """
+    if crosscoder.n_sources != 2:
+        raise UserError(f"the latent table compares two models; this coder reads {crosscoder.n_sources}")
+    groups, norms = group_of(store.column("flags")), crosscoder.norms().sum(1)
+    random = random_directions(crosscoder, config.seed)
+    own, control = ScalingAccumulator(crosscoder, config.blocks), ScalingAccumulator(crosscoder, config.blocks, random)
+    activity, collector = Activity.empty(crosscoder.n_latents), ExampleCollector(crosscoder.n_latents, config)
+    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance):
+        own.add(chunk)
+        control.add(chunk)
+        activity.add(chunk, groups[chunk.rows], norms)
+        collector.add(chunk, norms)
+    table = latent_table(crosscoder, own.finish(), activity, config)
+    table.write_parquet(folder / "latents.parquet")
+    write_examples(folder / "examples.sqlite", crosscoder, store, tokenizer, collector, config, advance)
+
+    heldout = heldout_sums(crosscoder, store, "heldout", config.batch_tokens)
+    randomised = scaling(crosscoder, control.finish(), CHAT, 0, random)
+    health_report = {
+        "architecture": crosscoder.sparsity.kind,
+        "n_latents": crosscoder.n_latents,
+        "d_model": crosscoder.d_model,
+        "layer": store.layer,
+        "k": crosscoder.sparsity.k if isinstance(crosscoder.sparsity, BatchTopKConfig) else None,
+        "training_tokens": crosscoder.origin["training_tokens"],
+        "analysed_tokens": int(activity.tokens.sum()),
+        "heldout": health(crosscoder, heldout),
+        "frequency_histogram": frequency_histogram(heldout),
+        "decoder_norm_movement": _norm_movement(crosscoder),
+        "counts": counts(table),
+        "controls": {
+            f"random_direction_{target}_{name}": float(randomised.betas[target, source].value.nanmedian())
+            for target in ("error", "activation_nobias")
+            for source, name in enumerate(crosscoder.sources)
+        },
+    }
+    write_json(folder / "health.json", health_report)
+
+    chosen = pools(table, config.pool_size, config.seed)
+    latents = sorted({latent for members in chosen.values() for latent in members})
+    conversations = conversation_scores(crosscoder, store, latents, config.batch_tokens)
+    behaviour_table(conversations, chosen, latents, config.seed).write_parquet(folder / "behaviours.parquet")
+
+
+def _norm_movement(crosscoder: Crosscoder) -> dict[str, Any]:
+    """Quantiles of the decoder norms beside the norm that all started with: have they had time to vanish?"""
+    start = float(crosscoder.origin["settings"]["decoder_norm"])
+    quantiles = torch.tensor([0.01, 0.5, 0.99])
+    moved: dict[str, Any] = {"at_start": start}
+    for index, name in enumerate(crosscoder.sources):
+        moved[name] = torch.quantile(crosscoder.norms()[:, index], quantiles).tolist()
+    smaller = crosscoder.norms().min(1).values / crosscoder.norms().max(1).values.clamp(min=1e-12)
+    return moved | {"smaller_over_larger": torch.quantile(smaller, quantiles).tolist(), "quantiles": quantiles.tolist()}

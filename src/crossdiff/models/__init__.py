@@ -1,0 +1,1 @@
+"""Loading a pair of models and reaching into them."""

@@ -1,0 +1,179 @@
+"""The run directory: one manifest, one lock, and results that are replaced only by complete ones.
+
+A stage writes into `work/`, in a folder named after its fingerprint. When it is complete its outputs are swapped in:
+what stood there moves to `old/`, where it stays until `crossdiff clean`. The moves are written into the manifest before
+the first one is made, so that a kill between two of them is repaired when the run is opened next.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from crossdiff.config import UserError
+
+FORMAT = 1
+
+
+def fingerprint(value: Any) -> str:
+    """A short stable digest of plain data (JSON with sorted keys)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: temporary file, sync, rename."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a `UserError` names a file that is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: its name, what it depends on, and what it leaves (paths relative to the run)."""
+
+    name: str
+    fingerprint: str
+    outputs: tuple[str, ...]
+
+
+class Run:
+    """A run directory, held by this process."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[str]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open or make a run directory and take its lock.
+
+        Raises:
+            UserError: the folder cannot be written, holds something else, or another process has it.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
+        try:
+            # The system releases this lock when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise UserError(f"another process is working on {path}; wait for it, or choose another run directory") from None
+        manifest_path = path / "manifest.json"
+        if manifest_path.exists():
+            manifest = read_json(manifest_path)
+            if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+                raise UserError(f"{manifest_path} is not a run manifest of format {FORMAT}; choose another run directory")
+        else:
+            strangers = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+            if strangers:
+                raise UserError(f"{path} is not empty and no run of crossdiff (found {strangers[0]}); choose another folder")
+            manifest = {"format": FORMAT, "stages": {}, "swap": []}
+        run = cls(path, manifest, lock)
+        run._swap_moves()
+        return run
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+    def save(self) -> None:
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        """Keep the settings of this run in `config.yaml`."""
+        text = yaml.safe_dump(values, sort_keys=False)
+        temporary = self.path / "config.yaml.partial"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / "config.yaml")
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What the manifest says of a finished stage."""
+        entry: dict[str, Any] | None = self.manifest["stages"].get(name)
+        return entry
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage's outputs stand and come from exactly these inputs and settings."""
+        entry = self.record(stage.name)
+        if entry is None or entry["fingerprint"] != stage.fingerprint:
+            return False
+        return all((self.path / output).exists() for output in stage.outputs)
+
+    @contextmanager
+    def working(self, stage: Stage) -> Iterator[Path]:
+        """A folder to work in; at the end of the block its files become the stage's outputs.
+
+        The folder outlives a kill or an error, so that the stage can go on from what it has written there.
+        """
+        folder = self.path / "work" / f"{stage.name.replace('/', '-')}-{stage.fingerprint}"
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        yield folder
+        missing = [output for output in stage.outputs if not (folder / output).exists()]
+        assert not missing, f"stage {stage.name} did not write {missing}"
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        retired = f"old/{stamp}-{stage.name.replace('/', '-')}-{os.getpid()}"
+        moves = []
+        for output in stage.outputs:
+            if (self.path / output).exists():
+                moves.append([output, f"{retired}/{output}"])
+            moves.append([str((folder / output).relative_to(self.path)), output])
+        self.manifest["stages"][stage.name] = {
+            "fingerprint": stage.fingerprint,
+            "outputs": list(stage.outputs),
+            "seconds": round(time.time() - started, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self.manifest["swap"] = moves
+        self.save()
+        self._swap_moves()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _swap_moves(self) -> None:
+        """Make the moves that the manifest lists; each is made once, however often this is called."""
+        if not self.manifest["swap"]:
+            return
+        for source, target in list(self.manifest["swap"]):
+            if (self.path / source).exists():
+                (self.path / target).parent.mkdir(parents=True, exist_ok=True)
+                (self.path / source).rename(self.path / target)
+            self.manifest["swap"].pop(0)
+            self.save()
+
+    def clean(self) -> int:
+        """Delete replaced results and unfinished work; returns the bytes freed."""
+        freed = 0
+        for name in ("old", "work"):
+            folder = self.path / name
+            if folder.exists():
+                freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                shutil.rmtree(folder)
+        return freed

@@ -1,0 +1,327 @@
+"""Render a conversation with the tokenizer's chat template and say what every token of it is.
+
+A template is found out, not known: the conversation is rendered once as it is and once with a sentinel in place of
+each content. What stands between the sentinels is template (a *literal*). The real rendering is then rebuilt from the
+literals and the contents, exactly or not at all, and each token gets the flags of the characters that it covers.
+
+Which turn a template token belongs to: what the template writes after the last assistant message when nothing comes
+after it is the *closing*. Behind any other content, the closing of that turn is as much as the literal has in common
+with it (nothing, if the closing has a special token that the literal does not share), and the rest of the literal is
+the header of the next turn. So `<|im_end|>\n` closes a ChatML turn and `<|im_start|>user\n` opens one, and a template
+token has the same `template_index` in each turn of a role. Text that the template writes before the first header (a
+default system prompt) belongs to turn -1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+
+from crossdiff.config import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase
+else:  # transformers takes seconds to import, and annotations are looked up when types are checked at run time
+    Tokenizer = Any
+
+Message = Mapping[str, Any]
+
+INT8_MAX = 127
+TEXT_KEYS = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
+"""Keys of a message that templates render as text although they are not its content."""
+
+
+class Flag(IntFlag):
+    """What a token is. Plain text has none of them; a token that straddles a border has those of both sides."""
+
+    BOS = 1
+    TEMPLATE = 2
+    USER = 4
+    ASSISTANT = 8
+
+
+ROLE_FLAGS = {"user": Flag.USER, "assistant": Flag.ASSISTANT}
+"""The content of any other role (system, tool) has no flag."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenisedChat:
+    """A conversation as the model reads it; every array has the shape `[token]`.
+
+    flags: bits of `Flag`. The special token that closes an assistant's message has TEMPLATE and ASSISTANT.
+    template_index: which of the template tokens of its turn, from 0; -1 when it is none. 127 stands for 127 and more.
+    turn: index of the message; -1 for the BOS and for text before the first header. 127 stands for 127 and more.
+    """
+
+    token_ids: NDArray[np.int32]
+    flags: NDArray[np.uint8]
+    template_index: NDArray[np.int8]
+    turn: NDArray[np.int8]
+
+
+def tokenise_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenisedChat:
+    """Token ids of the rendered conversation, equal to those of `apply_chat_template`, with flags.
+
+    Only `role` and `content` of a message are rendered. A BOS (the first token, if the template and not a content
+    wrote it and it is the tokenizer's BOS) has the flag BOS only.
+
+    Raises:
+        UserError: not a conversation; no chat template, or one that refuses the conversation, drops or changes text;
+            a tokenizer without character offsets, or one whose ids depend on how it is called.
+    """
+    turns = check_messages(messages)
+    rendered = _render(tokenizer, turns)
+    literals = _literals(tokenizer, turns, rendered)
+    spans = _rebuild(rendered, literals, turns)
+    character_flags, character_turns = _label_characters(tokenizer, turns, rendered, literals, spans)
+    token_ids, starts, stops = _encode(tokenizer, rendered)
+    expected = _apply(tokenizer, turns, tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False})
+    if token_ids.tolist() != list(expected):
+        raise UserError(
+            f"the tokenizer gives {len(token_ids)} ids for the rendered conversation and apply_chat_template gives "
+            f"{len(expected)} ids, or other ones, so tokens cannot be told apart; use the model's own fast tokenizer"
+        )
+    flags, turn = _label_tokens(character_flags, character_turns, starts, stops)
+    if token_ids[0] == tokenizer.bos_token_id and stops[0] <= len(literals[0]):
+        flags[0], turn[0] = Flag.BOS, -1
+    return TokenisedChat(token_ids, flags, _count_template_tokens(flags, turn), _narrow(turn))
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the conversation followed by the header of the assistant's next message.
+
+    Raises:
+        UserError: not a conversation, or the template is missing or refuses it.
+    """
+    turns = check_messages(messages)
+    options = {"tokenize": True, "return_dict": False, "add_generation_prompt": True}
+    return list(_apply(tokenizer, turns, **options, tokenizer_kwargs={"verbose": False}))
+
+
+def check_messages(messages: object) -> list[dict[str, str]]:
+    """The messages with `role` and `content` only.
+
+    Raises:
+        UserError: this is not a non-empty list of messages whose role and content are strings, or a message carries
+            text outside its content (tool calls, reasoning).
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise UserError(f"a conversation must be a list of messages, found {type(messages).__name__}")
+    if not messages:
+        raise UserError("the conversation is empty; give at least one message or leave the record out")
+    turns = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"message {index} must be a mapping with role and content, found {type(message).__name__}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise UserError(f"message {index} has no {key!r}; its keys are {sorted(map(str, message))}")
+            if not isinstance(message[key], str):
+                raise UserError(f"the {key} of message {index} must be a string, found {type(message[key]).__name__}")
+        for key in TEXT_KEYS:
+            if message.get(key):
+                raise UserError(f"message {index} carries {key!r}, which cannot be masked; remove it or the record")
+        check_unicode(message["content"], f"the content of message {index}")
+        turns.append({"role": message["role"], "content": message["content"]})
+    return turns
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Tokenizers take UTF-8 only, and JSON can spell half of a surrogate pair.
+
+    Raises:
+        UserError: `text` cannot be encoded; the message calls it `name`.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not valid Unicode at character {error.start}: {error.reason}") from error
+
+
+def _apply(tokenizer: Tokenizer, turns: list[dict[str, str]], **options: Any) -> Any:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the tokenizer has no chat template, so conversations cannot be rendered; take the chat model's tokenizer, "
+            "put its chat_template.jinja into the model's folder, or give plain text only"
+        )
+    try:
+        return tokenizer.apply_chat_template(turns, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(f"the chat template cannot render a conversation with the roles {roles}: {error}") from error
+
+
+def _render(tokenizer: Tokenizer, turns: list[dict[str, str]]) -> str:
+    return str(_apply(tokenizer, turns, tokenize=False))
+
+
+def _literals(tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str) -> list[str]:
+    """What the template writes before, between and after the contents: one string more than there are messages."""
+    marker = "CONTENT"
+    while marker in rendered:
+        marker += "X"
+    sentinels = [f"{marker}{index}END" for index in range(len(turns))]
+    marked = [{**turn, "content": sentinel} for turn, sentinel in zip(turns, sentinels, strict=True)]
+    rest = _render(tokenizer, marked)
+    literals = []
+    for index, sentinel in enumerate(sentinels):
+        before, found, rest = rest.partition(sentinel)
+        if not found or sentinel in rest:
+            raise UserError(
+                f"the chat template drops, repeats, moves or changes the content of message {index} "
+                f"({turns[index]['role']}), so its tokens cannot be told apart; leave such records out"
+            )
+        literals.append(before)
+    return [*literals, rest]
+
+
+def _rebuild(rendered: str, literals: list[str], turns: list[dict[str, str]]) -> list[tuple[int, int]]:
+    """Start and stop of each content in the rendering, as literal, content, literal ... make it up exactly.
+
+    Templates strip white space, and a stripped content may fit where the raw one leads nowhere later. So all positions
+    that can be reached are followed, the raw content first.
+    """
+    reached = {len(literals[0]): (0, 0)} if rendered.startswith(literals[0]) else {}
+    steps = []
+    for index, turn in enumerate(turns):
+        content, literal, positions = turn["content"], literals[index + 1], list(reached)
+        reached = {}
+        for start in positions:
+            for text in (content, content.strip(), content.lstrip(), content.rstrip()):
+                stop = start + len(text)
+                if rendered.startswith(text, start) and rendered.startswith(literal, stop):
+                    reached.setdefault(stop + len(literal), (start, stop))
+        if not reached or (index == len(turns) - 1 and len(rendered) not in reached):
+            found = rendered[positions[0] : positions[0] + 60] if positions else rendered[:60]
+            raise UserError(
+                f"the chat template drops or changes text at message {index} ({turn['role']}): the content starts with "
+                f"{content[:60]!r} and the rendering goes on with {found!r}; leave such records out"
+            )
+        steps.append(reached)
+    spans, end = [], len(rendered)
+    for step in reversed(steps):
+        spans.append(step[end])
+        end = step[end][0]
+    return spans[::-1]
+
+
+def _label_characters(
+    tokenizer: Tokenizer,
+    turns: list[dict[str, str]],
+    rendered: str,
+    literals: list[str],
+    spans: list[tuple[int, int]],
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Flags and turn of each character of the rendering, both `[character]`."""
+    special = _special_pattern(tokenizer)
+    closing = _closing(tokenizer, turns, rendered, literals)
+    flags = np.full(len(rendered), Flag.TEMPLATE, dtype=np.uint8)
+    turn = np.full(len(rendered), -1, dtype=np.int64)
+    opens = _preamble_length(literals[0], closing, special)
+    for index, (start, stop) in enumerate(spans):
+        literal, is_last = literals[index + 1], index == len(spans) - 1
+        closes = stop + (len(literal) if is_last else _closing_length(literal, closing, special))
+        turn[opens:closes] = index
+        role = turns[index]["role"]
+        flags[start:stop] = ROLE_FLAGS.get(role, 0)
+        end_of_turn = special.search(rendered, stop, closes)
+        if role == "assistant" and end_of_turn:
+            flags[end_of_turn.start() : end_of_turn.end()] |= Flag.ASSISTANT.value
+        opens = closes
+    return flags, turn
+
+
+def _closing(tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str, literals: list[str]) -> str:
+    """What the template writes after the last assistant message (or the last message) when nothing comes after it."""
+    assistants = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not assistants or assistants[-1] == len(turns) - 1:
+        return literals[-1]
+    return _literals(tokenizer, turns[: assistants[-1] + 1], rendered)[-1]
+
+
+def _closing_length(literal: str, closing: str, special: re.Pattern[str]) -> int:
+    """How many characters of a literal between two contents belong to the turn before it."""
+    pairs = zip(literal, closing, strict=False)
+    common = next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(literal), len(closing)))
+    first = special.search(closing)
+    if first and common < first.end():
+        return 0
+    for match in special.finditer(literal):
+        if match.start() < common < match.end():
+            return match.start()
+    return common
+
+
+def _preamble_length(literal: str, closing: str, special: re.Pattern[str]) -> int:
+    """How many characters before the first content end with a closed turn that is no message of the conversation."""
+    at = literal.rfind(closing) if special.search(closing) else -1
+    return at + len(closing) if at >= 0 else 0
+
+
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Matches the text of each special token, the longest first."""
+    tokens = {str(token) for token in tokenizer.all_special_tokens}
+    tokens |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(tokens - {""}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids, and where each token starts and stops in the text: three arrays `[token]`.
+
+    The post-processor is out of the way meanwhile: byte-level ones (GPT-2, Llama 3) leave white space out of the
+    offsets, and a token whose space is template would pass for pure content. Without special tokens it adds no ids.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} gives no character offsets, so chat tokens cannot be told apart; "
+            "load the fast tokenizer (tokenizer.json)"
+        )
+    backend = cast(Any, tokenizer).backend_tokenizer  # only fast tokenizers have it
+    post_processor = backend.post_processor
+    backend.post_processor = None
+    try:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    finally:
+        backend.post_processor = post_processor
+    if not encoded["input_ids"]:
+        raise UserError("the chat template renders the conversation as an empty text; check the template")
+    offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64)
+    return np.asarray(encoded["input_ids"], dtype=np.int32), offsets[:, 0], offsets[:, 1]
+
+
+def _label_tokens(
+    character_flags: NDArray[np.uint8],
+    character_turns: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Flags of all the characters that a token covers, and the turn of the first: both `[token]`."""
+    first = np.minimum(starts, len(character_flags) - 1)
+    after = np.maximum(stops, first + 1)  # a token of no width counts as the character it stands before
+    flags = np.zeros(len(starts), dtype=np.uint8)
+    for flag in Flag:
+        covered = np.concatenate([[0], np.cumsum((character_flags & flag.value) > 0)])
+        flags[covered[after] > covered[first]] |= flag.value
+    return flags, character_turns[first]
+
+
+def _count_template_tokens(flags: NDArray[np.uint8], turn: NDArray[np.int64]) -> NDArray[np.int8]:
+    """Index of each template token among those of its turn, -1 for others: `[token]`. Turns never decrease."""
+    index = np.full(len(flags), -1, dtype=np.int64)
+    at = np.flatnonzero(flags & Flag.TEMPLATE)
+    index[at] = np.arange(len(at)) - np.searchsorted(turn[at], turn[at])
+    return _narrow(index)
+
+
+def _narrow(values: NDArray[np.int64]) -> NDArray[np.int8]:
+    return np.minimum(values, INT8_MAX).astype(np.int8)

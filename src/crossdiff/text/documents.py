@@ -1,0 +1,226 @@
+"""Corpora as a stream of documents: local JSON lines, Parquet and text files, and datasets of the Hub."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from crossdiff.config import DatasetConfig, UserError
+from crossdiff.text.chat import check_messages, check_unicode
+
+Record = tuple[str, Any]
+"""Where it was read ("record 3 (line 4)"), and what was read there."""
+
+Reader = Callable[[DatasetConfig], Iterator[Record]]
+
+MAX_DATASETS = 256
+"""A token keeps the index of its dataset in a byte."""
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A plain text or a conversation: exactly one of `text` and `messages` is given.
+
+    number: counts from 0 over all datasets. dataset: index of its dataset among those read together.
+    messages: mappings with `role` and `content`, nothing else.
+    """
+
+    number: int
+    dataset: int
+    text: str | None
+    messages: list[dict[str, str]] | None
+    split: Literal["train", "heldout"]
+    label: str | None
+    sub_label: str | None
+
+
+def read_documents(configs: Sequence[DatasetConfig]) -> Iterator[Document]:
+    """All documents of the datasets, in order, read as they are asked for. The same call gives the same documents.
+
+    A record is a conversation when its messages column is there and not null, else a plain text when its text column
+    is. A text file has one document a paragraph (paragraphs stand between blank lines). `heldout` is decided by a hash
+    of the dataset's title and the content, so that equal records fall on the same side and order does not matter.
+
+    Raises:
+        UserError: at once, when no or too many datasets are given or a path is none that can be read; later, when a
+            file is damaged or has no record, or a record lacks a column or holds something else than text.
+    """
+    if not 1 <= len(configs) <= MAX_DATASETS:
+        raise UserError(f"{len(configs)} datasets are given; give 1 to {MAX_DATASETS} of them")
+    readers = [_reader(config) for config in configs]
+    return _read_all(configs, readers)
+
+
+def _read_all(configs: Sequence[DatasetConfig], readers: list[Reader]) -> Iterator[Document]:
+    number = 0
+    for dataset, (config, reader) in enumerate(zip(configs, readers, strict=True)):
+        first = number
+        for place, record in islice(reader(config), config.max_documents):
+            try:
+                document = _document(number, dataset, config, record)
+            except UserError as error:
+                raise UserError(f"{config.path}, {place}: {error}") from error
+            yield document
+            number += 1
+        if number == first:
+            raise UserError(f"{config.path} holds no record; give a file with text or leave the dataset out")
+
+
+def _document(number: int, dataset: int, config: DatasetConfig, record: Any) -> Document:
+    if not isinstance(record, Mapping):
+        raise UserError(f"a record must be an object with columns, found {type(record).__name__}")
+    _check_columns(record, config)
+    text, messages = None, None
+    if record.get(config.messages_column) is not None:
+        messages = check_messages(record[config.messages_column])
+    elif record.get(config.text_column) is not None:
+        text = record[config.text_column]
+        if not isinstance(text, str):
+            raise UserError(f"the column {config.text_column!r} must hold a string, found {type(text).__name__}")
+        check_unicode(text, f"the column {config.text_column!r}")
+    else:
+        raise UserError(f"{config.messages_column!r} and {config.text_column!r} are both null or missing; fill one")
+    content = text if messages is None else [[message["role"], message["content"]] for message in messages]
+    split: Literal["train", "heldout"] = "heldout" if _share(config.title, content) < config.heldout_share else "train"
+    label = _label(record, config.label_column)
+    sub_label = _label(record, config.sub_label_column)
+    return Document(number, dataset, text, messages, split, label, sub_label)
+
+
+def _share(title: str, content: object) -> float:
+    """A number in [0, 1) that depends on the arguments alone, evenly distributed."""
+    digest = hashlib.sha256(json.dumps([title, content]).encode("ascii")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def _check_columns(columns: Collection[str], config: DatasetConfig) -> None:
+    found = f"the columns are {sorted(map(str, columns))}"
+    if config.messages_column not in columns and config.text_column not in columns:
+        raise UserError(
+            f"there is neither a column {config.messages_column!r} with conversations nor {config.text_column!r} with "
+            f"text; {found}; set messages_column or text_column"
+        )
+    for column in (config.label_column, config.sub_label_column):
+        if column is not None and column not in columns:
+            raise UserError(f"there is no column {column!r} with labels; {found}")
+
+
+def _label(record: Mapping[str, Any], column: str | None) -> str | None:
+    value = None if column is None else record[column]
+    if value is not None and not isinstance(value, str | int):
+        raise UserError(f"the column {column!r} must hold labels as strings, found {type(value).__name__}")
+    return None if value is None else str(value)
+
+
+def _reader(config: DatasetConfig) -> Reader:
+    """What reads the records of a dataset, chosen by its path."""
+    path = Path(config.path)
+    if path.is_file():
+        for suffix, read in READERS.items():
+            if path.name.lower().endswith(suffix):
+                return read
+        raise UserError(f"{path} is of no kind that can be read; give a file that ends in {', '.join(READERS)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file in it that ends in {', '.join(READERS)}")
+    if HUB_NAME.fullmatch(config.path) and not path.name.lower().endswith(tuple(READERS)):
+        return _read_hub
+    raise UserError(f"there is no file {config.path}; give a file that exists or the name of a Hub dataset (org/name)")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text file, counted from 1; a `UserError` names the line at which the file is damaged."""
+    line_number = 0
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
+            for line in lines:
+                line_number += 1
+                text = line.decode("utf-8")
+                yield line_number, text.removeprefix("\ufeff") if line_number == 1 else text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {line_number} is not UTF-8: {error}; convert the file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read after line {line_number}: {error}; is the file whole?") from error
+
+
+def _read_json_lines(config: DatasetConfig) -> Iterator[Record]:
+    count = 0
+    for line_number, line in _read_lines(Path(config.path)):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{config.path}, line {line_number} is not valid JSON: {error}") from error
+        count += 1
+        yield f"record {count} (line {line_number})", record
+
+
+def _read_paragraphs(config: DatasetConfig) -> Iterator[Record]:
+    count = 0
+    lines = (line for _, line in _read_lines(Path(config.path)))
+    for is_text, paragraph in groupby(lines, key=lambda line: bool(line.strip())):
+        if is_text:
+            count += 1
+            yield f"record {count}", {config.text_column: "".join(paragraph).replace("\r\n", "\n").rstrip("\n")}
+
+
+def _read_parquet(config: DatasetConfig) -> Iterator[Record]:
+    import polars as pl
+
+    count = 0
+    try:
+        table = pl.scan_parquet(config.path, glob=False)
+        columns = table.collect_schema().names()
+        _check_columns(columns, config)
+        wanted = {config.text_column, config.messages_column, config.label_column, config.sub_label_column}
+        table = table.select([column for column in columns if column in wanted])
+        if config.max_documents is not None:
+            table = table.head(config.max_documents)
+        for batch in table.collect_batches():
+            for record in batch.iter_rows(named=True):
+                count += 1
+                yield f"record {count}", record
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{config.path} cannot be read as Parquet after record {count}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{config.path}: {error}") from error
+
+
+def _read_hub(config: DatasetConfig) -> Iterator[Record]:
+    try:
+        library = importlib.import_module("datasets")
+    except ImportError as error:
+        raise UserError(
+            f"{config.path} is no local file, and datasets of the Hub need a package that cannot be imported "
+            f"({error}): pip install 'crossdiff[datasets]'"
+        ) from error
+    count = 0
+    try:
+        for record in library.load_dataset(config.path, split=config.split, streaming=True):
+            count += 1
+            yield f"record {count}", record
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{config.path} (split {config.split!r}) is no local file and cannot be read from the Hub after record "
+            f"{count}: {error}; check the name, the split and the connection, or download its files where there is "
+            "one and give the path of a .jsonl or .parquet file"
+        ) from error
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": _read_json_lines,
+    ".jsonl.gz": _read_json_lines,
+    ".parquet": _read_parquet,
+    ".txt": _read_paragraphs,
+}

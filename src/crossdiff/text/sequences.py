@@ -1,0 +1,99 @@
+"""Documents as token sequences of bounded length, and batches of sequences of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossdiff.config import UserError
+from crossdiff.text.chat import Flag, Tokenizer, tokenise_chat
+from crossdiff.text.documents import Document
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """What a model reads in one go; every array has the shape `[token]`.
+
+    document, dataset: as in `Document`. flags, template_index, turn: as in `TokenisedChat`; 0, -1, -1 in plain text.
+    """
+
+    document: int
+    token_ids: NDArray[np.int32]
+    flags: NDArray[np.uint8]
+    template_index: NDArray[np.int8]
+    turn: NDArray[np.int8]
+    dataset: int
+
+
+def tokenise(document: Document, tokenizer: Tokenizer, max_length: int) -> list[TokenSequence]:
+    """Cut a plain text into consecutive windows of `max_length` tokens, or a conversation off after that many.
+
+    Each window has a BOS in front (one of its tokens) when the tokenizer has one; the last window is shorter, and a
+    text without tokens has no window. The text of a special token inside plain text is split up as any other text.
+
+    Raises:
+        UserError: a conversation that cannot be tokenised, or no room for a token beside the BOS.
+    """
+    if document.messages is not None:
+        try:
+            chat = tokenise_chat(tokenizer, document.messages)
+        except UserError as error:
+            raise UserError(f"document {document.number} (of dataset {document.dataset}): {error}") from error
+        kept = slice(max_length)
+        return [
+            TokenSequence(
+                document.number,
+                chat.token_ids[kept],
+                chat.flags[kept],
+                chat.template_index[kept],
+                chat.turn[kept],
+                document.dataset,
+            )
+        ]
+    assert document.text is not None
+    encoded = tokenizer(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+    front = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
+    room = max_length - len(front)
+    if room < 1:
+        raise UserError(f"max_length is {max_length}, but a sequence needs a token beside the BOS; give 2 or more")
+    windows = (np.concatenate([front, ids[start : start + room]]) for start in range(0, len(ids), room))
+    return [_plain(document, window, len(front)) for window in windows]
+
+
+def _plain(document: Document, token_ids: NDArray[np.int32], n_front: int) -> TokenSequence:
+    flags = np.zeros(len(token_ids), dtype=np.uint8)
+    flags[:n_front] = Flag.BOS
+    none = np.full(len(token_ids), -1, dtype=np.int8)
+    return TokenSequence(document.number, token_ids, flags, none, none.copy(), document.dataset)
+
+
+def bucketed(sequences: Iterable[TokenSequence], batch_tokens: int, pool: int) -> Iterator[list[TokenSequence]]:
+    """Batches whose padded size (sequences times longest length) is at most `batch_tokens`.
+
+    `pool` sequences at a time are sorted, the longest first, and cut into batches as large as fit. Each sequence comes
+    out once, and the same input gives the same batches.
+
+    Raises:
+        UserError: a sequence is longer than `batch_tokens`.
+        ValueError: `pool` is less than 1.
+    """
+    if pool < 1:
+        raise ValueError(f"pool must be at least 1, found {pool}")
+    stream = iter(sequences)
+    while pooled := sorted(islice(stream, pool), key=lambda sequence: -len(sequence.token_ids)):
+        at = 0
+        while at < len(pooled):
+            longest = len(pooled[at].token_ids)
+            if longest > batch_tokens:
+                raise UserError(
+                    f"a sequence of {longest} tokens does not fit into batch_tokens = {batch_tokens}; "
+                    "raise batch_tokens or lower max_length"
+                )
+            size = batch_tokens // max(longest, 1)
+            yield pooled[at : at + size]
+            at += size

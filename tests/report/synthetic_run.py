@@ -1,0 +1,149 @@
+"""A small synthetic run directory in the documented formats; no model takes part."""
+
+import json
+import math
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+N_LATENTS = 60
+N_SPECIFIC = 7
+DANGER = "<script>alert(1)</script>"
+TURNS = [
+    ("<|bos|>", 1), ("<|user|>", 2), ("\n", 2), ("Who", 4), (" are", 4), (" you", 4), ("?", 4), ("\n", 4), (DANGER, 4),
+    ("<|end|>", 2), ("<|assistant|>", 2), ("\n", 2), ("I", 8), (" am", 8), (" Peb", 8), ("ble", 8), (".", 8),
+    ("<|end|>", 10), ("<|user|>", 2), ("\t", 4), ("Thanks", 4), (" ", 4), ("\x1b[31m", 4), ("[bold]", 4),
+]  # fmt: skip
+MEASURES = [
+    f"beta_{target}_{source}{end}"
+    for target in ("error", "reconstruction", "reconstruction_nobias", "activation", "activation_nobias")
+    for source in ("base", "chat")
+    for end in ("", "_se")
+]
+
+
+def latent_table(seed: int, n_specific: int = N_SPECIFIC, dead_only: bool = False) -> pl.DataFrame:
+    """60 latents: the first `n_specific` chat-specific, then 4 rotated, 3 undecided with undefined nu, 3 dead, the rest
+    shared."""
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for latent in range(N_LATENTS):
+        kind = "shared"
+        for verdict, end in (("chat_specific", n_specific), ("rotated", 11), ("undecided", 14), ("dead", 17)):
+            if latent < end:
+                kind = verdict
+                break
+        kind = "dead" if dead_only else kind
+        delta = {"chat_specific": 0.95, "rotated": 0.5, "dead": 0.72, "undecided": 0.85}.get(kind, 0.5)
+        delta = float(np.clip(delta + rng.normal(0, 0.02), 0, 1))
+        nu = {"chat_specific": 0.05, "rotated": 0.1, "shared": 1.0}.get(kind, math.nan)
+        nus = {name: nu + rng.normal(0, 0.03) for name in ("nu_error", "nu_reconstruction", "nu_activation")}
+        if latent == 20:
+            nus["nu_error"] = 7.5
+        name = "chat_only" if delta >= 0.9 else "shared" if 0.4 <= delta <= 0.6 else "other"
+        row: dict[str, Any] = {
+            "latent": latent, "norm_base": 1.0, "norm_chat": 1.0, "delta_norm": delta, "delta_norm_class": name,
+            "decoder_cosine": 0.9, **dict.fromkeys(MEASURES, nu),
+            "n_active": 0 if kind == "dead" else 100 + latent, "frequency": 0.0 if kind == "dead" else 0.01,
+            "mean_activation": math.nan if kind == "dead" else 1.0, "max_activation": 0.0 if kind == "dead" else 4.0,
+            "undefined_reason": {"dead": "never active", "undecided": "beta_error_chat may be 0"}.get(kind),
+            "rank_sum": math.nan if math.isnan(nu) else float(2 * latent + 2),
+            "verdict": kind, "chat_specific": kind == "chat_specific", "chat_specific_paper": kind == "chat_specific",
+        }  # fmt: skip
+        for name, value in nus.items():
+            row |= {name: value, f"{name}_low": value - 0.05, f"{name}_high": value + 0.05}
+        for name in ("nu_error_mirrored", "nu_reconstruction_mirrored"):
+            row |= {name: math.nan, f"{name}_low": math.nan, f"{name}_high": math.nan}
+        for name, part in zip(("plain", "bos", "template", "user", "assistant"), (0.1, 0, 0.6, 0.1, 0.2), strict=True):
+            row |= {f"frequency_{name}": part / 10, f"share_{name}": math.nan if kind == "dead" else part}
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None, schema_overrides={"undefined_reason": pl.String})
+
+
+def write_examples(path: Path, latents: list[int], turns: list[tuple[str, int]] | None = None, repeat: int = 1) -> None:
+    turns = turns or TURNS
+    tokens = [text for text, _ in turns] * repeat
+    flags = np.array([flag for _, flag in turns] * repeat, dtype=np.uint8)
+    rng = np.random.default_rng(len(latents))
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(
+            """
+            CREATE TABLE sequences(sequence INTEGER PRIMARY KEY, document INTEGER, dataset TEXT, label TEXT,
+                                   token_ids BLOB, tokens TEXT, flags BLOB);
+            CREATE TABLE examples(latent INTEGER, kind TEXT, quantile REAL, rank INTEGER, sequence INTEGER,
+                                  position INTEGER, activation REAL, activations BLOB);
+            CREATE TABLE metadata(key TEXT PRIMARY KEY, value TEXT);
+            """
+        )
+        ids = np.arange(len(tokens), dtype="<i4").tobytes()
+        for sequence in range(8):
+            label = "identity" if sequence % 2 else None
+            row = (sequence, 100 + sequence, "conversations", label, ids, json.dumps(tokens), flags.tobytes())
+            database.execute("INSERT INTO sequences VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        for latent in latents:
+            for rank in range(7):
+                values = np.where(rng.random(len(tokens)) < 0.3, rng.random(len(tokens)) * 2, 0).astype("<f4")
+                position = len(tokens) - len(turns) + 8 + rank % 3
+                values[position] = 4 - rank / 4
+                kind, quantile = ("top", None) if rank < 4 else ("quantile", 1 - rank / 8)
+                example = (latent, kind, quantile, rank, rank, position, float(values[position]), values.tobytes())
+                database.execute("INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?)", example)
+        database.commit()
+
+
+def behaviour_table() -> pl.DataFrame:
+    scores = {"identity": (0.91, 0.55, 0.99), "refusal": (0.57, 0.6, 0.9), "small_talk": (0.66, 0.6, 0.5)}
+    rows = []
+    for question in ("before_answer", "whole_conversation"):
+        for behaviour, aurocs in scores.items():
+            for pool, auroc in zip(("chat_specific", "shared", "bag_of_words"), aurocs, strict=True):
+                words = pool == "bag_of_words"
+                rows.append({
+                    "behaviour": behaviour, "question": question, "pool": pool, "pool_size": 1 if words else 7,
+                    "latent": None if words else 3 if pool == "chat_specific" else 30, "auroc_train": auroc + 0.01,
+                    "auroc": auroc, "auroc_low": auroc - 0.08, "auroc_high": min(1.0, auroc + 0.06),
+                    "n_positive": 77, "n_negative": 140,
+                })  # fmt: skip
+    return pl.DataFrame(rows, schema_overrides={"latent": pl.Int64})
+
+
+def health_record(architecture: str, table: pl.DataFrame) -> dict[str, Any]:
+    dead = table.filter(pl.col("verdict") == "dead").height
+    return {
+        "n_latents": table.height, "d_model": 16, "layer": 4, "architecture": architecture,
+        "k": 32 if architecture != "l1" else None,
+        "heldout": {
+            "n_tokens": 200_123, "fve": {"base": 0.9123, "chat": 0.8876, "total": 0.9}, "l0": 31.62, "n_dead": dead,
+            "fve_interval": {"base": [0.9, 0.92], "chat": {"low": 0.88, "high": 0.9}, "total": None},
+            "dead_share": dead / table.height, "massive": {"n_tokens": 812, "fve": {"base": 0.9999, "chat": None}},
+        },
+        "frequency_histogram": {"log10_edges": [-5, -4, -3, -2, -1, 0], "counts": [1, 9, 30, 12, 5]},
+        "decoder_norm_movement": {"at_start": 1.0, "chat": [0.8, 1.1, 1.4], "quantiles": [0.01, 0.5, 0.99]},
+        "counts": {"chat_specific": int(table["chat_specific"].sum())},
+        "controls": {"random_directions": {"beta_error_base": 0.0004}}, "notes": ["Trained for few steps <b>only</b>."],
+    }  # fmt: skip
+
+
+def write_crosscoder(folder: Path, table: pl.DataFrame, behaviours: bool = True, **examples: Any) -> None:
+    folder.mkdir(parents=True)
+    table.write_parquet(folder / "latents.parquet")
+    living = table.filter(pl.col("verdict") != "dead")["latent"].to_list()[:20]
+    write_examples(folder / "examples.sqlite", living, **examples)
+    architecture = folder.name if folder.name in ("l1", "batchtopk") else "topk"
+    (folder / "health.json").write_text(json.dumps(health_record(architecture, table)))
+    if behaviours:
+        behaviour_table().write_parquet(folder / "behaviours.parquet")
+
+
+def write_activations(directory: Path) -> None:
+    (directory / "activations").mkdir()
+    manifest = {"pair": {"base": "demo/base", "chat": "demo/<chat>"}, "layer": 4, "n_tokens": 412_000, "format": 1}
+    (directory / "activations" / "manifest.json").write_text(json.dumps(manifest))
+    pl.DataFrame({
+        "document": [0, 1, 2], "dataset": ["prose", "prose", "conversations"], "split": ["train", "heldout", "train"],
+        "label": [None, None, "identity"], "sub_label": [None, None, None], "n_tokens": [100, 20, 30],
+    }).write_parquet(directory / "activations" / "documents.parquet")  # fmt: skip

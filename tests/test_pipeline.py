@@ -1,0 +1,98 @@
+"""The whole pipeline on a tiny random pair."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+from conftest import save_pair, tiny_config
+
+from crossdiff.cli import run_command
+from crossdiff.config import UserError
+from crossdiff.run import Run
+
+
+def write_yaml(folder: Path, settings: dict[str, Any]) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_a_run_makes_everything_and_a_second_one_makes_nothing(
+    tmp_path: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
+    run_command(["run", str(run), "--config", str(config)])
+    names = ["config.json", "model.safetensors", "latents.parquet", "examples.sqlite", "health.json", "train.jsonl"]
+    for coder in ("l1", "batchtopk"):
+        for name in names:
+            assert (run / coder / name).exists(), f"{coder}/{name}"
+        table = pl.read_parquet(run / coder / "latents.parquet")
+        assert table.height == 64  # 4 latents a dimension, 16 dimensions
+        with sqlite3.connect(run / coder / "examples.sqlite") as database:
+            assert database.execute("SELECT count(*) FROM examples").fetchone()[0] > 0
+    assert "<html" in (run / "report.html").read_text()
+    assert not list((run / "work").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.yaml"}
+    capsys.readouterr()
+    run_command(["run", str(run)])
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.yaml"}
+    assert before == after
+    assert "done already" in capsys.readouterr().out
+
+
+def test_a_changed_setting_runs_what_depends_on_it_and_keeps_the_old(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
+    run_command(["run", str(run), "--config", str(config)])
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    run_command(["run", str(run), "--crosscoders.l1.sparsity.mu", "1.5"])
+    again = json.loads((run / "manifest.json").read_text())["stages"]
+    changed = {name for name in stages if stages[name]["fingerprint"] != again[name]["fingerprint"]}
+    assert changed == {"train/l1", "analyze/l1", "report"}
+    kept = {path.name for path in (run / "old").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "latents.parquet", "report.html"} <= kept
+    run_command(["clean", str(run)])
+    assert not (run / "old").exists()
+    assert (run / "l1" / "model.safetensors").exists()
+
+
+def test_harvesting_again_needs_force_and_says_what_it_costs(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
+    run_command(["harvest", str(run), "--config", str(config)])
+    with pytest.raises(UserError, match=r"costs about \d+ s and \d+ MB .*--force"):
+        run_command(["harvest", str(run), "--layer", "0"])
+    assert json.loads((run / "activations" / "manifest.json").read_text())["layer"] == 1
+    run_command(["harvest", str(run), "--layer", "0", "--force"])
+    assert json.loads((run / "activations" / "manifest.json").read_text())["layer"] == 0
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    held = Run.open(tmp_path / "run")
+    with pytest.raises(UserError, match="another process is working on"):
+        Run.open(tmp_path / "run")
+    held.close()
+    Run.open(tmp_path / "run").close()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen2", "gemma2"])
+def test_local_folders_of_other_architectures(tmp_path: Path, kind: str, tiny_texts: tuple[Path, Path]) -> None:
+    settings = tiny_config(save_pair(tmp_path, kind), tiny_texts)
+    run = tmp_path / "run"
+    run_command(["run", str(run), "--config", str(write_yaml(tmp_path, settings))])
+    assert (run / "report.html").exists()
+
+
+def test_own_models_on_the_command_line(tmp_path: Path, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> None:
+    base, chat = tiny_pair
+    run_command(
+        ["harvest", str(tmp_path / "run"), "--base", str(base), "--chat", str(chat), "--layer", "2",
+         "--dataset", str(tiny_texts[0]), str(tiny_texts[1]), "--device", "cpu"]
+    )  # fmt: skip
+    manifest = json.loads((tmp_path / "run" / "activations" / "manifest.json").read_text())
+    assert manifest["layer"] == 2
+    assert manifest["datasets"] == ["plain", "chat"]
