@@ -13,6 +13,7 @@ import yaml
 
 from crossdiff.config import Config, RunConfig, UserError, merge, read_yaml, validate
 
+FLAGS = {"-h", "--help", "--force", "--debug"}
 EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
 STAGE_HELP = {
     "run": "go through all stages: harvest, train, analyze, report",
@@ -78,18 +79,28 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
+def _scan(argv: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The run directory and the options' first values, read before it is known which settings there are."""
+    directory, options = None, {}
+    words = iter(argv)
+    for word in words:
+        name, given, value = word.removeprefix("--").partition("=")
+        if not word.startswith("-"):
+            directory = directory or word
+        elif word not in FLAGS:
+            options[name] = value if given else next(words, "")
+    return directory, options
+
+
 def _starting_config(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Settings before the command line's own: --config, else the run's, else those of the embedded pair."""
-    early = _Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("directory", nargs="?", type=Path)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--base")
-    given, _ = early.parse_known_args([word for word in argv if word not in {"-h", "--help", "--force", "--debug"}])
-    if given.config is not None:
-        return read_yaml(given.config), str(given.config)
-    if given.directory is not None and (given.directory / "config.yaml").exists():
-        return read_yaml(given.directory / "config.yaml"), str(given.directory / "config.yaml")
-    if given.base is not None and not given.base.startswith("demo:"):
+    directory, options = _scan(argv)
+    if "config" in options:
+        return read_yaml(Path(options["config"])), options["config"]
+    if directory is not None and (Path(directory) / "config.yaml").exists():
+        path = Path(directory) / "config.yaml"
+        return read_yaml(path), str(path)
+    if not options.get("base", "demo:").startswith("demo:"):
         return {}, "the command line"
     from crossdiff.pairs import CONFIG
 
@@ -113,6 +124,7 @@ def _stage(command: str, argv: Sequence[str]) -> None:
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     parser.add_argument("--force", action="store_true", help="harvest again although there is a store")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="work on these crosscoders of the run alone")
     _add_settings(parser, defaults)
     args = parser.parse_args(argv)
     config = validate(RunConfig, merge(start, _changes(args)), "the command line" if _changes(args) else origin)
@@ -125,7 +137,7 @@ def _stage(command: str, argv: Sequence[str]) -> None:
 
     run = Run.open(directory)
     try:
-        Pipeline(run, config, Console(), args.force).go("report" if command == "run" else command)
+        Pipeline(run, config, Console(), args.force, tuple(args.only)).go("report" if command == "run" else command)
     except OSError as error:
         if (explained := explain_disk_error(error, directory)) is None:
             raise

@@ -30,7 +30,7 @@ CODE_FORMAT = 1
 def progress_bar(console: Console, title: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar with elapsed and remaining time; yields `advance(n=1, note="", total=None)`."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
@@ -50,6 +50,15 @@ class Pipeline:
     config: RunConfig
     console: Console
     force: bool = False
+    only: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The crosscoders to work on: all of the run, or those asked for."""
+        for name in self.only:
+            if name not in self.config.crosscoders:
+                raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
+        return self.only or tuple(self.config.crosscoders)
 
     # --- what each stage depends on -------------------------------------------------------------------------------
 
@@ -81,7 +90,7 @@ class Pipeline:
 
     def report_stage(self) -> Stage:
         """Depends on every analysis."""
-        value = {name: self.analyze_stage(name).fingerprint for name in self.config.crosscoders}
+        value = {name: self.analyze_stage(name).fingerprint for name in self.names}
         return Stage("report", fingerprint({"code": CODE_FORMAT, "analyses": value}), ("report.html",))
 
     # --- the stages -----------------------------------------------------------------------------------------------
@@ -95,10 +104,10 @@ class Pipeline:
         if "harvest" in stages:
             self.harvest()
         if "train" in stages:
-            for name in self.config.crosscoders:
+            for name in self.names:
                 self.train(name)
         if "analyze" in stages:
-            for name in self.config.crosscoders:
+            for name in self.names:
                 self.analyze(name)
         if "report" in stages:
             self.report()
@@ -220,10 +229,10 @@ class Pipeline:
         from crossdiff.report.terminal import print_summary
 
         stage = self.report_stage()
-        for name in self.config.crosscoders:
+        for name in self.names:
             if not self.run.is_done(self.analyze_stage(name)):
                 raise UserError(f"{name} is not analysed with these settings; run `crossdiff analyze` first")
-        report = read_run(self.run.path, tuple(self.config.crosscoders))
+        report = read_run(self.run.path, self.names)
         if not self._skip(stage):
             with self.run.working(stage) as folder:
                 write_html(report, folder / "report.html")
@@ -235,7 +244,7 @@ def _training_note(record: dict[str, Any]) -> str:
     if not record:
         return ""
     fve = " ".join(f"{value:.3f}" for key, value in record.items() if key.startswith("fve_"))
-    return f"loss {record['loss']:.3g}  FVE {fve}  L0 {record['l0']:.1f}  dead {record['dead_share']:.1%}"
+    return f"FVE {fve} L0 {record['l0']:.0f} dead {record['dead_share']:.0%}"
 
 
 def _resolve(dataset: DatasetConfig) -> DatasetConfig:

@@ -95,9 +95,13 @@ class Run:
         else:
             strangers = sorted(p.name for p in path.iterdir() if p.name != ".lock")
             if strangers:
+                lock.close()
+                (path / ".lock").unlink()
                 raise UserError(f"{path} is not empty and no run of crossdiff (found {strangers[0]}); choose another folder")
             manifest = {"format": FORMAT, "stages": {}, "swap": []}
         run = cls(path, manifest, lock)
+        if not manifest_path.exists():
+            run.save()
         run._swap_moves()
         return run
 

@@ -152,6 +152,7 @@ def test_limits_of_batches() -> None:
         list(bucketed(iter(sized(1)), 5, 0))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), max_size=60), st.integers(30, 120), st.integers(1, 20))
 def test_bucketing_loses_nothing(lengths: list[int], batch_tokens: int, pool: int) -> None:
     batches = list(bucketed(iter(sized(*lengths)), batch_tokens, pool))

@@ -131,13 +131,14 @@ def _sequences(
 
 
 def _document_row(document: Document, datasets: tuple[DatasetConfig, ...], n_tokens: int) -> dict[str, Any]:
+    questions = [message["content"] for message in document.messages or () if message["role"] == "user"]
     return {
         "document": document.number,
         "dataset": datasets[document.dataset].title,
         "split": document.split,
         "label": document.label,
         "sub_label": document.sub_label,
-        "prompt": document.messages[0]["content"] if document.messages else None,
+        "prompt": questions[0] if questions else None,
         "n_messages": len(document.messages) if document.messages else 0,
         "n_tokens": n_tokens,
     }

@@ -30,7 +30,7 @@ class HeldoutSums:
     total: Float64[Tensor, "kind block column"]
     counts: Int64[Tensor, " latent"]
 
-    def fve(self, kind: int, blocks: Tensor | None = None) -> Float64[Tensor, " source+1"]:
+    def fve(self, kind: int, blocks: Tensor | None = None) -> Float64[Tensor, " entry"]:
         """1 - sum ||x - xhat||^2 / sum ||x - mean||^2 per source, and over all of them at the end."""
         chosen = slice(None) if blocks is None else blocks
         n, error = self.n[kind][chosen].sum(), self.squared_error[kind][chosen].sum(0)

@@ -17,16 +17,21 @@ from crossdiff.latents.behaviours import behaviour_table, conversation_scores
 from crossdiff.latents.examples import ExampleCollector, write_examples
 from crossdiff.latents.scaling import ScalingAccumulator, scaling
 from crossdiff.latents.stream import chunks
-from crossdiff.latents.table import CHAT, counts, latent_table, pools
+from crossdiff.latents.table import BASE, CHAT, counts, latent_table, pools
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 
 
-def random_directions(crosscoder: Crosscoder, seed: int) -> Float[Tensor, "direction latent d_model"]:
-    """Random directions with the norms of the crosscoder's own: the control that must give betas near 0."""
+RANDOM = 2
+"""Index of the control among the directions that the pass measures, after those of base and chat."""
+
+
+def with_random_directions(crosscoder: Crosscoder, seed: int) -> Float[Tensor, "direction latent d_model"]:
+    """The crosscoder's directions, and random ones of the chat directions' norms: the control whose betas must be near 0."""
     own = crosscoder.directions()
-    random = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
-    return random * (own.norm(dim=2, keepdim=True) / random.norm(dim=2, keepdim=True))
+    random = torch.randn(own[CHAT].shape, generator=torch.Generator().manual_seed(seed))
+    random *= own[CHAT].norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
+    return torch.cat([own, random.unsqueeze(0)])
 
 
 def analyze(
@@ -45,20 +50,20 @@ def analyze(
     if crosscoder.n_sources != 2:
         raise UserError(f"the latent table compares two models; this coder reads {crosscoder.n_sources}")
     groups, norms = group_of(store.column("flags")), crosscoder.norms().sum(1)
-    random = random_directions(crosscoder, config.seed)
-    own, control = ScalingAccumulator(crosscoder, config.blocks), ScalingAccumulator(crosscoder, config.blocks, random)
+    directions = with_random_directions(crosscoder, config.seed)
+    accumulator = ScalingAccumulator(crosscoder, config.blocks, directions)
     activity, collector = Activity.empty(crosscoder.n_latents), ExampleCollector(crosscoder.n_latents, config)
     for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance):
-        own.add(chunk)
-        control.add(chunk)
+        accumulator.add(chunk)
         activity.add(chunk, groups[chunk.rows], norms)
         collector.add(chunk, norms)
-    table = latent_table(crosscoder, own.finish(), activity, config)
+    sums = accumulator.finish()
+    table = latent_table(crosscoder, sums, activity, config)
     table.write_parquet(folder / "latents.parquet")
     write_examples(folder / "examples.sqlite", crosscoder, store, tokenizer, collector, config, advance)
 
     heldout = heldout_sums(crosscoder, store, "heldout", config.batch_tokens)
-    randomised = scaling(crosscoder, control.finish(), CHAT, 0, random)
+    randomised = scaling(crosscoder, sums, RANDOM, BASE, CHAT, directions)
     health_report = {
         "architecture": crosscoder.sparsity.kind,
         "n_latents": crosscoder.n_latents,

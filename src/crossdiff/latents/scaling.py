@@ -168,10 +168,11 @@ def scaling(
     sums: Sums,
     direction: int,
     numerator: int,
+    denominator: int,
     directions: Float[Tensor, "direction latent d_model"] | None = None,
     targets: Iterable[str] = TARGETS,
 ) -> Scaling:
-    """Estimates along `direction`; nu is beta(source `numerator`) over beta(source `direction`)."""
+    """Estimates along `direction` (of the accumulator's); nu is beta(source `numerator`) over beta(source `denominator`)."""
     d = (crosscoder.directions() if directions is None else directions)[direction].double()
     square = d.square().sum(1)
     whole, parts = square * sums.f2.sum(0), square * _without_each(sums.f2)
@@ -184,7 +185,7 @@ def scaling(
             betas[target, source] = Estimate(value[source], jackknife(left_out[source]))
         if crosscoder.n_sources == 1:
             continue
-        under = betas[target, direction]
-        nus[target] = Estimate(value[numerator] / value[direction], jackknife(left_out[numerator] / left_out[direction]))
+        under = betas[target, denominator]
+        nus[target] = Estimate(value[numerator] / value[denominator], jackknife(left_out[numerator] / left_out[denominator]))
         undefined[target] = ~(under.value.abs() > under.half_width(n_blocks))
     return Scaling(betas, nus, undefined)

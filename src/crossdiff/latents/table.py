@@ -81,8 +81,10 @@ def latent_table(crosscoder: Crosscoder, sums: Sums, activity: Activity, config:
         "delta_norm_class": [delta_norm_class(value) for value in delta.tolist()],
         "decoder_cosine": cosine(crosscoder.directions()).numpy(),
     }
-    along_chat = scaling(crosscoder, sums, direction=CHAT, numerator=BASE)
-    along_base = scaling(crosscoder, sums, direction=BASE, numerator=CHAT, targets=("error", "reconstruction"))
+    along_chat = scaling(crosscoder, sums, direction=CHAT, numerator=BASE, denominator=CHAT)
+    along_base = scaling(
+        crosscoder, sums, direction=BASE, numerator=CHAT, denominator=BASE, targets=("error", "reconstruction")
+    )
     for target in TARGETS:
         for source, name in ((BASE, "base"), (CHAT, "chat")):
             beta = along_chat.betas[target, source]

@@ -102,7 +102,6 @@ def render_html(report: RunReport) -> str:
         datasets=report.datasets,
         open_examples=OPEN_EXAMPLES,
         levels=range(1, LEVELS + 1),
-        compact=wording.compact,
         whole=wording.whole,
         plotly=Markup(figures.plotly_script()),
     )

@@ -168,7 +168,10 @@ def _behaviour_sentences(coder: CrosscoderReport) -> list[str]:
 def gain(result: BehaviourResult) -> float:
     """AUROC of the best specific latent minus that of the best shared one; NaN when either was not scored."""
     specific, shared = result.scores.get("chat_specific"), result.scores.get("shared")
-    return math.nan if specific is None or shared is None else specific.auroc.value - shared.auroc.value
+    if specific is None or shared is None:
+        return math.nan
+    # Rounded so that 0.61 - 0.51 is 0.1 and not a little less.
+    return round(specific.auroc.value - shared.auroc.value, 9)
 
 
 def judgement(result: BehaviourResult) -> str:
@@ -177,7 +180,9 @@ def judgement(result: BehaviourResult) -> str:
     if specific is None or math.isnan(specific.auroc.value):
         return "No latent of the specific pool to test."
     parts = [_against_shared(specific, shared, gain(result))]
-    if specific.auroc.low <= 0.5:
+    if specific.auroc.high < 0.5:
+        parts.append("It does worse than chance (0.5).")
+    elif specific.auroc.low <= 0.5:
         parts.append("The interval includes chance (0.5).")
     prompt = result.scores.get("bag_of_words")
     if prompt is not None and prompt.auroc.value >= specific.auroc.value:

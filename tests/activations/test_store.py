@@ -1,0 +1,100 @@
+"""Round trips, order, normalisation, and damage that is found and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import PAIR, make_store
+
+from crossdiff.activations.loader import Batches
+from crossdiff.activations.store import Store, consecutive, verify
+from crossdiff.config import UserError
+
+
+@pytest.fixture
+def activations() -> torch.Tensor:
+    return torch.randn(2000, 2, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
+
+
+def test_gather_gives_the_rows_in_the_order_asked_for(tmp_path: Path, activations: torch.Tensor) -> None:
+    store = make_store(tmp_path, activations, shard=300)
+    assert len(store.shards) == 7  # 2,000 tokens in shards of 300
+    rows = np.array([1999, 0, 299, 300, 301, 7, 1500])
+    assert torch.equal(store.gather(rows), activations[torch.from_numpy(rows)])
+
+
+def test_rows_leave_out_first_positions_and_the_other_split(tmp_path: Path, activations: torch.Tensor) -> None:
+    store = make_store(tmp_path, activations)
+    assert len(store.rows()) == 1900  # 100 sequences of 20, one position each left out
+    assert len(store.rows("train")) == 80 * 19
+    assert len(store.rows("heldout")) == 20 * 19
+    with pytest.raises(UserError, match="no tokens in the split 'test'"):
+        store.rows("test")
+
+
+def test_batches_see_each_token_once_an_epoch_and_are_normalised(tmp_path: Path, activations: torch.Tensor) -> None:
+    store = make_store(tmp_path, activations)
+    batches = Batches(store, 76, seed=0)
+    assert batches.per_epoch == 20  # 1,520 training tokens
+    epoch = torch.cat([batches[step] for step in range(20)])
+    expected = (activations[torch.from_numpy(store.rows("train"))] - store.normalisation.mean.float()) * store.normalisation.scale
+    torch.testing.assert_close(epoch.sort(0).values, expected.sort(0).values)
+    assert float(epoch.square().sum(2).mean()) == pytest.approx(4.0, rel=1e-4)  # d_model
+    assert torch.allclose(epoch.mean(0), torch.zeros(2, 4), atol=1e-4)
+    again = Batches(store, 76, seed=0)
+    assert torch.equal(again[25], batches[25])
+    assert not torch.equal(batches[5], batches[25])
+    with pytest.raises(UserError, match="batch_size 5000 is larger than the 1520 training tokens"):
+        Batches(store, 5000, seed=0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "documents"])
+def test_verify_names_what_is_damaged(tmp_path: Path, activations: torch.Tensor, damage: str) -> None:
+    make_store(tmp_path, activations, shard=500)
+    assert verify(tmp_path) == []
+    path = tmp_path / ("documents.parquet" if damage == "documents" else "shard-00002.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-100] if damage == "truncate" else content)
+    problems = verify(tmp_path)
+    assert len(problems) == 1
+    assert problems[0].startswith(path.name)
+    if damage in {"truncate", "remove"}:
+        with pytest.raises(UserError, match=r"shard-00002\.safetensors (is missing|has \d+ bytes instead of)"):
+            Store(tmp_path)
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path, activations: torch.Tensor) -> None:
+    make_store(tmp_path, activations)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][0]["file"] = "../secret.safetensors"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="expected a plain file name"):
+        Store(tmp_path)
+
+
+def test_a_store_of_other_models_is_refused_with_both_sides(tmp_path: Path, activations: torch.Tensor) -> None:
+    store = make_store(tmp_path, activations)
+    store.check_pair(PAIR, 1)
+    with pytest.raises(UserError, match=r"harvested from .*'a'.* at layer 1, but .*'c'.* at layer 1"):
+        store.check_pair({**PAIR, "base": {"name": "c"}}, 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 60))
+def test_consecutive_ranges_cover_all_sequences_in_order(lengths: list[int], limit: int) -> None:
+    bounds = np.cumsum([0, *lengths])
+    ranges = list(consecutive(bounds, limit))
+    assert [first for first, _ in ranges] == [0, *[last for _, last in ranges[:-1]]]
+    assert ranges[-1][1] == len(lengths)
+    for first, last in ranges:
+        assert last - first == 1 or bounds[last] - bounds[first] <= limit

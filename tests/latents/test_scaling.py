@@ -1,0 +1,135 @@
+"""Every latent-scaling target against least squares in float64, and the planted cases whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from crossdiff.config import L1Config
+from crossdiff.crosscoder.kernels import SparseCode
+from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.latents.scaling import ScalingAccumulator, Sums, scaling
+from crossdiff.latents.stream import Chunk
+
+BLOCKS, D, LATENTS = 4, 6, 5
+
+
+def crosscoder(seed: int = 0) -> Crosscoder:
+    generator = torch.Generator().manual_seed(seed)
+    return Crosscoder(
+        encoder=torch.randn(LATENTS, 2 * D, generator=generator), encoder_bias=torch.randn(LATENTS, generator=generator),
+        decoder=torch.randn(LATENTS, 2 * D, generator=generator), decoder_bias=torch.randn(2 * D, generator=generator),
+        mean=torch.randn(2, D, generator=generator), scale=1.7, sparsity=L1Config(),
+    )  # fmt: skip
+
+
+def chunk_of(coder: Crosscoder, h: torch.Tensor, block: int) -> Chunk:
+    x = coder.normalise(h)
+    code = coder.sparse_code(x)
+    assert isinstance(code, SparseCode)
+    reconstruction = code.decode(coder.decoder)
+    error = x.flatten(1) - reconstruction - coder.decoder_bias
+    rows = np.arange(len(h))
+    return Chunk(block, rows, torch.zeros(len(h), dtype=torch.int64), np.array([0]), x.flatten(1), code, reconstruction, error)
+
+
+def collect(coder: Crosscoder, parts: list[torch.Tensor]) -> Sums:
+    accumulator = ScalingAccumulator(coder, BLOCKS)
+    for block, h in enumerate(parts):
+        for piece in h.split(11):
+            accumulator.add(chunk_of(coder, piece, block))
+    return accumulator.finish()
+
+
+def activations(seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(30, 2, D, generator=generator) for _ in range(BLOCKS)]
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize("target", ["error", "reconstruction", "reconstruction_nobias", "activation", "activation_nobias"])
+def test_each_target_is_the_least_squares_solution(direction: int, source: int, target: str) -> None:
+    coder, parts = crosscoder(), activations()
+    result = scaling(coder, collect(coder, parts), direction, 1 - direction, direction)
+    # In the models' own space, as the definition says: directions over the scale, bias mean + b / scale.
+    h = torch.cat(parts).double()
+    x = (h - coder.mean.double()) * coder.scale
+    f = torch.relu(x.flatten(1) @ coder.encoder.double().T + coder.encoder_bias.double())
+    directions = coder.decoder.double().view(LATENTS, 2, D) / coder.scale
+    bias = coder.mean.double() + coder.decoder_bias.double().view(2, D) / coder.scale
+    reconstruction = torch.einsum("tf,fsd->tsd", f, directions) + bias
+    for latent in range(LATENTS):
+        eps = h - reconstruction
+        y = {
+            "error": eps[:, source] + torch.outer(f[:, latent], directions[latent, source]),
+            "reconstruction": reconstruction[:, source],
+            "reconstruction_nobias": reconstruction[:, source] - bias[source],
+            "activation": h[:, source],
+            "activation_nobias": h[:, source] - bias[source],
+        }[target]
+        expected = oracles.beta(f[:, latent], y, directions[latent, direction])
+        assert float(result.betas[target, source].value[latent]) == pytest.approx(expected, rel=2e-5, abs=1e-6)
+
+
+def test_sums_of_disjoint_tokens_add_up() -> None:
+    coder, parts = crosscoder(), activations()
+    whole = collect(coder, parts)
+    halves = collect(coder, [part[:15] for part in parts]) + collect(coder, [part[15:] for part in parts])
+    for key in ("n", "f", "f2", "reconstruction", "error"):
+        torch.testing.assert_close(getattr(halves, key), getattr(whole, key), rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="do not add up"):
+        _ = whole + ScalingAccumulator(coder, BLOCKS + 1).finish()
+
+
+def test_jackknife_of_a_mean_is_its_standard_error() -> None:
+    # For equal blocks the jackknife of a mean is the standard error of the block means: sd([1, 2, 3, 6], ddof 1) / 2.
+    from crossdiff.latents.scaling import jackknife
+
+    values = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64).unsqueeze(1)
+    left_out = (values.sum() - values) / 3
+    assert float(jackknife(left_out)) == pytest.approx(float(values.std()) / 2)
+
+
+def planted(kind: str) -> Crosscoder:
+    """A crosscoder that reads one chat concept perfectly: latent 0 along e0; the base side depends on the kind."""
+    coder = crosscoder()
+    coder.mean.zero_()
+    coder.scale, coder.decoder_bias[:] = 1.0, 0.0
+    for parameter, value in ((coder.encoder, 0.0), (coder.decoder, 0.0), (coder.encoder_bias, -1.0)):
+        parameter.fill_(value)
+    coder.encoder[0, D], coder.encoder_bias[0] = 1.0, 0.0  # reads chat along e0
+    coder.decoder[0, D] = 1.0  # writes chat along e0
+    if kind == "shared":
+        coder.decoder[0, 0] = 1.0
+    if kind == "decoupled":  # another latent, reading the base, carries the concept there
+        coder.encoder[1, 0], coder.encoder_bias[1] = 1.0, 0.0
+        coder.decoder[1, 0] = 1.0
+    return coder
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_base", "nu_error", "nu_reconstruction"),
+    [
+        ("chat_only", 0.0, 0.0, 0.0),  # the base model has nothing there
+        ("shrunk", 0.6, 0.6, 0.0),  # the base model has 0.6 of it, unmodelled: it is in the error
+        ("decoupled", 1.0, 0.0, 1.0),  # the base model has it all, carried by the other latent
+        ("shared", 1.0, 1.0, 1.0),
+    ],
+)
+def test_known_cases(kind: str, in_base: float, nu_error: float, nu_reconstruction: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    parts = []
+    for _ in range(BLOCKS):
+        h = 0.01 * torch.randn(400, 2, D, generator=generator)
+        concept = torch.rand(400, generator=generator) * (torch.rand(400, generator=generator) < 0.5)
+        h[:, 1, 0] += concept
+        h[:, 0, 0] += in_base * concept
+        parts.append(h)
+    coder = planted(kind)
+    result = scaling(coder, collect(coder, parts), direction=1, numerator=0, denominator=1)
+    for target, expected in (("error", nu_error), ("reconstruction", nu_reconstruction)):
+        assert float(result.nus[target].value[0]) == pytest.approx(expected, abs=0.03), target
+    assert bool(result.undefined["error"][3]), "a latent that never fires has no nu"

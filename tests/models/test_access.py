@@ -1,0 +1,87 @@
+"""Capturing and editing the residual stream, on several architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer, save_pair
+
+from crossdiff.config import UserError
+from crossdiff.models.access import decoder_layers, edited_after, residual_after
+from crossdiff.models.pair import check_tokenizers, choose_device, identify, load_pair
+
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "olmo"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_capture_equals_hidden_states_with_padding(kind: str) -> None:
+    model = make_model(kind)
+    ids = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for layer in (0, 1):  # the last entry of hidden_states is after the final norm
+        got = residual_after(model, ids, mask, layer)
+        kept = mask.bool()
+        torch.testing.assert_close(got[kept], expected[layer + 1][kept], rtol=0, atol=1e-5)
+    with torch.no_grad():
+        again = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert torch.equal(again[-1], expected[-1]), "the capture leaves the model as it was"
+
+
+def test_the_forward_stops_after_the_layer() -> None:
+    model, calls = make_model(), []
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_hook(lambda *_, index=index: calls.append(index))
+    ids = torch.arange(5, 12).unsqueeze(0)
+    residual_after(model, ids, torch.ones_like(ids), 1)
+    assert calls[-1] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_moves_the_logits_and_an_identity_does_not(kind: str) -> None:
+    model = make_model(kind)
+    ids = torch.arange(5, 12).unsqueeze(0)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with edited_after(model, 1, lambda hidden: hidden):
+            assert torch.equal(model(input_ids=ids).logits, plain)
+        with edited_after(model, 1, lambda hidden: hidden * torch.linspace(-2, 2, hidden.shape[-1])):
+            assert not torch.allclose(model(input_ids=ids).logits, plain, atol=1e-4)
+        assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+def test_a_pair_is_loaded_and_its_layer_checked(tiny_pair: tuple[Path, Path]) -> None:
+    pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
+    assert (pair.n_layers, pair.d_model) == (3, 16)
+    assert pair.check_layer(None) == 1
+    with pytest.raises(UserError, match="layer 3 does not exist: the models have 3 layers, 0 to 2"):
+        pair.check_layer(3)
+
+
+def test_different_tokenizers_are_refused_with_an_example() -> None:
+    left, right = make_tokenizer(), make_tokenizer()
+    right.add_tokens(["extra"])
+    with pytest.raises(UserError, match=r"1 tokens exist in one only, such as 'extra'"):
+        check_tokenizers(left, right, "a", "b")
+
+
+def test_models_of_different_depth_are_refused(tmp_path: Path) -> None:
+    base, chat = save_pair(tmp_path)
+    make_model(n_layers=2).save_pretrained(chat)
+    with pytest.raises(UserError, match=r"has 3 decoder layers, .* has 2"):
+        load_pair(str(base), str(chat), torch.device("cpu"))
+
+
+def test_identity_follows_the_weights(tiny_pair: tuple[Path, Path]) -> None:
+    base, chat = identify(str(tiny_pair[0])), identify(str(tiny_pair[1]))
+    assert base["digest"] != chat["digest"]
+    assert identify(str(tiny_pair[0])) == base
+
+
+def test_an_unknown_device_is_named() -> None:
+    with pytest.raises(UserError, match="device 'quantum' cannot be used"):
+        choose_device("quantum")

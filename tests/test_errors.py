@@ -1,0 +1,129 @@
+"""Bad input: what the user reads, the exit code, and that nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import make_model, make_tokenizer
+
+from crossdiff.cli import run_command
+from crossdiff.config import UserError
+
+COMMAND = [sys.executable, "-m", "crossdiff"]
+
+
+def write_yaml(folder: Path, settings: dict[str, Any]) -> str:
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    return str(folder / "settings.yaml")
+
+
+def test_one_line_and_exit_code_2_without_a_traceback(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    config = write_yaml(tmp_path, {**tiny_settings, "layers": 3})
+    result = subprocess.run([*COMMAND, "run", str(tmp_path / "run"), "--config", config], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "layers: unknown key (found 3)" in result.stderr
+    assert "Traceback" not in result.stderr
+    debug = subprocess.run([*COMMAND, "run", str(tmp_path / "run"), "--config", config, "--debug"], capture_output=True, text=True)
+    assert "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": 7}, "layer 7 does not exist: the models have 3 layers, 0 to 2"),
+        ({"layer": -1}, r"layer: Input should be greater than or equal to 0 \(found -1\)"),
+        ({"dataset": []}, "no texts: name at least one --dataset"),
+        ({"dataset": ["missing.jsonl"]}, "missing.jsonl"),
+        ({"base": "./no-such-model"}, "cannot load './no-such-model'"),
+        ({"crosscoders": {"old": {"sparsity": {"kind": "l1"}}}}, "'old' cannot name a crosscoder's folder"),
+        ({"crosscoders": {"a": {"sparsity": {"kind": "l2"}}}}, "crosscoders.a.sparsity: .*'l2'"),
+        ({"harvest": {"dtype": "int4"}}, r"harvest.dtype: .*'float32', 'float16' or 'bfloat16'"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, tiny_settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    config = write_yaml(tmp_path, {**tiny_settings, **changes})
+    with pytest.raises(UserError, match=message):
+        run_command(["run", str(tmp_path / "run"), "--config", config])
+
+
+def test_unknown_commands_and_options() -> None:
+    with pytest.raises(UserError, match="there is no command 'rnu'"):
+        run_command(["rnu"])
+    with pytest.raises(UserError, match="unrecognized arguments: --layr"):
+        run_command(["run", "--layr", "3"])
+
+
+def test_an_empty_dataset_and_a_missing_template(
+    tmp_path: Path, tiny_settings: dict[str, Any], tiny_texts: tuple[Path, Path]
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(UserError, match=r"empty\.jsonl"):
+        run_command(["run", str(tmp_path / "a"), "--config", write_yaml(tmp_path, {**tiny_settings, "dataset": [str(empty)]})])
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    settings = {**tiny_settings, "base": str(folder), "chat": str(folder), "dataset": [str(tiny_texts[1])]}
+    with pytest.raises(UserError, match="chat template"):
+        run_command(["run", str(tmp_path / "b"), "--config", write_yaml(tmp_path, settings)])
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    config = write_yaml(tmp_path, tiny_settings)
+    with pytest.raises(UserError, match="is not empty and no run of crossdiff"):
+        run_command(["run", str(tmp_path), "--config", config])
+
+
+def test_a_read_only_folder(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    config = write_yaml(tmp_path, tiny_settings)
+    with pytest.raises(UserError, match="cannot write to the run directory /proc/run"):
+        run_command(["run", "/proc/run", "--config", config])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    from crossdiff.pipeline import explain_disk_error
+
+    try:
+        with Path("/dev/full").open("w") as file:
+            file.write("x" * 100_000)
+    except OSError as error:
+        assert "is full" in str(explain_disk_error(error, tmp_path))
+    else:
+        pytest.fail("/dev/full took the bytes")
+
+
+@pytest.mark.parametrize("stage", ["harvest,", "train l1", "analyze l1"])
+def test_an_interrupt_in_any_stage_loses_nothing_finished(tmp_path: Path, tiny_settings: dict[str, Any], stage: str) -> None:
+    crosscoders = {"l1": {**tiny_settings["crosscoders"]["l1"], "epochs": 20, "checkpoint_seconds": 0.01}}
+    config = write_yaml(tmp_path, {**tiny_settings, "crosscoders": crosscoders})
+    arguments = [*COMMAND, "run", str(tmp_path / "run"), "--config", config]
+    environment = {**os.environ, "FORCE_COLOR": "1", "OMP_NUM_THREADS": "1"}  # the bar is drawn as it moves
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    seen = b""
+    while stage.encode() not in seen:
+        piece = process.stdout.read1(1000)  # type: ignore[attr-defined]
+        assert piece, "the stage never began"
+        seen += piece
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"interrupted" in errors
+    assert b"Traceback" not in errors
+    done = set(json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]) if (tmp_path / "run" / "manifest.json").exists() else set()
+    expected = {"harvest,": set(), "train l1": {"harvest"}, "analyze l1": {"harvest", "train/l1"}}[stage]
+    assert expected <= done
+    run_command(["run", str(tmp_path / "run"), "--config", config])
+    assert (tmp_path / "run" / "report.html").exists()

@@ -1,0 +1,64 @@
+"""Imports point one way, and the command line starts without the heavy libraries."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import crossdiff
+
+SOURCE = Path(crossdiff.__file__).parent
+# What a package may import of ours. Data flows the other way: pair -> store -> crosscoder -> latents -> report.
+FOUNDATION = {"config", "shapes", "run"}
+ALLOWED = {
+    "config": set(),
+    "shapes": set(),
+    "run": {"config"},
+    "pairs": {"config"},
+    "models": FOUNDATION | {"pairs"},
+    "text": {"config", "shapes"},
+    "activations": FOUNDATION | {"models", "text"},
+    "crosscoder": FOUNDATION | {"activations"},
+    "latents": FOUNDATION | {"text", "activations", "crosscoder"},
+    "report": {"config", "run", "text"},
+    "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
+    "cli": FOUNDATION | {"pairs", "activations", "pipeline"},
+}
+
+
+def imported_parts(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name and name.startswith("crossdiff.")}
+    return found
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_imports_point_one_way(part: str) -> None:
+    files = [SOURCE / f"{part}.py"] if (SOURCE / f"{part}.py").exists() else sorted((SOURCE / part).rglob("*.py"))
+    assert files
+    for file in files:
+        wrong = imported_parts(file) - ALLOWED[part] - {part}
+        assert not wrong, f"{file.relative_to(SOURCE)} imports {wrong}"
+
+
+def test_every_part_has_a_rule() -> None:
+    parts = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - {"__init__", "__main__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_leaves_the_heavy_libraries_out(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom crossdiff.cli import run_command\n"
+        f"try:\n    run_command({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'polars', 'sklearn', 'plotly'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
