@@ -1,6 +1,6 @@
 """Draw docs/idea.svg: what shrinkage and decoupling look like to the decoder norm and to latent scaling.
 
-    .venv/bin/python docs/make_idea.py
+.venv/bin/python docs/make_idea.py
 """
 
 from pathlib import Path
@@ -45,7 +45,9 @@ def main() -> None:
     legend = ((OWN, "along the latent's own direction"), (ERROR, "left in the error"), (OTHERS, "carried by other latents"))
     for index, (colour, words) in enumerate(legend):
         x = 150 + index * 235
-        parts.append(f'<rect x="{x}" y="278" width="12" height="12" fill="{colour}"/>' + text(x + 18, 289, words, 13, anchor="start"))
+        parts.append(
+            f'<rect x="{x}" y="278" width="12" height="12" fill="{colour}"/>' + text(x + 18, 289, words, 13, anchor="start")
+        )
     style = "<style>text{font-family:system-ui,sans-serif;fill:#222}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>"
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{style}{"".join(parts)}</svg>\n'
     (Path(__file__).parent / "idea.svg").write_text(svg)

@@ -13,7 +13,29 @@ from jaxtyping import install_import_hook
 
 install_import_hook("crossdiff", "beartype.beartype")
 
-WORDS = "the sea is cold and a small boat sails far from land while birds cry over grey stones near old walls".split()
+WORDS = [
+    "the",
+    "sea",
+    "is",
+    "cold",
+    "and",
+    "a",
+    "small",
+    "boat",
+    "sails",
+    "far",
+    "from",
+    "land",
+    "while",
+    "birds",
+    "cry",
+    "over",
+    "grey",
+    "stones",
+    "near",
+    "old",
+    "walls",
+]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}<|end|>"
     "{% else %}<|assistant|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
@@ -43,7 +65,12 @@ def make_model(kind: str = "llama", seed: int = 0, n_layers: int = 3, vocabulary
     """A tiny random causal language model of an architecture."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": 16, "num_hidden_layers": n_layers, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 2,
+    }
     if kind == "gpt2":
         sizes = {"vocab_size": vocabulary, "n_embd": 16, "n_layer": n_layers, "n_head": 2, "n_positions": 128}
     elif kind == "gpt_neox":
@@ -117,7 +144,14 @@ def tiny_config(pair: tuple[Path, Path], texts: tuple[Path, Path], **changes: An
             "l1": {"sparsity": {"kind": "l1", "mu": 0.5}, "decoder_norm": 0.1, **training},
             "batchtopk": {"sparsity": {"kind": "batchtopk", "k": 4}, **training},
         },
-        "analyze": {"blocks": 5, "batch_tokens": 512, "min_active": 20, "examples": 3, "examples_per_quantile": 1, "pool_size": 5},
+        "analyze": {
+            "blocks": 5,
+            "batch_tokens": 512,
+            "min_active": 20,
+            "examples": 3,
+            "examples_per_quantile": 1,
+            "pool_size": 5,
+        },
         **changes,
     }
 

@@ -7,8 +7,14 @@ from torch import Tensor
 
 
 def loss(
-    parameters: dict[str, Tensor], x: Tensor, mask: Tensor, kind: str, mu: float,
-    dead: list[int], aux_k: int, aux_weight: float,
+    parameters: dict[str, Tensor],
+    x: Tensor,
+    mask: Tensor,
+    kind: str,
+    mu: float,
+    dead: list[int],
+    aux_k: int,
+    aux_weight: float,
 ) -> dict[str, Tensor]:
     """Every part of the loss by dense autograd. x: [batch, source, d]; mask: which f are kept, [batch, latent]."""
     n_tokens, n_sources, d = x.shape

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import make_model, make_tokenizer
 
+from conftest import make_model, make_tokenizer
 from crossdiff.cli import run_command
 from crossdiff.config import UserError
 
@@ -31,7 +31,9 @@ def test_one_line_and_exit_code_2_without_a_traceback(tmp_path: Path, tiny_setti
     assert result.returncode == 2
     assert "layers: unknown key (found 3)" in result.stderr
     assert "Traceback" not in result.stderr
-    debug = subprocess.run([*COMMAND, "run", str(tmp_path / "run"), "--config", config, "--debug"], capture_output=True, text=True)
+    debug = subprocess.run(
+        [*COMMAND, "run", str(tmp_path / "run"), "--config", config, "--debug"], capture_output=True, text=True
+    )
     assert "Traceback" in debug.stderr
 
 
@@ -122,7 +124,7 @@ def test_an_interrupt_in_any_stage_loses_nothing_finished(tmp_path: Path, tiny_s
     assert process.returncode == 130, errors
     assert b"interrupted" in errors
     assert b"Traceback" not in errors
-    done = set(json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]) if (tmp_path / "run" / "manifest.json").exists() else set()
+    done = set(json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"])
     expected = {"harvest,": set(), "train l1": {"harvest"}, "analyze l1": {"harvest", "train/l1"}}[stage]
     assert expected <= done
     run_command(["run", str(tmp_path / "run"), "--config", config])

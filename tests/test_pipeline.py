@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
-from conftest import save_pair, tiny_config
 
+from conftest import save_pair, tiny_config
 from crossdiff.cli import run_command
 from crossdiff.config import UserError
 from crossdiff.run import Run

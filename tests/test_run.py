@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,8 @@ def test_a_kill_between_two_moves_is_repaired_at_the_next_opening(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", dying_rename)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         finish(run, second, "two")
-    except KeyboardInterrupt:
-        pass
     monkeypatch.undo()
     run.close()
     again = Run.open(tmp_path / "run")

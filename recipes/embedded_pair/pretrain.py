@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from optimiser import Muon, save_checkpoint
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from optimiser import Muon, save_checkpoint
 
 CONTEXT, BATCH, MICRO_BATCH = 256, 32, 8
 PEAK_RATE, WEIGHT_DECAY, WARMUP_STEPS, DECAY_SHARE = 5e-3, 0.05, 40, 0.6

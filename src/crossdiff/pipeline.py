@@ -34,10 +34,12 @@ def progress_bar(console: Console, title: str, total: int | None) -> Iterator[Ca
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=total, note="")
+        task, shown = progress.add_task(title, total=total, note=""), ""
 
         def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
-            progress.update(task, advance=n, total=total, **({"note": note} if note else {}))
+            nonlocal shown
+            shown = note or shown
+            progress.update(task, advance=n, total=total, note=shown)
 
         yield advance
 
@@ -98,7 +100,9 @@ class Pipeline:
     def go(self, until: str = "report") -> None:
         """Run every stage up to `until` that is not done yet."""
         if not self.config.dataset:
-            raise UserError("no texts: name at least one --dataset (a .jsonl, .jsonl.gz, .parquet or .txt file, or a Hub dataset)")
+            raise UserError(
+                "no texts: name at least one --dataset (a .jsonl, .jsonl.gz, .parquet or .txt file, or a Hub dataset)"
+            )
         stages = STAGES[: STAGES.index(until) + 1]
         self.run.write_config(self.config.model_dump(mode="json"))
         if "harvest" in stages:
@@ -274,4 +278,3 @@ def explain_disk_error(error: OSError, path: Path) -> UserError | None:
     if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
         return UserError(f"cannot write {error.filename or path}: {error.strerror}; choose a folder you may write to")
     return None
-

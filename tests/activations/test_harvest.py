@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_every_document_is_there_once_and_the_counts_agree(store: Store) -> None
     assert counts.tolist() == documents["n_tokens"].to_list()
     assert int(counts.sum()) == store.n_tokens
     positions, bounds = store.column("position"), store.sequences()
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         assert positions[first:last].tolist() == list(range(last - first))
     assert set(documents["label"].unique()) == {None, "greeting", "question", "order"}
 
@@ -97,10 +98,12 @@ def test_a_killed_harvest_goes_on_to_the_same_store(
     assert again.manifest["scale"] == store.manifest["scale"]
 
 
-def test_values_that_do_not_fit_are_refused(tmp_path: Path, tiny_pair: tuple[Path, Path], datasets: tuple[DatasetConfig, ...]) -> None:
+def test_values_that_do_not_fit_are_refused(
+    tmp_path: Path, tiny_pair: tuple[Path, Path], datasets: tuple[DatasetConfig, ...]
+) -> None:
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
     pair.chat.get_input_embeddings().weight.mul_(1e9)  # type: ignore[operator, union-attr]
-    with pytest.raises(UserError, match="do not fit torch.float16; set harvest.dtype to bfloat16"):
+    with pytest.raises(UserError, match=r"do not fit torch\.float16; set harvest.dtype to bfloat16"):
         harvest(tmp_path, pair, 1, datasets, SETTINGS.model_copy(update={"dtype": "float16"}))
     pair.chat.get_input_embeddings().weight.fill_(torch.nan)  # type: ignore[operator, union-attr]
     with pytest.raises(UserError, match="NaN or infinite activations in documents"):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import PAIR, make_store
 
 from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store, consecutive, verify
 from crossdiff.config import UserError
+from stores import PAIR, make_store
 
 
 @pytest.fixture
@@ -43,7 +43,9 @@ def test_batches_see_each_token_once_an_epoch_and_are_normalised(tmp_path: Path,
     batches = Batches(store, 76, seed=0)
     assert batches.per_epoch == 20  # 1,520 training tokens
     epoch = torch.cat([batches[step] for step in range(20)])
-    expected = (activations[torch.from_numpy(store.rows("train"))] - store.normalisation.mean.float()) * store.normalisation.scale
+    expected = (
+        activations[torch.from_numpy(store.rows("train"))] - store.normalisation.mean.float()
+    ) * store.normalisation.scale
     torch.testing.assert_close(epoch.sort(0).values, expected.sort(0).values)
     assert float(epoch.square().sum(2).mean()) == pytest.approx(4.0, rel=1e-4)  # d_model
     assert torch.allclose(epoch.mean(0), torch.zeros(2, 4), atol=1e-4)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import oracles
 import pytest
 import torch
 
+import oracles
 from crossdiff.crosscoder.kernels import DenseCode, SparseCode, above_code, largest_code, positive_code
 
 

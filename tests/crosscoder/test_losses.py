@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracles
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from crossdiff.config import BatchTopKConfig, L1Config
 from crossdiff.crosscoder.losses import step_gradients
 from crossdiff.crosscoder.model import Crosscoder

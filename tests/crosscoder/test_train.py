@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import CHAT_ONLY, SHARED, WEAKER, planted_activations
-from stores import make_store
 
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, L1Config, UserError
@@ -24,6 +22,8 @@ from crossdiff.latents.activity import Activity, group_of
 from crossdiff.latents.scaling import ScalingAccumulator
 from crossdiff.latents.stream import chunks
 from crossdiff.latents.table import latent_table
+from planted import CHAT_ONLY, SHARED, WEAKER, planted_activations
+from stores import make_store
 
 
 def config(sparsity: Any, **changes: Any) -> CrosscoderConfig:
@@ -106,7 +106,8 @@ from crossdiff.config import BatchTopKConfig, CrosscoderConfig
 from crossdiff.crosscoder.train import train
 import torch
 torch.set_num_threads(1)
-config = CrosscoderConfig(sparsity=BatchTopKConfig(k=3), n_latents=32, batch_size=128, epochs=5, warmup_steps=5, checkpoint_seconds=0.01)
+settings = {"n_latents": 32, "batch_size": 128, "epochs": 5, "warmup_steps": 5, "checkpoint_seconds": 0.01}
+config = CrosscoderConfig(sparsity=BatchTopKConfig(k=3), **settings)
 train(Path(sys.argv[1]), Store(Path(sys.argv[2])), config, lambda step, n, record: print(step, flush=True))
 """
 

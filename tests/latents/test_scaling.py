@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import oracles
 import pytest
 import torch
 
+import oracles
 from crossdiff.config import L1Config
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.crosscoder.model import Crosscoder

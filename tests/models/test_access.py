@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, save_pair
 
+from conftest import make_model, make_tokenizer, save_pair
 from crossdiff.config import UserError
 from crossdiff.models.access import decoder_layers, edited_after, residual_after
 from crossdiff.models.pair import check_tokenizers, choose_device, identify, load_pair

@@ -74,9 +74,7 @@ def _pad(batch: list[TokenSequence], pad_id: int, device: torch.device) -> tuple
     return ids.to(device), mask.to(device)
 
 
-def paired_residuals(
-    pair: Pair, batch: list[TokenSequence], layer: int
-) -> Float[Tensor, "token source d_model"]:
+def paired_residuals(pair: Pair, batch: list[TokenSequence], layer: int) -> Float[Tensor, "token source d_model"]:
     """Residual streams of both models on the same ids, padding removed, float32 on the CPU."""
     device = next(pair.base.parameters()).device
     pad_id = pair.tokenizer.pad_token_id if pair.tokenizer.pad_token_id is not None else 0
@@ -112,14 +110,17 @@ def _narrow(streams: Tensor, dtype: torch.dtype, batch: list[TokenSequence]) -> 
         documents = sorted({sequence.document for sequence in batch})
         if torch.isfinite(streams).all():
             raise UserError(
-                f"activations up to {float(streams.abs().max()):.3g} do not fit {dtype}; set harvest.dtype to bfloat16 or float32"
+                f"activations up to {float(streams.abs().max()):.3g} do not fit {dtype}; set harvest.dtype to bfloat16"
             )
         raise UserError(f"a model gives NaN or infinite activations in documents {documents[0]} to {documents[-1]}")
     return stored
 
 
 def _sequences(
-    datasets: tuple[DatasetConfig, ...], tokenizer: Any, max_length: int, table: list[dict[str, Any]],
+    datasets: tuple[DatasetConfig, ...],
+    tokenizer: Any,
+    max_length: int,
+    table: list[dict[str, Any]],
     advance: Callable[[], None],
 ) -> Iterator[TokenSequence]:
     """Tokenise document after document, filling the documents' table on the way."""
@@ -225,8 +226,14 @@ def harvest(
 
 
 def _finish(
-    folder: Path, pair: Pair, layer: int, names: list[str], config: HarvestConfig,
-    progress: Progress, statistics: _Statistics, documents: list[dict[str, Any]],
+    folder: Path,
+    pair: Pair,
+    layer: int,
+    names: list[str],
+    config: HarvestConfig,
+    progress: Progress,
+    statistics: _Statistics,
+    documents: list[dict[str, Any]],
 ) -> None:
     mean, scale = statistics.finish()
     save_file({"mean": mean}, folder / "statistics.safetensors")

@@ -161,9 +161,7 @@ class Store:
         wanted = self.column("position") >= self.leave_out
         if split is not None:
             members = self.documents.filter(pl.col("split") == split)["document"].to_numpy()
-            table = np.zeros(int(self.documents["document"].max() or 0) + 1, dtype=bool)  # type: ignore[arg-type]
-            table[members] = True
-            wanted &= table[self.column("document")]
+            wanted &= np.isin(self.column("document"), members)
         rows = np.flatnonzero(wanted)
         if not len(rows):
             what = f"in the split {split!r} " if split else ""

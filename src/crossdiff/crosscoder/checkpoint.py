@@ -86,7 +86,9 @@ def load(folder: Path) -> Crosscoder:
         raise UserError(f"{folder} is no crosscoder of this version: {error}") from None
     found = (crosscoder.n_latents, crosscoder.n_sources, crosscoder.d_model)
     if found != (n_latents, n_sources, d_model):
-        raise UserError(f"{path} holds {found} latents, sources and dimensions, config.json says {(n_latents, n_sources, d_model)}")
+        raise UserError(
+            f"{path} holds {found} latents, sources and dimensions, config.json says {(n_latents, n_sources, d_model)}"
+        )
     return crosscoder
 
 
@@ -133,4 +135,10 @@ def load_state(path: Path) -> TrainingState:
         group, _, key = name.partition(".")
         if group in groups:
             groups[group][key] = tensor
-    return TrainingState(tokens_since_fired=tensors["tokens_since_fired"], **groups, **numbers)
+    return TrainingState(
+        step=int(numbers["step"]),
+        threshold=float(numbers["threshold"]),
+        guess=float(numbers["guess"]),
+        tokens_since_fired=tensors["tokens_since_fired"],
+        **groups,
+    )

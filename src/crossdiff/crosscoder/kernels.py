@@ -103,7 +103,9 @@ class SparseCode:
         """A per-latent quantity at each active pair."""
         return per_latent[self.latent]
 
-    def accumulate(self, values: Float[Tensor, " pair"], table: Float[Tensor, "batch column"]) -> Float[Tensor, "latent column"]:
+    def accumulate(
+        self, values: Float[Tensor, " pair"], table: Float[Tensor, "batch column"]
+    ) -> Float[Tensor, "latent column"]:
         """sum_i values_ij table_i: a bag per latent over its tokens, so that nothing is scattered."""
         order, offsets = self._by_latent
         return F.embedding_bag(self.token[order], table, offsets, mode="sum", per_sample_weights=values[order])

@@ -34,13 +34,16 @@ class HeldoutSums:
         """1 - sum ||x - xhat||^2 / sum ||x - mean||^2 per source, and over all of them at the end."""
         chosen = slice(None) if blocks is None else blocks
         n, error = self.n[kind][chosen].sum(), self.squared_error[kind][chosen].sum(0)
-        mean_square = (self.total[kind][chosen].sum(0).unflatten(0, (len(error), -1)) / n).square().sum(1)
+        mean_square = (self.total[kind][chosen].sum(0).view(len(error), -1) / n).square().sum(1)
         variance = self.square[kind][chosen].sum(0) - n * mean_square
         return torch.cat([1 - error / variance, (1 - error.sum() / variance.sum()).unsqueeze(0)])
 
 
 def heldout_sums(
-    crosscoder: Crosscoder, store: Store, split: str, batch_tokens: int,
+    crosscoder: Crosscoder,
+    store: Store,
+    split: str,
+    batch_tokens: int,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> HeldoutSums:
     """One pass over the tokens of a split."""

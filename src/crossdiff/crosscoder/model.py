@@ -70,7 +70,8 @@ class Crosscoder:
 
     def norms(self) -> Float[Tensor, "latent source"]:
         """||d_j^s|| in the normalised space."""
-        return self.decoder.view(self.n_latents, self.n_sources, self.d_model).norm(dim=2)
+        norms: Tensor = torch.linalg.vector_norm(self.decoder.view(self.n_latents, self.n_sources, self.d_model), dim=2)
+        return norms
 
     def normalise(self, h: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch source d_model"]:
         """From the models' space to the crosscoder's."""
@@ -98,7 +99,7 @@ class Crosscoder:
 
     def decode(self, code: Code) -> Float[Tensor, "batch source d_model"]:
         """Reconstruction in the normalised space."""
-        return (code.decode(self.decoder) + self.decoder_bias).unflatten(1, (self.n_sources, self.d_model))
+        return (code.decode(self.decoder) + self.decoder_bias).view(-1, self.n_sources, self.d_model)
 
     def reconstruct(self, h: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch source d_model"]:
         """Reconstruction in the models' own space, bias mean_s + b^s / scale."""
@@ -106,8 +107,12 @@ class Crosscoder:
 
 
 def new_crosscoder(
-    n_latents: int, mean: Float[Tensor, "source d_model"], scale: float, sparsity: L1Config | BatchTopKConfig,
-    decoder_norm: float, seed: int,
+    n_latents: int,
+    mean: Float[Tensor, "source d_model"],
+    scale: float,
+    sparsity: L1Config | BatchTopKConfig,
+    decoder_norm: float,
+    seed: int,
 ) -> Crosscoder:
     """Random directions, the same for every source, each of norm `decoder_norm`; the encoder is their transpose."""
     n_sources, d_model = mean.shape

@@ -67,9 +67,7 @@ class Trainer:
     def train_step(self, x: Tensor) -> StepResult:
         """One update from normalised inputs `[batch, source, d_model]`."""
         dead = self.tokens_since_fired >= self.schedule.dead_after
-        result = step_gradients(
-            self.crosscoder, x, self.config.reconstruction, self.schedule.mu(self.step), dead, self.guess
-        )
+        result = step_gradients(self.crosscoder, x, self.config.reconstruction, self.schedule.mu(self.step), dead, self.guess)
         self.tokens_since_fired += len(x)
         self.tokens_since_fired[result.counts > 0] = 0
         if result.smallest_kept is not None:
@@ -142,7 +140,8 @@ class _Log:
         if trainer.step % LOG_EVERY and trainer.step != trainer.schedule.n_steps:
             return None
         n = len(self.results)
-        fve = 1 - sum(r.squared_error for r in self.results) / sum(r.squared_input for r in self.results)
+        squared_error = torch.stack([r.squared_error for r in self.results]).sum(0)
+        fve = 1 - squared_error / torch.stack([r.squared_input for r in self.results]).sum(0)
         dead = trainer.tokens_since_fired >= trainer.schedule.dead_after
         record: dict[str, Any] = {"step": trainer.step, "tokens": trainer.step * trainer.config.batch_size}
         for key in ("loss", "reconstruction", "sparsity", "aux", "l0"):
@@ -177,7 +176,9 @@ def train(
     n_latents = config.latents_for(store.d_model)
     _check(config, n_steps, n_latents)
     normalisation = store.normalisation
-    crosscoder = new_crosscoder(n_latents, normalisation.mean, normalisation.scale, config.sparsity, config.decoder_norm, config.seed)
+    crosscoder = new_crosscoder(
+        n_latents, normalisation.mean, normalisation.scale, config.sparsity, config.decoder_norm, config.seed
+    )
     crosscoder.origin = {
         "pair": store.pair, "layer": store.layer, "sources": list(store.sources), "settings": config.model_dump(mode="json"),
         "training_tokens": n_steps * config.batch_size,

@@ -21,7 +21,6 @@ from crossdiff.latents.table import BASE, CHAT, counts, latent_table, pools
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 
-
 RANDOM = 2
 """Index of the control among the directions that the pass measures, after those of base and chat."""
 

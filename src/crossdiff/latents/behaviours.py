@@ -46,9 +46,7 @@ class Conversations:
     scores: dict[str, npt.NDArray[np.float32]]
 
 
-def conversation_scores(
-    crosscoder: Crosscoder, store: Store, latents: list[int], batch_tokens: int
-) -> Conversations | None:
+def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int], batch_tokens: int) -> Conversations | None:
     """Scores of the given latents on the labelled conversations; None when there are none. Only these latents are encoded."""
     table = store.documents.filter(pl.col("label").is_not_null() & (pl.col("n_messages") == 2) & (pl.col("n_tokens") > 0))
     if table.height == 0:
@@ -117,7 +115,9 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _bag_of_words(prompts: npt.NDArray[Any], positive: npt.NDArray[np.bool_], heldout: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+def _bag_of_words(
+    prompts: npt.NDArray[Any], positive: npt.NDArray[np.bool_], heldout: npt.NDArray[np.bool_]
+) -> npt.NDArray[Any]:
     """Log-odds of a logistic regression on the words of the prompt, fitted on the training conversations."""
     counts = CountVectorizer(lowercase=True, token_pattern=r"(?u)\b\w+\b", binary=True)
     train = counts.fit_transform(prompts[~heldout])
@@ -127,7 +127,11 @@ def _bag_of_words(prompts: npt.NDArray[Any], positive: npt.NDArray[np.bool_], he
 
 
 def _scored(
-    positive: npt.NDArray[np.bool_], heldout: npt.NDArray[np.bool_], prompts: npt.NDArray[Any], score: npt.NDArray[Any], seed: int
+    positive: npt.NDArray[np.bool_],
+    heldout: npt.NDArray[np.bool_],
+    prompts: npt.NDArray[Any],
+    score: npt.NDArray[Any],
+    seed: int,
 ) -> dict[str, float]:
     """AUROC on both halves, with an interval on the held-out one."""
     low, high = bootstrap_interval(positive[heldout], score[heldout], prompts[heldout], seed)
@@ -151,7 +155,11 @@ def behaviour_table(
         chosen = np.isin(conversations.labels, (behaviour, *negatives))
         positive, heldout = conversations.labels[chosen] == behaviour, conversations.heldout[chosen]
         prompts = conversations.prompts[chosen]
-        sizes = {(side, held): int(((positive == side) & (heldout == held)).sum()) for side in (True, False) for held in (True, False)}
+        sizes = {
+            (side, held): int(((positive == side) & (heldout == held)).sum())
+            for side in (True, False)
+            for held in (True, False)
+        }
         if min(sizes.values()) < MIN_CONVERSATIONS:
             continue
         common = {"behaviour": behaviour, "n_positive": sizes[True, True], "n_negative": sizes[False, True]}

@@ -29,4 +29,5 @@ def delta_norm_class(value: float) -> str:
 def cosine(directions: Float[Tensor, "source latent d_model"]) -> Float[Tensor, " latent"]:
     """Cosine of each latent's two decoder directions; NaN where one vanishes."""
     base, chat = directions.double().unbind(0)
-    return (base * chat).sum(1) / (base.norm(dim=1) * chat.norm(dim=1))
+    cosines: Tensor = (base * chat).sum(1) / (base.norm(dim=1) * chat.norm(dim=1))
+    return cosines

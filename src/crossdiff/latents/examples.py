@@ -152,7 +152,7 @@ def _activations(
         v = torch.zeros(len(rows), crosscoder.n_latents)
         v[code.token, code.latent] = code.values * norms[code.latent]
         v[torch.from_numpy(positions[rows] < store.leave_out)] = 0
-        yield from zip(numbers[first:last].tolist(), v.split(lengths[first:last].tolist()), strict=True)
+        yield from zip(numbers[first:last].tolist(), torch.split(v, lengths[first:last].tolist()), strict=True)
 
 
 def write_examples(
@@ -183,7 +183,9 @@ def write_examples(
             rows = list(_select(latent, candidates.pop(latent), contexts, config))
             used |= {row[4] for row in rows}
             database.executemany("INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        database.executemany("INSERT INTO sequences VALUES (?, ?, ?, ?, ?, ?, ?)", _sequence_rows(store, tokenizer, sorted(used)))
+        database.executemany(
+            "INSERT INTO sequences VALUES (?, ?, ?, ?, ?, ?, ?)", _sequence_rows(store, tokenizer, sorted(used))
+        )
         units = {"activation": "v = f * sum over sources of ||d^s||, in the normalised space", "format": "1"}
         database.executemany("INSERT INTO metadata VALUES (?, ?)", units.items())
         database.execute("CREATE INDEX by_latent ON examples (latent, kind, rank)")

@@ -93,7 +93,7 @@ class ScalingAccumulator:
         if self._block < 0:
             return
         for kind, target in enumerate((self.sums.reconstruction, self.sums.error)):
-            vectors = self._vectors[kind].unflatten(1, (self.n_sources, -1))
+            vectors = self._vectors[kind].view(self.directions.shape[1], self.n_sources, -1)
             for number, direction in enumerate(self.directions):
                 target[number, :, self._block] += torch.einsum("jsd,jd->sj", vectors, direction)
         self._vectors.zero_()

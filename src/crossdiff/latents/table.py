@@ -143,8 +143,12 @@ def _with_verdicts(table: pl.DataFrame, config: AnalyzeConfig) -> pl.DataFrame:
 
 def counts(table: pl.DataFrame) -> dict[str, int]:
     """Latents of each class, verdict and set."""
-    classes = {name: table.filter(pl.col("delta_norm_class") == name).height for name in ("chat_only", "base_only", "shared", "other")}
-    verdicts = {name: table.filter(pl.col("verdict") == name).height for name in ("rotated", "base_specific", "dead", "undecided")}
+    classes = {
+        name: table.filter(pl.col("delta_norm_class") == name).height for name in ("chat_only", "base_only", "shared", "other")
+    }
+    verdicts = {
+        name: table.filter(pl.col("verdict") == name).height for name in ("rotated", "base_specific", "dead", "undecided")
+    }
     sets = {name: table.filter(pl.col(name)).height for name in ("chat_specific", "chat_specific_paper")}
     return {**classes, **sets, **verdicts, "verdict_shared": table.filter(pl.col("verdict") == "shared").height}
 
@@ -159,5 +163,5 @@ def pools(table: pl.DataFrame, size: int, seed: int) -> dict[str, list[int]]:
     specific = table.filter(usable & pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") > 0.6)).sort("rank_sum")
     shared = table.filter(usable & (pl.col("verdict") == "shared") & pl.col("delta_norm").is_between(0.4, 0.6))
     size = min(size, specific.height, shared.height)
-    chosen = np.random.default_rng(seed).choice(shared["latent"].to_numpy(), size, replace=False) if size else []
-    return {"chat_specific": specific["latent"].head(size).to_list(), "shared": sorted(int(n) for n in chosen)}
+    chosen = np.random.default_rng(seed).permutation(shared["latent"].to_numpy())[:size]
+    return {"chat_specific": specific["latent"].head(size).to_list(), "shared": sorted(chosen.tolist())}

@@ -36,7 +36,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     wanted = n_layers(model)
     found = [
         (name.count("."), module)
-        for name, module in model.base_model.named_modules()  # type: ignore[operator, union-attr]
+        for name, module in model.base_model.named_modules()  # type: ignore[union-attr]
         if isinstance(module, nn.ModuleList) and len(module) == wanted
     ]
     if not found:

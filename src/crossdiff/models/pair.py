@@ -127,9 +127,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None
         model = AutoModelForCausalLM.from_pretrained(str(local_path(name) or name), dtype=wanted)
     except (OSError, ValueError, KeyError) as error:
         raise _load_error(name, error) from None
-    model.requires_grad_(False)
-    moved: nn.Module = model.to(device).eval()
-    return moved
+    module: nn.Module = model
+    return module.requires_grad_(False).to(device).eval()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -190,7 +189,7 @@ def load_pair(base: str, chat: str, device: torch.device) -> Pair:
         if found[0] != found[1]:
             raise UserError(f"{base} has {found[0]} {what}, {chat} has {found[1]}; a pair needs the same number")
     for model, name in zip(models, (base, chat), strict=True):
-        if model.get_input_embeddings().num_embeddings < len(tokenizer):  # type: ignore[operator, union-attr]
+        if model.get_input_embeddings().num_embeddings < len(tokenizer):  # type: ignore[operator]
             raise UserError(f"{name} has fewer embeddings than the tokenizer has tokens ({len(tokenizer)})")
         decoder_layers(model)
         probe(model, name)

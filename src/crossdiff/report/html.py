@@ -17,6 +17,8 @@ OPEN_EXAMPLES = 3
 """Examples of a card that are shown without unfolding it."""
 DEAD_LIMIT = 0.2
 """Share of dead latents from which the page warns."""
+LOW_FVE = 0.7
+"""Fraction of variance explained below which the page warns."""
 QUESTION_NOTES = {
     "before_answer": "Only positions up to the last template token before the answer count, so that the answer's own "
     "words cannot give it away.",
@@ -292,6 +294,10 @@ def _caveats(report: RunReport) -> list[str]:
         heldout = coder.health.heldout
         if heldout.dead_share > DEAD_LIMIT:
             caveats.append(f"{wording.share(heldout.dead_share)} of the {coder.title} latents are dead.")
+        low = {source: value for source, value in heldout.fve.items() if value is not None and value < LOW_FVE}
+        if low:
+            parts = ", ".join(f"{wording.number(value)} of {source}" for source, value in low.items())
+            caveats.append(f"{coder.title} explains little of the variance ({parts}); what it misses is in no count.")
         unjudged = (pl.col("verdict") != "dead") & pl.col("undefined_reason").is_not_null()
         if without := coder.latents.filter(unjudged).height:
             caveats.append(

@@ -18,8 +18,10 @@ def print_summary(report: RunReport, console: Console) -> None:
     console.print(_crosscoders(report))
     if report.primary.behaviour_results():
         console.print(_behaviours(report.primary))
-    console.print(_latents(report.primary))
-    if report.primary.top.n_specific < len(report.primary.top.latents) or not report.primary.top.latents:
+    top = report.primary.top
+    if top.latents:
+        console.print(_latents(report.primary))
+    if top.n_specific < len(top.latents) or not top.latents:
         console.print(Text(wording.selection(report.primary), style="dim"))
     console.print(Text(f"Report: {report.directory / 'report.html'}"), soft_wrap=True)
 
@@ -51,9 +53,7 @@ def _behaviours(coder: CrosscoderReport) -> Table:
     question = next((result.question for result in results if result.question == "before_answer"), results[0].question)
     results = tuple(result for result in results if result.question == question)
     pools = list(dict.fromkeys(pool for result in results for pool in result.scores))
-    title = (
-        f"Behaviours, {wording.QUESTIONS.get(question, wording.words(question)).lower()}: held-out AUROC, {coder.title}"
-    )
+    title = f"Behaviours, {wording.QUESTIONS.get(question, wording.words(question)).lower()}: held-out AUROC, {coder.title}"
     table = Table(title=title, title_justify="left")
     table.add_column("behaviour")
     for pool in pools:
