@@ -198,7 +198,9 @@ def _control_rows(report: RunReport) -> list[tuple[str, list[str]]]:
 def _flat(record: Mapping[str, JsonValue], prefix: str = "") -> dict[str, str]:
     """A nested record as one row a value, keys joined by a comma; `quantiles` says what lists beside it hold."""
     quantiles = record.get("quantiles")
-    of = f" (quantiles {', '.join(str(at) for at in quantiles)})" if isinstance(quantiles, list) else ""
+    of = ""
+    if isinstance(quantiles, list):
+        of = f" (quantiles {', '.join(f'{at:.3g}' for at in quantiles if isinstance(at, int | float))})"
     rows: dict[str, str] = {}
     for key, value in record.items():
         name = f"{prefix}, {key}" if prefix else key

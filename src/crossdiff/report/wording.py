@@ -156,6 +156,8 @@ def _behaviour_sentences(coder: CrosscoderReport) -> list[str]:
     results = [result for result in coder.behaviour_results() if result.question == "before_answer"]
     if not results:
         return []
+    if not any("chat_specific" in result.scores for result in results):
+        return ["No latent leans to the chat model enough to be tested on the labelled behaviours."]
     ahead = [result.behaviour for result in results if gain(result) >= CLEAR_GAIN]
     names = f" ({', '.join(words(name) for name in ahead)})" if ahead else ""
     return [
