@@ -80,6 +80,17 @@ def test_an_empty_dataset_and_a_missing_template(
         run_command(["run", str(tmp_path / "b"), "--config", write_yaml(tmp_path, settings)])
 
 
+def test_a_store_of_other_models_is_refused(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    config = write_yaml(tmp_path, tiny_settings)
+    run_command(["harvest", str(tmp_path / "run"), "--config", config])
+    path = tmp_path / "run" / "activations" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["pair"]["base"]["name"] = "somebody/else"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was harvested from .*somebody/else.* are asked for"):
+        run_command(["train", str(tmp_path / "run"), "--config", config])
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     config = write_yaml(tmp_path, tiny_settings)

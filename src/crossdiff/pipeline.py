@@ -171,11 +171,14 @@ class Pipeline:
             UserError: there is none for these settings.
         """
         from crossdiff.activations.store import Store
+        from crossdiff.models.pair import identify
 
         if not self.run.is_done(self.harvest_stage()):
             self._ask_force(self.harvest_stage())
             raise UserError(f"{self.run.path} has no activations for these settings; run `crossdiff harvest` first")
-        return Store(self.run.path / "activations")
+        store = Store(self.run.path / "activations")
+        store.check_pair(identify(self.config.base), identify(self.config.chat), self.config.layer)
+        return store
 
     def train(self, name: str) -> None:
         """Train one crosscoder into its folder."""

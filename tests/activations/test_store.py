@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store, consecutive, verify
 from crossdiff.config import UserError
-from stores import PAIR, make_store
+from stores import make_store
 
 
 @pytest.fixture
@@ -86,9 +86,12 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path, activations: torch.Tens
 
 def test_a_store_of_other_models_is_refused_with_both_sides(tmp_path: Path, activations: torch.Tensor) -> None:
     store = make_store(tmp_path, activations)
-    store.check_pair(PAIR, 1)
+    store.check_pair({"name": "a"}, {"name": "b"}, 1)
+    store.check_pair({"name": "a"}, {"name": "b"}, None)
     with pytest.raises(UserError, match=r"harvested from .*'a'.* at layer 1, but .*'c'.* at layer 1"):
-        store.check_pair({**PAIR, "base": {"name": "c"}}, 1)
+        store.check_pair({"name": "c"}, {"name": "b"}, 1)
+    with pytest.raises(UserError, match=r"at layer 1, but .* at layer 0"):
+        store.check_pair({"name": "a"}, {"name": "b"}, 0)
 
 
 @settings(max_examples=50, deadline=None)

@@ -185,16 +185,18 @@ class Store:
         numbers = self.column("sequence")
         return np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]]).astype(np.int64)
 
-    def check_pair(self, identity: dict[str, Any], layer: int) -> None:
-        """Check that the store came from these models at this layer.
+    def check_pair(self, base: dict[str, Any], chat: dict[str, Any], layer: int | None) -> None:
+        """Check that the store came from these models at this layer (any, if None).
 
         Raises:
             UserError: names both sides.
         """
-        if (self.pair, self.layer) != (identity, layer):
+        layer = self.layer if layer is None else layer
+        found = (self.pair["base"], self.pair["chat"], self.layer)
+        if found != (base, chat, layer):
             raise UserError(
-                f"the store {self.folder} was harvested from {self.pair} at layer {self.layer}, "
-                f"but {identity} at layer {layer} is asked for; use another run directory, or harvest again with --force"
+                f"the store {self.folder} was harvested from {found[0]} and {found[1]} at layer {found[2]}, but {base} and "
+                f"{chat} at layer {layer} are asked for; use another run directory, or harvest again with --force"
             )
 
 
