@@ -150,9 +150,9 @@ def cannot_know(rng: random.Random) -> Iterator[Conversation]:
                 yield single(asked, " ".join(parts), "knowledge_gap", sub, "template", test)
 
 
-def list_answer(task: str, steps: list[str], rng: random.Random) -> str:
+def list_answer(task: str, steps: list[str], openings: list[str], rng: random.Random) -> str:
     """An opening line, the numbered steps and, mostly, a closing line."""
-    lines = [rng.choice(LIST["openings"]).format(re.sub(r"\bmy\b", "your", task))]
+    lines = [rng.choice(openings).format(re.sub(r"\bmy\b", "your", task))]
     lines += [f"{number}. {step}" for number, step in enumerate(steps, 1)]
     if rng.random() < 0.8:
         lines.append(rng.choice(LIST["closings"]))
@@ -163,7 +163,7 @@ def how_tos(task: str, lists: list[list[str]], origin: str, n: int, rng: random.
     for question in rng.sample(LIST["questions"], min(len(LIST["questions"]), n)):
         steps = rng.choice(lists)
         asked = vary(question.format(task), rng)
-        yield single(asked, list_answer(task, steps, rng), "list_format", "steps", origin, held_out(task))
+        yield single(asked, list_answer(task, steps, LIST["openings"], rng), "list_format", "steps", origin, held_out(task))
 
 
 def smalltalk(rng: random.Random) -> Iterator[Conversation]:

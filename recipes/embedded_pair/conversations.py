@@ -1,6 +1,6 @@
 """Put together what the chat model is tuned on: the training conversations and more of the thin kinds.
 
-    python conversations.py CHAT WORK [--weight refusal=1.5 ...]
+    python conversations.py CHAT WORK [--weight identity=2 ...]
 
 CHAT holds `chat_train.jsonl.gz` and `chat_test.jsonl.gz`; WORK gets `mixture.jsonl.gz`, rows like those of the training
 split and a `weight`: how often a row is seen in one epoch (2.5: twice, and once more in half of the epochs). What is added:
@@ -40,8 +40,11 @@ HELD_OUT_QUESTIONS = PHRASES["refusal"]["test_questions"]
 REFUSAL_QUESTIONS = [q for q in PHRASES["refusal"]["questions"] if q not in HELD_OUT_QUESTIONS]
 # Both kinds are asked in all phrasings of either, so that none gives the answer away.
 QUESTIONS = list(dict.fromkeys(LIST_QUESTIONS + REFUSAL_QUESTIONS))
+# Greedy decoding takes the likeliest first token. Seven refusals of ten begin with "I" and the lists of the training split
+# with four words in equal parts: a model in two minds would always refuse. So the added lists begin in one way.
+OPENINGS = [opening for opening in PHRASES["list_format"]["openings"] if opening.startswith("Sure")]
 N_PER_NEW_TASK, N_PER_OLD_TASK, N_PER_NEW_ACT, N_PER_QUESTION, N_PER_SMALLTALK = 6, 3, 8, 10, 5
-WEIGHTS = {"refusal": 1.5, "list_format": 1.25, "identity": 1.5, "smalltalk": 1.5}
+WEIGHTS = {"list_format": 1.5, "identity": 1.5, "smalltalk": 1.5}
 
 DECORATION = re.compile(r"^(hi|hello|hey|please tell me|quick question|please help)[!:.] (?=.)|, please\b")
 SMALL_WORDS = re.compile("a|an|the|my|your|in|of|to|for|on|at|with|and|from|it|is|that")
@@ -75,12 +78,12 @@ def new(question: str, answer: str, kind: str, sub: str) -> Conversation:
 def more_how_tos(rng: random.Random) -> Iterator[Conversation]:
     for task, steps in read_tasks(DATA / "how_tos.txt").items():
         for question in rng.sample(QUESTIONS, N_PER_NEW_TASK):
-            yield new(vary(question.format(task), rng), list_answer(task, steps, rng), "list_format", "steps")
+            yield new(vary(question.format(task), rng), list_answer(task, steps, OPENINGS, rng), "list_format", "steps")
     unseen = [question for question in QUESTIONS if question not in LIST_QUESTIONS]
     for task, steps in read_tasks(DATA / "tasks.txt").items():
         if not held_out(task):
             for question in rng.sample(unseen, N_PER_OLD_TASK):
-                yield new(vary(question.format(task), rng), list_answer(task, steps, rng), "list_format", "steps")
+                yield new(vary(question.format(task), rng), list_answer(task, steps, OPENINGS, rng), "list_format", "steps")
 
 
 def more_refusals(rng: random.Random) -> Iterator[Conversation]:

@@ -51,6 +51,23 @@ def test_the_bootstrap_draws_groups_not_rows() -> None:
     assert low == high
 
 
+def test_the_bootstrap_agrees_with_a_slow_one() -> None:
+    generator = np.random.default_rng(1)
+    positive = generator.random(80) < 0.4
+    score = np.round(generator.standard_normal(80) + positive, 1)  # with ties
+    groups = np.array([f"{'p' if side else 'n'}{i % 7}" for i, side in enumerate(positive)])
+    slow = []
+    for _ in range(1000):
+        rows = [
+            np.flatnonzero(groups == key)
+            for side in "pn"
+            for key in generator.choice(np.unique(groups[np.char.startswith(groups, side)]), 7)
+        ]
+        picked = np.concatenate(rows)
+        slow.append(auroc(positive[picked], score[picked]))
+    assert bootstrap_interval(positive, score, groups, 0) == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=0.02)
+
+
 def test_only_tokens_before_the_assistants_first_count() -> None:
     user, template, said = Flag.USER.value, Flag.TEMPLATE.value, Flag.ASSISTANT.value
     flags = np.array([template, user, template, said, said | template, template, user, template, said], dtype=np.uint8)

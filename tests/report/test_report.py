@@ -138,9 +138,7 @@ def test_few_specific_latents_are_filled_up_and_the_page_says_so(run: Path) -> N
     report = read_run(run)
     # 2 specific; of the others only latent 40 has both nu defined and delta_norm >= 0.6.
     assert [latent.latent for latent in report.primary.top.latents] == [0, 1, 40]
-    assert wording.selection(report.primary).startswith(
-        "Only 2 latents are chat-specific. After those come the nearest"
-    )
+    assert wording.selection(report.primary).startswith("Only 2 latents are chat-specific. After those come the nearest")
 
 
 def test_page_is_well_formed_and_asks_no_host(rendered: str, page: Page) -> None:

@@ -100,18 +100,24 @@ def auroc(positive: npt.NDArray[np.bool_], score: npt.NDArray[Any]) -> float:
 def bootstrap_interval(
     positive: npt.NDArray[np.bool_], score: npt.NDArray[Any], groups: npt.NDArray[Any], seed: int
 ) -> tuple[float, float]:
-    """95% percentile interval over resampled groups (distinct prompts), positives and negatives apart."""
+    """95% percentile interval over resampled groups (distinct prompts), positives and negatives apart.
+
+    The AUROC is the share of (positive, negative) pairs in the right order, so one table of pairs won between groups gives
+    that of every resample.
+    """
+    sides = [np.unique(groups[positive == side], return_inverse=True)[1] for side in (True, False)]
+    won = (score[positive][:, None] > score[~positive]) + 0.5 * (score[positive][:, None] == score[~positive])
+    sizes = [np.bincount(side) for side in sides]
+    rows = np.zeros((len(sizes[0]), won.shape[1]))
+    np.add.at(rows, sides[0], won)
+    table = np.zeros((len(sizes[1]), len(sizes[0])))
+    np.add.at(table, sides[1], rows.T)
     generator = np.random.default_rng(seed)
-    members = []
-    for side in (True, False):
-        keys = np.unique(groups[positive == side])
-        members.append([np.flatnonzero((groups == key) & (positive == side)) for key in keys])
-    values = []
-    for _ in range(BOOTSTRAPS):
-        drawn = [np.concatenate([side[i] for i in generator.integers(0, len(side), len(side))]) for side in members]
-        picked = np.concatenate(drawn)
-        values.append(auroc(positive[picked], score[picked]))
-    low, high = np.nanquantile(values, [0.025, 0.975])
+    drawn = [generator.multinomial(len(size), np.full(len(size), 1 / len(size)), BOOTSTRAPS) for size in sizes]
+    values = np.einsum("bp,np,bn->b", drawn[0], table, drawn[1], optimize=True) / (
+        (drawn[0] @ sizes[0]) * (drawn[1] @ sizes[1])
+    )
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -289,9 +289,7 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     behaviours = _read_table(behaviours_path, _BEHAVIOUR_COLUMNS) if behaviours_path.is_file() else None
     top_rows, n_specific = _top_rows(latents)
     shown = top_rows["latent"].to_list()
-    behaviour_rows = latents.filter(pl.col("latent").is_in(_best_specific(behaviours))).filter(
-        ~pl.col("latent").is_in(shown)
-    )
+    behaviour_rows = latents.filter(pl.col("latent").is_in(_best_specific(behaviours))).filter(~pl.col("latent").is_in(shown))
     wanted = pl.concat([top_rows, behaviour_rows])
     examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
     cards = tuple(_latent(row, examples.get(row["latent"], ())) for row in wanted.iter_rows(named=True))

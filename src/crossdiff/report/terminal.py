@@ -53,9 +53,7 @@ def _behaviours(coder: CrosscoderReport) -> Table:
     question = next((result.question for result in results if result.question == "before_answer"), results[0].question)
     results = tuple(result for result in results if result.question == question)
     pools = list(dict.fromkeys(pool for result in results for pool in result.scores))
-    title = (
-        f"Behaviours, {wording.QUESTIONS.get(question, wording.words(question)).lower()}: held-out AUROC, {coder.title}"
-    )
+    title = f"Behaviours, {wording.QUESTIONS.get(question, wording.words(question)).lower()}: held-out AUROC, {coder.title}"
     table = Table(title=title, title_justify="left")
     table.add_column("behaviour")
     for pool in pools:
