@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from crossdiff.activations.store import Store
@@ -28,7 +29,8 @@ RANDOM = 2
 def with_random_directions(crosscoder: Crosscoder, seed: int) -> Float[Tensor, "direction latent d_model"]:
     """The crosscoder's directions, and random ones of the chat directions' norms: the control whose betas must be near 0."""
     own = crosscoder.directions()
-    random = torch.randn(own[CHAT].shape, generator=torch.Generator().manual_seed(seed))
+    # numpy's stream: torch's with the same seed and shape gave the directions that the decoder started from.
+    random = torch.from_numpy(np.random.default_rng(seed).standard_normal(own[CHAT].shape)).float()
     random *= own[CHAT].norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
     return torch.cat([own, random.unsqueeze(0)])
 
