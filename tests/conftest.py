@@ -61,7 +61,7 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(kind: str = "llama", seed: int = 0, n_layers: int = 3, vocabulary: int = 261) -> Any:
+def make_model(kind: str = "llama", seed: int = 0, n_layers: int = 3, vocabulary: int = 272) -> Any:
     """A tiny random causal language model of an architecture."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

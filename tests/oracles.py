@@ -34,7 +34,7 @@ def loss(
         v = torch.relu(pre[:, dead]) * norms[dead].detach()
         keep = torch.zeros_like(v)
         for row in range(n_tokens):
-            for column in sorted(range(len(dead)), key=lambda j: -float(v[row, j]))[:aux_k]:
+            for column in sorted(range(len(dead)), key=lambda j: -v[row, j].item())[:aux_k]:
                 keep[row, column] = 1
         guess = (torch.relu(pre[:, dead]) * keep) @ parameters["decoder"][dead]
         variance = ((residual - residual.mean(0)) ** 2).sum(1).mean()
