@@ -96,3 +96,14 @@ def test_own_models_on_the_command_line(tmp_path: Path, tiny_pair: tuple[Path, P
     manifest = json.loads((tmp_path / "run" / "activations" / "manifest.json").read_text())
     assert manifest["layer"] == 2
     assert manifest["datasets"] == ["plain", "chat"]
+
+
+def test_only_some_crosscoders_and_options_before_the_directory(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
+    with pytest.raises(UserError, match="there is no crosscoder 'l2' in this run; there are batchtopk, l1"):
+        run_command(["train", str(run), "--config", str(config), "--only", "l2"])
+    run_command(["train", str(run), "--config", str(config), "--only", "l1"])
+    # The value of the option is not taken for the directory: the settings of the run are the start.
+    run_command(["train", "--harvest.max_length", "48", str(run), "--only", "l1"])
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    assert set(stages) == {"harvest", "train/l1"}

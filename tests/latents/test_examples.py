@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig, L1Config
 from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
-from crossdiff.latents.examples import ExampleCollector, _quantile_picks, example_table, write_examples
+from crossdiff.latents.examples import ExampleCollector, _quantile_picks, write_examples
 from crossdiff.latents.stream import chunks
 from planted import planted_activations
 from stores import make_store
@@ -35,6 +36,14 @@ def store(tmp_path: Path) -> Store:
     for shard, offset in zip(store.shards, store.offsets, strict=False):
         shard["token_id"] = torch.arange(len(shard["token_id"]), dtype=torch.int32) + int(offset)
     return store
+
+
+def top_examples(path: Path, latent: int) -> list[dict[str, Any]]:
+    """The strongest examples of a latent with their sequences, in the order of their rank."""
+    with sqlite3.connect(path) as database:
+        database.row_factory = sqlite3.Row
+        query = "SELECT * FROM examples JOIN sequences USING (sequence) WHERE latent = ? AND kind = 'top' ORDER BY rank"
+        return [dict(row) for row in database.execute(query, (latent,))]
 
 
 def crosscoder(store: Store) -> Crosscoder:
@@ -65,11 +74,11 @@ def test_the_strongest_sequences_in_order(tmp_path: Path, store: Store) -> None:
     collect(coder, store, tmp_path / "examples.sqlite")
     v = dense_maxima(coder, store)
     for latent in (0, 5, 23):
-        table = example_table(tmp_path / "examples.sqlite", latent).filter(kind="top")
+        rows = top_examples(tmp_path / "examples.sqlite", latent)
         values, sequences = v[:, :, latent].amax(1).topk(4)
-        assert table["sequence"].to_list() == sequences.tolist()
-        assert table["activation"].to_list() == pytest.approx(values.tolist(), rel=1e-4)
-        first = table.row(0, named=True)
+        assert [row["sequence"] for row in rows] == sequences.tolist()
+        assert [row["activation"] for row in rows] == pytest.approx(values.tolist(), rel=1e-4)
+        first = rows[0]
         stored = np.frombuffer(first["activations"], dtype="<f4")
         torch.testing.assert_close(torch.from_numpy(stored.copy()), v[first["sequence"], :, latent], rtol=1e-4, atol=1e-5)
         assert first["position"] == int(v[first["sequence"], :, latent].argmax())

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import torch
 
 from crossdiff.activations.loader import source_indices
@@ -229,13 +228,3 @@ def _sequence_rows(store: Store, tokenizer: Any, numbers: list[int]) -> Iterator
         row = facts[int(document[bounds[number]])]
         token_ids = ids[rows].astype("<i4").tobytes()
         yield number, row["document"], row["dataset"], row["label"], token_ids, json.dumps(tokens), flags[rows].tobytes()
-
-
-def example_table(path: Path, latent: int) -> pl.DataFrame:
-    """The examples of one latent, strongest first."""
-    with sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as database:
-        query = "SELECT * FROM examples JOIN sequences USING (sequence) WHERE latent = ? ORDER BY kind DESC, rank"
-        cursor = database.execute(query, (latent,))
-        rows = cursor.fetchall()
-    names = [column[0] for column in cursor.description]
-    return pl.DataFrame(rows, schema=names, orient="row")
