@@ -41,14 +41,13 @@ def make_store(folder: Path, activations: torch.Tensor, length: int = 20, shard:
     pl.DataFrame(rows, schema=schema, orient="row").write_parquet(folder / "documents.parquet")
     keep = (columns["position"] > 0) & ~torch.tensor(held)[columns["document"].long()]
     training = activations[keep].double()
-    mean = training.mean(0)
-    save_file({"mean": mean}, folder / "statistics.safetensors")
-    scale = float((d_model / (training - mean).square().sum(2).mean()) ** 0.5)
+    gram = torch.stack([(training * training[:, [source]]).sum(2).mean(0) for source in range(n_sources)])
+    save_file({"mean": training.mean(0), "gram": gram}, folder / "statistics.safetensors")
     manifest = {
         "format": FORMAT, "pair": PAIR, "sources": ["base", "chat", "third"][:n_sources], "layer": 1, "n_layers": 2,
         "d_model": d_model, "dtype": "float32", "max_length": length, "leave_out": 1, "datasets": ["planted"],
         "n_documents": n_documents, "n_sequences": n_documents, "n_tokens": n, "n_training_tokens": len(training),
-        "scale": scale, "seconds": 1.0, "shards": shards,
+        "seconds": 1.0, "shards": shards,
         "files": {name: sha256(folder / name) for name in ("documents.parquet", "statistics.safetensors")},
     }  # fmt: skip
     write_json(folder / "manifest.json", manifest)

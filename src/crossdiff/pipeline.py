@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STAGES = ("harvest", "train", "analyze", "report")
 ANALYSIS = ("latents.parquet", "examples.sqlite", "health.json", "behaviours.parquet")
-CODE_FORMAT = 2
+CODE_FORMAT = 3
 """Raised when a stage's results change although its settings do not."""
 
 

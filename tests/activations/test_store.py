@@ -56,6 +56,27 @@ def test_batches_see_each_token_once_an_epoch_and_are_normalised(tmp_path: Path,
         Batches(store, 5000, seed=0)
 
 
+@pytest.mark.parametrize("matrix", [[[1, 0], [0, 1]], [[1, 0]], [[0, 1]], [[-1, 1]], [[0.5, 0.5], [-2, 1], [3, 0]]])
+def test_the_scale_of_a_view_follows_from_the_moments_of_the_sources(tmp_path: Path, matrix: list[list[float]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(2000, 1, 4, generator=generator)
+    store = make_store(tmp_path, common + 0.3 * torch.randn(2000, 2, 4, generator=generator) + 5)
+    h = store.gather(store.rows("train")).double()
+    view = torch.tensor(matrix, dtype=torch.float64)
+    y = torch.einsum("vs,nsd->nvd", view, h)
+    x = (y - y.mean(0)) * store.normalisation.scale_of(view)
+    assert float(x.square().sum(2).mean()) == pytest.approx(4, rel=1e-9)  # d_model
+    torch.testing.assert_close(store.normalisation.mean, h.mean(0))
+
+
+def test_a_view_that_does_not_vary_has_no_scale(tmp_path: Path) -> None:
+    one = torch.randn(400, 1, 4, generator=torch.Generator().manual_seed(0))
+    store = make_store(tmp_path, one.expand(-1, 2, -1).contiguous())
+    assert store.normalisation.scale > 0
+    with pytest.raises(UserError, match="do not vary"):
+        store.normalisation.scale_of(torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "documents"])
 def test_verify_names_what_is_damaged(tmp_path: Path, activations: torch.Tensor, damage: str) -> None:
     make_store(tmp_path, activations, shard=500)

@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from safetensors.torch import save_file
 
-from crossdiff.activations.store import COLUMNS, DTYPES, FORMAT, check_names, sha256
+from crossdiff.activations.store import COLUMNS, DTYPES, FORMAT, Normalisation, check_names, sha256
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
 from crossdiff.models.access import residual_after
 from crossdiff.models.pair import SOURCES, Pair
@@ -35,8 +35,8 @@ class Progress:
     shards: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     n_training: int = 0
-    square_sum: float = 0.0
     total: list[list[float]] = field(default_factory=list)
+    products: list[list[float]] = field(default_factory=list)
 
 
 class _ShardWriter:
@@ -146,32 +146,30 @@ def _document_row(document: Document, datasets: tuple[DatasetConfig, ...], n_tok
 
 
 class _Statistics:
-    """Sums over the training tokens, in float64: one mean per source, one mean square over all."""
+    """Sums of h_s and of <h_s, h_t> over the training tokens, in float64."""
 
     def __init__(self, n_sources: int, d_model: int) -> None:
-        self.n, self.square_sum = 0, 0.0
+        self.n = 0
         self.total = torch.zeros(n_sources, d_model, dtype=torch.float64)
+        self.products = torch.zeros(n_sources, n_sources, dtype=torch.float64)
 
     def add(self, streams: Float[Tensor, "token source d_model"]) -> None:
+        self.n += len(streams)
         wide = streams.double()
-        self.n += len(wide)
         self.total += wide.sum(0)
-        self.square_sum += float(wide.square().sum())
+        self.products += torch.einsum("nsd,ntd->st", wide, wide)
 
-    def finish(self) -> tuple[Float[Tensor, "source d_model"], float]:
-        """Mean per source, and the scale that makes the mean of ||x_s - mean_s||^2 equal d_model.
+    def finish(self) -> Normalisation:
+        """The moments.
 
         Raises:
             UserError: no training tokens, or activations that do not vary.
         """
         if not self.n:
             raise UserError("no training tokens: every document is held out or too short; lower heldout_share or add text")
-        n_sources, d_model = self.total.shape
-        mean = self.total / self.n
-        variance = (self.square_sum / self.n - float(mean.square().sum())) / n_sources
-        if not variance > 0:
-            raise UserError("the activations do not vary over the training tokens; is this the right layer?")
-        return mean, (d_model / variance) ** 0.5
+        normalisation = Normalisation(self.total / self.n, self.products / self.n)
+        assert normalisation.scale > 0  # raises if nothing varies, before a store is made of it
+        return normalisation
 
 
 def harvest(
@@ -194,8 +192,9 @@ def harvest(
     progress = Progress(**read_json(folder / "progress.json")) if (folder / "progress.json").exists() else Progress()
     statistics = _Statistics(len(SOURCES), pair.d_model)
     if progress.shards:
-        statistics.n, statistics.square_sum = progress.n_training, progress.square_sum
+        statistics.n = progress.n_training
         statistics.total = torch.tensor(progress.total, dtype=torch.float64)
+        statistics.products = torch.tensor(progress.products, dtype=torch.float64)
     documents: list[dict[str, Any]] = []
     sequences = _sequences(datasets, pair.tokenizer, config.max_length, documents, advance)
     writer = _ShardWriter(folder, DTYPES[config.dtype], config.shard_tokens)
@@ -204,8 +203,8 @@ def harvest(
     def flush() -> None:
         progress.shards.append(writer.flush(len(progress.shards)))
         progress.seconds = seconds_before + time.time() - started
-        progress.n_training, progress.square_sum = statistics.n, statistics.square_sum
-        progress.total = statistics.total.tolist()
+        progress.n_training = statistics.n
+        progress.total, progress.products = statistics.total.tolist(), statistics.products.tolist()
         write_json(folder / "progress.json", progress.__dict__)
 
     resumed_at = progress.batches
@@ -235,8 +234,8 @@ def _finish(
     statistics: _Statistics,
     documents: list[dict[str, Any]],
 ) -> None:
-    mean, scale = statistics.finish()
-    save_file({"mean": mean}, folder / "statistics.safetensors")
+    moments = statistics.finish()
+    save_file({"mean": moments.mean, "gram": moments.gram}, folder / "statistics.safetensors")
     schema = {
         "document": pl.Int32, "dataset": pl.String, "split": pl.String, "label": pl.String, "sub_label": pl.String,
         "prompt": pl.String, "n_messages": pl.Int32, "n_tokens": pl.Int32,
@@ -257,7 +256,6 @@ def _finish(
         "n_sequences": progress.sequences,
         "n_tokens": sum(shard["n_tokens"] for shard in progress.shards),
         "n_training_tokens": statistics.n,
-        "scale": scale,
         "seconds": round(progress.seconds, 1),
         "shards": progress.shards,
         "files": {name: sha256(folder / name) for name in ("documents.parquet", "statistics.safetensors")},

@@ -1,9 +1,9 @@
 """The activation store: safetensors shards, a manifest with checksums, and a table of documents.
 
-    manifest.json            models, layer, tokenizer, sizes, statistics, and each shard's size and SHA-256
+    manifest.json            models, layer, tokenizer, sizes, and each shard's size and SHA-256
     shard-00000.safetensors  activations [token, source, d_model] and the columns of `COLUMNS`, one entry a token
     documents.parquet        document, dataset, split, label, sub_label, n_tokens
-    statistics.safetensors   mean [source, d_model] over the training tokens, float64
+    statistics.safetensors   over the training tokens, float64: mean [source, d_model], gram [source, source]
 
 The tokens of a sequence lie side by side in one shard, in order. There is no padding.
 """
@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 
 from crossdiff.config import UserError
 from crossdiff.run import read_json
-from crossdiff.shapes import Float, Tensor
+from crossdiff.shapes import Float, Float64, Tensor
 
-FORMAT = 1
+FORMAT = 2
 COLUMNS: dict[str, torch.dtype] = {
     "token_id": torch.int32,
     "document": torch.int32,
@@ -57,13 +57,38 @@ def _shard_path(folder: Path, name: Any) -> Path:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Subtract the mean of each source, then multiply by one scalar shared by all sources (METHOD: data).
+    """First and second moments of the sources over the training tokens, and the scale of any view that follows from them.
 
-    After it the mean over tokens and sources of ||x_s||^2 is d_model.
+    A view is linear in the sources: y_v = sum_s matrix[v, s] h_s. Two sources side by side are the identity, a source
+    alone is a row of it, a difference is [[-1, 1]]. Views are normalised by subtracting the mean, then multiplying by
+    one scalar (METHOD: data).
+
+    mean: mean of h_s. gram: mean of <h_s, h_t>, not centred. Both float64.
     """
 
-    mean: Float[Tensor, "source d_model"]
-    scale: float
+    mean: Float64[Tensor, "source d_model"]
+    gram: Float64[Tensor, "source source"]
+
+    def scale_of(self, matrix: Float64[Tensor, "view source"]) -> float:
+        """The scalar after which the mean over tokens and rows of the view of ||x_v||^2 is d_model.
+
+        With the covariance C_st = gram_st - <mean_s, mean_t> of the sources, summed over dimensions, the view's variance
+        is the trace of matrix C matrix^T, so scale^2 = d_model * n_view / trace.
+
+        Raises:
+            UserError: the view does not vary.
+        """
+        covariance = self.gram - self.mean @ self.mean.T
+        variance = float(torch.trace(matrix @ covariance @ matrix.T)) / len(matrix)
+        # What rounding leaves of a difference between two equal sources is no variation.
+        if not variance > 1e-12 * float(torch.trace(matrix.abs() @ self.gram.abs() @ matrix.abs().T)):
+            raise UserError("the activations do not vary over the training tokens; is this the right layer?")
+        return float((self.mean.shape[1] / variance) ** 0.5)
+
+    @property
+    def scale(self) -> float:
+        """The scale of all sources side by side."""
+        return self.scale_of(torch.eye(len(self.gram), dtype=torch.float64))
 
 
 class Store:
@@ -126,9 +151,9 @@ class Store:
 
     @cached_property
     def normalisation(self) -> Normalisation:
-        """Mean and scale over the training tokens."""
-        mean = load_file(self.folder / "statistics.safetensors")["mean"]
-        return Normalisation(mean, float(self.manifest["scale"]))
+        """Moments over the training tokens."""
+        statistics = load_file(self.folder / "statistics.safetensors")
+        return Normalisation(statistics["mean"], statistics["gram"])
 
     @cached_property
     def shards(self) -> list[dict[str, Tensor]]:
