@@ -57,6 +57,14 @@ class L1Config(Config):
     kind: Literal["l1"] = "l1"
     mu: float = Field(0.04, ge=0, description="weight of the sparsity penalty")
     mu_warmup_share: float = Field(0.2, ge=0, le=1, description="share of the steps over which mu grows from 0")
+    resamplings: int = Field(2, ge=0, description="times that dead latents are started anew, within the first half of the run")
+
+
+class AuxConfig(Config):
+    """What revives dead latents where no penalty acts on them (Gao et al. 2024)."""
+
+    weight: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss")
+    k: int | None = Field(None, ge=1, description="dead latents per token in the auxiliary loss; default d/2")
 
 
 class BatchTopKConfig(Config):
@@ -64,22 +72,85 @@ class BatchTopKConfig(Config):
 
     kind: Literal["batchtopk"] = "batchtopk"
     k: int = Field(32, ge=1, description="mean number of active latents per token")
-    aux_weight: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss that revives dead latents")
-    aux_k: int | None = Field(None, ge=1, description="dead latents per token in the auxiliary loss; default d/2")
-    dead_after_tokens: int | None = Field(
-        None, ge=1, description="silent for so many tokens = dead; default min(10M, 5% of the run's tokens)"
-    )
+    aux: AuxConfig = AuxConfig()
     threshold_beta: float = Field(0.999, gt=0, lt=1, description="running mean of the inference threshold")
     threshold_start_share: float = Field(0.2, ge=0, lt=1, description="the running mean starts after this share of the run")
 
 
-Sparsity = Annotated[L1Config | BatchTopKConfig, Field(discriminator="kind")]
+class TopKConfig(Config):
+    """The k largest activations of each token stay (Gao et al. 2024)."""
+
+    kind: Literal["topk"] = "topk"
+    k: int = Field(32, ge=1, description="active latents per token")
+    aux: AuxConfig = AuxConfig()
+
+
+class JumpReLUConfig(Config):
+    """A threshold per latent, trained by a straight-through gradient; a tanh penalty (Anthropic, January 2025)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    weight: float = Field(1.0, ge=0, description="weight of the tanh sparsity penalty; grows from 0 over the whole run")
+    tanh_scale: float = Field(4.0, gt=0, description="c in tanh(c * f * decoder norm)")
+    pre_activation_weight: float = Field(3e-6, ge=0, description="weight of the loss that pulls silent latents up")
+    bandwidth: float = Field(2.0, gt=0, description="width of the window around the threshold that gives it a gradient")
+    threshold: float = Field(0.1, gt=0, description="threshold of every latent at the start")
+
+
+Sparsity = Annotated[L1Config | BatchTopKConfig | TopKConfig | JumpReLUConfig, Field(discriminator="kind")]
+
+
+class FreeConfig(Config):
+    """No constraint: every latent has an encoder and a decoder direction of its own in every source."""
+
+    kind: Literal["free"] = "free"
+
+
+class DesignatedConfig(Config):
+    """Designated shared latents: some have one decoder for all sources and a lower penalty (Anthropic, February 2025)."""
+
+    kind: Literal["designated"] = "designated"
+    shared_share: float = Field(0.1, gt=0, lt=1, description="share of the latents that are designated, the first ones")
+    penalty_factor: float = Field(0.1, gt=0, le=1, description="their share of the sparsity penalty, where there is one")
+
+
+class PartitionedConfig(Config):
+    """Dedicated features: some latents belong to one source alone (DFC, arXiv 2602.11729)."""
+
+    kind: Literal["partitioned"] = "partitioned"
+    exclusive_share: float = Field(0.05, gt=0, description="share of the latents exclusive to each source, the first ones")
+
+
+Structure = Annotated[FreeConfig | DesignatedConfig | PartitionedConfig, Field(discriminator="kind")]
+
+
+class PairedConfig(Config):
+    """A crosscoder: reads and writes every source."""
+
+    kind: Literal["paired"] = "paired"
+
+
+class DifferenceConfig(Config):
+    """A diff-SAE: reads and writes the chat activation minus the base one."""
+
+    kind: Literal["difference"] = "difference"
+
+
+class SingleConfig(Config):
+    """An SAE: reads and writes one source."""
+
+    kind: Literal["single"] = "single"
+    source: str = Field("base", description="name of the source")
+
+
+Inputs = Annotated[PairedConfig | DifferenceConfig | SingleConfig, Field(discriminator="kind")]
 
 
 class CrosscoderConfig(Config):
-    """One crosscoder and its training."""
+    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps."""
 
     sparsity: Sparsity
+    structure: Structure = FreeConfig()
+    inputs: Inputs = PairedConfig()
     expansion: int | None = Field(8, ge=1, description="latents per dimension of the residual stream")
     n_latents: int | None = Field(None, ge=1, description="number of latents; overrides the expansion")
     reconstruction: Literal["squared", "norm"] = Field("squared", description="squared error, or its unsquared norm")
@@ -90,6 +161,9 @@ class CrosscoderConfig(Config):
     warmup_steps: int = Field(100, ge=0)
     decay_share: float = Field(0.3, ge=0, le=1, description="share of the steps over which the rate falls to 0")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    dead_after_tokens: int | None = Field(
+        None, ge=1, description="silent for so many tokens = dead; default min(10M, 5% of the run's tokens)"
+    )
     checkpoint_seconds: float = Field(30.0, gt=0, description="seconds between checkpoints")
     seed: int = 0
 
@@ -104,6 +178,8 @@ class CrosscoderConfig(Config):
     def _size_is_given(self) -> CrosscoderConfig:
         if self.n_latents is None and self.expansion is None:
             raise ValueError("either expansion or n_latents must be set")
+        if self.inputs.kind != "paired" and self.structure.kind != "free":
+            raise ValueError(f"structure {self.structure.kind} ties latents between sources; inputs {self.inputs.kind} has one")
         return self
 
 
@@ -140,13 +216,16 @@ class RunConfig(Config):
         },
         description="one folder each",
     )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        ("tensorboard",), description="where the metrics of a training go beside train.jsonl"
+    )
     analyze: AnalyzeConfig = AnalyzeConfig()
 
     @field_validator("crosscoders")
     @classmethod
     def _names_are_folders(cls, value: dict[str, CrosscoderConfig]) -> dict[str, CrosscoderConfig]:
         for name in value:
-            if not name.replace("-", "").replace("_", "").isalnum() or name in {"activations", "old", "work"}:
+            if not name.replace("-", "").replace("_", "").isalnum() or name in {"activations", "old", "tensorboard", "work"}:
                 raise ValueError(f"{name!r} cannot name a crosscoder's folder: use letters, digits, - and _")
         if not value:
             raise ValueError("at least one crosscoder is needed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,8 +108,7 @@ class Pipeline:
         if "harvest" in stages:
             self.harvest()
         if "train" in stages:
-            for name in self.names:
-                self.train(name)
+            self.train()
         if "analyze" in stages:
             for name in self.names:
                 self.analyze(name)
@@ -180,25 +179,34 @@ class Pipeline:
         store.check_pair(identify(self.config.base), identify(self.config.chat), self.config.layer)
         return store
 
-    def train(self, name: str) -> None:
-        """Train one crosscoder into its folder."""
-        stage = self.train_stage(name)
-        if self._skip(stage):
+    def train(self) -> None:
+        """Train the crosscoders, those of equal batches in one pass over the store, each into its folder."""
+        stages = {name: self.train_stage(name) for name in self.names}
+        wanted = {name: stage for name, stage in stages.items() if not self._skip(stage)}
+        if not wanted:
             return
-        from crossdiff.crosscoder.train import train
+        from crossdiff.crosscoder.train import Job, train_together
+        from crossdiff.models.pair import choose_device
 
         store = self.store()
-        with self.run.working(stage) as folder, progress_bar(self.console, f"train {name}, steps", None) as advance:
-            (folder / name).mkdir(exist_ok=True)
+        with ExitStack() as stack:
+            jobs = []
+            for name, stage in wanted.items():
+                folder = stack.enter_context(self.run.working(stage)) / name
+                folder.mkdir(exist_ok=True)
+                shown_in = self.run.path / "tensorboard" / f"{name}-{stage.fingerprint}"
+                jobs.append(Job(folder, self.config.crosscoders[name], shown_in))
+            advance = stack.enter_context(progress_bar(self.console, f"train {', '.join(wanted)}, steps", None))
             last = 0
 
-            def report(step: int, n_steps: int, record: dict[str, Any]) -> None:
+            def report(step: int, n_steps: int, records: dict[str, Any]) -> None:
                 nonlocal last
-                advance(step - last, _training_note(record), n_steps)
+                advance(max(0, step - last), _training_note(records), n_steps)
                 last = step
 
-            train(folder / name, store, self.config.crosscoders[name], report)
-        self._say_done(stage)
+            train_together(jobs, store, choose_device(self.config.device), self.config.trackers, report)
+        for stage in wanted.values():
+            self._say_done(stage)
 
     def crosscoder(self, name: str) -> Crosscoder:
         """A trained crosscoder of this run.
@@ -247,11 +255,14 @@ class Pipeline:
         print_summary(report, self.console)
 
 
-def _training_note(record: dict[str, Any]) -> str:
-    if not record:
-        return ""
-    fve = " ".join(f"{value:.3f}" for key, value in record.items() if key.startswith("fve_"))
-    return f"FVE {fve} L0 {record['l0']:.0f} dead {record['dead_share']:.0%}"
+def _training_note(records: dict[str, Any]) -> str:
+    """The last record of each crosscoder, short enough for one line."""
+    notes = []
+    for name, record in records.items():
+        fve = " ".join(f"{value:.2f}" for key, value in record.items() if key.startswith("fve_"))
+        if record:
+            notes.append(f"{name}: loss {record['loss']:.3g} FVE {fve} L0 {record['l0']:.0f} dead {record['dead_share']:.0%}")
+    return "; ".join(notes)
 
 
 def _resolve(dataset: DatasetConfig) -> DatasetConfig:

@@ -17,7 +17,9 @@ from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, L1Config, UserError
 from crossdiff.crosscoder.checkpoint import load, save
 from crossdiff.crosscoder.metrics import health, heldout_sums
-from crossdiff.crosscoder.train import Schedule, train
+from crossdiff.crosscoder.sparsity import rule_of
+from crossdiff.crosscoder.train import Job, train, train_together
+from crossdiff.crosscoder.trainer import Schedule, Trainer
 from crossdiff.latents.activity import Activity, group_of
 from crossdiff.latents.scaling import ScalingAccumulator
 from crossdiff.latents.stream import chunks
@@ -108,7 +110,7 @@ import torch
 torch.set_num_threads(1)
 settings = {"n_latents": 32, "batch_size": 128, "epochs": 5, "warmup_steps": 5, "checkpoint_seconds": 0.01}
 config = CrosscoderConfig(sparsity=BatchTopKConfig(k=3), **settings)
-train(Path(sys.argv[1]), Store(Path(sys.argv[2])), config, lambda step, n, record: print(step, flush=True))
+train(Path(sys.argv[1]), Store(Path(sys.argv[2])), config, report=lambda step, n, records: print(step, flush=True))
 """
 
 
@@ -141,9 +143,11 @@ def test_the_log_holds_the_loss_that_is_trained_on(tmp_path: Path, store: Store)
 
 
 def test_schedules() -> None:
-    schedule = Schedule(100, 10, config(L1Config(mu=2.0, mu_warmup_share=0.5), lr=1.0, warmup_steps=10, decay_share=0.2))
+    settings = L1Config(mu=2.0, mu_warmup_share=0.5, resamplings=2)
+    schedule = Schedule(100, config(settings, lr=1.0, warmup_steps=10, decay_share=0.2, batch_size=10))
     assert [schedule.rate(step) for step in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.05])
-    assert [schedule.mu(step) for step in (0, 24, 49, 99)] == pytest.approx([0.04, 1.0, 2.0, 2.0])
+    assert [rule_of(settings).weight(share) for share in (0.01, 0.25, 0.5, 1)] == pytest.approx([0.04, 1.0, 2.0, 2.0])
+    assert [step for step in range(101) if schedule.resamples_after(step)] == [25, 50]
     assert schedule.dead_after == 50  # 5% of 1,000 tokens
 
 
@@ -169,5 +173,5 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path, store: Store) -> None:
 
 def test_progress_is_reported(tmp_path: Path, store: Store) -> None:
     seen: list[int] = []
-    train(tmp_path, store, config(L1Config()), lambda step, n_steps, record: seen.append(step))
+    train(tmp_path, store, config(L1Config()), report=lambda step, n_steps, records: seen.append(step))
     assert seen == list(range(1, len(seen) + 1))

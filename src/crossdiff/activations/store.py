@@ -131,6 +131,11 @@ class Store:
         return tuple(self.manifest["sources"])
 
     @property
+    def float_dtype(self) -> torch.dtype:
+        """What holds a stored activation without loss."""
+        return DTYPES[self.manifest["dtype"]]
+
+    @property
     def leave_out(self) -> int:
         return int(self.manifest["leave_out"])
 

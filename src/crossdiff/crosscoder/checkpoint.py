@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,14 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from crossdiff.config import BatchTopKConfig, Sparsity, UserError
+from crossdiff.config import Sparsity, UserError
 from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.sparsity import rule_of
+from crossdiff.crosscoder.view import View
 from crossdiff.run import read_json, write_json
 from crossdiff.shapes import Tensor
 
+FORMAT = 2
 CROSSCODER_NORM = 1
 """`code_normalization_id`: activations are scaled by the sum of the decoder norms."""
 
@@ -39,11 +45,12 @@ def save(crosscoder: Crosscoder, folder: Path) -> None:
         "activation_std": torch.full_like(crosscoder.mean, torch.nan),
         "activation_global_scale": torch.tensor(crosscoder.scale, dtype=torch.float32),
     }
-    if isinstance(crosscoder.sparsity, BatchTopKConfig):
-        tensors["k"] = torch.tensor(crosscoder.sparsity.k)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    if (k := getattr(crosscoder.sparsity, "k", None)) is not None:
+        tensors["k"] = torch.tensor(k)
+    tensors |= crosscoder.own
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     config = {
-        "format": 1,
+        "format": FORMAT,
         "architecture": crosscoder.sparsity.kind,
         "n_latents": n_latents,
         "n_sources": n_sources,
@@ -51,6 +58,7 @@ def save(crosscoder: Crosscoder, folder: Path) -> None:
         "scale": crosscoder.scale,
         "threshold": crosscoder.threshold,
         "sparsity": crosscoder.sparsity.model_dump(),
+        "view": {"matrix": crosscoder.view.matrix.tolist(), "reads": crosscoder.view.reads, "names": crosscoder.view.names},
         "origin": crosscoder.origin,
     }
     write_json(folder / "config.json", config)
@@ -70,6 +78,7 @@ def load(folder: Path) -> Crosscoder:
         raise UserError(f"cannot read {path}: {error}; train the crosscoder again") from None
     try:
         n_latents, n_sources, d_model = (int(config[key]) for key in ("n_latents", "n_sources", "d_model"))
+        view = config["view"]
         sparsity: Any = TypeAdapter(Sparsity).validate_python(config["sparsity"])
         crosscoder = Crosscoder(
             encoder=tensors["encoder.weight"].permute(2, 0, 1).flatten(1).contiguous(),
@@ -79,6 +88,8 @@ def load(folder: Path) -> Crosscoder:
             mean=tensors["activation_mean"],
             scale=float(config["scale"]),
             sparsity=sparsity,
+            view=View(torch.tensor(view["matrix"]), tuple(view["reads"]), tuple(view["names"])),
+            own={name: tensors[name] for name in rule_of(sparsity).own_parameters(0)},
             threshold=float(config["threshold"]),
             origin=config["origin"],
         )
@@ -94,51 +105,106 @@ def load(folder: Path) -> Crosscoder:
 
 @dataclass
 class TrainingState:
-    """Everything that the next step depends on."""
+    """Everything that the next step depends on, and the sums of the log record in progress."""
 
     step: int
     threshold: float
     guess: float
-    tokens_since_fired: Tensor
+    silent_tokens: Tensor
     parameters: dict[str, Tensor]
     first_moments: dict[str, Tensor]
     second_moments: dict[str, Tensor]
+    log_sums: dict[str, float] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under one name each, on the CPU."""
+        named = {"silent_tokens": self.silent_tokens}
+        for group in GROUPS:
+            named |= {f"{group}.{name}": tensor for name, tensor in getattr(self, group).items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
 
 
-def save_state(state: TrainingState, path: Path) -> None:
-    """Write atomically: temporary file, sync, rename."""
-    tensors = {"tokens_since_fired": state.tokens_since_fired}
-    for group in ("parameters", "first_moments", "second_moments"):
-        tensors |= {f"{group}.{name}": tensor for name, tensor in getattr(state, group).items()}
-    numbers = {"step": state.step, "threshold": state.threshold, "guess": state.guess}
-    temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"state": json.dumps(numbers)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+GROUPS = ("parameters", "first_moments", "second_moments")
 
 
-def load_state(path: Path) -> TrainingState:
-    """Read what `save_state` wrote.
+class Checkpoints:
+    """The two latest training states of a folder; the one before the last is there in case the last is damaged."""
 
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            numbers = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint {path} is damaged: {error}; delete it to start this training anew") from None
-    groups: dict[str, dict[str, Tensor]] = {"parameters": {}, "first_moments": {}, "second_moments": {}}
+    def __init__(self, folder: Path) -> None:
+        self.last, self.before = folder / "checkpoint.safetensors", folder / "checkpoint-before.safetensors"
+
+    def save(self, state: TrainingState) -> None:
+        """Write atomically: temporary file, sync, rename."""
+        tensors = state.tensors()
+        numbers = {key: getattr(state, key) for key in ("step", "threshold", "guess", "log_sums")}
+        temporary = self.last.with_suffix(".partial")
+        save_file(tensors, temporary, metadata={"state": json.dumps(numbers), "crc32": str(_crc32(tensors))})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if self.last.exists():
+            self.last.replace(self.before)
+        temporary.replace(self.last)
+
+    def load(self, warn: Callable[[str], None]) -> TrainingState | None:
+        """The latest state that can be read; None without a checkpoint. A damaged one is named to `warn`.
+
+        Raises:
+            UserError: there are checkpoints, and all are damaged.
+        """
+        problems = []
+        for path in (self.last, self.before):
+            if not path.exists():
+                continue
+            try:
+                state = _load_state(path)
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                problems.append(f"the checkpoint {path} is damaged: {error}")
+                continue
+            for problem in problems:
+                warn(f"{problem}; the one before it is used, from step {state.step}")
+            return state
+        if problems:
+            raise UserError("; ".join(problems) + "; delete it to start this training anew")
+        return None
+
+    def check_space(self, state: TrainingState) -> None:
+        """Check before training that two checkpoints can be written.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk is too full.
+        """
+        needed = 3 * sum(tensor.nbytes for tensor in state.tensors().values())
+        free = shutil.disk_usage(self.last.parent).free
+        if free < needed:
+            raise UserError(
+                f"the disk of {self.last.parent} has {free / 1e6:.0f} MB left, and the training writes up to {needed / 1e6:.0f} MB "
+                "(two checkpoints and the crosscoder); free some space and run the same command again"
+            )
+        try:
+            probe = self.last.with_suffix(".partial")
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.last.parent}: {error.strerror}; choose a folder you may write to") from None
+
+
+def _crc32(tensors: dict[str, Tensor]) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy().data, value)
+    return value
+
+
+def _load_state(path: Path) -> TrainingState:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    numbers = json.loads(metadata["state"])
+    if _crc32(tensors) != int(metadata["crc32"]):
+        raise ValueError("its checksum does not match")
+    groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
     for name, tensor in tensors.items():
         group, _, key = name.partition(".")
         if group in groups:
             groups[group][key] = tensor
-    return TrainingState(
-        step=int(numbers["step"]),
-        threshold=float(numbers["threshold"]),
-        guess=float(numbers["guess"]),
-        tokens_since_fired=tensors["tokens_since_fired"],
-        **groups,
-    )
+    return TrainingState(**numbers, silent_tokens=tensors["silent_tokens"], **groups)

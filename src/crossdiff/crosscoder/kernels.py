@@ -4,42 +4,59 @@ A code holds the latent activations f `[batch, latent]`. Both kinds offer the sa
 plain dense autograd gives; the tests hold them against it in float64. Weights are latent-major: `[latent, column]`, where
 the columns are source and d_model flattened, so that each latent's weights lie side by side in memory.
 
-The sparse products are embedding bags: their cost grows with the number of active (token, latent) pairs only.
+The sparse products are embedding bags: their cost grows with the number of (token, latent) pairs only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crossdiff.shapes import Float, Int64, Tensor
+from crossdiff.shapes import Bool, Float, Int64, Tensor
 
 
 @dataclass(frozen=True)
 class DenseCode:
-    """A code as a full matrix; cheaper when more than a few percent of it is active."""
+    """A code as a full matrix; cheaper when more than a few percent of it is active.
+
+    Attributes:
+        mask: the pairs that the code is about; f is 0 elsewhere.
+    """
 
     f: Float[Tensor, "batch latent"]
+    mask: Bool[Tensor, "batch latent"]
 
     @property
     def values(self) -> Tensor:
         return self.f
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.f)
+
+    @property
+    def n_latents(self) -> int:
+        return self.f.shape[1]
 
     def decode(self, weights: Float[Tensor, "latent column"]) -> Float[Tensor, "batch column"]:
         """sum_j f_ij W_j."""
         return self.f @ weights
 
     def dot(self, table: Float[Tensor, "batch column"], weights: Float[Tensor, "latent column"]) -> Tensor:
-        """<table_i, W_j> where f_ij is active, 0 elsewhere; shaped as `values`."""
-        return (table @ weights.T) * (self.f > 0)
+        """<table_i, W_j> of the code's pairs, 0 elsewhere; shaped as `values`."""
+        return (table @ weights.T).mul_(self.mask)
 
     def of_latents(self, per_latent: Float[Tensor, " latent"]) -> Tensor:
-        """A per-latent quantity at each active pair; shaped as `values`."""
-        return per_latent * (self.f > 0)
+        """A per-latent quantity at each pair, 0 elsewhere; shaped as `values`."""
+        return per_latent * self.mask
+
+    def of_raw(self, raw: Float[Tensor, "batch latent"]) -> Tensor:
+        """The entries of a full matrix at the code's pairs; shaped as `values`."""
+        return raw * self.mask
 
     def accumulate(self, values: Tensor, table: Float[Tensor, "batch column"]) -> Float[Tensor, "latent column"]:
         """sum_i values_ij table_i."""
@@ -56,18 +73,13 @@ class DenseCode:
 
 @dataclass(frozen=True)
 class SparseCode:
-    """The active pairs of a code, in the order of their tokens."""
+    """(token, latent) pairs in the order of their tokens; f is 0 everywhere else."""
 
     token: Int64[Tensor, " pair"]
     latent: Int64[Tensor, " pair"]
     values: Float[Tensor, " pair"]
     n_tokens: int
     n_latents: int
-
-    @classmethod
-    def at(cls, flat: Int64[Tensor, " pair"], values: Float[Tensor, " pair"], n_tokens: int, n_latents: int) -> SparseCode:
-        """From ascending positions in the flattened `[batch, latent]` matrix."""
-        return cls(flat // n_latents, flat % n_latents, values, n_tokens, n_latents)
 
     @cached_property
     def _token_offsets(self) -> Tensor:
@@ -76,15 +88,19 @@ class SparseCode:
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor]:
-        """The pairs' order by latent, and where each latent starts in it."""
+        """The tokens of the pairs sorted by latent, the sorting order, and where each latent starts in it."""
         if self.latent.device.type == "cpu":
             small = self.n_latents <= np.iinfo(np.uint16).max
             key = self.latent.numpy().astype(np.uint16 if small else np.int64)  # radix sort below 2^16
             order = torch.from_numpy(np.argsort(key, kind="stable"))
         else:
             order = torch.argsort(self.latent, stable=True)
-        counts = self.counts()
+        counts = torch.bincount(self.latent, minlength=self.n_latents)
         return order, torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
+
+    @cached_property
+    def _tokens_by_latent(self) -> Tensor:
+        return self.token[self._by_latent[0]]
 
     def decode(self, weights: Float[Tensor, "latent column"]) -> Float[Tensor, "batch column"]:
         """sum_j f_ij W_j."""
@@ -93,22 +109,26 @@ class SparseCode:
         )
 
     def dot(self, table: Float[Tensor, "batch column"], weights: Float[Tensor, "latent column"]) -> Float[Tensor, " pair"]:
-        """<table_i, W_j> of each active pair, without gathering rows: the bag's gradient on its sample weights."""
+        """<table_i, W_j> of each pair, without gathering rows: the bag's gradient on its sample weights."""
         dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             table, weights, self.latent, self._token_offsets, self.token, 0, -1
         )
         return dots
 
     def of_latents(self, per_latent: Float[Tensor, " latent"]) -> Float[Tensor, " pair"]:
-        """A per-latent quantity at each active pair."""
+        """A per-latent quantity at each pair."""
         return per_latent[self.latent]
+
+    def of_raw(self, raw: Float[Tensor, "batch latent"]) -> Float[Tensor, " pair"]:
+        """The entries of a full matrix at the code's pairs."""
+        return raw.view(-1)[self.token * self.n_latents + self.latent]
 
     def accumulate(
         self, values: Float[Tensor, " pair"], table: Float[Tensor, "batch column"]
     ) -> Float[Tensor, "latent column"]:
         """sum_i values_ij table_i: a bag per latent over its tokens, so that nothing is scattered."""
         order, offsets = self._by_latent
-        return F.embedding_bag(self.token[order], table, offsets, mode="sum", per_sample_weights=values[order])
+        return F.embedding_bag(self._tokens_by_latent, table, offsets, mode="sum", per_sample_weights=values[order])
 
     def sum_tokens(self, values: Float[Tensor, " pair"]) -> Float[Tensor, " latent"]:
         """sum_i values_ij, in the dtype of `values`."""
@@ -116,10 +136,84 @@ class SparseCode:
 
     def counts(self) -> Int64[Tensor, " latent"]:
         """Number of tokens on which each latent is active."""
-        return torch.bincount(self.latent, minlength=self.n_latents)
+        return torch.bincount(self.latent[self.values > 0], minlength=self.n_latents)
 
 
 Code = DenseCode | SparseCode
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder gives for a batch; the activation function is still to come.
+
+    Attributes:
+        raw: sum_s <x_s, e_j^s>, without bias.
+        norms: sum_s ||d_j^s||, so that v = f * norms.
+        threshold: BatchTopK's at inference; own: what the kind of sparsity trains per latent, such as JumpReLU's thresholds.
+        guess: where `largest` starts to look.
+    """
+
+    raw: Float[Tensor, "batch latent"]
+    bias: Float[Tensor, " latent"]
+    norms: Float[Tensor, " latent"]
+    threshold: float = 0.0
+    own: dict[str, Tensor] = field(default_factory=dict)
+    guess: float = 0.0
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.raw)
+
+    def pre(self) -> Float[Tensor, "batch latent"]:
+        """All pre-activations."""
+        return self.raw + self.bias
+
+    def _pairs(self, flat: Int64[Tensor, " pair"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token, latent and pre-activation of ascending positions in the flattened matrix."""
+        token = torch.div(flat, self.raw.shape[1], rounding_mode="floor")
+        latent = flat - token * self.raw.shape[1]
+        return token, latent, self.raw.view(-1)[flat] + self.bias[latent]
+
+    def at(self, flat: Int64[Tensor, " pair"]) -> SparseCode:
+        """The code whose pairs stand at ascending positions in the flattened matrix; f is the pre-activation there."""
+        return SparseCode(*self._pairs(flat), *self.raw.shape)
+
+    def above(self, limit: Float[Tensor, " latent"] | float, dense_above: float = 1.0) -> Code:
+        """Pairs with a pre-activation over a latent's limit (at least 0); dense if they are more than a share of all."""
+        mask = self.raw > limit - self.bias
+        if dense_above < 1.0 and int(torch.count_nonzero(mask)) > dense_above * mask.numel():
+            return DenseCode((self.raw + self.bias).mul_(mask), mask)
+        return self.at(true_positions(mask))
+
+    def largest(self, n_keep: int) -> tuple[SparseCode, float]:
+        """BatchTopK: keep the `n_keep` largest v_ij = ReLU(pre_ij) * norms_j of the whole batch, exactly.
+
+        The search begins at `guess`, best a little under the smallest kept v. It changes the cost only: with too few
+        candidates it is lowered, down to 0, where every positive v is one.
+
+        Returns:
+            The code (fewer pairs when fewer are positive), and the smallest kept v (0 when none is).
+        """
+        guess, safe = self.guess, self.norms.clamp(min=torch.finfo(self.norms.dtype).tiny)
+        while True:
+            flat = true_positions(self.raw > guess / safe - self.bias)
+            if len(flat) >= n_keep or guess == 0.0:
+                break
+            guess = guess * 0.7 if guess > 1e-6 else 0.0
+        token, latent, f = self._pairs(flat)
+        v = f * self.norms[latent]
+        if len(flat) > n_keep:
+            kept = torch.topk(v, n_keep, sorted=False).indices.sort().values
+            token, latent, f, v = token[kept], latent[kept], f[kept], v[kept]
+        smallest = float(v.min()) if len(v) else 0.0
+        return SparseCode(token, latent, f, *self.raw.shape), smallest
+
+    def largest_of_each_token(self, k: int) -> SparseCode:
+        """TopK: keep the k largest positive v of each token."""
+        v = self.pre().mul_(self.norms)
+        top = v.topk(k, dim=1, sorted=False)
+        first = torch.arange(self.n_tokens, device=v.device).unsqueeze(1) * v.shape[1]
+        return self.at((top.indices + first)[top.values > 0].sort().values)
 
 
 def true_positions(mask: Tensor) -> Int64[Tensor, " pair"]:
@@ -127,46 +221,3 @@ def true_positions(mask: Tensor) -> Int64[Tensor, " pair"]:
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero().squeeze(1)
-
-
-def positive_code(pre: Float[Tensor, "batch latent"], dense_above: float) -> Code:
-    """ReLU of the pre-activations; dense when more than the share `dense_above` of them is positive."""
-    mask = pre > 0
-    n_active = int(mask.sum())
-    if n_active > dense_above * pre.numel():
-        return DenseCode(pre.clamp(min=0))
-    flat = true_positions(mask)
-    return SparseCode.at(flat, pre.flatten()[flat], *pre.shape)
-
-
-def largest_code(
-    pre: Float[Tensor, "batch latent"], norms: Float[Tensor, " latent"], n_keep: int, guess: float
-) -> tuple[SparseCode, float]:
-    """BatchTopK: keep the `n_keep` largest v_ij = ReLU(pre_ij) * norms_j of the whole batch, exactly.
-
-    Args:
-        guess: where the search for candidates starts, best a little under the smallest kept v. It changes the cost only:
-            with too few candidates it is lowered, down to 0, where every positive v is one.
-
-    Returns:
-        The code (fewer pairs when fewer are positive), and the smallest kept v (0 when none is).
-    """
-    safe = norms.clamp(min=torch.finfo(norms.dtype).tiny)
-    while True:
-        flat = true_positions(pre > guess / safe)
-        if len(flat) >= n_keep or guess == 0.0:
-            break
-        guess = guess * 0.7 if guess > 1e-6 else 0.0
-    f = pre.flatten()[flat]
-    v = f * norms[flat % pre.shape[1]]
-    if len(flat) > n_keep:
-        kept = torch.topk(v, n_keep, sorted=False).indices.sort().values
-        flat, f, v = flat[kept], f[kept], v[kept]
-    smallest = float(v.min()) if len(v) else 0.0
-    return SparseCode.at(flat, f, *pre.shape), smallest
-
-
-def above_code(pre: Float[Tensor, "batch latent"], norms: Float[Tensor, " latent"], threshold: float) -> SparseCode:
-    """Inference of BatchTopK: keep v_ij > threshold (and > 0)."""
-    flat = true_positions((pre > 0) & (pre * norms > threshold))
-    return SparseCode.at(flat, pre.flatten()[flat], *pre.shape)

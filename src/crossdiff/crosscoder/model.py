@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from crossdiff.config import BatchTopKConfig, L1Config
-from crossdiff.crosscoder.kernels import Code, SparseCode, above_code, positive_code
+from crossdiff.config import Sparsity
+from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode
+from crossdiff.crosscoder.sparsity import DENSE_ABOVE, Rule, rule_of
+from crossdiff.crosscoder.view import View, identity
 from crossdiff.shapes import Float, Tensor
-
-DENSE_ABOVE = 0.05
-"""Share of active latents above which dense products are faster than sparse ones (measured)."""
 
 
 @dataclass
@@ -21,11 +20,15 @@ class Crosscoder:
 
     f_j(x) = act(sum_s <x_s, e_j^s> + b_j),  xhat_s = sum_j f_j d_j^s + b^s      (METHOD: crosscoder; Lindsey et al. 2024)
 
+    An SAE and a diff-SAE are crosscoders whose view of the stored sources has one source.
+
     Attributes:
         encoder, decoder: `[latent, source * d_model]`.
         encoder_bias: `[latent]`; decoder_bias: `[source * d_model]`.
-        mean: `[source, d_model]` and scale: the normalisation x = (h - mean) * scale.
-        threshold: smallest v that counts as active at inference (BatchTopK; 0 for ReLU).
+        mean: `[source, d_model]` and scale: the normalisation x = (view(h) - mean) * scale.
+        view: what the sources are in terms of the stored ones.
+        own: parameters per latent that belong to the kind of sparsity.
+        threshold: smallest v that counts as active at inference (BatchTopK; 0 for the others).
         origin: what it was trained on: pair, layer, sources, settings.
     """
 
@@ -35,7 +38,9 @@ class Crosscoder:
     decoder_bias: Float[Tensor, " column"]
     mean: Float[Tensor, "source d_model"]
     scale: float
-    sparsity: L1Config | BatchTopKConfig
+    sparsity: Sparsity
+    view: View = field(default_factory=identity)
+    own: dict[str, Tensor] = field(default_factory=dict)
     threshold: float = 0.0
     origin: dict[str, Any] = field(default_factory=dict)
 
@@ -53,7 +58,12 @@ class Crosscoder:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return tuple(self.origin["sources"])
+        return self.view.names
+
+    @property
+    def rule(self) -> Rule[Any]:
+        """The kind of sparsity at work."""
+        return rule_of(self.sparsity)
 
     def parameters(self) -> dict[str, Tensor]:
         """The trained tensors by name."""
@@ -62,7 +72,16 @@ class Crosscoder:
             "encoder_bias": self.encoder_bias,
             "decoder": self.decoder,
             "decoder_bias": self.decoder_bias,
+            **self.own,
         }
+
+    def to(self, device: torch.device) -> Crosscoder:
+        """The same crosscoder with its tensors on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("encoder", "encoder_bias", "decoder", "decoder_bias", "mean")}
+        own = {name: tensor.to(device) for name, tensor in self.own.items()}
+        return Crosscoder(
+            **moved, scale=self.scale, sparsity=self.sparsity, view=self.view, own=own, threshold=self.threshold, origin=self.origin
+        )  # fmt: skip
 
     def directions(self) -> Float[Tensor, "source latent d_model"]:
         """Decoder directions d_j^s in the normalised space; divide by `scale` for the space of the models."""
@@ -73,27 +92,36 @@ class Crosscoder:
         norms: Tensor = torch.linalg.vector_norm(self.decoder.view(self.n_latents, self.n_sources, self.d_model), dim=2)
         return norms
 
-    def normalise(self, h: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch source d_model"]:
-        """From the models' space to the crosscoder's."""
-        return (h - self.mean.to(h.dtype)) * self.scale
+    def normalise(self, h: Float[Tensor, "batch stored_source d_model"]) -> Float[Tensor, "batch source d_model"]:
+        """From the models' space to the crosscoder's; `h` holds the sources that the view reads, in its order."""
+        return (self.view.apply(h) - self.mean.to(h)) * self.scale
+
+    def encode(
+        self,
+        x: Float[Tensor, "batch source d_model"],
+        norms: Float[Tensor, " latent"],
+        guess: float = 0.0,
+        out: Float[Tensor, "batch latent"] | None = None,
+    ) -> Encoded:
+        """The encoder's product; `norms` are the sums of the decoder norms. bfloat16 off the CPU, in `out` on it."""
+        if x.device.type == "cpu":
+            raw = torch.mm(x.flatten(1), self.encoder.T, out=out)
+        else:
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                raw = torch.mm(x.flatten(1), self.encoder.T).float()
+        return Encoded(raw, self.encoder_bias, norms, self.threshold, self.own, guess)
 
     def pre_activations(self, x: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch latent"]:
         """sum_s <x_s, e_j^s> + b_j."""
-        return torch.addmm(self.encoder_bias, x.flatten(1), self.encoder.T)
+        return self.encode(x, self.norms().sum(1)).pre()
 
     def code(self, x: Float[Tensor, "batch source d_model"]) -> Code:
         """Latent activations of normalised inputs, as at inference."""
-        pre = self.pre_activations(x)
-        if isinstance(self.sparsity, BatchTopKConfig):
-            return above_code(pre, self.norms().sum(1), self.threshold)
-        return positive_code(pre, DENSE_ABOVE)
+        return self.rule.code(self.encode(x, self.norms().sum(1)), DENSE_ABOVE)
 
     def sparse_code(self, x: Float[Tensor, "batch source d_model"]) -> SparseCode:
         """The same, always as active pairs."""
-        pre = self.pre_activations(x)
-        if isinstance(self.sparsity, BatchTopKConfig):
-            return above_code(pre, self.norms().sum(1), self.threshold)
-        code = positive_code(pre, dense_above=1.0)
+        code = self.rule.code(self.encode(x, self.norms().sum(1)), dense_above=1.0)
         assert isinstance(code, SparseCode)
         return code
 
@@ -101,18 +129,19 @@ class Crosscoder:
         """Reconstruction in the normalised space."""
         return (code.decode(self.decoder) + self.decoder_bias).view(-1, self.n_sources, self.d_model)
 
-    def reconstruct(self, h: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch source d_model"]:
-        """Reconstruction in the models' own space, bias mean_s + b^s / scale."""
-        return self.decode(self.code(self.normalise(h))) / self.scale + self.mean.to(h.dtype)
+    def reconstruct(self, h: Float[Tensor, "batch stored_source d_model"]) -> Float[Tensor, "batch source d_model"]:
+        """Reconstruction of view(h) in the models' own space, bias mean_s + b^s / scale."""
+        return self.decode(self.code(self.normalise(h))) / self.scale + self.mean.to(h)
 
 
 def new_crosscoder(
     n_latents: int,
     mean: Float[Tensor, "source d_model"],
     scale: float,
-    sparsity: L1Config | BatchTopKConfig,
+    sparsity: Sparsity,
     decoder_norm: float,
     seed: int,
+    view: View | None = None,
 ) -> Crosscoder:
     """Random directions, the same for every source, each of norm `decoder_norm`; the encoder is their transpose."""
     n_sources, d_model = mean.shape
@@ -128,4 +157,6 @@ def new_crosscoder(
         mean=mean.float(),
         scale=scale,
         sparsity=sparsity,
+        view=identity() if view is None else view,
+        own=rule_of(sparsity).own_parameters(n_latents),
     )

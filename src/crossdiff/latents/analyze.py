@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from crossdiff.activations.store import Store
-from crossdiff.config import AnalyzeConfig, BatchTopKConfig, UserError
+from crossdiff.config import AnalyzeConfig, UserError
 from crossdiff.crosscoder.metrics import frequency_histogram, health, heldout_sums
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import Activity, group_of
@@ -70,7 +70,7 @@ def analyze(
         "n_latents": crosscoder.n_latents,
         "d_model": crosscoder.d_model,
         "layer": store.layer,
-        "k": crosscoder.sparsity.k if isinstance(crosscoder.sparsity, BatchTopKConfig) else None,
+        "k": getattr(crosscoder.sparsity, "k", None),
         "training_tokens": crosscoder.origin["training_tokens"],
         "analysed_tokens": int(activity.tokens.sum()),
         "heldout": health(crosscoder, heldout),

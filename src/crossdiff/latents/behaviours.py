@@ -20,7 +20,6 @@ from sklearn.metrics import roc_auc_score
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store, consecutive
-from crossdiff.config import BatchTopKConfig
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.text.chat import Flag
 
@@ -58,14 +57,13 @@ def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int]
     chosen, source_index = torch.tensor(latents, dtype=torch.int64), source_indices(store, crosscoder.sources)
     encoder, bias = crosscoder.encoder[chosen], crosscoder.encoder_bias[chosen]
     norms = crosscoder.norms()[chosen].sum(1)
-    threshold = crosscoder.threshold if isinstance(crosscoder.sparsity, BatchTopKConfig) else 0.0
     scores = {question: torch.zeros(table.height, len(latents)) for question in QUESTIONS}
     lengths = bounds[members + 1] - bounds[members]
     for first, last in consecutive(np.concatenate([[0], np.cumsum(lengths)]), batch_tokens):
         rows = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in members[first:last]])
         x = crosscoder.normalise(store.gather(rows)[:, source_index]).flatten(1)
         v = torch.addmm(bias, x, encoder.T).clamp(min=0) * norms
-        v = torch.where(v > threshold, v, 0.0)
+        v = torch.where(v > crosscoder.threshold, v, 0.0)
         v[torch.from_numpy(position[rows] < store.leave_out)] = 0
         conversation = torch.tensor([index_of[int(number)] for number in document[rows]])
         before = _before_answer(flags[rows], np.repeat(np.arange(last - first), lengths[first:last]))

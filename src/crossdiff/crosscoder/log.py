@@ -1,0 +1,125 @@
+"""The log of a training: one JSON object a line, and the same numbers for TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from crossdiff.config import UserError
+from crossdiff.crosscoder.losses import StepResult
+from crossdiff.crosscoder.trainer import Trainer
+
+LOG_EVERY = 25
+DIVERGED = 10.0
+"""A training has diverged when its loss over a record is so many times that of the first record."""
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Something that shows metrics while a training runs."""
+
+    def write(self, step: int, record: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in a folder; records after the step gone on from are taken back."""
+
+    def __init__(self, folder: Path, name: str, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        for key, value in record.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, named after the crosscoder; needs the package `wandb`."""
+
+    def __init__(self, folder: Path, name: str, step: int) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("trackers: wandb is not installed; pip install 'crossdiff[wandb]', or leave it out") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(project="crossdiff", name=name, dir=str(folder), resume="allow", id=folder.name)
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        self._run.log(record, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[Path, str, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+class Log:
+    """Means of the metrics over the steps since the last record, in a file and the trackers.
+
+    Args:
+        sums: of the steps since the last record, from the checkpoint that is gone on from.
+    """
+
+    def __init__(self, path: Path, trainer: Trainer, trackers: Sequence[Tracker], sums: dict[str, float]) -> None:
+        self.path, self.trainer, self.trackers, self.sums = path, trainer, trackers, dict(sums)
+        self._drop_records_after(trainer.step)
+
+    def _drop_records_after(self, step: int) -> None:
+        """The resumed run writes the records after the checkpoint again."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self.first_loss = json.loads(kept[0])["loss"] if kept else None
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def add(self, result: StepResult) -> dict[str, Any] | None:
+        """Collect a step; writes and returns a record every `LOG_EVERY` steps and at the end.
+
+        Raises:
+            UserError: the loss has diverged.
+        """
+        parts = {key: getattr(result, key) for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
+        for name, error, square in zip(
+            self.trainer.crosscoder.sources, result.squared_error.tolist(), result.squared_input.tolist(), strict=True
+        ):
+            parts |= {f"error_{name}": error, f"square_{name}": square}
+        for key, value in (parts | {"n": 1.0}).items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        trainer = self.trainer
+        if trainer.step % LOG_EVERY and not trainer.is_done:
+            return None
+        record = self._record()
+        self.sums = {}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for tracker in self.trackers:
+            tracker.write(trainer.step, {key: value for key, value in record.items() if key != "step"})
+        self.first_loss = record["loss"] if self.first_loss is None else self.first_loss
+        if record["loss"] > DIVERGED * self.first_loss:
+            raise UserError(
+                f"the training has diverged: loss {record['loss']:.3g} at step {trainer.step} of {trainer.schedule.n_steps}, "
+                f"{self.first_loss:.3g} at its start; lower lr (now {trainer.config.lr}) or lengthen warmup_steps"
+            )
+        return record
+
+    def _record(self) -> dict[str, Any]:
+        sums, trainer = self.sums, self.trainer
+        silence = trainer.silence
+        record: dict[str, Any] = {"step": trainer.step, "tokens": trainer.step * trainer.config.batch_size}
+        record |= {key: sums[key] / sums["n"] for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
+        record |= {f"fve_{name}": 1 - sums[f"error_{name}"] / sums[f"square_{name}"] for name in trainer.crosscoder.sources}
+        record |= {"dead_share": len(silence.dead()) / len(silence.tokens), "rate": trainer.schedule.rate(trainer.step - 1)}
+        record["threshold"] = trainer.crosscoder.threshold
+        return record
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()

@@ -1,0 +1,86 @@
+"""How latents are tied between the sources: nothing, one decoder for all of them, or one source alone.
+
+A constraint holds from the start because the parameters begin with it and every gradient is projected onto it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from crossdiff.config import DesignatedConfig, FreeConfig, PartitionedConfig, Structure, UserError
+from crossdiff.shapes import Bool, Float, Tensor
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What holds for each latent.
+
+    Attributes:
+        tied: has the same decoder direction in every source (Anthropic, February 2025).
+        present: has an encoder and a decoder direction in the source at all (DFC, arXiv 2602.11729).
+        shares: its share of the sparsity penalty.
+    """
+
+    tied: Bool[Tensor, " latent"]
+    present: Bool[Tensor, "latent source"]
+    shares: Float[Tensor, " latent"]
+
+    @property
+    def is_free(self) -> bool:
+        return not bool(self.tied.any()) and bool(self.present.all())
+
+    def settle(self, parameters: dict[str, Tensor]) -> None:
+        """Make parameters obey the constraint, in place: a tied direction is the mean over the sources."""
+        if self.is_free:
+            return
+        decoder = parameters["decoder"].view(*self.present.shape, -1)
+        decoder[self.tied] = decoder[self.tied].mean(1, keepdim=True).expand(-1, self.present.shape[1], -1)
+        self._remove_absent(parameters)
+
+    def project(self, gradients: dict[str, Tensor]) -> None:
+        """Project gradients onto the constraint, in place.
+
+        A tied direction has one parameter that stands in every source; the gradient on it is the sum over the sources.
+        """
+        if self.is_free:
+            return
+        decoder = gradients["decoder"].view(*self.present.shape, -1)
+        decoder[self.tied] = decoder[self.tied].sum(1, keepdim=True).expand(-1, self.present.shape[1], -1)
+        self._remove_absent(gradients)
+
+    def _remove_absent(self, tensors: dict[str, Tensor]) -> None:
+        for name in ("encoder", "decoder"):
+            tensors[name].view(*self.present.shape, -1).mul_(self.present.unsqueeze(2))
+
+
+def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constraint:
+    """The constraint on `n_latents` latents; the constrained ones are the first.
+
+    Raises:
+        UserError: the share gives no latent, or the groups do not fit into the number of latents.
+    """
+    tied = torch.zeros(n_latents, dtype=torch.bool)
+    present = torch.ones(n_latents, n_sources, dtype=torch.bool)
+    shares = torch.ones(n_latents)
+    if isinstance(settings, DesignatedConfig):
+        n_tied = round(settings.shared_share * n_latents)
+        _check_group(n_tied, n_latents, f"structure.shared_share {settings.shared_share}")
+        tied[:n_tied] = True
+        shares[:n_tied] = settings.penalty_factor
+    elif isinstance(settings, PartitionedConfig):
+        n_exclusive = round(settings.exclusive_share * n_latents)
+        _check_group(n_exclusive, n_latents // n_sources, f"structure.exclusive_share {settings.exclusive_share}")
+        for source in range(n_sources):
+            group = slice(source * n_exclusive, (source + 1) * n_exclusive)
+            present[group] = False
+            present[group, source] = True
+    else:
+        assert isinstance(settings, FreeConfig)
+    return Constraint(tied, present, shares)
+
+
+def _check_group(n_group: int, most: int, what: str) -> None:
+    if not 1 <= n_group <= most:
+        raise UserError(f"{what} makes a group of {n_group} latents; from 1 to {most} are possible with these sizes")

@@ -1,0 +1,54 @@
+"""What a coder reads: every source, one of them, or a difference, as a linear map of the stored sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from crossdiff.config import DifferenceConfig, Inputs, SingleConfig, UserError
+from crossdiff.shapes import Float, Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """x_v = sum_s matrix_vs h_s.
+
+    Attributes:
+        reads: names of the stored sources that the columns of the matrix stand for.
+        names: what the rows are called.
+    """
+
+    matrix: Float[Tensor, "view source"]
+    reads: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @property
+    def is_identity(self) -> bool:
+        return self.reads == self.names
+
+    def apply(self, h: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch view d_model"]:
+        """The map on activations, or on anything that is linear in them."""
+        return h if self.is_identity else torch.einsum("vs,bsd->bvd", self.matrix.to(h), h)
+
+
+def identity(names: tuple[str, ...] = ("base", "chat")) -> View:
+    """Every source as it is."""
+    return View(torch.eye(len(names)), names, names)
+
+
+def view_of(inputs: Inputs, sources: tuple[str, ...]) -> View:
+    """The view of a store's sources that the settings ask for.
+
+    Raises:
+        UserError: a source that the store does not have, or a difference of other than two sources.
+    """
+    if isinstance(inputs, SingleConfig):
+        if inputs.source not in sources:
+            raise UserError(f"inputs.source {inputs.source!r} is not in the store; it has {', '.join(sources)}")
+        return identity((inputs.source,))
+    if isinstance(inputs, DifferenceConfig):
+        if len(sources) != 2:
+            raise UserError(f"a difference needs two sources; the store has {', '.join(sources)}")
+        return View(torch.tensor([[-1.0, 1.0]]), sources, (f"{sources[1]}-{sources[0]}",))
+    return identity(sources)
