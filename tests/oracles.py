@@ -43,7 +43,7 @@ class _Jump(torch.autograd.Function):
 
 def loss(parameters: dict[str, Tensor], x: Tensor, mask: Tensor, kind: str, terms: Terms) -> dict[str, Tensor]:
     """Every part of the loss by dense autograd. x: [batch, source, d]; mask: which f are kept, [batch, latent]."""
-    n_tokens, n_sources, d = x.shape
+    _, n_sources, d = x.shape
     encoder = parameters["encoder"].view(-1, n_sources, d)
     decoder = parameters["decoder"].view(-1, n_sources, d)
     pre = torch.einsum("bsd,fsd->bf", x, encoder) + parameters["encoder_bias"]

@@ -17,16 +17,17 @@ FOUNDATION = {"config", "shapes", "run"}
 ALLOWED = {
     "config": set(),
     "shapes": set(),
+    "memory": set(),
     "run": {"config"},
     "pairs": {"config"},
     "models": FOUNDATION | {"pairs"},
     "text": {"config", "shapes"},
     "activations": FOUNDATION | {"models", "text"},
-    "crosscoder": FOUNDATION | {"activations"},
+    "crosscoder": FOUNDATION | {"models", "text", "activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
-    "cli": FOUNDATION | {"pairs", "activations", "pipeline"},
+    "cli": FOUNDATION | {"memory", "pairs", "activations", "pipeline"},
 }
 
 

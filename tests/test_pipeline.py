@@ -107,3 +107,22 @@ def test_only_some_crosscoders_and_options_before_the_directory(tmp_path: Path, 
     run_command(["train", "--harvest.max_length", "48", str(run), "--only", "l1"])
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert set(stages) == {"harvest", "train/l1"}
+
+
+def test_compare_trains_every_kind_and_keeps_its_table(
+    tmp_path: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = tiny_settings["crosscoders"]["batchtopk"]
+    tiny_settings["crosscoders"] |= {
+        "dfc": training | {"structure": {"kind": "partitioned"}},
+        "diff": training | {"inputs": {"kind": "difference"}},
+    }
+    tiny_settings["compare"] = {"max_tokens": 1000}
+    config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
+    run_command(["compare", str(run), "--config", str(config)])
+    result = json.loads((run / "comparison.json").read_text())
+    assert list(result["crosscoders"]) == ["l1", "batchtopk", "dfc", "diff"]
+    assert not (run / "l1" / "latents.parquet").exists()
+    capsys.readouterr()
+    run_command(["compare", str(run)])
+    assert "compare: done already" in capsys.readouterr().out

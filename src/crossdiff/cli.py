@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from crossdiff.config import Config, RunConfig, UserError, merge, read_yaml, validate
+from crossdiff.memory import keep_freed_memory
 
 FLAGS = {"-h", "--help", "--force", "--debug"}
 EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
@@ -19,6 +20,7 @@ STAGE_HELP = {
     "run": "go through all stages: harvest, train, analyze, report",
     "harvest": "collect the paired activations of both models",
     "train": "train the crosscoders (harvests first if needed)",
+    "compare": "train the crosscoders on the same batches and put them side by side",
     "analyze": "make the latent tables and example databases (after what they need)",
     "report": "write the page and print the summary (after what they need)",
 }
@@ -223,6 +225,7 @@ def main() -> None:
     """Entry point: one line for an error of the user, no traceback unless `--debug`."""
     argv = sys.argv[1:]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
     try:
         run_command(argv)
     except UserError as error:

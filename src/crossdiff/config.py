@@ -198,6 +198,13 @@ class AnalyzeConfig(Config):
     seed: int = 0
 
 
+class CompareConfig(Config):
+    """How the models are run on the crosscoders' reconstructions."""
+
+    max_tokens: int = Field(50_000, ge=1000, description="held-out tokens that the models are run on")
+    batch_tokens: int = Field(4096, ge=1, description="tokens per forward pass")
+
+
 class RunConfig(Config):
     """A whole diff: two models, a layer, texts, and the crosscoders to train."""
 
@@ -220,6 +227,7 @@ class RunConfig(Config):
         ("tensorboard",), description="where the metrics of a training go beside train.jsonl"
     )
     analyze: AnalyzeConfig = AnalyzeConfig()
+    compare: CompareConfig = CompareConfig()
 
     @field_validator("crosscoders")
     @classmethod

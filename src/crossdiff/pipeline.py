@@ -14,13 +14,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crossdiff.config import DatasetConfig, RunConfig, UserError
-from crossdiff.run import Run, Stage, fingerprint, read_json
+from crossdiff.run import Run, Stage, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
     from crossdiff.crosscoder.model import Crosscoder
 
-STAGES = ("harvest", "train", "analyze", "report")
+NEEDED = {
+    "harvest": ("harvest",),
+    "train": ("harvest", "train"),
+    "compare": ("harvest", "train", "compare"),
+    "analyze": ("harvest", "train", "analyze"),
+    "report": ("harvest", "train", "analyze", "report"),
+}
+"""The stages that a command goes through."""
 ANALYSIS = ("latents.parquet", "examples.sqlite", "health.json", "behaviours.parquet")
 CODE_FORMAT = 3
 """Raised when a stage's results change although its settings do not."""
@@ -95,6 +102,12 @@ class Pipeline:
         value = {name: self.analyze_stage(name).fingerprint for name in self.names}
         return Stage("report", fingerprint({"code": CODE_FORMAT, "analyses": value}), ("report.html",))
 
+    def compare_stage(self) -> Stage:
+        """Depends on the crosscoders and on the settings of the comparison."""
+        value = {name: self.train_stage(name).fingerprint for name in self.names}
+        settings = self.config.compare.model_dump()
+        return Stage("compare", fingerprint({"code": CODE_FORMAT, "train": value, "settings": settings}), ("comparison.json",))
+
     # --- the stages -----------------------------------------------------------------------------------------------
 
     def go(self, until: str = "report") -> None:
@@ -103,12 +116,14 @@ class Pipeline:
             raise UserError(
                 "no texts: name at least one --dataset (a .jsonl, .jsonl.gz, .parquet or .txt file, or a Hub dataset)"
             )
-        stages = STAGES[: STAGES.index(until) + 1]
+        stages = NEEDED[until]
         self.run.write_config(self.config.model_dump(mode="json"))
         if "harvest" in stages:
             self.harvest()
         if "train" in stages:
             self.train()
+        if "compare" in stages:
+            self.compare()
         if "analyze" in stages:
             for name in self.names:
                 self.analyze(name)
@@ -219,6 +234,29 @@ class Pipeline:
         if not self.run.is_done(self.train_stage(name)):
             raise UserError(f"{self.run.path} has no crosscoder {name!r} for these settings; run `crossdiff train` first")
         return load(self.run.path / name)
+
+    def compare(self) -> None:
+        """Write `comparison.json` and print it."""
+        from crossdiff.crosscoder.compare import comparison_table
+
+        stage = self.compare_stage()
+        if not self._skip(stage):
+            self._compare(stage)
+        self.console.print(comparison_table(read_json(self.run.path / "comparison.json")))
+
+    def _compare(self, stage: Stage) -> None:
+        from crossdiff.crosscoder.compare import compare
+        from crossdiff.models.pair import choose_device, load_pair
+
+        store, config = self.store(), self.config
+        crosscoders = {name: self.crosscoder(name) for name in self.names}
+        pair = load_pair(config.base, config.chat, choose_device(config.device))
+        with (
+            self.run.working(stage) as folder,
+            progress_bar(self.console, "compare, tokens", config.compare.max_tokens) as advance,
+        ):
+            write_json(folder / "comparison.json", compare(crosscoders, store, pair, config.compare, advance))
+        self._say_done(stage)
 
     def analyze(self, name: str) -> None:
         """Write the latent table, the examples, the health report and the behaviour table of one crosscoder."""

@@ -153,7 +153,9 @@ def test_jumprelu(n_sources: int, bandwidth: float, shift: float) -> None:
 
 
 @pytest.mark.parametrize("structure", [DesignatedConfig(shared_share=0.4), PartitionedConfig(exclusive_share=0.25)])
-@pytest.mark.parametrize("sparsity", [L1Config(), BatchTopKConfig(k=2), JumpReLUConfig(bandwidth=1.0, pre_activation_weight=0.1)])
+@pytest.mark.parametrize(
+    "sparsity", [L1Config(), BatchTopKConfig(k=2), JumpReLUConfig(bandwidth=1.0, pre_activation_weight=0.1)]
+)
 def test_structures(structure: Any, sparsity: Any) -> None:
     crosscoder = make(2, sparsity, structure=structure)
     constraint = constraint_of(structure, N_LATENTS, 2)

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store
-from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, L1Config, UserError
-from crossdiff.crosscoder.checkpoint import load, save
+from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, JumpReLUConfig, L1Config, UserError
+from crossdiff.crosscoder.checkpoint import Checkpoints, load, save
+from crossdiff.crosscoder.log import Log
 from crossdiff.crosscoder.metrics import health, heldout_sums
+from crossdiff.crosscoder.model import new_crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.train import Job, train, train_together
 from crossdiff.crosscoder.trainer import Schedule, Trainer
@@ -146,7 +149,7 @@ def test_schedules() -> None:
     settings = L1Config(mu=2.0, mu_warmup_share=0.5, resamplings=2)
     schedule = Schedule(100, config(settings, lr=1.0, warmup_steps=10, decay_share=0.2, batch_size=10))
     assert [schedule.rate(step) for step in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.05])
-    assert [rule_of(settings).weight(share) for share in (0.01, 0.25, 0.5, 1)] == pytest.approx([0.04, 1.0, 2.0, 2.0])
+    assert [rule_of(settings).weight(share) for share in (0.01, 0.25, 0.5, 1.0)] == pytest.approx([0.04, 1.0, 2.0, 2.0])
     assert [step for step in range(101) if schedule.resamples_after(step)] == [25, 50]
     assert schedule.dead_after == 50  # 5% of 1,000 tokens
 
@@ -165,10 +168,102 @@ def test_what_cannot_work_is_refused(tmp_path: Path, store: Store, changes: dict
         train(tmp_path, store, config(**changes))
 
 
-def test_a_corrupt_checkpoint_is_named(tmp_path: Path, store: Store) -> None:
+def interrupted(folder: Path, store: Store, settings: CrosscoderConfig, steps: list[int]) -> None:
+    """Train with a checkpoint at each of the steps; the last of them ends the training."""
+    folder.mkdir(exist_ok=True)
+    batches, trainer = Batches(store, settings.batch_size, settings.seed), new_trainer(store, settings)
+    log = Log(folder / "train.jsonl", trainer, [], {})
+    for step in range(max(steps)):
+        log.add(trainer.train_step(trainer.crosscoder.normalise(batches[step])))
+        if step + 1 in steps:
+            state = trainer.state()
+            state.log_sums = log.sums
+            Checkpoints(folder).save(state)
+
+
+def new_trainer(store: Store, settings: CrosscoderConfig) -> Trainer:
+    n_steps = round(settings.epochs * Batches(store, settings.batch_size, settings.seed).per_epoch)
+    moments = store.normalisation
+    coder = new_crosscoder(32, moments.mean, moments.scale, settings.sparsity, settings.decoder_norm, settings.seed)
+    return Trainer(settings, coder, n_steps)
+
+
+@pytest.mark.parametrize("sparsity", [L1Config(mu=0.5, resamplings=3), BatchTopKConfig(k=1), JumpReLUConfig()])
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_resumed_training_equals_an_undisturbed_one(tmp_path: Path, store: Store, sparsity: Any, damage: bool) -> None:
+    settings = config(sparsity, lr=1e-2)
+    (tmp_path / "whole").mkdir()
+    whole = train(tmp_path / "whole", store, settings)
+    interrupted(tmp_path / "cut", store, settings, [31, 60])  # neither is at a record of the log
+    if damage:
+        last = tmp_path / "cut" / "checkpoint.safetensors"
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+        with pytest.warns(UserWarning, match="checksum does not match; the one before it is used, from step 31"):
+            resumed = train(tmp_path / "cut", store, settings)
+    else:
+        resumed = train(tmp_path / "cut", store, settings)
+    for name, parameter in whole.parameters().items():
+        assert torch.equal(parameter, resumed.parameters()[name]), name
+    assert (tmp_path / "cut" / "train.jsonl").read_text() == (tmp_path / "whole" / "train.jsonl").read_text()
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path, store: Store) -> None:
     (tmp_path / "checkpoint.safetensors").write_bytes(os.urandom(100))
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors is damaged.*delete it to start this training anew"):
         train(tmp_path, store, config(L1Config()))
+
+
+def test_a_shared_pass_gives_each_what_it_gets_alone(tmp_path: Path, store: Store) -> None:
+    settings = {"one": config(L1Config(mu=0.5)), "two": config(BatchTopKConfig(k=2), epochs=1)}
+    for name in (*settings, *(f"{name}-alone" for name in settings)):
+        (tmp_path / name).mkdir()
+    read: list[int] = []
+    original = Batches.__getitem__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "__getitem__", lambda self, step: read.append(step) or original(self, step))
+        together = train_together(
+            [Job(tmp_path / name, value, tmp_path / "t" / name) for name, value in settings.items()],
+            store, torch.device("cpu"), ("tensorboard",),
+        )  # fmt: skip
+    assert read == list(range(len(read))), "every batch is read once"
+    for coder, (name, value) in zip(together, settings.items(), strict=True):
+        alone = train(tmp_path / f"{name}-alone", store, value)
+        assert torch.equal(coder.encoder, alone.encoder)
+        assert list((tmp_path / "t" / name).glob("events.*"))
+
+
+def test_resampled_latents_come_to_life(tmp_path: Path, store: Store) -> None:
+    settings = config(L1Config(mu=0.5, resamplings=1), dead_after_tokens=1000)
+    trainer, batches = new_trainer(store, settings), Batches(store, 128, 0)
+    trainer.crosscoder.encoder_bias[:10] = -1e3  # silent, whatever comes
+    half = trainer.schedule.n_steps // 2
+    for step in range(half - 1):
+        trainer.train_step(trainer.crosscoder.normalise(batches[step]))
+    assert set(range(10)) <= set(trainer.silence.dead().tolist())
+    trainer.train_step(trainer.crosscoder.normalise(batches[half - 1]))
+    coder = trainer.crosscoder
+    assert not trainer.silence.dead().tolist()
+    alive = torch.arange(10, 32)
+    assert not trainer.first_moments["encoder"][:10].any()
+    assert float(coder.decoder[:10].norm(dim=1).mean()) == pytest.approx(
+        float(coder.decoder[alive].norm(dim=1).mean()), rel=0.3
+    )
+    result = trainer.train_step(coder.normalise(batches[half]))
+    assert int((result.silence.tokens[:10] == 0).sum()) >= 8
+
+
+def test_a_full_disk_is_found_before_training(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match=r"has 0 MB left, and the training writes up to"):
+        train(tmp_path, store, config(L1Config()))
+    assert not (tmp_path / "train.jsonl").exists()
+
+
+def test_divergence_stops_the_run(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(UserError, match=r"the training has diverged: loss .* at step \d+ of \d+.*lower lr \(now 0.9\)"):
+        train(tmp_path, store, config(BatchTopKConfig(k=3), lr=0.9, warmup_steps=40, gradient_clip=1e9, epochs=8))
 
 
 def test_progress_is_reported(tmp_path: Path, store: Store) -> None:

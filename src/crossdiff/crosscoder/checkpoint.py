@@ -177,8 +177,8 @@ class Checkpoints:
         free = shutil.disk_usage(self.last.parent).free
         if free < needed:
             raise UserError(
-                f"the disk of {self.last.parent} has {free / 1e6:.0f} MB left, and the training writes up to {needed / 1e6:.0f} MB "
-                "(two checkpoints and the crosscoder); free some space and run the same command again"
+                f"the disk of {self.last.parent} has {free / 1e6:.0f} MB left, and the training writes up to "
+                f"{needed / 1e6:.0f} MB (two checkpoints and the crosscoder); free some space and run the same command again"
             )
         try:
             probe = self.last.with_suffix(".partial")

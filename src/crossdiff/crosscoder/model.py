@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,11 +77,9 @@ class Crosscoder:
 
     def to(self, device: torch.device) -> Crosscoder:
         """The same crosscoder with its tensors on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("encoder", "encoder_bias", "decoder", "decoder_bias", "mean")}
-        own = {name: tensor.to(device) for name, tensor in self.own.items()}
-        return Crosscoder(
-            **moved, scale=self.scale, sparsity=self.sparsity, view=self.view, own=own, threshold=self.threshold, origin=self.origin
-        )  # fmt: skip
+        names = ("encoder", "encoder_bias", "decoder", "decoder_bias", "mean")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, own={name: tensor.to(device) for name, tensor in self.own.items()})
 
     def directions(self) -> Float[Tensor, "source latent d_model"]:
         """Decoder directions d_j^s in the normalised space; divide by `scale` for the space of the models."""

@@ -12,7 +12,7 @@ from crossdiff.shapes import Float, Tensor
 
 @dataclass(frozen=True)
 class View:
-    """x_v = sum_s matrix_vs h_s.
+    """x_v = sum_s matrix_vs h_s: the identity on some sources, or the difference of two.
 
     Attributes:
         reads: names of the stored sources that the columns of the matrix stand for.
@@ -30,6 +30,18 @@ class View:
     def apply(self, h: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch view d_model"]:
         """The map on activations, or on anything that is linear in them."""
         return h if self.is_identity else torch.einsum("vs,bsd->bvd", self.matrix.to(h), h)
+
+    def writes(self) -> tuple[str, ...]:
+        """The stored sources whose activations a reconstruction of the view determines."""
+        return self.names if self.is_identity else self.reads[-1:]
+
+    def written(
+        self, h: Float[Tensor, "batch source d_model"], reconstruction: Float[Tensor, "batch view d_model"]
+    ) -> dict[str, Float[Tensor, "batch d_model"]]:
+        """The activations of each source that the view writes; a difference is added to the base's own, `h[:, 0]`."""
+        if self.is_identity:
+            return {name: reconstruction[:, i] for i, name in enumerate(self.names)}
+        return {self.reads[-1]: h[:, 0] + reconstruction[:, 0]}
 
 
 def identity(names: tuple[str, ...] = ("base", "chat")) -> View:

@@ -1,0 +1,71 @@
+"""Crosscoders side by side: how much they explain, how sparsely, and whether the models still work on what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from crossdiff.activations.store import Store
+from crossdiff.config import CompareConfig
+from crossdiff.crosscoder.metrics import health, heldout_sums
+from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.recovered import AS_IT_IS, MEAN, run_on_reconstructions
+from crossdiff.models.pair import Pair
+
+
+def compare(
+    crosscoders: Mapping[str, Crosscoder],
+    store: Store,
+    pair: Pair,
+    config: CompareConfig,
+    advance: Callable[[int], None] = lambda n_tokens: None,
+) -> dict[str, Any]:
+    """Held-out metrics of each crosscoder, and of each model on its reconstruction; every value with its interval.
+
+    Returns:
+        `crosscoders`: name -> architecture, health on held-out tokens, and by source the cross-entropy recovered and the KL
+        on answers; `models`: source -> cross-entropy as it is and on its mean.
+    """
+    runs = run_on_reconstructions(crosscoders, store, pair, config.max_tokens, config.batch_tokens, advance)
+    rows: dict[str, Any] = {}
+    for name, coder in crosscoders.items():
+        settings = coder.origin["settings"]
+        rows[name] = {
+            "architecture": [settings[part]["kind"] for part in ("inputs", "structure", "sparsity")],
+            "n_latents": coder.n_latents,
+            "heldout": health(coder, heldout_sums(coder, store, "heldout", config.batch_tokens)),
+            "recovered": {s: asdict(sums.recovered(name)) for s, sums in runs.items() if name in sums.arms},
+            "answer_kl": {s: asdict(sums.mean_answer_kl(name)) for s, sums in runs.items() if name in sums.arms},
+        }
+    models = {
+        source: {arm: asdict(sums.mean_cross_entropy(arm)) for arm in (AS_IT_IS, MEAN)}
+        | {"mean_answer_kl": asdict(sums.mean_answer_kl(MEAN)), "n_tokens": int(sums.n.sum())}
+        for source, sums in runs.items()
+    }
+    return {"crosscoders": rows, "models": models}
+
+
+def comparison_table(comparison: dict[str, Any]) -> Table:
+    """The comparison for the terminal."""
+    sources = list(comparison["models"])
+    table = Table(title="held-out tokens, 95% intervals")
+    columns = ("crosscoder", "reads", "latents tied", "sparsity", "FVE", "L0", "dead")
+    for column in (*columns, *(f"CE recovered, {s}" for s in sources), *(f"answer KL, {s}" for s in sources)):
+        table.add_column(column)
+    for name, row in comparison["crosscoders"].items():
+        heldout = row["heldout"]
+        fve = ", ".join(f"{source} {value:.3f}" for source, value in heldout["fve"].items() if source != "total")
+        cells = [name, *row["architecture"], fve, f"{heldout['l0']:.1f}", f"{heldout['dead_share']:.1%}"]
+        for measure, digits in (("recovered", 3), ("answer_kl", 3)):
+            cells += [_cell(row[measure].get(source), digits) for source in sources]
+        table.add_row(*cells)
+    return table
+
+
+def _cell(quantity: dict[str, float] | None, digits: int) -> str:
+    if quantity is None:
+        return "-"
+    return f"{quantity['value']:.{digits}f} ({quantity['low']:.{digits}f} to {quantity['high']:.{digits}f})"
