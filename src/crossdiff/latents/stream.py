@@ -17,6 +17,10 @@ from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.shapes import Float, Int64, Tensor
 
 
+PIECE_BYTES = 1 << 24
+"""Pre-activations that are computed and selected from at a time."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some whole sequences of one block, without the left-out positions.
@@ -35,6 +39,20 @@ class Chunk:
     code: SparseCode
     reconstruction: Float[Tensor, "token column"]
     error: Float[Tensor, "token column"]
+
+
+def encode(crosscoder: Crosscoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
+    """The active pairs of a chunk, piece by piece: the pre-activations of a piece stay in the cache and in memory that is
+    used again, where those of a whole chunk would be fetched from the system anew each time."""
+    size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
+    parts = [crosscoder.sparse_code(piece) for piece in x.split(size)]
+    return SparseCode(
+        token=torch.cat([part.token + index * size for index, part in enumerate(parts)]),
+        latent=torch.cat([part.latent for part in parts]),
+        values=torch.cat([part.values for part in parts]),
+        n_tokens=len(x),
+        n_latents=crosscoder.n_latents,
+    )
 
 
 def check_fits(crosscoder: Crosscoder, store: Store) -> None:
@@ -90,7 +108,7 @@ def chunks(
             if not len(rows):
                 continue
             x = crosscoder.normalise(store.gather(rows)[:, index])
-            code = crosscoder.sparse_code(x)
+            code = encode(crosscoder, x)
             reconstruction = code.decode(crosscoder.decoder)
-            error = x.flatten(1) - reconstruction - crosscoder.decoder_bias
+            error = (x.flatten(1) - reconstruction).sub_(crosscoder.decoder_bias)
             yield Chunk(block, rows, torch.from_numpy(sequence), numbers, x.flatten(1), code, reconstruction, error)
