@@ -26,7 +26,7 @@ ALLOWED = {
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
-    "cli": FOUNDATION | {"pairs", "activations", "pipeline"},
+    "cli": FOUNDATION | {"pairs", "models", "activations", "latents", "pipeline"},
 }
 
 

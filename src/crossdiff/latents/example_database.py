@@ -62,13 +62,16 @@ def write_database(
     partial.unlink(missing_ok=True)
     ids = np.unique(np.concatenate([np.empty(0, "<i4"), *(np.frombuffer(row[4], "<i4") for row in sequences)]))
     metadata = {"format": FORMAT, "n_latents": str(n_latents), "activation": UNITS}
-    with closing(sqlite3.connect(partial)) as database, database:
-        database.executescript(SCHEMA)
-        database.executemany("INSERT INTO sequences VALUES (?, ?, ?, ?, ?, ?)", sequences)
-        database.executemany("INSERT INTO vocabulary VALUES (?, ?)", ((i, tokenizer.decode([i])) for i in ids.tolist()))
-        database.executemany("INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", examples)
-        database.executemany("INSERT INTO metadata VALUES (?, ?)", metadata.items())
-    partial.replace(path)
+    try:
+        with closing(sqlite3.connect(partial)) as database, database:
+            database.executescript(SCHEMA)
+            database.executemany("INSERT INTO sequences VALUES (?, ?, ?, ?, ?, ?)", sequences)
+            database.executemany("INSERT INTO vocabulary VALUES (?, ?)", ((i, tokenizer.decode([i])) for i in ids.tolist()))
+            database.executemany("INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", examples)
+            database.executemany("INSERT INTO metadata VALUES (?, ?)", metadata.items())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _example_rows(candidates: Candidates, examples: list[Example]) -> Iterator[tuple[Any, ...]]:

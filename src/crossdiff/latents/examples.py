@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig

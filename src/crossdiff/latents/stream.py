@@ -16,7 +16,6 @@ from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.shapes import Float, Int64, Tensor
 
-
 PIECE_BYTES = 1 << 24
 """Pre-activations that are computed and selected from at a time."""
 
