@@ -27,7 +27,7 @@ ALLOWED = {
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
-    "cli": FOUNDATION | {"memory", "pairs", "activations", "pipeline"},
+    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "pipeline"},
 }
 
 

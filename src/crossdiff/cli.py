@@ -183,9 +183,31 @@ def _store(argv: Sequence[str]) -> None:
     print(f"{path} is whole")
 
 
+def _examples(argv: Sequence[str]) -> None:
+    description = "carry example databases to and from the layout of the published examples.db"
+    parser = _Parser(prog="crossdiff examples", description=description)
+    parser.add_argument("action", choices=["export", "import"])
+    parser.add_argument("source", type=Path, help="export: the examples.sqlite of a crosscoder; import: an examples.db")
+    parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument("--tokenizer", help="import: the model whose tokenizer made the tokens, a Hub name or folder")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(argv)
+    from crossdiff.latents.published_examples import export_examples, import_examples
+    from crossdiff.models.pair import load_tokenizer
+
+    if args.action == "export":
+        n_examples = export_examples(args.source, args.target)
+    elif args.tokenizer is None:
+        raise UserError("an import needs the tokens as text: name the model with --tokenizer")
+    else:
+        n_examples = import_examples(args.source, args.target, load_tokenizer(args.tokenizer))
+    print(f"{n_examples} examples written to {args.target}")
+
+
 OTHERS = {
     "clean": (_clean, "delete replaced results and unfinished work"),
     "store": (_store, "check an activation store: `crossdiff store verify PATH`"),
+    "examples": (_examples, "carry example databases to and from the published layout"),
 }
 
 

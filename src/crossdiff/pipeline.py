@@ -269,7 +269,7 @@ class Pipeline:
         store, crosscoder, tokenizer = self.store(), self.crosscoder(name), load_tokenizer(self.config.chat)
         with (
             self.run.working(stage) as folder,
-            progress_bar(self.console, f"analyze {name}, tokens", 2 * store.n_tokens) as advance,
+            progress_bar(self.console, f"analyze {name}, tokens", store.n_tokens) as advance,
         ):
             (folder / name).mkdir(exist_ok=True)
             analyze(folder / name, crosscoder, store, tokenizer, self.config.analyze, advance)

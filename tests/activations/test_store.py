@@ -96,6 +96,33 @@ def test_verify_names_what_is_damaged(tmp_path: Path, activations: torch.Tensor,
             Store(tmp_path)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_named_when_it_is_read(tmp_path: Path, activations: torch.Tensor, value: float) -> None:
+    store = make_store(tmp_path, activations, shard=300)
+    for shard, row in ((2, 100), (5, 0)):  # rows 700 and 1500
+        store.shards[shard]["activations"][row, 1, 2] = value
+    store.gather(np.arange(700))
+    with pytest.raises(UserError, match=r"2 of 2000 tokens .* the first in row 100 of shard-00002\.safetensors \(row 700 "):
+        store.gather(np.arange(1999, -1, -1))
+
+
+def test_a_store_whose_parts_disagree_is_refused(tmp_path: Path, activations: torch.Tensor) -> None:
+    make_store(tmp_path, activations, shard=500)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"].pop()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"shards of .* hold 1500 tokens, its manifest says 2000"):
+        Store(tmp_path)
+    manifest["n_tokens"] = 1500 - 1
+    manifest["shards"][0]["n_tokens"] -= 1
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors has 500 entries of activations, the manifest says 499"):
+        Store(tmp_path).rows()
+    (tmp_path / "documents.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"cannot read .*documents\.parquet"):
+        _ = Store(tmp_path).documents
+
+
 def test_a_manifest_cannot_point_outside(tmp_path: Path, activations: torch.Tensor) -> None:
     make_store(tmp_path, activations)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

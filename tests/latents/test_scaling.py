@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,11 +50,22 @@ def activations(seed: int = 1) -> list[torch.Tensor]:
     return [torch.randn(30, 2, D, generator=generator) for _ in range(BLOCKS)]
 
 
+def widened(coder: Crosscoder) -> Crosscoder:
+    """The same crosscoder in float64: what is left to differ from the oracle is the algebra alone."""
+    tensors = {name: getattr(coder, name).double() for name in (*coder.parameters(), "mean")}
+    return replace(coder, **tensors)
+
+
 @pytest.mark.parametrize("direction", [0, 1])
 @pytest.mark.parametrize("source", [0, 1])
 @pytest.mark.parametrize("target", ["error", "reconstruction", "reconstruction_nobias", "activation", "activation_nobias"])
-def test_each_target_is_the_least_squares_solution(direction: int, source: int, target: str) -> None:
+@pytest.mark.parametrize(("wide", "tolerance"), [(False, 2e-5), (True, 1e-9)])
+def test_each_target_is_the_least_squares_solution(
+    direction: int, source: int, target: str, wide: bool, tolerance: float
+) -> None:
     coder, parts = crosscoder(), activations()
+    if wide:
+        coder, parts = widened(coder), [part.double() for part in parts]
     result = scaling(coder, collect(coder, parts), direction, 1 - direction, direction)
     # In the models' own space, as the definition says: directions over the scale, bias mean + b / scale.
     h = torch.cat(parts).double()
@@ -71,7 +84,20 @@ def test_each_target_is_the_least_squares_solution(direction: int, source: int, 
             "activation_nobias": h[:, source] - bias[source],
         }[target]
         expected = oracles.beta(f[:, latent], y, directions[latent, direction])
-        assert float(result.betas[target, source].value[latent]) == pytest.approx(expected, rel=2e-5, abs=1e-6)
+        assert float(result.betas[target, source].value[latent]) == pytest.approx(expected, rel=tolerance, abs=tolerance / 20)
+
+
+def test_many_tokens_do_not_cost_precision() -> None:
+    # Float32 chunks of 1,000 tokens against the whole in float64: sums in float32 throughout would drift.
+    generator = torch.Generator().manual_seed(2)
+    coder, h = crosscoder(), 3 + torch.randn(40_000, 2, D, generator=generator)
+    accumulator, wide = ScalingAccumulator(coder, 1), ScalingAccumulator(widened(coder), 1)
+    for piece in h.split(1000):
+        accumulator.add(chunk_of(coder, piece, 0))
+    wide.add(chunk_of(widened(coder), h.double(), 0))
+    for key in ("f", "f2", "reconstruction", "error"):
+        found, expected = getattr(accumulator.finish(), key), getattr(wide.finish(), key)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_sums_of_disjoint_tokens_add_up() -> None:

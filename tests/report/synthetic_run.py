@@ -73,25 +73,30 @@ def write_examples(path: Path, latents: list[int], turns: list[tuple[str, int]] 
         database.executescript(
             """
             CREATE TABLE sequences(sequence INTEGER PRIMARY KEY, document INTEGER, dataset TEXT, label TEXT,
-                                   token_ids BLOB, tokens TEXT, flags BLOB);
+                                   token_ids BLOB, flags BLOB);
+            CREATE TABLE vocabulary(token_id INTEGER PRIMARY KEY, text TEXT);
             CREATE TABLE examples(latent INTEGER, kind TEXT, quantile REAL, rank INTEGER, sequence INTEGER,
-                                  position INTEGER, activation REAL, activations BLOB);
+                                  position INTEGER, activation REAL, positions BLOB, activations BLOB);
             CREATE TABLE metadata(key TEXT PRIMARY KEY, value TEXT);
             """
         )
+        database.executemany("INSERT INTO metadata VALUES (?, ?)", [("format", "2"), ("n_latents", str(N_LATENTS))])
+        database.executemany("INSERT INTO vocabulary VALUES (?, ?)", list(enumerate(tokens)))
         ids = np.arange(len(tokens), dtype="<i4").tobytes()
         for sequence in range(8):
             label = "identity" if sequence % 2 else None
-            row = (sequence, 100 + sequence, "conversations", label, ids, json.dumps(tokens), flags.tobytes())
-            database.execute("INSERT INTO sequences VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            row = (sequence, 100 + sequence, "conversations", label, ids, flags.tobytes())
+            database.execute("INSERT INTO sequences VALUES (?, ?, ?, ?, ?, ?)", row)
         for latent in latents:
             for rank in range(7):
                 values = np.where(rng.random(len(tokens)) < 0.3, rng.random(len(tokens)) * 2, 0).astype("<f4")
                 position = len(tokens) - len(turns) + 8 + rank % 3
                 values[position] = 4 - rank / 4
                 kind, quantile = ("top", None) if rank < 4 else ("quantile", 1 - rank / 8)
-                example = (latent, kind, quantile, rank, rank, position, float(values[position]), values.tobytes())
-                database.execute("INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?)", example)
+                active = np.flatnonzero(values)
+                arrays = (active.astype("<i4").tobytes(), values[active].tobytes())
+                example = (latent, kind, quantile, rank, rank, position, float(values[position]), *arrays)
+                database.execute("INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", example)
         database.commit()
 
 

@@ -113,6 +113,8 @@ class Store:
                 raise UserError(f"shard {path} {found}; restore it, or harvest again with --force")
         if not self.manifest["n_tokens"]:
             raise UserError(f"{folder} holds no tokens; harvest again with texts")
+        if (found := int(self.offsets[-1])) != self.n_tokens:
+            raise UserError(f"the shards of {folder} hold {found} tokens, its manifest says {self.n_tokens}; harvest again")
 
     @property
     def n_tokens(self) -> int:
@@ -152,7 +154,11 @@ class Store:
     @cached_property
     def documents(self) -> pl.DataFrame:
         """One row a document, sorted by its number."""
-        return pl.read_parquet(self.folder / "documents.parquet").sort("document")
+        path = self.folder / "documents.parquet"
+        try:
+            return pl.read_parquet(path).sort("document")
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise UserError(f"cannot read {path}: {error}; restore it, or harvest again with --force") from None
 
     @cached_property
     def normalisation(self) -> Normalisation:
@@ -171,6 +177,12 @@ class Store:
                     opened.append({name: file.get_tensor(name) for name in ("activations", *COLUMNS)})
             except SafetensorError as error:
                 raise UserError(f"shard {path} is damaged: {error}; harvest again with --force") from None
+            for name, tensor in opened[-1].items():
+                if len(tensor) != shard["n_tokens"]:
+                    raise UserError(
+                        f"shard {path} has {len(tensor)} entries of {name}, the manifest says {shard['n_tokens']}; "
+                        "harvest again with --force"
+                    )
         return opened
 
     @cached_property
@@ -199,7 +211,11 @@ class Store:
         return rows
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Float[Tensor, "batch source d_model"]:
-        """Activations of the given rows as float32, in the order given."""
+        """Activations of the given rows as float32, in the order given.
+
+        Raises:
+            UserError: one of them is NaN or infinite.
+        """
         out = torch.empty(len(rows), len(self.sources), self.d_model)
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self.offsets)
@@ -208,7 +224,21 @@ class Store:
             if len(part):
                 local = torch.from_numpy(rows[part] - self.offsets[index])
                 out[torch.from_numpy(part)] = shard["activations"][local].float()
+        # One NaN or infinity makes the sum not finite, and a sum costs less than a look at each number.
+        if not torch.isfinite(out.sum()):
+            self._name_what_is_not_finite(rows, out)
         return out
+
+    def _name_what_is_not_finite(self, rows: npt.NDArray[np.int64], h: Float[Tensor, "batch source d_model"]) -> None:
+        wrong = (~torch.isfinite(h).flatten(1).all(1)).numpy()
+        if wrong.any():
+            row = int(rows[wrong].min())
+            shard = int(np.searchsorted(self.offsets, row, side="right")) - 1
+            raise UserError(
+                f"{int(wrong.sum())} of {len(rows)} tokens read from {self.folder} have NaN or infinite activations, the first "
+                f"in row {row - int(self.offsets[shard])} of {self.manifest['shards'][shard]['file']} (row {row} of the "
+                "store); check it with `crossdiff store verify`, and harvest again with --force"
+            )
 
     def sequences(self) -> npt.NDArray[np.int64]:
         """Row bounds of the sequences: sequence i, in stored order, is rows `bounds[i]` to `bounds[i + 1]`."""

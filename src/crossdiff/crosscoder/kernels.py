@@ -87,7 +87,7 @@ class SparseCode:
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
 
     @cached_property
-    def _by_latent(self) -> tuple[Tensor, Tensor]:
+    def by_latent(self) -> tuple[Tensor, Tensor]:
         """The tokens of the pairs sorted by latent, the sorting order, and where each latent starts in it."""
         if self.latent.device.type == "cpu":
             small = self.n_latents <= np.iinfo(np.uint16).max
@@ -100,7 +100,7 @@ class SparseCode:
 
     @cached_property
     def _tokens_by_latent(self) -> Tensor:
-        return self.token[self._by_latent[0]]
+        return self.token[self.by_latent[0]]
 
     def decode(self, weights: Float[Tensor, "latent column"]) -> Float[Tensor, "batch column"]:
         """sum_j f_ij W_j."""
@@ -127,7 +127,7 @@ class SparseCode:
         self, values: Float[Tensor, " pair"], table: Float[Tensor, "batch column"]
     ) -> Float[Tensor, "latent column"]:
         """sum_i values_ij table_i: a bag per latent over its tokens, so that nothing is scattered."""
-        order, offsets = self._by_latent
+        order, offsets = self.by_latent
         return F.embedding_bag(self._tokens_by_latent, table, offsets, mode="sum", per_sample_weights=values[order])
 
     def sum_tokens(self, values: Float[Tensor, " pair"]) -> Float[Tensor, " latent"]:

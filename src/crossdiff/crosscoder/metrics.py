@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.stats import t as student
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.crosscoder.model import Crosscoder
-from crossdiff.shapes import Float64, Int64, Tensor
+from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 MASSIVE = 5.0
 """A token is massive when its norm in a source is more than this many times the median norm of that source."""
@@ -22,13 +23,51 @@ BLOCKS = 20
 
 @dataclass
 class HeldoutSums:
-    """Sums over held-out tokens in blocks of documents, in float64; `kind` is 0 for ordinary, 1 for massive tokens."""
+    """Sums over held-out tokens in blocks of documents, in float64; `kind` is 0 for ordinary, 1 for massive tokens.
 
+    Attributes:
+        limit: norm in the models' own space above which a token is massive, per source.
+    """
+
+    limit: Float[Tensor, " source"]
     n: Int64[Tensor, "kind block"]
     squared_error: Float64[Tensor, "kind block source"]
     square: Float64[Tensor, "kind block source"]
     total: Float64[Tensor, "kind block column"]
     counts: Int64[Tensor, " latent"]
+
+    @classmethod
+    def empty(cls, crosscoder: Crosscoder, store: Store, rows: npt.NDArray[np.int64]) -> HeldoutSums:
+        """For the tokens of the given rows, of which there are some."""
+        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), 4096)).astype(np.int64)]
+        sample = crosscoder.view.apply(store.gather(chosen)[:, source_indices(store, crosscoder.view.reads)])
+        per_source = (2, BLOCKS, crosscoder.n_sources)
+        return cls(
+            limit=MASSIVE * sample.norm(dim=2).median(0).values,
+            n=torch.zeros(2, BLOCKS, dtype=torch.int64),
+            squared_error=torch.zeros(per_source, dtype=torch.float64),
+            square=torch.zeros(per_source, dtype=torch.float64),
+            total=torch.zeros(2, BLOCKS, crosscoder.n_sources * crosscoder.d_model, dtype=torch.float64),
+            counts=torch.zeros(crosscoder.n_latents, dtype=torch.int64),
+        )
+
+    def add(
+        self,
+        crosscoder: Crosscoder,
+        document: npt.NDArray[np.integer[Any]],
+        x: Float[Tensor, "batch source d_model"],
+        error: Float[Tensor, "batch source d_model"],
+        counts: Int64[Tensor, " latent"],
+    ) -> None:
+        """Add tokens: their documents, their normalised activations, what the reconstruction leaves, and active tokens per
+        latent."""
+        norms = (x / crosscoder.scale + crosscoder.mean).norm(dim=2)
+        cell = (norms > self.limit).any(1).long() * BLOCKS + torch.from_numpy(document % BLOCKS).long()
+        self.n += torch.bincount(cell, minlength=2 * BLOCKS).view(2, BLOCKS)
+        self.squared_error.view(2 * BLOCKS, -1).index_add_(0, cell, error.square().sum(2).double())
+        self.square.view(2 * BLOCKS, -1).index_add_(0, cell, x.square().sum(2).double())
+        self.total.view(2 * BLOCKS, -1).index_add_(0, cell, x.flatten(1).double())
+        self.counts += counts
 
     def fve(self, kind: int, blocks: Tensor | None = None) -> Float64[Tensor, " entry"]:
         """1 - sum ||x - xhat||^2 / sum ||x - mean||^2 per source, and over all of them at the end."""
@@ -47,31 +86,13 @@ def heldout_sums(
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> HeldoutSums:
     """One pass over the tokens of a split."""
-    index, n_sources = source_indices(store, crosscoder.sources), crosscoder.n_sources
-    rows, document = store.rows(split), store.column("document")
-    sample = store.gather(rows[np.linspace(0, len(rows) - 1, min(len(rows), 4096)).astype(np.int64)])[:, index]
-    limit = MASSIVE * sample.norm(dim=2).median(0).values
-    sums = HeldoutSums(
-        n=torch.zeros(2, BLOCKS, dtype=torch.int64),
-        squared_error=torch.zeros(2, BLOCKS, n_sources, dtype=torch.float64),
-        square=torch.zeros(2, BLOCKS, n_sources, dtype=torch.float64),
-        total=torch.zeros(2, BLOCKS, n_sources * crosscoder.d_model, dtype=torch.float64),
-        counts=torch.zeros(crosscoder.n_latents, dtype=torch.int64),
-    )
+    index, rows, document = source_indices(store, crosscoder.view.reads), store.rows(split), store.column("document")
+    sums = HeldoutSums.empty(crosscoder, store, rows)
     for first in range(0, len(rows), batch_tokens):
         part = rows[first : first + batch_tokens]
-        h = store.gather(part)[:, index]
-        x = crosscoder.normalise(h)
+        x = crosscoder.normalise(store.gather(part)[:, index])
         code = crosscoder.code(x)
-        error = (crosscoder.decode(code) - x).double().square().sum(2)
-        wide = x.double()
-        massive = (h.norm(dim=2) > limit).any(1).long()
-        cell = massive * BLOCKS + torch.from_numpy(document[part] % BLOCKS).long()
-        sums.n += torch.bincount(cell, minlength=2 * BLOCKS).view(2, BLOCKS)
-        sums.squared_error.view(2 * BLOCKS, -1).index_add_(0, cell, error)
-        sums.square.view(2 * BLOCKS, -1).index_add_(0, cell, wide.square().sum(2))
-        sums.total.view(2 * BLOCKS, -1).index_add_(0, cell, wide.flatten(1))
-        sums.counts += code.counts()
+        sums.add(crosscoder, document[part], x, x - crosscoder.decode(code), code.counts())
         advance(len(part))
     return sums
 

@@ -1,23 +1,26 @@
-"""The analysis of one crosscoder: one pass for the table, a second one for the contexts that are shown."""
+"""The analysis of one crosscoder: one pass over the store for the table, the examples and the held-out quality."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, UserError
-from crossdiff.crosscoder.metrics import frequency_histogram, health, heldout_sums
+from crossdiff.crosscoder.metrics import HeldoutSums, frequency_histogram, health
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import Activity, group_of
 from crossdiff.latents.behaviours import behaviour_table, conversation_scores
-from crossdiff.latents.examples import ExampleCollector, write_examples
-from crossdiff.latents.scaling import ScalingAccumulator, scaling
-from crossdiff.latents.stream import chunks
+from crossdiff.latents.example_database import write_examples
+from crossdiff.latents.examples import ExampleCollector
+from crossdiff.latents.scaling import ScalingAccumulator, Sums, scaling
+from crossdiff.latents.stream import Chunk, check_fits, chunks
 from crossdiff.latents.table import BASE, CHAT, counts, latent_table, pools
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
@@ -35,6 +38,58 @@ def with_random_directions(crosscoder: Crosscoder, seed: int) -> Float[Tensor, "
     return torch.cat([own, random.unsqueeze(0)])
 
 
+@dataclass
+class Measured:
+    """What the pass leaves."""
+
+    sums: Sums
+    activity: Activity
+    examples: ExampleCollector
+    heldout: HeldoutSums
+
+
+def measure(
+    crosscoder: Crosscoder,
+    store: Store,
+    config: AnalyzeConfig,
+    directions: Float[Tensor, "direction latent d_model"],
+    advance: Callable[[int], None] = lambda n_tokens: None,
+) -> Measured:
+    """The pass: every counted token is read and encoded once.
+
+    Raises:
+        UserError: as `analyze`; of what the store lacks, before the pass.
+    """
+    check_fits(crosscoder, store)
+    groups, norms = group_of(store.column("flags")), crosscoder.norms().sum(1)
+    document, heldout_rows = store.column("document"), store.rows("heldout")
+    is_heldout = np.zeros(store.n_tokens, dtype=np.bool_)
+    is_heldout[heldout_rows] = True
+    accumulator = ScalingAccumulator(crosscoder, config.blocks, directions)
+    activity, examples = Activity.empty(crosscoder.n_latents), ExampleCollector(store, crosscoder.n_latents, config)
+    heldout = HeldoutSums.empty(crosscoder, store, heldout_rows)
+    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance):
+        accumulator.add(chunk)
+        activity.add(chunk, groups[chunk.rows], norms)
+        examples.add(chunk, norms)
+        _add_heldout(heldout, crosscoder, chunk, document, is_heldout[chunk.rows])
+    return Measured(accumulator.finish(), activity, examples, heldout)
+
+
+def _add_heldout(
+    heldout: HeldoutSums,
+    crosscoder: Crosscoder,
+    chunk: Chunk,
+    document: npt.NDArray[np.int32],
+    member: npt.NDArray[np.bool_],
+) -> None:
+    """Add those tokens of a chunk that are held out."""
+    mask, code = torch.from_numpy(member), chunk.code
+    x, error = (table[mask].unflatten(1, (crosscoder.n_sources, -1)) for table in (chunk.x, chunk.error))
+    active = torch.bincount(code.latent[mask[code.token]], minlength=code.n_latents)
+    heldout.add(crosscoder, document[chunk.rows[member]], x, error, active)
+
+
 def analyze(
     folder: Path,
     crosscoder: Crosscoder,
@@ -46,25 +101,18 @@ def analyze(
     """Write latents.parquet, examples.sqlite, health.json and behaviours.parquet into `folder`.
 
     Raises:
-        UserError: the crosscoder does not fit the store, or the store has too few documents for the blocks.
+        UserError: the crosscoder does not fit the store; the store has too few documents for the blocks, no held-out tokens,
+            or activations that are not finite.
     """
     if crosscoder.n_sources != 2:
         raise UserError(f"the latent table compares two models; this coder reads {crosscoder.n_sources}")
-    groups, norms = group_of(store.column("flags")), crosscoder.norms().sum(1)
     directions = with_random_directions(crosscoder, config.seed)
-    accumulator = ScalingAccumulator(crosscoder, config.blocks, directions)
-    activity, collector = Activity.empty(crosscoder.n_latents), ExampleCollector(crosscoder.n_latents, config)
-    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance):
-        accumulator.add(chunk)
-        activity.add(chunk, groups[chunk.rows], norms)
-        collector.add(chunk, norms)
-    sums = accumulator.finish()
-    table = latent_table(crosscoder, sums, activity, config)
+    measured = measure(crosscoder, store, config, directions, advance)
+    table = latent_table(crosscoder, measured.sums, measured.activity, config)
     table.write_parquet(folder / "latents.parquet")
-    write_examples(folder / "examples.sqlite", crosscoder, store, tokenizer, collector, config, advance)
+    write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
 
-    heldout = heldout_sums(crosscoder, store, "heldout", config.batch_tokens)
-    randomised = scaling(crosscoder, sums, RANDOM, BASE, CHAT, directions)
+    randomised = scaling(crosscoder, measured.sums, RANDOM, BASE, CHAT, directions)
     health_report = {
         "architecture": crosscoder.sparsity.kind,
         "n_latents": crosscoder.n_latents,
@@ -72,9 +120,9 @@ def analyze(
         "layer": store.layer,
         "k": getattr(crosscoder.sparsity, "k", None),
         "training_tokens": crosscoder.origin["training_tokens"],
-        "analysed_tokens": int(activity.tokens.sum()),
-        "heldout": health(crosscoder, heldout),
-        "frequency_histogram": frequency_histogram(heldout),
+        "analysed_tokens": int(measured.activity.tokens.sum()),
+        "heldout": health(crosscoder, measured.heldout),
+        "frequency_histogram": frequency_histogram(measured.heldout),
         "decoder_norm_movement": _norm_movement(crosscoder),
         "counts": counts(table),
         "controls": {

@@ -54,7 +54,7 @@ def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int]
     bounds, document = store.sequences(), store.column("document")
     flags, position = store.column("flags"), store.column("position")
     members = np.array([i for i, row in enumerate(bounds[:-1]) if int(document[row]) in index_of], dtype=np.int64)
-    chosen, source_index = torch.tensor(latents, dtype=torch.int64), source_indices(store, crosscoder.sources)
+    chosen, source_index = torch.tensor(latents, dtype=torch.int64), source_indices(store, crosscoder.view.reads)
     encoder, bias = crosscoder.encoder[chosen], crosscoder.encoder_bias[chosen]
     norms = crosscoder.norms()[chosen].sum(1)
     scores = {question: torch.zeros(table.height, len(latents)) for question in QUESTIONS}

@@ -1,109 +1,247 @@
-"""The contexts in which each latent fires: the strongest ones, and a sample over the quantiles of its activation."""
+"""The contexts in which each latent fires: the strongest ones, and a sample over the quantiles of its activation.
+
+They are collected in the one pass over the store. What is kept of a latent is the largest maxima and a random sample of the
+others, both among *distinct* contexts (the maximum's token and the `CONTEXT` tokens before it), each with the activation on
+every token of its sequence. Both are exact whatever the order of the sequences: a context that falls behind `examples` better
+ones never comes back but with a larger maximum, and the sample holds the contexts of the smallest hashes (Bar-Yossef et al.
+2002), so that a context met again is recognised.
+"""
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from crossdiff.activations.loader import source_indices
-from crossdiff.activations.store import Store, consecutive
+from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.stream import Chunk
 from crossdiff.shapes import Float, Tensor
 
 QUANTILES = (0.25, 0.5, 0.75, 0.95, 1.0)
 SAMPLED_PER_EXAMPLE = 4
-"""Candidates kept for each example wanted, so that enough remain when duplicates are dropped."""
+"""Size of the sample over the number of quantile examples picked from it: the finer, the nearer to the quantiles they lie."""
 CONTEXT = 8
 """Two examples of a latent are duplicates when the maximum and this many tokens before it are the same."""
+ROOM = 1 << 20
+"""Active pairs that are collected before the first selection."""
 
-SCHEMA = """
-CREATE TABLE sequences (
-    sequence INTEGER PRIMARY KEY,   -- index in the activation store
-    document INTEGER, dataset TEXT, label TEXT,
-    token_ids BLOB,                 -- int32, little-endian
-    tokens TEXT,                    -- JSON array, each token as text
-    flags BLOB                      -- uint8: 1 bos, 2 template, 4 user, 8 assistant
-);
-CREATE TABLE examples (
-    latent INTEGER,
-    kind TEXT,                      -- 'top': the strongest, 'quantile': one from around a quantile
-    quantile REAL,                  -- of the latent's maxima per sequence; NULL for 'top'
-    rank INTEGER,                   -- 0 is the strongest of its kind
-    sequence INTEGER REFERENCES sequences(sequence),
-    position INTEGER,               -- of the maximum
-    activation REAL,                -- v = f * sum of decoder norms, at the maximum
-    activations BLOB                -- float32, little-endian: v on every token of the sequence
-);
-CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT);
-"""
-
-
-@dataclass
-class _Best:
-    """Per latent the sequences with the largest keys, `[latent, kept]`; -1 where there are fewer."""
-
-    key: Tensor
-    value: Tensor
-    sequence: Tensor
-
-    @classmethod
-    def empty(cls, n_latents: int, kept: int) -> _Best:
-        shape = (n_latents, kept)
-        return cls(torch.zeros(shape), torch.zeros(shape), torch.full(shape, -1, dtype=torch.int64))
-
-    def merge(self, key: Tensor, value: Tensor, numbers: Tensor) -> None:
-        """Merge new candidates `[latent, candidate]`; a key of 0 means that the latent is silent there."""
-        keys = torch.cat([self.key, key], dim=1)
-        top = keys.topk(self.key.shape[1], dim=1).indices
-        self.key = keys.gather(1, top)
-        self.value = torch.cat([self.value, value], dim=1).gather(1, top)
-        sequence = torch.cat([self.sequence, numbers.expand(len(key), -1)], dim=1).gather(1, top)
-        self.sequence = torch.where(self.key > 0, sequence, -1)
-
-
-class ExampleCollector:
-    """Collects candidates in bounded memory: the strongest sequences, and a uniform sample of those where a latent fires."""
-
-    def __init__(self, n_latents: int, config: AnalyzeConfig) -> None:
-        self.n_latents, self.config = n_latents, config
-        self.top = _Best.empty(n_latents, config.examples * SAMPLED_PER_EXAMPLE)
-        self.sample = _Best.empty(n_latents, config.examples_per_quantile * len(QUANTILES) * SAMPLED_PER_EXAMPLE)
-        self._generator = torch.Generator().manual_seed(config.seed)
-
-    def add(self, chunk: Chunk, norms: Float[Tensor, " latent"]) -> None:
-        """Add a chunk of whole sequences."""
-        code, n_sequences = chunk.code, len(chunk.numbers)
-        v = code.values * norms[code.latent]
-        maxima = torch.zeros(self.n_latents * n_sequences)
-        maxima.scatter_reduce_(0, code.latent * n_sequences + chunk.sequence[code.token], v, "amax")
-        maxima = maxima.view(self.n_latents, n_sequences)
-        numbers = torch.from_numpy(chunk.numbers)
-        self.top.merge(maxima, maxima, numbers)
-        if self.sample.key.shape[1]:
-            random = torch.rand(maxima.shape, generator=self._generator).clamp(min=1e-9)
-            self.sample.merge(random * (maxima > 0), maxima, numbers)
+Integers = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class _Pick:
+class Candidates:
+    """Latents on sequences. Candidate c has the pairs `bounds[c]` to `bounds[c + 1]` of `positions` and `activations`.
+
+    Attributes:
+        latent, sequence: which latent on which sequence of the store, `[candidate]`.
+        key: hash of the context before the maximum, the latent and the seed, `[candidate]`.
+        value: largest v on the sequence, and peak: its position, `[candidate]`.
+        positions, activations: where the latent is active in the sequence and with which v, `[pair]`.
+    """
+
+    latent: Integers
+    sequence: Integers
+    key: Hashes
+    value: npt.NDArray[np.float32]
+    peak: npt.NDArray[np.int32]
+    bounds: Integers
+    positions: npt.NDArray[np.int32]
+    activations: npt.NDArray[np.float32]
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.positions)
+
+    def take(self, chosen: Integers) -> Candidates:
+        """The chosen candidates, in the order given."""
+        lengths = (self.bounds[1:] - self.bounds[:-1])[chosen]
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        pairs = np.arange(bounds[-1]) + np.repeat(self.bounds[chosen] - bounds[:-1], lengths)
+        return Candidates(
+            self.latent[chosen], self.sequence[chosen], self.key[chosen], self.value[chosen], self.peak[chosen],
+            bounds, self.positions[pairs], self.activations[pairs],
+        )  # fmt: skip
+
+    @classmethod
+    def none(cls) -> Candidates:
+        integers, small, values = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
+        return cls(integers, integers, np.empty(0, np.uint64), values, small, np.zeros(1, np.int64), small, values)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Candidates]) -> Candidates:
+        """One after the other; at least one part."""
+        columns = {
+            field.name: np.concatenate([getattr(part, field.name) for part in parts])
+            for field in fields(cls)
+            if field.name != "bounds"
+        }
+        lengths = np.concatenate([np.diff(part.bounds) for part in parts])
+        return cls(**columns, bounds=np.concatenate([[0], np.cumsum(lengths)]))
+
+    def __getitem__(self, candidate: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Positions and activations of one candidate."""
+        pairs = slice(self.bounds[candidate], self.bounds[candidate + 1])
+        return self.positions[pairs], self.activations[pairs]
+
+
+def mixed(values: Hashes) -> Hashes:
+    """A bijection of the 64-bit numbers whose results look random (the finaliser of SplitMix64; Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def context_hashes(token_ids: npt.NDArray[np.int32], rows: Integers, positions: Integers) -> Hashes:
+    """A hash per row of its token and the `CONTEXT` tokens before it in its sequence; `positions` are those of the rows."""
+    hashes = np.zeros(len(rows), dtype=np.uint64)
+    for back in range(CONTEXT, -1, -1):
+        inside = positions >= back
+        token = np.where(inside, token_ids[np.where(inside, rows - back, 0)].astype(np.int64) + 1, 0)
+        hashes = mixed(hashes + token.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    return hashes
+
+
+def candidates_of(chunk: Chunk, v: Float[Tensor, " pair"], contexts: Hashes, positions: Integers, seed: int) -> Candidates:
+    """Every latent on every sequence of a chunk where it is active.
+
+    Args:
+        v: of the chunk's active pairs; contexts, positions: hash and position of the chunk's tokens.
+    """
+    code = chunk.code
+    # The chunk's tokens follow their sequences, so the pairs of a latent and a sequence lie together in the order by latent.
+    order = code.by_latent[0].numpy()
+    latent, token, ordered = code.latent.numpy()[order], code.token.numpy()[order], v.float().numpy()[order]
+    sequence = chunk.sequence.numpy()[token]
+    changes = (latent[1:] != latent[:-1]) | (sequence[1:] != sequence[:-1])
+    bounds = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(latent)]])
+    starts = bounds[:-1]
+    value = np.maximum.reduceat(ordered, starts)
+    index = np.arange(len(latent))
+    first_largest = np.minimum.reduceat(np.where(ordered == np.repeat(value, np.diff(bounds)), index, len(index)), starts)
+    latent, place = latent[starts], positions[token].astype(np.int32)
+    stream = mixed(latent.astype(np.uint64) + (np.uint64(seed) << np.uint64(32)))
+    return Candidates(
+        latent, chunk.numbers[sequence[starts]], mixed(contexts[token[first_largest]] ^ stream), value,
+        place[first_largest], bounds, place, ordered,
+    )  # fmt: skip
+
+
+def _place_in_run(values: Integers) -> Integers:
+    """Of each entry of a sorted array, how many equal ones stand before it."""
+    return np.arange(len(values)) - np.searchsorted(values, values)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The distinct contexts among some candidates, in their order.
+
+    Attributes:
+        candidate: index of the best candidate of each context (the first of the best ones).
+        by_value: rank of its value among those of its latent, 0 the largest; by_key: of its key, 0 the smallest.
+    """
+
+    candidate: Integers
+    by_value: Integers
+    by_key: Integers
+
+    @classmethod
+    def of(cls, candidates: Candidates) -> Ranking:
+        order = np.lexsort((-candidates.value, candidates.key, candidates.latent))
+        latent, key = candidates.latent[order], candidates.key[order]
+        distinct = np.concatenate([[True], (latent[1:] != latent[:-1]) | (key[1:] != key[:-1])])[: len(order)]
+        chosen = order[distinct]
+        by_key = _place_in_run(latent[distinct])
+        back = np.argsort(chosen)
+        chosen, by_key = chosen[back], by_key[back]
+        strongest = np.lexsort((-candidates.value[chosen], candidates.latent[chosen]))
+        by_value = np.empty_like(by_key)
+        by_value[strongest] = _place_in_run(candidates.latent[chosen][strongest])
+        return cls(chosen, by_value, by_key)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the database: `kind` is "top" (`quantile` None) or "quantile"; `rank` 0 is the strongest of its kind."""
+
     latent: int
     kind: str
     quantile: float | None
     rank: int
+    candidate: int
 
 
-def _quantile_picks(values: npt.NDArray[Any], per_quantile: int) -> list[tuple[float, int]]:
-    """Indices of the values nearest to each quantile, each index used once: `(quantile, index)`."""
+class ExampleCollector:
+    """Collects the candidates of every latent in bounded memory.
+
+    After each selection a latent has at most `examples` + the sample's size of them; between selections at most as many pairs
+    again are collected, of those only that could still be selected.
+    """
+
+    def __init__(self, store: Store, n_latents: int, config: AnalyzeConfig) -> None:
+        self.n_top, self.n_per_quantile, self.seed = config.examples, config.examples_per_quantile, config.seed
+        self.n_sampled = self.n_per_quantile * len(QUANTILES) * SAMPLED_PER_EXAMPLE
+        self._token_ids, self._position = store.column("token_id"), store.column("position")
+        self._parts = [Candidates.none()]
+        self._n_pairs, self._limit = 0, ROOM
+        self._least_value = np.zeros(n_latents, dtype=np.float32)
+        self._largest_key = np.full(n_latents, np.iinfo(np.uint64).max if self.n_sampled else 0, dtype=np.uint64)
+
+    def add(self, chunk: Chunk, norms: Float[Tensor, " latent"]) -> None:
+        """Add a chunk of whole sequences; `norms` are the sums of the decoder norms."""
+        if not len(chunk.code.values):
+            return
+        positions = self._position[chunk.rows].astype(np.int64)
+        contexts = context_hashes(self._token_ids, chunk.rows, positions)
+        found = candidates_of(chunk, chunk.code.values * norms[chunk.code.latent], contexts, positions, self.seed)
+        hopeful = (found.value > self._least_value[found.latent]) | (found.key <= self._largest_key[found.latent])
+        self._parts.append(found.take(np.flatnonzero(hopeful)))
+        self._n_pairs += self._parts[-1].n_pairs
+        if self._n_pairs > self._limit:
+            self._select()
+
+    def _select(self) -> None:
+        """Keep what is among the strongest or in the sample, and note what a candidate must beat from now on."""
+        candidates = Candidates.joined(self._parts)
+        ranking = Ranking.of(candidates)
+        kept = (ranking.by_value < self.n_top) | (ranking.by_key < self.n_sampled)
+        last_top, last_sampled = ranking.by_value == self.n_top - 1, ranking.by_key == self.n_sampled - 1
+        for mask, bound, column in (
+            (last_top, self._least_value, candidates.value), (last_sampled, self._largest_key, candidates.key),
+        ):  # fmt: skip
+            chosen = ranking.candidate[mask]
+            bound[candidates.latent[chosen]] = column[chosen]
+        self._parts = [candidates.take(ranking.candidate[kept])]
+        self._n_pairs = self._parts[0].n_pairs
+        self._limit = 2 * self._n_pairs + ROOM
+
+    def finish(self) -> tuple[Candidates, list[Example]]:
+        """The candidates, and the examples picked from them: per latent the strongest first, then those of the quantiles."""
+        self._select()
+        candidates, ranking = self._parts[0], Ranking.of(self._parts[0])
+        examples = []
+        for members in _of_each_latent(candidates.latent):
+            # No context occurs twice any more, so that the ranking holds the candidates in their order.
+            latent, by_value = int(candidates.latent[members[0]]), members[np.argsort(ranking.by_value[members])]
+            examples += [Example(latent, "top", None, rank, int(c)) for rank, c in enumerate(by_value[: self.n_top])]
+            sample = by_value[ranking.by_key[by_value] < self.n_sampled]
+            picks = quantile_picks(candidates.value[sample], self.n_per_quantile)
+            examples += [Example(latent, "quantile", q, rank, int(sample[i])) for rank, (q, i) in enumerate(picks)]
+        return candidates, examples
+
+
+def _of_each_latent(latent: Integers) -> Iterator[Integers]:
+    """The candidates of each latent that has any."""
+    order = np.argsort(latent, kind="stable")
+    return (part for part in np.split(order, np.flatnonzero(np.diff(latent[order])) + 1) if len(part))
+
+
+def quantile_picks(values: npt.NDArray[Any], per_quantile: int) -> list[tuple[float, int]]:
+    """Indices of the values nearest to each quantile, each index used once: `(quantile, index)`, from the highest down."""
     order = np.argsort(values, kind="stable")
     free, picks = list(range(len(order))), []
     for quantile in reversed(QUANTILES):
@@ -112,119 +250,3 @@ def _quantile_picks(values: npt.NDArray[Any], per_quantile: int) -> list[tuple[f
             free.remove(position)
             picks.append((quantile, int(order[position])))
     return picks
-
-
-class _Contexts:
-    """Token contexts before the maximum, to recognise duplicates."""
-
-    def __init__(self, store: Store) -> None:
-        self.bounds, self.ids = store.sequences(), store.column("token_id")
-
-    def key(self, sequence: int, position: int) -> bytes:
-        start = self.bounds[sequence]
-        context: bytes = self.ids[start + max(0, position - CONTEXT) : start + position + 1].tobytes()
-        return context
-
-
-def _wanted(collector: ExampleCollector) -> dict[int, dict[int, str]]:
-    """sequence -> latent -> which candidate lists it is in ('t', 's' or 'ts')."""
-    wanted: dict[int, dict[int, str]] = {}
-    for mark, best in (("t", collector.top), ("s", collector.sample)):
-        for latent, sequences in enumerate(best.sequence.tolist()):
-            for sequence in sequences:
-                if sequence >= 0:
-                    entry = wanted.setdefault(sequence, {})
-                    entry[latent] = entry.get(latent, "") + mark
-    return wanted
-
-
-def _activations(
-    crosscoder: Crosscoder, store: Store, numbers: npt.NDArray[np.int64], batch_tokens: int
-) -> Iterator[tuple[int, Float[Tensor, "position latent"]]]:
-    """v on every token of the given sequences; 0 on the left-out positions."""
-    index, norms = source_indices(store, crosscoder.sources), crosscoder.norms().sum(1)
-    bounds, positions = store.sequences(), store.column("position")
-    lengths = bounds[numbers + 1] - bounds[numbers]
-    for first, last in consecutive(np.concatenate([[0], np.cumsum(lengths)]), batch_tokens):
-        rows = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in numbers[first:last]])
-        code = crosscoder.sparse_code(crosscoder.normalise(store.gather(rows)[:, index]))
-        v = torch.zeros(len(rows), crosscoder.n_latents)
-        v[code.token, code.latent] = code.values * norms[code.latent]
-        v[torch.from_numpy(positions[rows] < store.leave_out)] = 0
-        yield from zip(numbers[first:last].tolist(), torch.split(v, lengths[first:last].tolist()), strict=True)
-
-
-def write_examples(
-    path: Path,
-    crosscoder: Crosscoder,
-    store: Store,
-    tokenizer: Any,
-    collector: ExampleCollector,
-    config: AnalyzeConfig,
-    advance: Callable[[int], None] = lambda n_tokens: None,
-) -> None:
-    """Write the example database from the candidates; `SCHEMA` documents its tables and units."""
-    wanted, contexts = _wanted(collector), _Contexts(store)
-    candidates: dict[int, list[tuple[str, float, int, int, bytes]]] = {}
-    for sequence, v in _activations(crosscoder, store, np.array(sorted(wanted), dtype=np.int64), config.batch_tokens):
-        advance(len(v))
-        latents = sorted(wanted[sequence])
-        columns = v[:, latents].T.contiguous()
-        for latent, column in zip(latents, columns, strict=True):
-            position = int(column.argmax())
-            entry = (wanted[sequence][latent], float(column[position]), sequence, position, column.numpy().tobytes())
-            candidates.setdefault(latent, []).append(entry)
-    path.unlink(missing_ok=True)
-    with sqlite3.connect(path) as database:
-        database.executescript(SCHEMA)
-        used: set[int] = set()
-        for latent in sorted(candidates):
-            rows = list(_select(latent, candidates.pop(latent), contexts, config))
-            used |= {row[4] for row in rows}
-            database.executemany("INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        database.executemany(
-            "INSERT INTO sequences VALUES (?, ?, ?, ?, ?, ?, ?)", _sequence_rows(store, tokenizer, sorted(used))
-        )
-        units = {"activation": "v = f * sum over sources of ||d^s||, in the normalised space", "format": "1"}
-        database.executemany("INSERT INTO metadata VALUES (?, ?)", units.items())
-        database.execute("CREATE INDEX by_latent ON examples (latent, kind, rank)")
-    database.close()
-
-
-def _select(
-    latent: int, candidates: list[tuple[str, float, int, int, bytes]], contexts: _Contexts, config: AnalyzeConfig
-) -> Iterator[tuple[Any, ...]]:
-    """The rows of one latent, strongest first, without duplicate contexts."""
-    candidates.sort(key=lambda entry: (-entry[1], entry[2]))
-    seen: set[bytes] = set()
-    distinct = []
-    for entry in candidates:
-        key = contexts.key(entry[2], entry[3])
-        if key not in seen:
-            seen.add(key)
-            distinct.append(entry)
-    top = [entry for entry in distinct if "t" in entry[0]][: config.examples]
-    for rank, (_, value, sequence, position, activations) in enumerate(top):
-        yield latent, "top", None, rank, sequence, position, value, activations
-    sample = [entry for entry in distinct if "s" in entry[0]]
-    picks = _quantile_picks(np.array([entry[1] for entry in sample]), config.examples_per_quantile)
-    for rank, (quantile, index) in enumerate(picks):
-        _, value, sequence, position, activations = sample[index]
-        yield latent, "quantile", quantile, rank, sequence, position, value, activations
-
-
-def _sequence_rows(store: Store, tokenizer: Any, numbers: list[int]) -> Iterator[tuple[Any, ...]]:
-    bounds, ids, flags = store.sequences(), store.column("token_id"), store.column("flags")
-    document = store.column("document")
-    facts = {row["document"]: row for row in store.documents.select("document", "dataset", "label").iter_rows(named=True)}
-    text: dict[int, str] = {}
-    for number in numbers:
-        rows = slice(bounds[number], bounds[number + 1])
-        tokens = []
-        for token_id in ids[rows].tolist():
-            if token_id not in text:
-                text[token_id] = tokenizer.decode([token_id])
-            tokens.append(text[token_id])
-        row = facts[int(document[bounds[number]])]
-        token_ids = ids[rows].astype("<i4").tobytes()
-        yield number, row["document"], row["dataset"], row["label"], token_ids, json.dumps(tokens), flags[rows].tobytes()

@@ -2,8 +2,9 @@
 
     beta_j(y) = sum_i f_ij <y_i, d_j> / (||d_j||^2 sum_i f_ij^2)          (METHOD: latent scaling; Minder, Dumas et al. 2025)
 
-for all latents and all targets in one pass. Since sum_i f_ij <y_i, d_j> = <sum_i f_ij y_i, d_j>, the pass keeps one vector
-per latent and source, summed over the tokens of a block, for the reconstruction and for the error; every target follows:
+for all latents and all targets in one pass. Since sum_i f_ij <y_i, d_j> = <sum_i f_ij y_i, d_j>, each chunk is summed into one
+vector per latent and source, for the reconstruction and for the error, and multiplied with the directions; of every block only
+these products are kept. Every target follows:
 
     reconstruction = <sum f hhat>, activation = reconstruction + <sum f eps>, error = <sum f eps> + sum f^2 <d^m, d_j>
 
@@ -53,7 +54,7 @@ class Sums:
 
 
 class ScalingAccumulator:
-    """Collects `Sums` from the chunks of a pass whose blocks follow one another.
+    """Collects `Sums` from the chunks of a pass, in any order.
 
     Args:
         directions: `[direction, latent, d_model]` in the normalised space; by default the crosscoder's own,
@@ -63,9 +64,10 @@ class ScalingAccumulator:
     def __init__(
         self, crosscoder: Crosscoder, n_blocks: int, directions: Float[Tensor, "direction latent d_model"] | None = None
     ) -> None:
-        self.directions = (crosscoder.directions() if directions is None else directions).double()
+        directions = crosscoder.directions() if directions is None else directions
+        self._by_latent = directions.transpose(0, 1).contiguous()
         self.n_sources, latents = crosscoder.n_sources, crosscoder.n_latents
-        shape = (len(self.directions), self.n_sources, n_blocks, latents)
+        shape = (len(directions), self.n_sources, n_blocks, latents)
         self.sums = Sums(
             n=torch.zeros(n_blocks, latents, dtype=torch.int64),
             f=torch.zeros(n_blocks, latents, dtype=torch.float64),
@@ -73,35 +75,20 @@ class ScalingAccumulator:
             reconstruction=torch.zeros(shape, dtype=torch.float64),
             error=torch.zeros(shape, dtype=torch.float64),
         )
-        self._block = -1
-        self._vectors = torch.zeros(2, latents, crosscoder.decoder.shape[1], dtype=torch.float64)
 
     def add(self, chunk: Chunk) -> None:
-        """Add a chunk; chunks of a block must follow one another."""
-        if chunk.block != self._block:
-            self._close_block()
-            self._block = chunk.block
-        values = chunk.code.values
-        wide = values.double()
-        self.sums.n[chunk.block] += chunk.code.counts()
-        self.sums.f[chunk.block] += chunk.code.sum_tokens(wide)
-        self.sums.f2[chunk.block] += chunk.code.sum_tokens(wide.square())
-        self._vectors[0] += chunk.code.accumulate(values, chunk.reconstruction)
-        self._vectors[1] += chunk.code.accumulate(values, chunk.error)
-
-    def _close_block(self) -> None:
-        if self._block < 0:
-            return
-        for kind, target in enumerate((self.sums.reconstruction, self.sums.error)):
-            vectors = self._vectors[kind].view(self.directions.shape[1], self.n_sources, -1)
-            for number, direction in enumerate(self.directions):
-                target[number, :, self._block] += torch.einsum("jsd,jd->sj", vectors, direction)
-        self._vectors.zero_()
+        """Add a chunk. Its own sums are taken in the precision of its activations, what is kept of them in float64."""
+        code, block = chunk.code, chunk.block
+        wide = code.values.double()
+        self.sums.n[block] += code.counts()
+        self.sums.f[block] += code.sum_tokens(wide)
+        self.sums.f2[block] += code.sum_tokens(wide.square())
+        for target, table in ((self.sums.reconstruction, chunk.reconstruction), (self.sums.error, chunk.error)):
+            vectors = code.accumulate(code.values, table).unflatten(1, (self.n_sources, -1))
+            target[:, :, block] += torch.einsum("jtd,jsd->tsj", self._by_latent, vectors)
 
     def finish(self) -> Sums:
         """The sums of all blocks."""
-        self._close_block()
-        self._block = -1
         return self.sums
 
 

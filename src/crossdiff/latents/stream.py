@@ -16,6 +16,9 @@ from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.shapes import Float, Int64, Tensor
 
+PIECE_BYTES = 1 << 24
+"""Pre-activations that are computed and selected from at a time."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -37,6 +40,20 @@ class Chunk:
     error: Float[Tensor, "token column"]
 
 
+def encode(crosscoder: Crosscoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
+    """The active pairs of a chunk, piece by piece: the pre-activations of a piece stay in the cache and in memory that is
+    used again, where those of a whole chunk would be fetched from the system anew each time."""
+    size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
+    parts = [crosscoder.sparse_code(piece) for piece in x.split(size)]
+    return SparseCode(
+        token=torch.cat([part.token + index * size for index, part in enumerate(parts)]),
+        latent=torch.cat([part.latent for part in parts]),
+        values=torch.cat([part.values for part in parts]),
+        n_tokens=len(x),
+        n_latents=crosscoder.n_latents,
+    )
+
+
 def check_fits(crosscoder: Crosscoder, store: Store) -> None:
     """A crosscoder is analysed on activations of the models and layer that it was trained on.
 
@@ -51,7 +68,7 @@ def check_fits(crosscoder: Crosscoder, store: Store) -> None:
         )
     if crosscoder.d_model != store.d_model:
         raise UserError(f"the crosscoder reads width {crosscoder.d_model}, the store {store.folder} holds {store.d_model}")
-    source_indices(store, crosscoder.sources)
+    source_indices(store, crosscoder.view.reads)
 
 
 def blocks_of_sequences(store: Store, n_blocks: int) -> list[npt.NDArray[np.int64]]:
@@ -76,7 +93,7 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Every counted token of the store once, block after block; no more than a chunk is in memory."""
     check_fits(crosscoder, store)
-    index = source_indices(store, crosscoder.sources)
+    index = source_indices(store, crosscoder.view.reads)
     bounds, positions = store.sequences(), store.column("position")
     for block, members in enumerate(blocks_of_sequences(store, n_blocks)):
         lengths = bounds[members + 1] - bounds[members]
@@ -90,7 +107,7 @@ def chunks(
             if not len(rows):
                 continue
             x = crosscoder.normalise(store.gather(rows)[:, index])
-            code = crosscoder.sparse_code(x)
+            code = encode(crosscoder, x)
             reconstruction = code.decode(crosscoder.decoder)
-            error = x.flatten(1) - reconstruction - crosscoder.decoder_bias
+            error = (x.flatten(1) - reconstruction).sub_(crosscoder.decoder_bias)
             yield Chunk(block, rows, torch.from_numpy(sequence), numbers, x.flatten(1), code, reconstruction, error)

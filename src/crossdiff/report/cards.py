@@ -122,8 +122,10 @@ def _fires_on(latent: Latent) -> str:
 
 def _example_view(example: Example, latent: Latent) -> ExampleView:
     context = context_of(example)
-    kind = "top" if example.quantile is None else f"quantile {wording.number(example.quantile)}"
-    parts = [kind, f"maximum {wording.number(example.activation)}", example.dataset]
+    kind = "top" if example.quantile is None else f"{example.kind} {wording.number(example.quantile)}"
+    parts = [kind, f"maximum {wording.number(example.activation)}"]
+    if example.dataset:
+        parts.append(example.dataset)
     if example.label:
         parts.append(f"labelled {wording.words(example.label)}")
     parts.append(f"position {example.position}")

@@ -1,9 +1,8 @@
 """Examples from a crosscoder's SQLite database, and the piece of each that is worth showing."""
 
-import json
 import sqlite3
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,10 @@ TOKENS_BEFORE = 26
 TOKENS_AFTER = 14
 
 
+FORMAT = "2"
+
 _SELECT = """
-    SELECT kind, quantile, dataset, label, document, position, activation, tokens, flags, activations, sequence
+    SELECT kind, quantile, dataset, label, document, position, activation, token_ids, flags, positions, activations, sequence
     FROM examples JOIN sequences USING (sequence) WHERE latent = ?
 """
 
@@ -37,14 +38,15 @@ class Token:
 class Example:
     """A sequence on which a latent is active. `position` and `activation` are those of the maximum it was picked for.
 
-    `kind` is "top" or "quantile"; `quantile` is None for "top".
+    `kind` is "top", "quantile" or "band" (of imported examples); `quantile` is None for "top". Imported examples have neither
+    dataset nor document.
     """
 
     kind: str
     quantile: float | None
-    dataset: str
+    dataset: str | None
     label: str | None
-    document: int
+    document: int | None
     position: int
     activation: float
     tokens: tuple[Token, ...]
@@ -63,56 +65,75 @@ class Context:
 def read_examples(path: Path, latents: Sequence[int]) -> dict[int, tuple[Example, ...]]:
     """The top examples of each latent, then one per quantile from high to low, each sequence among the top ones once.
 
-    Raises UserError when the database is missing, damaged, or a sequence's arrays differ in length.
+    Raises:
+        UserError: the database is missing, damaged or of another version; it has no such latent; an array does not fit its
+            sequence.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: run `crossdiff analyze` to write it")
     found: dict[int, tuple[Example, ...]] = {}
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            _check(path, dict(database.execute("SELECT key, value FROM metadata")), latents)
+            vocabulary: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
             for latent in latents:
                 top = database.execute(f"{_SELECT} AND kind = 'top' ORDER BY rank LIMIT ?", (latent, TOP_EXAMPLES))
                 shown = {row[-1]: row for row in top}
-                lower = database.execute(f"{_SELECT} AND kind = 'quantile' ORDER BY quantile DESC, rank", (latent,))
+                lower = database.execute(f"{_SELECT} AND kind <> 'top' ORDER BY quantile DESC, rank", (latent,))
                 per_quantile: dict[object, tuple[object, ...]] = {}
                 for row in lower:
                     if row[-1] not in shown:
                         per_quantile.setdefault(row[1], row)
-                found[latent] = tuple(_example(path, row) for row in (*shown.values(), *per_quantile.values()))
-    except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
+                rows = (*shown.values(), *per_quantile.values())
+                found[latent] = tuple(_example(path, row, vocabulary) for row in rows)
+    except sqlite3.DatabaseError as error:
         raise UserError(f"{path} cannot be read ({error}): run `crossdiff analyze` again") from error
     return found
 
 
-def _example(path: Path, row: tuple[object, ...]) -> Example:
-    kind, quantile, dataset, label, document, position, activation, tokens, flags, activations, sequence = row
-    if not (
-        isinstance(document, int) and isinstance(position, int) and isinstance(activation, float)
-        and isinstance(tokens, str) and isinstance(flags, bytes) and isinstance(activations, bytes)
-    ):  # fmt: skip
-        types = ", ".join(type(part).__name__ for part in (document, position, activation, tokens, flags, activations))
+def _check(path: Path, metadata: Mapping[str, str], latents: Sequence[int]) -> None:
+    """That this version reads the database, and that it is of a crosscoder with these latents."""
+    if metadata.get("format") != FORMAT:
         raise UserError(
-            f"{path}: an example in sequence {sequence} has document, position, activation, tokens, flags and "
-            f"activations of types {types}; expected int, int, float, str, bytes, bytes; run `crossdiff analyze` again"
+            f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}: run `crossdiff analyze` again"
         )
-    texts = json.loads(tokens)
-    bits = np.frombuffer(flags, dtype=np.uint8).tolist()
-    values = np.frombuffer(activations, dtype="<f4").tolist() if len(activations) % 4 == 0 else []
-    lengths = (len(texts), len(bits), len(values))
-    if len(set(lengths)) != 1 or not 0 <= position < len(texts):
+    n_latents = int(metadata["n_latents"])
+    for latent in latents:
+        if not 0 <= latent < n_latents:
+            raise UserError(f"there is no latent {latent} in {path}: its crosscoder has {n_latents}, from 0 to {n_latents - 1}")
+
+
+def _example(path: Path, row: tuple[object, ...], vocabulary: Mapping[int, str]) -> Example:
+    kind, quantile, dataset, label, document, position, activation, *blobs, sequence = row
+    if not (isinstance(position, int) and isinstance(activation, float) and all(isinstance(blob, bytes) for blob in blobs)):
+        types = ", ".join(type(part).__name__ for part in (position, activation, *blobs))
         raise UserError(
-            f"{path}: sequence {sequence} has {lengths[0]} tokens, {lengths[1]} flags, {lengths[2]} activations and "
-            f"its maximum at {position}; expected equal lengths with the maximum inside; run `crossdiff analyze` again"
+            f"{path}: an example in sequence {sequence} has position, activation, token_ids, flags, positions and "
+            f"activations of types {types}; expected int, float and four times bytes; run `crossdiff analyze` again"
         )
+    ids, flags, positions, activations = (
+        np.frombuffer(blob, dtype=dtype) if len(blob) % np.dtype(dtype).itemsize == 0 else np.empty(0, dtype)
+        for blob, dtype in zip((b for b in blobs if isinstance(b, bytes)), ("<i4", "u1", "<i4", "<f4"), strict=True)
+    )
+    inside = bool(((positions >= 0) & (positions < len(ids))).all())
+    if len(flags) != len(ids) or len(positions) != len(activations) or not inside or not 0 <= position < len(ids):
+        raise UserError(
+            f"{path}: sequence {sequence} has {len(ids)} tokens, {len(flags)} flags, {len(positions)} positions, "
+            f"{len(activations)} activations and its maximum at {position}; expected as many flags as tokens, as many "
+            "activations as positions, and all of these inside; run `crossdiff analyze` again"
+        )
+    values = np.zeros(len(ids), dtype=np.float32)
+    values[positions] = activations
+    texts = (vocabulary.get(token_id, f"[token {token_id}]") for token_id in ids.tolist())
     return Example(
         kind=str(kind),
         quantile=quantile if isinstance(quantile, float) else None,
-        dataset=str(dataset),
+        dataset=dataset if isinstance(dataset, str) else None,
         label=label if isinstance(label, str) else None,
-        document=document,
+        document=document if isinstance(document, int) else None,
         position=position,
         activation=activation,
-        tokens=tuple(Token(*token) for token in zip(texts, bits, values, strict=True)),
+        tokens=tuple(Token(*token) for token in zip(texts, flags.tolist(), values.tolist(), strict=True)),
     )
 
 

@@ -1,0 +1,232 @@
+"""What the analysis costs: latent scaling against the published way, and the passes against one encode.
+
+    python benchmarks/latent_scaling.py            # d_model 576, 8,192 latents, 20,480 tokens
+    python benchmarks/latent_scaling.py --help
+
+Prints ratios of CPU time (which another process on the machine disturbs less than it does the clock), each the median over
+rounds in which the two sides are measured one after the other:
+
+(a) the published way of latent scaling over the pass: for 128 latents at a time the error targets of every token, latent
+    and source are made, multiplied with the directions and summed. It is measured on one group of latents and a sample of
+    the tokens and extrapolated to all of both; the other targets, which the published code computes apart, are left out.
+(b) the pass of latent scaling over one encode of the same tokens;
+(c) the pass that collects and writes the examples over one encode, and (d) both in one pass, as `crossdiff analyze` does.
+    Examples are written once a run, so their cost on few tokens says little: it is measured on the codes of
+    `--example-tokens` tokens, which are drawn rather than encoded, and divided by the encode of as many.
+
+An encode is normalisation, the pre-activations, and the selection of the active pairs; reading the store is part of the
+passes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from crossdiff.activations.store import COLUMNS, Store
+from crossdiff.config import AnalyzeConfig, BatchTopKConfig
+from crossdiff.crosscoder.kernels import SparseCode
+from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.latents.activity import Activity, group_of
+from crossdiff.latents.example_database import write_examples
+from crossdiff.latents.examples import ExampleCollector
+from crossdiff.latents.scaling import ScalingAccumulator, scaling
+from crossdiff.latents.stream import Chunk, chunks, encode
+
+LENGTH, GROUP, SAMPLE = 256, 128, 512
+
+
+class SyntheticStore(Store):
+    """A store in memory: sequences of `LENGTH` tokens, one document each, activations in float16."""
+
+    def __init__(self, activations: torch.Tensor) -> None:
+        n_tokens, n_sources, d_model = activations.shape
+        number = torch.arange(n_tokens)
+        columns = {name: torch.zeros(n_tokens, dtype=dtype) for name, dtype in COLUMNS.items()}
+        columns["document"] = columns["sequence"] = (number // LENGTH).int()
+        columns["position"] = (number % LENGTH).int()
+        columns["token_id"] = torch.randint(0, 32_000, (n_tokens,), dtype=torch.int32)
+        n_documents = -(-n_tokens // LENGTH)
+        self.folder = Path("synthetic")
+        self.manifest = {
+            "n_tokens": n_tokens, "d_model": d_model, "layer": 0, "sources": ["base", "chat"][:n_sources], "leave_out": 1,
+            "pair": "synthetic", "shards": [{"n_tokens": n_tokens}],
+        }  # fmt: skip
+        self.shards = [{"activations": activations, **columns}]
+        self.documents = pl.DataFrame({
+            "document": range(n_documents), "dataset": ["synthetic"] * n_documents, "label": [None] * n_documents,
+            "split": ["heldout" if i % 5 == 0 else "train" for i in range(n_documents)],
+        })  # fmt: skip
+
+
+class Words:
+    """A tokenizer as far as the examples need one."""
+
+    def decode(self, ids: list[int]) -> str:
+        return f" {ids[0]}"
+
+
+def frequencies(n_latents: int, l0: float) -> torch.Tensor:
+    """Log-normal, as those of trained crosscoders about are, with the given mean number of active latents per token."""
+    spread = torch.exp(torch.randn(n_latents))
+    return (spread * l0 / spread.sum()).clamp(max=0.5)
+
+
+def make(n_tokens: int, d_model: int, n_latents: int, l0: int) -> tuple[Crosscoder, SyntheticStore]:
+    """Sparse mixtures of random directions with noise, and the crosscoder of these directions with a threshold for the L0."""
+    torch.manual_seed(0)
+    decoder = torch.randn(n_latents, 2 * d_model)
+    decoder *= 2**0.5 / decoder.norm(dim=1, keepdim=True)
+    often = frequencies(n_latents, l0)
+    parts = []
+    for first in range(0, n_tokens, 4096):
+        n = min(4096, n_tokens - first)
+        f = (torch.rand(n, n_latents) < often) * (1 + torch.rand(n, n_latents))
+        parts.append((f @ decoder + 0.05 * torch.randn(n, 2 * d_model)).view(n, 2, d_model).half())
+    crosscoder = Crosscoder(
+        encoder=decoder / 2, encoder_bias=torch.full((n_latents,), -0.2), decoder=decoder,
+        decoder_bias=torch.zeros(2 * d_model), mean=torch.zeros(2, d_model), scale=1.0, sparsity=BatchTopKConfig(k=l0),
+        origin={"pair": "synthetic", "layer": 0, "sources": ["base", "chat"]},
+    )  # fmt: skip
+    v = crosscoder.pre_activations(parts[0].float()[:1024]) * crosscoder.norms().sum(1)
+    crosscoder.threshold = float(v.flatten().topk(1024 * l0).values.min())
+    return crosscoder, SyntheticStore(torch.cat(parts))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """CPU seconds of all threads."""
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def encode_seconds(crosscoder: Crosscoder, store: Store, batch_tokens: int) -> float:
+    """One encode of the tokens that count, without the reading of them."""
+    seconds, rows = 0.0, store.rows()
+    for part in np.array_split(rows, max(1, len(rows) // batch_tokens)):
+        h = store.gather(part)
+        seconds += timed(lambda h=h: encode(crosscoder, crosscoder.normalise(h)))
+    return seconds
+
+
+def scaling_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> None:
+    """All targets of all latents, with the estimates along both directions."""
+    accumulator = ScalingAccumulator(crosscoder, config.blocks)
+    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens):
+        accumulator.add(chunk)
+    sums = accumulator.finish()
+    for direction in (0, 1):
+        scaling(crosscoder, sums, direction, 1 - direction, direction)
+
+
+def whole_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> None:
+    """Scaling, activity and the collection of examples in one pass."""
+    accumulator, norms = ScalingAccumulator(crosscoder, config.blocks), crosscoder.norms().sum(1)
+    groups, activity = group_of(store.column("flags")), Activity.empty(crosscoder.n_latents)
+    collector = ExampleCollector(store, crosscoder.n_latents, config)
+    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens):
+        accumulator.add(chunk)
+        activity.add(chunk, groups[chunk.rows], norms)
+        collector.add(chunk, norms)
+    accumulator.finish()
+
+
+def published_seconds(crosscoder: Crosscoder, store: Store) -> float:
+    """The error targets of all latents and sources by materialising them, extrapolated from a group and a sample of tokens.
+
+    Per token, latent and source: y = error + f d, then f <y, d_chat>. What one token and latent cost does not depend on how
+    many there are. The encoding and decoding that the targets need are not counted.
+    """
+    h = store.gather(store.rows()[:SAMPLE])
+    x = crosscoder.normalise(h)
+    code = crosscoder.sparse_code(x)
+    error = x - crosscoder.decode(code)
+    f = torch.zeros(SAMPLE, crosscoder.n_latents)
+    f[code.token, code.latent] = code.values
+    f = f[:, :GROUP]
+    directions = crosscoder.directions()[:, :GROUP]
+
+    def group() -> None:
+        for source in (0, 1):
+            target = error[:, source].unsqueeze(1) + f.unsqueeze(2) * directions[source]
+            torch.einsum("tjd,jd,tj->j", target, directions[1], f)
+
+    return timed(group) * (len(store.rows()) / SAMPLE) * (crosscoder.n_latents / GROUP)
+
+
+def drawn_chunks(n_tokens: int, often: torch.Tensor, batch_tokens: int) -> Iterator[Chunk]:
+    """Chunks of codes only, with the frequencies of `often`; a latent goes on for some tokens, as in text."""
+    n_latents, nothing = len(often), torch.empty(0, 0)
+    for first in range(0, n_tokens, batch_tokens):
+        n = min(batch_tokens, n_tokens - first)
+        starts = torch.poisson(often * n / 2).long()
+        latent = torch.repeat_interleave(torch.arange(n_latents), starts).repeat(2)
+        token = torch.randint(0, n - 1, (len(latent) // 2,))
+        flat = torch.unique(torch.cat([token, token + 1]) * n_latents + latent)
+        code = SparseCode.at(flat, 1 + torch.rand(len(flat)), n, n_latents)
+        rows = np.arange(first, first + n)
+        sequence = torch.from_numpy(rows // LENGTH - first // LENGTH)
+        yield Chunk(0, rows, sequence, np.unique(rows // LENGTH), nothing, code, nothing, nothing)
+
+
+def examples_seconds(n_tokens: int, n_latents: int, l0: int, config: AnalyzeConfig) -> tuple[float, float, int, int]:
+    """Seconds to collect and to write the examples of drawn codes, active pairs, and bytes of the database."""
+    store = SyntheticStore(torch.empty(n_tokens, 2, 0))
+    collector, norms = ExampleCollector(store, n_latents, config), torch.ones(n_latents)
+    collecting, pairs = 0.0, 0
+    for chunk in drawn_chunks(n_tokens, frequencies(n_latents, l0), config.batch_tokens):
+        collecting += timed(lambda chunk=chunk: collector.add(chunk, norms))
+        pairs += len(chunk.code.values)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "examples.sqlite"
+        writing = timed(lambda: write_examples(path, *collector.finish(), store, Words(), n_latents))
+        return collecting, writing, pairs, path.stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=20_480)
+    parser.add_argument("--example-tokens", type=int, default=1_000_000)
+    parser.add_argument("--d-model", type=int, default=576)
+    parser.add_argument("--latents", type=int, default=8192)
+    parser.add_argument("--l0", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = AnalyzeConfig()
+    crosscoder, store = make(args.tokens, args.d_model, args.latents, args.l0)
+    n_counted = len(store.rows())
+    rounds = []
+    for _ in range(args.rounds):
+        encode = encode_seconds(crosscoder, store, config.batch_tokens)
+        one = timed(lambda: scaling_pass(crosscoder, store, config))
+        everything = timed(lambda: whole_pass(crosscoder, store, config))
+        published = published_seconds(crosscoder, store)
+        rounds.append((encode, one, everything, published))
+        print(f"round: encode {encode:.1f} s, scaling {one:.1f} s, whole pass {everything:.1f} s, published {published:.0f} s")
+    encode = statistics.median(row[0] for row in rounds)
+    collecting, writing, pairs, size = examples_seconds(args.example_tokens, args.latents, args.l0, config)
+    encode_as_many = encode * args.example_tokens / n_counted
+    share = (collecting + writing) / encode_as_many
+    print(f"{n_counted:,} tokens, d_model {args.d_model}, {args.latents:,} latents, L0 {args.l0}, {args.threads} thread(s)")
+    print(f"(a) published / pass (extrapolated)   {statistics.median(row[3] / row[1] for row in rounds):8.0f}   target >= 300")
+    print(f"(b) scaling pass / encode             {statistics.median(row[1] / row[0] for row in rounds):8.2f}   target <= 1.8")
+    print(f"(c) examples pass / encode            {1 + share:8.2f}   target <= 2")
+    print(f"    {args.example_tokens:,} tokens, {pairs:,} active pairs, {size / 1e6:.0f} MB of examples")
+    print(f"    {collecting:.1f} s to collect, {writing:.1f} s to write")
+    print(
+        f"(d) all in one pass / encode          {statistics.median(row[2] / row[0] for row in rounds):8.2f}   (without writing)"
+    )
+
+
+if __name__ == "__main__":
+    main()
