@@ -51,7 +51,13 @@ class HarvestConfig(Config):
     leave_out: int = Field(1, ge=0, description="leading positions of a sequence left out of training and statistics")
 
 
-class L1Config(Config):
+class Kind(Config):
+    """A member of a union, which `kind` tells from the others."""
+
+    kind: str
+
+
+class L1Config(Kind):
     """ReLU and an L1 penalty weighted by the decoder norms (Lindsey et al. 2024)."""
 
     kind: Literal["l1"] = "l1"
@@ -67,7 +73,7 @@ class AuxConfig(Config):
     k: int | None = Field(None, ge=1, description="dead latents per token in the auxiliary loss; default d/2")
 
 
-class BatchTopKConfig(Config):
+class BatchTopKConfig(Kind):
     """The k x batch largest activations of a batch stay (Bussmann et al. 2024; Minder, Dumas et al. 2025)."""
 
     kind: Literal["batchtopk"] = "batchtopk"
@@ -77,7 +83,7 @@ class BatchTopKConfig(Config):
     threshold_start_share: float = Field(0.2, ge=0, lt=1, description="the running mean starts after this share of the run")
 
 
-class TopKConfig(Config):
+class TopKConfig(Kind):
     """The k largest activations of each token stay (Gao et al. 2024)."""
 
     kind: Literal["topk"] = "topk"
@@ -85,7 +91,7 @@ class TopKConfig(Config):
     aux: AuxConfig = AuxConfig()
 
 
-class JumpReLUConfig(Config):
+class JumpReLUConfig(Kind):
     """A threshold per latent, trained by a straight-through gradient; a tanh penalty (Anthropic, January 2025)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
@@ -99,13 +105,13 @@ class JumpReLUConfig(Config):
 Sparsity = Annotated[L1Config | BatchTopKConfig | TopKConfig | JumpReLUConfig, Field(discriminator="kind")]
 
 
-class FreeConfig(Config):
+class FreeConfig(Kind):
     """No constraint: every latent has an encoder and a decoder direction of its own in every source."""
 
     kind: Literal["free"] = "free"
 
 
-class DesignatedConfig(Config):
+class DesignatedConfig(Kind):
     """Designated shared latents: some have one decoder for all sources and a lower penalty (Anthropic, February 2025)."""
 
     kind: Literal["designated"] = "designated"
@@ -113,7 +119,7 @@ class DesignatedConfig(Config):
     penalty_factor: float = Field(0.1, gt=0, le=1, description="their share of the sparsity penalty, where there is one")
 
 
-class PartitionedConfig(Config):
+class PartitionedConfig(Kind):
     """Dedicated features: some latents belong to one source alone (DFC, arXiv 2602.11729)."""
 
     kind: Literal["partitioned"] = "partitioned"
@@ -123,19 +129,19 @@ class PartitionedConfig(Config):
 Structure = Annotated[FreeConfig | DesignatedConfig | PartitionedConfig, Field(discriminator="kind")]
 
 
-class PairedConfig(Config):
+class PairedConfig(Kind):
     """A crosscoder: reads and writes every source."""
 
     kind: Literal["paired"] = "paired"
 
 
-class DifferenceConfig(Config):
+class DifferenceConfig(Kind):
     """A diff-SAE: reads and writes the chat activation minus the base one."""
 
     kind: Literal["difference"] = "difference"
 
 
-class SingleConfig(Config):
+class SingleConfig(Kind):
     """An SAE: reads and writes one source."""
 
     kind: Literal["single"] = "single"

@@ -69,6 +69,11 @@ class Pipeline:
                 raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
         return self.only or tuple(self.config.crosscoders)
 
+    @property
+    def paired_names(self) -> tuple[str, ...]:
+        """Those that have a decoder direction in both models, as the latent table needs."""
+        return tuple(name for name in self.names if self.config.crosscoders[name].inputs.kind == "paired")
+
     # --- what each stage depends on -------------------------------------------------------------------------------
 
     def harvest_stage(self) -> Stage:
@@ -99,7 +104,7 @@ class Pipeline:
 
     def report_stage(self) -> Stage:
         """Depends on every analysis."""
-        value = {name: self.analyze_stage(name).fingerprint for name in self.names}
+        value = {name: self.analyze_stage(name).fingerprint for name in self.paired_names}
         return Stage("report", fingerprint({"code": CODE_FORMAT, "analyses": value}), ("report.html",))
 
     def compare_stage(self) -> Stage:
@@ -125,7 +130,9 @@ class Pipeline:
         if "compare" in stages:
             self.compare()
         if "analyze" in stages:
-            for name in self.names:
+            for name in set(self.names) - set(self.paired_names):
+                self.console.print(f"{name}: has one decoder, so no latent table; `crossdiff compare` measures it")
+            for name in self.paired_names:
                 self.analyze(name)
         if "report" in stages:
             self.report()
@@ -282,10 +289,10 @@ class Pipeline:
         from crossdiff.report.terminal import print_summary
 
         stage = self.report_stage()
-        for name in self.names:
+        for name in self.paired_names:
             if not self.run.is_done(self.analyze_stage(name)):
                 raise UserError(f"{name} is not analysed with these settings; run `crossdiff analyze` first")
-        report = read_run(self.run.path, self.names)
+        report = read_run(self.run.path, self.paired_names)
         if not self._skip(stage):
             with self.run.working(stage) as folder:
                 write_html(report, folder / "report.html")

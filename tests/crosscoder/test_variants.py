@@ -12,12 +12,12 @@ from pydantic import Field
 from crossdiff.activations.store import Store
 from crossdiff.config import (
     BatchTopKConfig,
-    Config,
     CrosscoderConfig,
     DesignatedConfig,
     DifferenceConfig,
     FreeConfig,
     JumpReLUConfig,
+    Kind,
     L1Config,
     PartitionedConfig,
     SingleConfig,
@@ -132,14 +132,14 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         validate(CrosscoderConfig, values, "here")
 
 
-class HalvesConfig(Config):
+class HalvesConfig(Kind):
     """A toy: the latents of even number only."""
 
     kind: Literal["halves"] = "halves"
 
 
 class Halves(Rule[HalvesConfig]):
-    settings_class: ClassVar[type[Config]] = HalvesConfig
+    settings_class: ClassVar[type[Kind]] = HalvesConfig
 
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         limit = torch.zeros(encoded.raw.shape[1])

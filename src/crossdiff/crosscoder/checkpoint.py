@@ -202,7 +202,7 @@ def _load_state(path: Path) -> TrainingState:
     numbers = json.loads(metadata["state"])
     if _crc32(tensors) != int(metadata["crc32"]):
         raise ValueError("its checksum does not match")
-    groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
+    groups: dict[str, Any] = {group: {} for group in GROUPS}
     for name, tensor in tensors.items():
         group, _, key = name.partition(".")
         if group in groups:

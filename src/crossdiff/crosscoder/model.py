@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crossdiff.config import Sparsity
+from crossdiff.config import Kind
 from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode
 from crossdiff.crosscoder.sparsity import DENSE_ABOVE, Rule, rule_of
 from crossdiff.crosscoder.view import View, identity
@@ -26,6 +26,7 @@ class Crosscoder:
         encoder, decoder: `[latent, source * d_model]`.
         encoder_bias: `[latent]`; decoder_bias: `[source * d_model]`.
         mean: `[source, d_model]` and scale: the normalisation x = (view(h) - mean) * scale.
+        sparsity: settings of the kind of sparsity, one of the union `Sparsity` in `config.py`.
         view: what the sources are in terms of the stored ones.
         own: parameters per latent that belong to the kind of sparsity.
         threshold: smallest v that counts as active at inference (BatchTopK; 0 for the others).
@@ -38,7 +39,7 @@ class Crosscoder:
     decoder_bias: Float[Tensor, " column"]
     mean: Float[Tensor, "source d_model"]
     scale: float
-    sparsity: Sparsity
+    sparsity: Kind
     view: View = field(default_factory=identity)
     own: dict[str, Tensor] = field(default_factory=dict)
     threshold: float = 0.0
@@ -136,7 +137,7 @@ def new_crosscoder(
     n_latents: int,
     mean: Float[Tensor, "source d_model"],
     scale: float,
-    sparsity: Sparsity,
+    sparsity: Kind,
     decoder_norm: float,
     seed: int,
     view: View | None = None,

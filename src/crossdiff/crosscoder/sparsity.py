@@ -13,15 +13,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from crossdiff.config import AuxConfig, BatchTopKConfig, Config, JumpReLUConfig, L1Config, TopKConfig, UserError
+from crossdiff.config import AuxConfig, BatchTopKConfig, JumpReLUConfig, Kind, L1Config, TopKConfig, UserError
 from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode
 from crossdiff.shapes import Float, Int64, Tensor
 
 DENSE_ABOVE = 0.05
 """Share of active latents above which dense products are faster than sparse ones (measured)."""
 
-S = TypeVar("S", bound=Config)
-RULES: dict[type[Config], type[Rule[Any]]] = {}
+S = TypeVar("S", bound=Kind)
+RULES: dict[type[Kind], type[Rule[Any]]] = {}
 """The rule of each settings class; a rule enters itself when its class is defined."""
 
 
@@ -60,7 +60,7 @@ class Backward:
 class Rule(ABC, Generic[S]):
     """One kind of sparsity. The methods that a kind does not need keep their neutral definition."""
 
-    settings_class: ClassVar[type[Config]]
+    settings_class: ClassVar[type[Kind]]
 
     def __init_subclass__(cls) -> None:
         RULES[cls.settings_class] = cls
@@ -205,7 +205,7 @@ class JumpReLU(Rule[JumpReLUConfig]):
         return float((on_pre * total).sum())
 
 
-def rule_of(settings: Config) -> Rule[Any]:
+def rule_of(settings: Kind) -> Rule[Any]:
     """The rule that belongs to the settings."""
     return RULES[type(settings)](settings)
 
