@@ -77,7 +77,9 @@ class Crosscoder:
 
     def to(self, device: torch.device) -> Crosscoder:
         """The same crosscoder with its tensors on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("encoder", "encoder_bias", "decoder", "decoder_bias", "mean")}
+        moved = {
+            name: getattr(self, name).to(device) for name in ("encoder", "encoder_bias", "decoder", "decoder_bias", "mean")
+        }
         own = {name: tensor.to(device) for name, tensor in self.own.items()}
         return Crosscoder(
             **moved, scale=self.scale, sparsity=self.sparsity, view=self.view, own=own, threshold=self.threshold, origin=self.origin
