@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import zlib
@@ -15,22 +16,26 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from crossdiff.config import Sparsity, UserError
+from crossdiff.config import BatchTopKConfig, L1Config, Sparsity, UserError
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
-from crossdiff.run import read_json, write_json
+from crossdiff.run import write_json
 from crossdiff.shapes import Tensor
 
-FORMAT = 2
+FORMAT = 3
+OWN = "crossdiff"
+"""Metadata entry of `model.safetensors` that holds what the tensors do not say; `config.json` has no room for it."""
 CROSSCODER_NORM = 1
 """`code_normalization_id`: activations are scaled by the sum of the decoder norms."""
 
 
 def save(crosscoder: Crosscoder, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` into `folder`."""
+    """Write `config.json` and `model.safetensors` into `folder`, as the fork's `from_pretrained(folder, from_hub=True)` reads
+    them. Kinds that it does not have (TopK of each token, JumpReLU) get a `config.json` that it refuses, because it would
+    take them for ReLU."""
     n_sources, d_model, n_latents = crosscoder.n_sources, crosscoder.d_model, crosscoder.n_latents
     split = (n_latents, n_sources, d_model)
     tensors = {
@@ -39,68 +44,98 @@ def save(crosscoder: Crosscoder, folder: Path) -> None:
         "decoder.weight": crosscoder.decoder.view(split).permute(1, 0, 2),
         "decoder.bias": crosscoder.decoder_bias.view(n_sources, d_model),
         "code_normalization_id": torch.tensor(CROSSCODER_NORM),
-        "threshold": torch.tensor(crosscoder.threshold, dtype=torch.float32),
-        "target_rms": torch.tensor(1.0),
-        "activation_mean": crosscoder.mean,
-        "activation_std": torch.full_like(crosscoder.mean, torch.nan),
-        "activation_global_scale": torch.tensor(crosscoder.scale, dtype=torch.float32),
+        **_published_normalisation(crosscoder),
+        **crosscoder.own,
     }
-    if (k := getattr(crosscoder.sparsity, "k", None)) is not None:
-        tensors["k"] = torch.tensor(k)
-    tensors |= crosscoder.own
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    config = {
+    if isinstance(crosscoder.sparsity, BatchTopKConfig):
+        tensors["k"] = torch.tensor(crosscoder.sparsity.k)
+        tensors["threshold"] = torch.tensor(crosscoder.threshold, dtype=torch.float32)
+    own = {
         "format": FORMAT,
-        "architecture": crosscoder.sparsity.kind,
-        "n_latents": n_latents,
-        "n_sources": n_sources,
-        "d_model": d_model,
         "scale": crosscoder.scale,
         "threshold": crosscoder.threshold,
         "sparsity": crosscoder.sparsity.model_dump(),
         "view": {"matrix": crosscoder.view.matrix.tolist(), "reads": crosscoder.view.reads, "names": crosscoder.view.names},
         "origin": crosscoder.origin,
     }
-    write_json(folder / "config.json", config)
+    written = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(written, folder / "model.safetensors", metadata={OWN: json.dumps(own)})
+    write_json(folder / "config.json", _published_config(crosscoder))
+
+
+def _published_normalisation(crosscoder: Crosscoder) -> dict[str, Tensor]:
+    """Our x = (h - mean) * scale in the fork's buffers.
+
+    The fork computes (h - activation_mean) * activation_global_scale, one scale per source, if no entry of the mean and of
+    the standard deviation is NaN, and h otherwise. Its scale is target_rms / ||std_s||; ours has target_rms^2 = d (the mean
+    of ||x_s||^2), so a standard deviation of 1 / scale in every dimension says the same.
+    """
+    scale = torch.full((crosscoder.n_sources,), crosscoder.scale)
+    return {
+        "target_rms": torch.tensor(math.sqrt(crosscoder.d_model)),
+        "activation_mean": crosscoder.mean,
+        "activation_std": torch.full_like(crosscoder.mean, 1 / crosscoder.scale),
+        "activation_global_scale": scale,
+    }
+
+
+def _published_config(crosscoder: Crosscoder) -> dict[str, Any]:
+    """The arguments of the fork's constructors and nothing else: they are called with every key that is in the file."""
+    if not isinstance(crosscoder.sparsity, L1Config | BatchTopKConfig):
+        return {"architecture": crosscoder.sparsity.kind}
+    config = {
+        "activation_dim": crosscoder.d_model,
+        "dict_size": crosscoder.n_latents,
+        "num_layers": crosscoder.n_sources,
+        "code_normalization": "CROSSCODER",
+    }
+    return config | ({"k": crosscoder.sparsity.k} if isinstance(crosscoder.sparsity, BatchTopKConfig) else {})
+
+
+def is_own(path: Path) -> bool:
+    """Is this safetensors file written by `save`?"""
+    with safe_open(path, framework="pt") as file:
+        return OWN in (file.metadata() or {})
 
 
 def load(folder: Path) -> Crosscoder:
-    """Read a crosscoder written by `save`.
+    """Read the crosscoder that `save` wrote into a folder; raises as `read`."""
+    return read(folder / "model.safetensors")
+
+
+def read(path: Path) -> Crosscoder:
+    """Read the weights' file of a crosscoder written by `save`.
 
     Raises:
-        UserError: a file is missing or damaged, or the tensors do not have the shapes of the config.
+        UserError: the file is missing or damaged, or of another version or program.
     """
-    config = read_json(folder / "config.json")
-    path = folder / "model.safetensors"
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}; train the crosscoder again") from None
+    own = json.loads(metadata.get(OWN, "{}"))
+    if own.get("format") != FORMAT:
+        raise UserError(f"{path} has format {own.get('format')}, this version reads {FORMAT}; train the crosscoder again")
     try:
-        n_latents, n_sources, d_model = (int(config[key]) for key in ("n_latents", "n_sources", "d_model"))
-        view = config["view"]
-        sparsity: Any = TypeAdapter(Sparsity).validate_python(config["sparsity"])
-        crosscoder = Crosscoder(
+        view = own["view"]
+        sparsity: Any = TypeAdapter(Sparsity).validate_python(own["sparsity"])
+        return Crosscoder(
             encoder=tensors["encoder.weight"].permute(2, 0, 1).flatten(1).contiguous(),
             encoder_bias=tensors["encoder.bias"],
             decoder=tensors["decoder.weight"].transpose(0, 1).flatten(1).contiguous(),
             decoder_bias=tensors["decoder.bias"].flatten(),
             mean=tensors["activation_mean"],
-            scale=float(config["scale"]),
+            scale=float(own["scale"]),
             sparsity=sparsity,
             view=View(torch.tensor(view["matrix"]), tuple(view["reads"]), tuple(view["names"])),
             own={name: tensors[name] for name in rule_of(sparsity).own_parameters(0)},
-            threshold=float(config["threshold"]),
-            origin=config["origin"],
+            threshold=float(own["threshold"]),
+            origin=own["origin"],
         )
     except (KeyError, ValueError) as error:
-        raise UserError(f"{folder} is no crosscoder of this version: {error}") from None
-    found = (crosscoder.n_latents, crosscoder.n_sources, crosscoder.d_model)
-    if found != (n_latents, n_sources, d_model):
-        raise UserError(
-            f"{path} holds {found} latents, sources and dimensions, config.json says {(n_latents, n_sources, d_model)}"
-        )
-    return crosscoder
+        raise UserError(f"{path} is damaged: {error}; train the crosscoder again") from None
 
 
 @dataclass
