@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from crossdiff.crosscoder.model import Crosscoder
 
 STAGES = ("harvest", "train", "analyze", "report")
-ANALYSIS = ("latents.parquet", "examples.sqlite", "health.json", "behaviours.parquet")
+ANALYSIS = (
+    "latents.parquet", "twins.parquet", "neighbours.parquet", "examples.sqlite", "health.json", "behaviours.parquet",
+)  # fmt: skip
 CODE_FORMAT = 2
 """Raised when a stage's results change although its settings do not."""
 

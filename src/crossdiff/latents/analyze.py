@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 
 from crossdiff.activations.store import Store
@@ -18,7 +19,9 @@ from crossdiff.latents.behaviours import behaviour_table, conversation_scores
 from crossdiff.latents.examples import ExampleCollector, write_examples
 from crossdiff.latents.scaling import ScalingAccumulator, scaling
 from crossdiff.latents.stream import chunks
-from crossdiff.latents.table import BASE, CHAT, counts, latent_table, pools
+from crossdiff.latents.table import BASE, CHAT, latent_table, pools
+from crossdiff.latents.twins import CoActivation, candidates, neighbour_table, twin_table
+from crossdiff.latents.verdict import counts, with_verdicts
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 
@@ -43,7 +46,8 @@ def analyze(
     config: AnalyzeConfig,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> None:
-    """Write latents.parquet, examples.sqlite, health.json and behaviours.parquet into `folder`.
+    """Write latents.parquet, twins.parquet, neighbours.parquet, examples.sqlite, health.json and behaviours.parquet into
+    `folder`.
 
     Raises:
         UserError: the crosscoder does not fit the store, or the store has too few documents for the blocks.
@@ -54,12 +58,18 @@ def analyze(
     directions = with_random_directions(crosscoder, config.seed)
     accumulator = ScalingAccumulator(crosscoder, config.blocks, directions)
     activity, collector = Activity.empty(crosscoder.n_latents), ExampleCollector(crosscoder.n_latents, config)
+    coactive = CoActivation(candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
     for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance):
         accumulator.add(chunk)
         activity.add(chunk, groups[chunk.rows], norms)
         collector.add(chunk, norms)
+        coactive.add(chunk)
     sums = accumulator.finish()
-    table = latent_table(crosscoder, sums, activity, config)
+    n_active = sums.n.sum(0)
+    twins = twin_table(crosscoder, coactive, n_active)
+    twins.write_parquet(folder / "twins.parquet")
+    neighbour_table(crosscoder, n_active > 0).write_parquet(folder / "neighbours.parquet")
+    table = with_verdicts(latent_table(crosscoder, sums, activity, config), twins.filter(pl.col("n_both") > 0), config)
     table.write_parquet(folder / "latents.parquet")
     write_examples(folder / "examples.sqlite", crosscoder, store, tokenizer, collector, config, advance)
 
