@@ -24,9 +24,10 @@ ALLOWED = {
     "activations": FOUNDATION | {"models", "text"},
     "crosscoder": FOUNDATION | {"activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
+    "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
-    "cli": FOUNDATION | {"pairs", "activations", "pipeline"},
+    "cli": FOUNDATION | {"pairs", "activations", "pipeline", "latents", "truth"},
 }
 
 
@@ -53,7 +54,7 @@ def test_every_part_has_a_rule() -> None:
     assert parts - {"__init__", "__main__"} == set(ALLOWED)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["truth", "--help"]])
 def test_help_leaves_the_heavy_libraries_out(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom crossdiff.cli import run_command\n"
