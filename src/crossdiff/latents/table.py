@@ -44,13 +44,12 @@ COLUMNS = {
 }
 
 
-def _nu_columns(result: Scaling, few: Bool[Tensor, " latent"], n_blocks: int, suffix: str) -> dict[str, npt.NDArray[Any]]:
+def _nu_columns(result: Scaling, few: Bool[Tensor, " latent"], suffix: str) -> dict[str, npt.NDArray[Any]]:
     """Every nu with its interval; NaN for the `few` latents without enough activations and where the denominator may be 0."""
     columns = {}
     for target, nu in result.nus.items():
-        half, undefined = nu.half_width(n_blocks), result.undefined[target] | few
-        for name, values in (("", nu.value), ("_low", nu.value - half), ("_high", nu.value + half)):
-            columns[f"nu_{target}{suffix}{name}"] = torch.where(undefined, torch.nan, values).numpy()
+        for name, values in (("", nu.value), ("_low", nu.low), ("_high", nu.high)):
+            columns[f"nu_{target}{suffix}{name}"] = torch.where(few, torch.nan, values).numpy()
     return columns
 
 
@@ -91,7 +90,7 @@ def latent_table(crosscoder: Crosscoder, sums: Sums, activity: Activity, config:
             beta = along_chat.betas[target, source]
             columns[f"beta_{target}_{name}"], columns[f"beta_{target}_{name}_se"] = beta.value.numpy(), beta.se.numpy()
     few = (n_active < config.min_active) | ((sums.n > 0).sum(0) < n_blocks / 2)
-    columns |= _nu_columns(along_chat, few, n_blocks, "") | _nu_columns(along_base, few, n_blocks, "_mirrored")
+    columns |= _nu_columns(along_chat, few, "") | _nu_columns(along_base, few, "_mirrored")
     columns["undefined_reason"] = _reasons(sums, along_chat, "chat", config)
     columns["undefined_reason_mirrored"] = _reasons(sums, along_base, "base", config)
     columns["rank_sum"] = _rank_sum(columns["nu_error"], columns["nu_reconstruction"])
@@ -106,7 +105,7 @@ def _reasons(sums: Sums, result: Scaling, denominator: str, config: AnalyzeConfi
     """Per latent why nu is undefined: for all targets, for want of activations, or for those whose denominator may be 0."""
     n_active, n_blocks_active = sums.n.sum(0).tolist(), (sums.n > 0).sum(0).tolist()
     n_blocks = len(sums.n)
-    undefined = {target: flags.tolist() for target, flags in result.undefined.items()}
+    undefined = {target: nu.value.isnan().tolist() for target, nu in result.nus.items()}
     reasons: list[str | None] = []
     for latent, n in enumerate(n_active):
         weak = [target for target in undefined if undefined[target][latent]]
