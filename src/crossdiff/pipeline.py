@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 STAGES = ("harvest", "train", "analyze", "report")
 ANALYSIS = (
-    "latents.parquet", "twins.parquet", "neighbours.parquet", "examples.sqlite", "health.json", "behaviours.parquet",
+    "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
+    "behaviours.parquet",
 )  # fmt: skip
 CODE_FORMAT = 2
 """Raised when a stage's results change although its settings do not."""

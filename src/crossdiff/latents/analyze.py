@@ -16,10 +16,12 @@ from crossdiff.crosscoder.metrics import frequency_histogram, health, heldout_su
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import Activity, group_of
 from crossdiff.latents.behaviours import behaviour_table, conversation_scores
+from crossdiff.latents.controls import random_directions, shared_latents, split_halves
 from crossdiff.latents.examples import ExampleCollector, write_examples
-from crossdiff.latents.scaling import ScalingAccumulator, scaling
+from crossdiff.latents.groups import GroupActivity, activity_table, cells_of
+from crossdiff.latents.scaling import ScalingAccumulator
 from crossdiff.latents.stream import chunks
-from crossdiff.latents.table import BASE, CHAT, latent_table, pools
+from crossdiff.latents.table import CHAT, latent_table, pools
 from crossdiff.latents.twins import CoActivation, candidates, neighbour_table, twin_table
 from crossdiff.latents.verdict import counts, with_verdicts
 from crossdiff.run import write_json
@@ -46,8 +48,7 @@ def analyze(
     config: AnalyzeConfig,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> None:
-    """Write latents.parquet, twins.parquet, neighbours.parquet, examples.sqlite, health.json and behaviours.parquet into
-    `folder`.
+    """Write the files of `crossdiff.pipeline.ANALYSIS` into `folder`.
 
     Raises:
         UserError: the crosscoder does not fit the store, or the store has too few documents for the blocks.
@@ -59,22 +60,25 @@ def analyze(
     accumulator = ScalingAccumulator(crosscoder, config.blocks, directions)
     activity, collector = Activity.empty(crosscoder.n_latents), ExampleCollector(crosscoder.n_latents, config)
     coactive = CoActivation(candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
+    cells = cells_of(store, tokenizer)
+    by_group = GroupActivity.empty(cells.table.height, crosscoder.n_latents)
     for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance):
         accumulator.add(chunk)
         activity.add(chunk, groups[chunk.rows], norms)
         collector.add(chunk, norms)
         coactive.add(chunk)
+        by_group.add(chunk, cells, norms)
     sums = accumulator.finish()
     n_active = sums.n.sum(0)
     twins = twin_table(crosscoder, coactive, n_active)
     twins.write_parquet(folder / "twins.parquet")
+    activity_table(by_group, cells).write_parquet(folder / "activity.parquet")
     neighbour_table(crosscoder, n_active > 0).write_parquet(folder / "neighbours.parquet")
     table = with_verdicts(latent_table(crosscoder, sums, activity, config), twins.filter(pl.col("n_both") > 0), config)
     table.write_parquet(folder / "latents.parquet")
     write_examples(folder / "examples.sqlite", crosscoder, store, tokenizer, collector, config, advance)
 
     heldout = heldout_sums(crosscoder, store, "heldout", config.batch_tokens)
-    randomised = scaling(crosscoder, sums, RANDOM, BASE, CHAT, directions)
     health_report = {
         "architecture": crosscoder.sparsity.kind,
         "n_latents": crosscoder.n_latents,
@@ -88,9 +92,9 @@ def analyze(
         "decoder_norm_movement": _norm_movement(crosscoder),
         "counts": counts(table),
         "controls": {
-            f"random_direction_{target}_{name}": float(randomised.betas[target, source].value.nanmedian())
-            for target in ("error", "activation_nobias")
-            for source, name in enumerate(crosscoder.sources)
+            **random_directions(crosscoder, sums, RANDOM, directions),
+            "shared_latents": shared_latents(table),
+            "split_halves": split_halves(crosscoder, sums, table),
         },
     }
     write_json(folder / "health.json", health_report)
