@@ -138,7 +138,7 @@ def twin_table(crosscoder: Crosscoder, coactive: CoActivation, n_active: Int64[T
 
 
 def neighbour_table(crosscoder: Crosscoder, active: Bool[Tensor, " latent"]) -> pl.DataFrame:
-    """The nearest latents of each active one by the cosine of the chat directions; `NEIGHBOUR_COLUMNS` documents the columns."""
+    """The nearest latents of each active one by the cosine of the chat directions; `NEIGHBOUR_COLUMNS` has the columns."""
     members = active.nonzero().squeeze(1)
     directions = _unit(crosscoder.directions()[CHAT][members])
     n = min(N_NEIGHBOURS, max(0, len(members) - 1))
