@@ -47,11 +47,12 @@ def test_a_denominator_that_may_be_0_leaves_no_ratio() -> None:
 
 
 def test_a_small_denominator_stretches_the_upper_side() -> None:
-    generator = torch.Generator().manual_seed(1)
-    b = 1 + 1.2 * torch.randn(20, 1, generator=generator, dtype=torch.float64)
-    a = 1 + 0.1 * torch.randn(20, 1, generator=generator, dtype=torch.float64)
+    # a is 1 in every block; b has mean 1 and standard deviation 1, so its interval is 1 +- 2.093 / sqrt(20) = [0.532, 1.468].
+    z = torch.arange(20, dtype=torch.float64).unsqueeze(1)
+    a, b = torch.ones_like(z), 1 + (z - z.mean()) / z.std()
     found = ratio(a.mean(0), b.mean(0), left_out(a), left_out(b))
-    assert found.high - found.value > 1.3 * (found.value - found.low)
+    assert float(found.low) == pytest.approx(1 / 1.468, abs=1e-3)
+    assert float(found.high) == pytest.approx(1 / 0.532, abs=4e-3)
 
 
 def frozen(concepts: Concepts) -> Crosscoder:

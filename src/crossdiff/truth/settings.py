@@ -29,7 +29,7 @@ class PlantedConfig(Config):
     topics_per_document: int = Field(2, ge=1)
     topic_boost: float = Field(8.0, ge=1, description="how much more often a concept fires in documents of its topic")
     noise: float = Field(0.05, ge=0, description="standard deviation of the noise on each dimension of each model")
-    documents: int = Field(4000, ge=10)
+    documents: int = Field(2500, ge=10)
     document_tokens: int = Field(64, ge=2)
     heldout_share: float = Field(0.1, gt=0, lt=1)
     seed: int = 0
@@ -54,7 +54,7 @@ class TruthConfig(Config):
     crosscoders: dict[str, CrosscoderConfig] = Field(
         {
             "batchtopk": CrosscoderConfig(sparsity=BatchTopKConfig(k=6), n_latents=256, epochs=8),
-            "l1": CrosscoderConfig(sparsity=L1Config(mu=0.5), n_latents=256, epochs=8, decoder_norm=0.1),
+            "l1": CrosscoderConfig(sparsity=L1Config(mu=9.0), n_latents=256, epochs=8, decoder_norm=0.1),
         },
         description="what is trained; the first one sets the held-out L0 that those with a mu are tuned to",
     )
