@@ -25,9 +25,10 @@ ALLOWED = {
     "activations": FOUNDATION | {"models", "text"},
     "crosscoder": FOUNDATION | {"models", "text", "activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
+    "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
-    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "pipeline"},
+    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "truth", "pipeline"},
 }
 
 
@@ -54,7 +55,7 @@ def test_every_part_has_a_rule() -> None:
     assert parts - {"__init__", "__main__"} == set(ALLOWED)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["truth", "--help"]])
 def test_help_leaves_the_heavy_libraries_out(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom crossdiff.cli import run_command\n"

@@ -29,11 +29,24 @@ def test_a_run_makes_everything_and_a_second_one_makes_nothing(
     config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
     run_command(["run", str(run), "--config", str(config)])
     names = ["config.json", "model.safetensors", "latents.parquet", "examples.sqlite", "health.json", "train.jsonl"]
+    names += ["twins.parquet", "neighbours.parquet", "activity.parquet"]
     for coder in ("l1", "batchtopk"):
         for name in names:
             assert (run / coder / name).exists(), f"{coder}/{name}"
         table = pl.read_parquet(run / coder / "latents.parquet")
         assert table.height == 64  # 4 latents a dimension, 16 dimensions
+        activity = pl.read_parquet(run / coder / "activity.parquet")
+        # Every active token lies in one cell, and the tiny template has a token that opens the user's turn.
+        assert (
+            activity.group_by("latent")
+            .agg(pl.col("n_active").sum())
+            .join(table, on="latent")
+            .filter(pl.col("n_active") != pl.col("n_active_right"))
+            .is_empty()
+        )
+        assert "<|user|>" in activity.filter(role="user", template_index=0)["token"].to_list()
+        controls = json.loads((run / coder / "health.json").read_text())["controls"]
+        assert {"shared_latents", "split_halves"} < set(controls)
         with sqlite3.connect(run / coder / "examples.sqlite") as database:
             assert database.execute("SELECT count(*) FROM examples").fetchone()[0] > 0
     assert "<html" in (run / "report.html").read_text()

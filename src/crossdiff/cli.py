@@ -46,7 +46,7 @@ def _show(value: Any) -> str:
     return str(value)
 
 
-def _add_settings(parser: argparse.ArgumentParser, config: RunConfig) -> None:
+def _add_settings(parser: argparse.ArgumentParser, config: Config) -> None:
     group = parser.add_argument_group("settings (each is also a key of the YAML file)")
     for key, description, value in _settings(config):
         many: dict[str, Any] = {"nargs": "+"} if isinstance(value, tuple) else {}
@@ -149,13 +149,71 @@ def _stage(command: str, argv: Sequence[str]) -> None:
         run.close()
 
 
+def _truth(argv: Sequence[str]) -> None:
+    from crossdiff.truth.settings import TruthConfig
+
+    _, options = _scan(argv)
+    start, origin = (read_yaml(Path(options["config"])), options["config"]) if "config" in options else ({}, "the defaults")
+    defaults = validate(TruthConfig, start, origin)
+    description = "plant concepts whose place is known, train crosscoders on them, and compare what is found with the truth"
+    parser = _Parser(prog="crossdiff truth", description=description, allow_abbrev=False)
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/truth"), help="where it goes [runs/truth]")
+    parser.add_argument("--config", type=Path, help="YAML file with settings")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_settings(parser, defaults)
+    args = parser.parse_args(argv)
+    changes = _changes(args)
+    values = merge(defaults.model_dump(), changes) if changes else start
+    config = validate(TruthConfig, values, "the command line" if changes else origin)
+
+    from rich.console import Console
+
+    from crossdiff.run import Run
+    from crossdiff.truth.report import run_truth
+
+    run = Run.open(args.directory)
+    try:
+        run_truth(run, config, Console())
+    finally:
+        run.close()
+
+
+def _run_directory(path: Path) -> Path:
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path} is no run directory: it has no manifest.json")
+    return path
+
+
+def _null(argv: Sequence[str]) -> None:
+    parser = _Parser(prog="crossdiff null", description="compare a run's verdicts with those of a null run")
+    parser.add_argument("directory", type=Path, help="run directory of the diff")
+    parser.add_argument("--null", type=Path, required=True, help="run directory of the base model and a null model")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(argv)
+    from crossdiff.latents.null import compare
+    from crossdiff.latents.printing import print_null
+
+    print_null(compare(_run_directory(args.directory), _run_directory(args.null)))
+
+
+def _seeds(argv: Sequence[str]) -> None:
+    parser = _Parser(prog="crossdiff seeds", description="compare trainings of one crosscoder from several seeds")
+    parser.add_argument("directory", type=Path, help="run directory")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="crosscoders of the run, such as l1 l1-seed1 l1-seed2")
+    parser.add_argument("--cosine", type=float, default=0.9, help="cosine above which two latents are the same [0.9]")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(argv)
+    from crossdiff.latents.printing import print_seeds
+    from crossdiff.latents.seeds import compare_seeds, read_seeds
+
+    print_seeds(compare_seeds(read_seeds(_run_directory(args.directory), args.names), args.cosine))
+
+
 def _clean(argv: Sequence[str]) -> None:
     parser = _Parser(prog="crossdiff clean", description="delete replaced results and unfinished work of a run")
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/demo"))
     parser.add_argument("--debug", action="store_true")
-    directory = parser.parse_args(argv).directory
-    if not (directory / "manifest.json").exists():
-        raise UserError(f"{directory} is no run directory: it has no manifest.json")
+    directory = _run_directory(parser.parse_args(argv).directory)
     from crossdiff.run import Run
 
     run = Run.open(directory)
@@ -206,6 +264,9 @@ def _examples(argv: Sequence[str]) -> None:
 
 OTHERS = {
     "clean": (_clean, "delete replaced results and unfinished work"),
+    "truth": (_truth, "plant known concepts and see which measure finds the chat model's own"),
+    "null": (_null, "set a run's verdicts beside those of a null run: `crossdiff null RUN --null NULL_RUN`"),
+    "seeds": (_seeds, "compare trainings from several seeds: `crossdiff seeds RUN NAME NAME ...`"),
     "store": (_store, "check an activation store: `crossdiff store verify PATH`"),
     "examples": (_examples, "carry example databases to and from the published layout"),
 }

@@ -28,8 +28,11 @@ NEEDED = {
     "report": ("harvest", "train", "analyze", "report"),
 }
 """The stages that a command goes through."""
-ANALYSIS = ("latents.parquet", "examples.sqlite", "health.json", "behaviours.parquet")
-CODE_FORMAT = 3
+ANALYSIS = (
+    "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
+    "behaviours.parquet",
+)  # fmt: skip
+CODE_FORMAT = 4
 """Raised when a stage's results change although its settings do not."""
 
 

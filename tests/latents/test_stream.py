@@ -1,19 +1,23 @@
-"""The pass: encoding in pieces, and every counted token once."""
+"""The pass: encoding in pieces, every counted token once, and crosscoders that do not belong to the store."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from crossdiff.config import BatchTopKConfig
+from crossdiff.activations.store import Store
+from crossdiff.config import BatchTopKConfig, L1Config, UserError
 from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.view import identity
 from crossdiff.latents import stream
+from crossdiff.latents.behaviours import conversation_scores
 from crossdiff.latents.stream import chunks, encode
 from planted import planted_activations
-from stores import make_store
+from stores import PAIR, make_store
 
 
 def crosscoder() -> Crosscoder:
@@ -47,3 +51,48 @@ def test_a_pass_sees_every_counted_token_once_with_its_error(tmp_path: Path) -> 
         np.testing.assert_array_equal(store.column("sequence")[chunk.rows], chunk.numbers[chunk.sequence.numpy()])
     assert n_tokens == 950  # 50 sequences of 20, position 0 left out
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), store.rows())
+
+
+D = 6
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path / "store", torch.randn(400, 2, D, generator=torch.Generator().manual_seed(0)))
+
+
+def foreign(d_model: int = D, sources: tuple[str, ...] = ("base", "chat"), **origin: Any) -> Crosscoder:
+    coder = new_crosscoder(8, torch.zeros(2, d_model), 1.0, L1Config(), 1.0, seed=0, view=identity(sources))
+    coder.origin = {"pair": PAIR, "layer": 1, **origin}
+    return coder
+
+
+def run(coder: Crosscoder, store: Store) -> None:
+    for _ in chunks(coder, store, 4, 100):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("origin", "message"),
+    [
+        ({"pair": PAIR | {"chat": {"name": "other"}}}, r"trained on chat {'name': 'other'}, .* holds chat {'name': 'b'}"),
+        ({"pair": PAIR | {"tokenizer": "u"}}, "trained on tokenizer u, .* holds tokenizer t"),
+        ({"layer": 5}, "trained on layer 5, .* holds layer 1; train again"),
+        ({"sources": ("base", "tuned")}, "has no source 'tuned'; it has base, chat"),
+    ],
+)
+def test_a_crosscoder_of_other_activations(store: Store, origin: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(foreign(**origin), store)
+
+
+def test_a_crosscoder_of_another_width(store: Store) -> None:
+    with pytest.raises(UserError, match=r"reads width 7, the store .* holds 6"):
+        run(foreign(d_model=7), store)
+
+
+def test_a_latent_that_does_not_exist(store: Store) -> None:
+    with pytest.raises(UserError, match="there is no latent 8: the crosscoder has 8, 0 to 7"):
+        conversation_scores(foreign(), store, [0, 8], 100)
+    with pytest.raises(UserError, match="no latent -1"):
+        conversation_scores(foreign(), store, [-1], 100)

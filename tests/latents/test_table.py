@@ -1,15 +1,13 @@
-"""delta_norm, classes, verdicts and ranks by hand."""
+"""delta_norm, classes, ranks and pools by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import polars as pl
-import pytest
 import torch
 
-from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.decoder import cosine, delta_norm, delta_norm_class
-from crossdiff.latents.table import _rank_sum, _with_verdicts, pools
+from crossdiff.latents.table import _rank_sum, pools
 
 
 def test_delta_norm() -> None:
@@ -34,35 +32,11 @@ def test_rank_sum() -> None:
     assert np.isnan(ranks[2:]).all()
 
 
-def row(**changes: object) -> dict[str, object]:
-    base = {"n_active": 500, "undefined_reason": None, "delta_norm": 0.95, "rank_sum": 2.0, "latent": 0}
-    for nu in ("error", "reconstruction", "error_mirrored", "reconstruction_mirrored"):
-        base |= {f"nu_{nu}": 0.05, f"nu_{nu}_low": 0.0, f"nu_{nu}_high": 0.1}
-    return base | changes
-
-
-@pytest.mark.parametrize(
-    ("changes", "verdict", "specific", "paper"),
-    [
-        ({}, "chat_specific", True, True),
-        ({"delta_norm": 0.8}, "chat_specific", True, False),  # the paper's set wants 0.9
-        ({"nu_error_high": 0.25}, "undecided", False, True),  # the interval reaches over the threshold
-        ({"delta_norm": 0.5}, "rotated", False, False),
-        ({"nu_error": 0.9, "nu_error_low": 0.8, "nu_error_high": 1.0}, "shared", False, False),
-        ({"delta_norm": 0.1, "nu_error": 0.9, "nu_error_low": 0.8, "nu_error_high": 1.0}, "base_specific", False, False),
-        ({"n_active": 0, "undefined_reason": "never active", "nu_error": float("nan")}, "dead", False, False),
-        ({"undefined_reason": "beta_error_chat may be 0", "nu_error": float("nan")}, "undecided", False, False),
-    ],
-)
-def test_verdicts(changes: dict[str, object], verdict: str, specific: bool, paper: bool) -> None:
-    found = _with_verdicts(pl.DataFrame([row(**changes)]), AnalyzeConfig()).row(0, named=True)
-    assert (found["verdict"], found["chat_specific"], found["chat_specific_paper"]) == (verdict, specific, paper)
-
-
 def test_pools_are_equally_large_and_chosen_by_rank() -> None:
-    rows = [row(latent=i, rank_sum=float(10 - i)) for i in range(4)]
-    rows += [row(latent=10 + i, delta_norm=0.5, nu_error=0.9, nu_error_low=0.8, nu_error_high=1.0) for i in range(3)]
-    table = _with_verdicts(pl.DataFrame(rows), AnalyzeConfig())
+    rows = [(i, 0.95, float(10 - i), "chat_specific") for i in range(4)]
+    rows += [(10 + i, 0.5, 20.0, "shared") for i in range(3)]
+    rows += [(20, 0.95, float("nan"), "undecided"), (21, 0.7, 30.0, "shared")]  # no rank, and norms that are not alike
+    table = pl.DataFrame(rows, schema=["latent", "delta_norm", "rank_sum", "verdict"], orient="row")
     chosen = pools(table, 50, seed=0)
     assert chosen["chat_specific"] == [3, 2, 1]  # lowest rank sums first, no more than there are shared ones
     assert chosen["shared"] == [10, 11, 12]

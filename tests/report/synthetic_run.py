@@ -52,7 +52,8 @@ def latent_table(seed: int, n_specific: int = N_SPECIFIC, dead_only: bool = Fals
             "mean_activation": math.nan if kind == "dead" else 1.0, "max_activation": 0.0 if kind == "dead" else 4.0,
             "undefined_reason": {"dead": "never active", "undecided": "beta_error_chat may be 0"}.get(kind),
             "rank_sum": math.nan if math.isnan(nu) else float(2 * latent + 2),
-            "verdict": kind, "chat_specific": kind == "chat_specific", "chat_specific_paper": kind == "chat_specific",
+            "verdict": kind, "verdict_reason": f"by the rule of {kind}", "template_only": False,
+            "chat_specific": kind == "chat_specific", "chat_specific_paper": kind == "chat_specific",
         }  # fmt: skip
         for name, value in nus.items():
             row |= {name: value, f"{name}_low": value - 0.05, f"{name}_high": value + 0.05}

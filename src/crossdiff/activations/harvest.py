@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
-from safetensors.torch import save_file
 
-from crossdiff.activations.store import COLUMNS, DTYPES, FORMAT, Normalisation, check_names, sha256
+from crossdiff.activations.store import COLUMNS, DTYPES, check_names
+from crossdiff.activations.writer import Origin, ShardWriter, Statistics, finish_store
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
 from crossdiff.models.access import residual_after
 from crossdiff.models.pair import SOURCES, Pair
@@ -37,30 +36,6 @@ class Progress:
     n_training: int = 0
     total: list[list[float]] = field(default_factory=list)
     products: list[list[float]] = field(default_factory=list)
-
-
-class _ShardWriter:
-    """Collects batches and writes them as one shard when there are enough tokens."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, shard_tokens: int) -> None:
-        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
-        self.pending: list[dict[str, Tensor]] = []
-        self.n_pending = 0
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        self.pending.append(tensors)
-        self.n_pending += len(tensors["token_id"])
-
-    def flush(self, index: int) -> dict[str, Any]:
-        """Write the pending tokens as shard `index`, atomically; returns its entry in the manifest."""
-        tensors = {name: torch.cat([part[name] for part in self.pending]) for name in self.pending[0]}
-        path = self.folder / f"shard-{index:05d}.safetensors"
-        temporary = path.with_suffix(".partial")
-        save_file(tensors, temporary)
-        temporary.replace(path)
-        entry = {"file": path.name, "n_tokens": self.n_pending, "bytes": path.stat().st_size, "sha256": sha256(path)}
-        self.pending, self.n_pending = [], 0
-        return entry
 
 
 def _pad(batch: list[TokenSequence], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -145,33 +120,6 @@ def _document_row(document: Document, datasets: tuple[DatasetConfig, ...], n_tok
     }
 
 
-class _Statistics:
-    """Sums of h_s and of <h_s, h_t> over the training tokens, in float64."""
-
-    def __init__(self, n_sources: int, d_model: int) -> None:
-        self.n = 0
-        self.total = torch.zeros(n_sources, d_model, dtype=torch.float64)
-        self.products = torch.zeros(n_sources, n_sources, dtype=torch.float64)
-
-    def add(self, streams: Float[Tensor, "token source d_model"]) -> None:
-        self.n += len(streams)
-        wide = streams.double()
-        self.total += wide.sum(0)
-        self.products += torch.einsum("nsd,ntd->st", wide, wide)
-
-    def finish(self) -> Normalisation:
-        """The moments.
-
-        Raises:
-            UserError: no training tokens, or activations that do not vary.
-        """
-        if not self.n:
-            raise UserError("no training tokens: every document is held out or too short; lower heldout_share or add text")
-        normalisation = Normalisation(self.total / self.n, self.products / self.n)
-        assert normalisation.scale > 0  # raises if nothing varies, before a store is made of it
-        return normalisation
-
-
 def harvest(
     folder: Path,
     pair: Pair,
@@ -190,14 +138,14 @@ def harvest(
     """
     check_names([dataset.title for dataset in datasets])
     progress = Progress(**read_json(folder / "progress.json")) if (folder / "progress.json").exists() else Progress()
-    statistics = _Statistics(len(SOURCES), pair.d_model)
+    statistics = Statistics(len(SOURCES), pair.d_model)
     if progress.shards:
         statistics.n = progress.n_training
         statistics.total = torch.tensor(progress.total, dtype=torch.float64)
         statistics.products = torch.tensor(progress.products, dtype=torch.float64)
     documents: list[dict[str, Any]] = []
     sequences = _sequences(datasets, pair.tokenizer, config.max_length, documents, advance)
-    writer = _ShardWriter(folder, DTYPES[config.dtype], config.shard_tokens)
+    writer = ShardWriter(folder, DTYPES[config.dtype], config.shard_tokens)
     started, seconds_before = time.time(), progress.seconds
 
     def flush() -> None:
@@ -221,44 +169,6 @@ def harvest(
             flush()
     if writer.n_pending:
         flush()
-    _finish(folder, pair, layer, [dataset.title for dataset in datasets], config, progress, statistics, documents)
-
-
-def _finish(
-    folder: Path,
-    pair: Pair,
-    layer: int,
-    names: list[str],
-    config: HarvestConfig,
-    progress: Progress,
-    statistics: _Statistics,
-    documents: list[dict[str, Any]],
-) -> None:
-    moments = statistics.finish()
-    save_file({"mean": moments.mean, "gram": moments.gram}, folder / "statistics.safetensors")
-    schema = {
-        "document": pl.Int32, "dataset": pl.String, "split": pl.String, "label": pl.String, "sub_label": pl.String,
-        "prompt": pl.String, "n_messages": pl.Int32, "n_tokens": pl.Int32,
-    }  # fmt: skip
-    pl.DataFrame(documents, schema=schema).write_parquet(folder / "documents.parquet")
-    manifest = {
-        "format": FORMAT,
-        "pair": pair.identity,
-        "sources": list(SOURCES),
-        "layer": layer,
-        "n_layers": pair.n_layers,
-        "d_model": pair.d_model,
-        "dtype": config.dtype,
-        "max_length": config.max_length,
-        "leave_out": config.leave_out,
-        "datasets": names,
-        "n_documents": len(documents),
-        "n_sequences": progress.sequences,
-        "n_tokens": sum(shard["n_tokens"] for shard in progress.shards),
-        "n_training_tokens": statistics.n,
-        "seconds": round(progress.seconds, 1),
-        "shards": progress.shards,
-        "files": {name: sha256(folder / name) for name in ("documents.parquet", "statistics.safetensors")},
-    }
-    write_json(folder / "manifest.json", manifest)
+    origin = Origin(pair.identity, layer, pair.n_layers, tuple(dataset.title for dataset in datasets))
+    finish_store(folder, origin, config, statistics, documents, progress.shards, progress.sequences, progress.seconds)
     (folder / "progress.json").unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import torch
 
 from crossdiff.activations.store import Store
@@ -17,11 +18,15 @@ from crossdiff.crosscoder.metrics import HeldoutSums, frequency_histogram, healt
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import Activity, group_of
 from crossdiff.latents.behaviours import behaviour_table, conversation_scores
+from crossdiff.latents.controls import random_directions, shared_latents, split_halves
 from crossdiff.latents.example_database import write_examples
 from crossdiff.latents.examples import ExampleCollector
-from crossdiff.latents.scaling import ScalingAccumulator, Sums, scaling
+from crossdiff.latents.groups import Cells, GroupActivity, activity_table, cells_of
+from crossdiff.latents.scaling import ScalingAccumulator, Sums
 from crossdiff.latents.stream import Chunk, check_fits, chunks
-from crossdiff.latents.table import BASE, CHAT, counts, latent_table, pools
+from crossdiff.latents.table import CHAT, latent_table, pools
+from crossdiff.latents.twins import CoActivation, candidates, neighbour_table, twin_table
+from crossdiff.latents.verdict import counts, with_verdicts
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 
@@ -44,6 +49,8 @@ class Measured:
 
     sums: Sums
     activity: Activity
+    by_group: GroupActivity
+    coactive: CoActivation
     examples: ExampleCollector
     heldout: HeldoutSums
 
@@ -51,6 +58,7 @@ class Measured:
 def measure(
     crosscoder: Crosscoder,
     store: Store,
+    cells: Cells,
     config: AnalyzeConfig,
     directions: Float[Tensor, "direction latent d_model"],
     advance: Callable[[int], None] = lambda n_tokens: None,
@@ -67,13 +75,17 @@ def measure(
     is_heldout[heldout_rows] = True
     accumulator = ScalingAccumulator(crosscoder, config.blocks, directions)
     activity, examples = Activity.empty(crosscoder.n_latents), ExampleCollector(store, crosscoder.n_latents, config)
+    by_group = GroupActivity.empty(cells.table.height, crosscoder.n_latents)
+    coactive = CoActivation(candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
     heldout = HeldoutSums.empty(crosscoder, store, heldout_rows)
     for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance):
         accumulator.add(chunk)
         activity.add(chunk, groups[chunk.rows], norms)
+        by_group.add(chunk, cells, norms)
+        coactive.add(chunk)
         examples.add(chunk, norms)
         _add_heldout(heldout, crosscoder, chunk, document, is_heldout[chunk.rows])
-    return Measured(accumulator.finish(), activity, examples, heldout)
+    return Measured(accumulator.finish(), activity, by_group, coactive, examples, heldout)
 
 
 def _add_heldout(
@@ -98,7 +110,7 @@ def analyze(
     config: AnalyzeConfig,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> None:
-    """Write latents.parquet, examples.sqlite, health.json and behaviours.parquet into `folder`.
+    """Write the files of `crossdiff.pipeline.ANALYSIS` into `folder`.
 
     Raises:
         UserError: the crosscoder does not fit the store; the store has too few documents for the blocks, no held-out tokens,
@@ -106,14 +118,41 @@ def analyze(
     """
     if crosscoder.n_sources != 2:
         raise UserError(f"the latent table compares two models; this coder reads {crosscoder.n_sources}")
-    directions = with_random_directions(crosscoder, config.seed)
-    measured = measure(crosscoder, store, config, directions, advance)
-    table = latent_table(crosscoder, measured.sums, measured.activity, config)
-    table.write_parquet(folder / "latents.parquet")
+    directions, cells = with_random_directions(crosscoder, config.seed), cells_of(store, tokenizer)
+    measured = measure(crosscoder, store, cells, config, directions, advance)
+    table = _write_tables(folder, crosscoder, measured, cells, config)
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
+    write_json(folder / "health.json", _health_report(crosscoder, store, measured, table, directions))
 
-    randomised = scaling(crosscoder, measured.sums, RANDOM, BASE, CHAT, directions)
-    health_report = {
+    chosen = pools(table, config.pool_size, config.seed)
+    latents = sorted({latent for members in chosen.values() for latent in members})
+    conversations = conversation_scores(crosscoder, store, latents, config.batch_tokens)
+    behaviour_table(conversations, chosen, latents, config.seed).write_parquet(folder / "behaviours.parquet")
+
+
+def _write_tables(
+    folder: Path, crosscoder: Crosscoder, measured: Measured, cells: Cells, config: AnalyzeConfig
+) -> pl.DataFrame:
+    """Write the tables of latents, twins, neighbours and token groups; returns that of latents."""
+    n_active = measured.sums.n.sum(0)
+    twins = twin_table(crosscoder, measured.coactive, n_active)
+    twins.write_parquet(folder / "twins.parquet")
+    activity_table(measured.by_group, cells).write_parquet(folder / "activity.parquet")
+    neighbour_table(crosscoder, n_active > 0).write_parquet(folder / "neighbours.parquet")
+    table = latent_table(crosscoder, measured.sums, measured.activity, config)
+    table = with_verdicts(table, twins.filter(pl.col("n_both") > 0), config)
+    table.write_parquet(folder / "latents.parquet")
+    return table
+
+
+def _health_report(
+    crosscoder: Crosscoder,
+    store: Store,
+    measured: Measured,
+    table: pl.DataFrame,
+    directions: Float[Tensor, "direction latent d_model"],
+) -> dict[str, Any]:
+    return {
         "architecture": crosscoder.sparsity.kind,
         "n_latents": crosscoder.n_latents,
         "d_model": crosscoder.d_model,
@@ -126,17 +165,11 @@ def analyze(
         "decoder_norm_movement": _norm_movement(crosscoder),
         "counts": counts(table),
         "controls": {
-            f"random_direction_{target}_{name}": float(randomised.betas[target, source].value.nanmedian())
-            for target in ("error", "activation_nobias")
-            for source, name in enumerate(crosscoder.sources)
+            **random_directions(crosscoder, measured.sums, RANDOM, directions),
+            "shared_latents": shared_latents(table),
+            "split_halves": split_halves(crosscoder, measured.sums, table),
         },
     }
-    write_json(folder / "health.json", health_report)
-
-    chosen = pools(table, config.pool_size, config.seed)
-    latents = sorted({latent for members in chosen.values() for latent in members})
-    conversations = conversation_scores(crosscoder, store, latents, config.batch_tokens)
-    behaviour_table(conversations, chosen, latents, config.seed).write_parquet(folder / "behaviours.parquet")
 
 
 def _norm_movement(crosscoder: Crosscoder) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sklearn.metrics import roc_auc_score
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store, consecutive
 from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.latents.stream import check_latents
 from crossdiff.text.chat import Flag
 
 BOOTSTRAPS = 1000
@@ -47,6 +48,7 @@ class Conversations:
 
 def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int], batch_tokens: int) -> Conversations | None:
     """Scores of the given latents on the labelled conversations; None when there are none. Only these latents are encoded."""
+    check_latents(latents, crosscoder.n_latents)
     table = store.documents.filter(pl.col("label").is_not_null() & (pl.col("n_messages") == 2) & (pl.col("n_tokens") > 0))
     if table.height == 0:
         return None

@@ -17,14 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
 
 from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.latents.ratio import Ratio, ratio
 from crossdiff.latents.stream import Chunk
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 TARGETS = ("error", "reconstruction", "reconstruction_nobias", "activation", "activation_nobias")
-CONFIDENCE = 0.95
 
 
 @dataclass
@@ -94,16 +93,13 @@ class ScalingAccumulator:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A quantity per latent with its jackknife standard error and 95% interval."""
+    """A quantity per latent with its jackknife standard error."""
 
     value: Float64[Tensor, " latent"]
     se: Float64[Tensor, " latent"]
 
     def __post_init__(self) -> None:
         assert self.value.shape == self.se.shape
-
-    def half_width(self, n_blocks: int) -> Float64[Tensor, " latent"]:
-        return self.se * float(student.ppf(0.5 + CONFIDENCE / 2, n_blocks - 1))
 
 
 def numerators(
@@ -141,13 +137,11 @@ class Scaling:
 
     Attributes:
         betas: `(target, source index)` -> estimate.
-        nus: target -> estimate of beta(numerator source) / beta(denominator source).
-        undefined: target -> `[latent]`, True where the denominator's interval contains 0.
+        nus: target -> beta(numerator source) / beta(denominator source); NaN where the denominator's interval contains 0.
     """
 
     betas: dict[tuple[str, int], Estimate]
-    nus: dict[str, Estimate]
-    undefined: dict[str, Tensor]
+    nus: dict[str, Ratio]
 
 
 def scaling(
@@ -163,8 +157,7 @@ def scaling(
     d = (crosscoder.directions() if directions is None else directions)[direction].double()
     square = d.square().sum(1)
     whole, parts = square * sums.f2.sum(0), square * _without_each(sums.f2)
-    betas, nus, undefined = {}, {}, {}
-    n_blocks = len(sums.f2)
+    betas, nus = {}, {}
     every = numerators(crosscoder, sums, direction, directions)
     for target in targets:
         value, left_out = every[target].sum(1) / whole, _without_each(every[target]) / parts
@@ -172,7 +165,5 @@ def scaling(
             betas[target, source] = Estimate(value[source], jackknife(left_out[source]))
         if crosscoder.n_sources == 1:
             continue
-        under = betas[target, denominator]
-        nus[target] = Estimate(value[numerator] / value[denominator], jackknife(left_out[numerator] / left_out[denominator]))
-        undefined[target] = ~(under.value.abs() > under.half_width(n_blocks))
-    return Scaling(betas, nus, undefined)
+        nus[target] = ratio(value[numerator], value[denominator], left_out[numerator], left_out[denominator])
+    return Scaling(betas, nus)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,14 +62,32 @@ def check_fits(crosscoder: Crosscoder, store: Store) -> None:
         UserError: names both sides.
     """
     origin = crosscoder.origin
-    if (origin["pair"], origin["layer"]) != (store.pair, store.layer):
+    trained_on, found = origin["pair"] | {"layer": origin["layer"]}, store.pair | {"layer": store.layer}
+    differ = [key for key in {**trained_on, **found} if trained_on.get(key) != found.get(key)]
+    if differ:
+        theirs, ours = ({key: side.get(key) for key in differ} for side in (trained_on, found))
         raise UserError(
-            f"the crosscoder was trained on {origin['pair']} at layer {origin['layer']}, "
-            f"the store {store.folder} holds {store.pair} at layer {store.layer}; train again on this store"
+            f"the crosscoder was trained on {_named(theirs)}, the store {store.folder} holds {_named(ours)}; "
+            "train again on this store, or analyse the one that it was trained on"
         )
     if crosscoder.d_model != store.d_model:
         raise UserError(f"the crosscoder reads width {crosscoder.d_model}, the store {store.folder} holds {store.d_model}")
     source_indices(store, crosscoder.view.reads)
+
+
+def _named(side: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in side.items())
+
+
+def check_latents(latents: Iterable[int], n_latents: int) -> None:
+    """Latents that somebody asks for have to exist.
+
+    Raises:
+        UserError: names the first that does not.
+    """
+    for latent in latents:
+        if not 0 <= latent < n_latents:
+            raise UserError(f"there is no latent {latent}: the crosscoder has {n_latents}, 0 to {n_latents - 1}")
 
 
 def blocks_of_sequences(store: Store, n_blocks: int) -> list[npt.NDArray[np.int64]]:

@@ -12,13 +12,12 @@ import torch
 from crossdiff.config import AnalyzeConfig
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import GROUPS, Activity
-from crossdiff.latents.decoder import cosine, delta_norm, delta_norm_class
+from crossdiff.latents.decoder import SHARED, cosine, delta_norm, delta_norm_class
 from crossdiff.latents.scaling import TARGETS, Scaling, Sums, scaling
+from crossdiff.latents.verdict import SETS, VERDICTS
+from crossdiff.shapes import Bool, Tensor
 
 BASE, CHAT = 0, 1
-ROTATED = (0.25, 0.75)
-"""delta_norm of a latent whose direction differs between the models rather than being absent from one (METHOD)."""
-
 COLUMNS = {
     "latent": "number of the latent",
     "n_active": "tokens on which it is active",
@@ -32,24 +31,25 @@ COLUMNS = {
     "decoder_cosine": "cosine of its two decoder directions",
     "beta_*": "latent scaling of a target along the chat direction, with its jackknife standard error (_se)",
     "nu_*": "beta of the base model over beta of the chat model: near 0 specific to the chat model, near 1 shared",
-    "nu_*_low, nu_*_high": "95% jackknife interval",
+    "nu_*_low, nu_*_high": "ends of its 95% interval",
     "nu_*_mirrored": "the same along the base direction, chat over base: near 0 specific to the base model",
-    "undefined_reason": "why a nu is NaN, or why the latent gets no verdict",
+    "undefined_reason": "why a nu is NaN: too few activations (then all are), or a denominator that may be 0",
+    "undefined_reason_mirrored": "the same for the mirrored ones",
     "rank_sum": "rank of nu_error + rank of nu_reconstruction, small = specific; NaN unless both are defined",
-    "verdict": "chat_specific, rotated, shared, base_specific, dead, undecided",
-    "chat_specific": "upper ends of the intervals under the thresholds and delta_norm at least 0.75",
-    "chat_specific_paper": "point values under the thresholds and delta_norm at least 0.9",
+    "verdict": "which model has the concept: " + ", ".join(VERDICTS),
+    "verdict_reason": "why, in words and numbers",
+    **SETS,
     "frequency_<group>": "share of the group's tokens on which it is active; groups: " + ", ".join(GROUPS),
     "share_<group>": "share of its active tokens that lie in the group",
 }
 
 
-def _nu_columns(result: Scaling, n_blocks: int, suffix: str) -> dict[str, npt.NDArray[Any]]:
+def _nu_columns(result: Scaling, few: Bool[Tensor, " latent"], suffix: str) -> dict[str, npt.NDArray[Any]]:
+    """Every nu with its interval; NaN for the `few` latents without enough activations and where the denominator may be 0."""
     columns = {}
     for target, nu in result.nus.items():
-        half, undefined = nu.half_width(n_blocks), result.undefined[target]
-        for name, values in (("", nu.value), ("_low", nu.value - half), ("_high", nu.value + half)):
-            columns[f"nu_{target}{suffix}{name}"] = torch.where(undefined, torch.nan, values).numpy()
+        for name, values in (("", nu.value), ("_low", nu.low), ("_high", nu.high)):
+            columns[f"nu_{target}{suffix}{name}"] = torch.where(few, torch.nan, values).numpy()
     return columns
 
 
@@ -65,7 +65,7 @@ def _rank_sum(nu_error: npt.NDArray[Any], nu_reconstruction: npt.NDArray[Any]) -
 
 
 def latent_table(crosscoder: Crosscoder, sums: Sums, activity: Activity, config: AnalyzeConfig) -> pl.DataFrame:
-    """Join geometry, scaling and activity of a two-source crosscoder into one row a latent, with verdicts."""
+    """Join geometry, scaling and activity of a two-source crosscoder into one row a latent; the verdicts come after it."""
     n_blocks, norms = len(sums.n), crosscoder.norms().double()
     n_active, n_tokens = sums.n.sum(0), int(activity.tokens.sum())
     delta = delta_norm(norms)
@@ -89,19 +89,23 @@ def latent_table(crosscoder: Crosscoder, sums: Sums, activity: Activity, config:
         for source, name in ((BASE, "base"), (CHAT, "chat")):
             beta = along_chat.betas[target, source]
             columns[f"beta_{target}_{name}"], columns[f"beta_{target}_{name}_se"] = beta.value.numpy(), beta.se.numpy()
-    columns |= _nu_columns(along_chat, n_blocks, "") | _nu_columns(along_base, n_blocks, "_mirrored")
-    columns["undefined_reason"] = _reasons(sums, along_chat, config)
+    few = (n_active < config.min_active) | ((sums.n > 0).sum(0) < n_blocks / 2)
+    columns |= _nu_columns(along_chat, few, "") | _nu_columns(along_base, few, "_mirrored")
+    columns["undefined_reason"] = _reasons(sums, along_chat, "chat", config)
+    columns["undefined_reason_mirrored"] = _reasons(sums, along_base, "base", config)
     columns["rank_sum"] = _rank_sum(columns["nu_error"], columns["nu_reconstruction"])
     for group, name in enumerate(GROUPS):
         columns[f"frequency_{name}"] = (activity.counts[group] / activity.tokens[group]).double().numpy()
         columns[f"share_{name}"] = (activity.counts[group] / n_active).double().numpy()
-    return _with_verdicts(pl.DataFrame(columns), config)
+    reasons = {"undefined_reason": pl.String, "undefined_reason_mirrored": pl.String}
+    return pl.DataFrame(columns, schema_overrides=reasons)
 
 
-def _reasons(sums: Sums, along_chat: Scaling, config: AnalyzeConfig) -> list[str | None]:
+def _reasons(sums: Sums, result: Scaling, denominator: str, config: AnalyzeConfig) -> list[str | None]:
+    """Per latent why nu is undefined: for all targets, for want of activations, or for those whose denominator may be 0."""
     n_active, n_blocks_active = sums.n.sum(0).tolist(), (sums.n > 0).sum(0).tolist()
     n_blocks = len(sums.n)
-    undefined = {target: along_chat.undefined[target].tolist() for target in ("error", "reconstruction")}
+    undefined = {target: nu.value.isnan().tolist() for target, nu in result.nus.items()}
     reasons: list[str | None] = []
     for latent, n in enumerate(n_active):
         weak = [target for target in undefined if undefined[target][latent]]
@@ -112,45 +116,10 @@ def _reasons(sums: Sums, along_chat: Scaling, config: AnalyzeConfig) -> list[str
         elif n_blocks_active[latent] < n_blocks / 2:
             reasons.append(f"active in {n_blocks_active[latent]} of {n_blocks} blocks of documents")
         elif weak:
-            reasons.append(" and ".join(f"beta_{target}_chat" for target in weak) + " may be 0")
+            reasons.append(" and ".join(f"beta_{target}_{denominator}" for target in weak) + " may be 0")
         else:
             reasons.append(None)
     return reasons
-
-
-def _with_verdicts(table: pl.DataFrame, config: AnalyzeConfig) -> pl.DataFrame:
-    def below(suffix: str) -> pl.Expr:
-        error, reconstruction = pl.col(f"nu_error{suffix}"), pl.col(f"nu_reconstruction{suffix}")
-        under = (error < config.nu_error) & (reconstruction < config.nu_reconstruction)
-        return under & error.is_not_nan() & reconstruction.is_not_nan()
-
-    decided = pl.col("undefined_reason").is_null()
-    specific = decided & below("_high") & (pl.col("delta_norm") >= config.delta_norm)
-    paper = below("") & (pl.col("delta_norm") >= 0.9)
-    rotated = decided & below("") & pl.col("delta_norm").is_between(*ROTATED)
-    base_specific = decided & below("_mirrored_high") & (pl.col("delta_norm") <= 1 - config.delta_norm)
-    present = (pl.col("nu_error_low") > config.nu_error) | (pl.col("nu_reconstruction_low") > config.nu_reconstruction)
-    verdict = (
-        pl.when(pl.col("n_active") == 0).then(pl.lit("dead"))
-        .when(specific).then(pl.lit("chat_specific"))
-        .when(rotated).then(pl.lit("rotated"))
-        .when(base_specific).then(pl.lit("base_specific"))
-        .when(decided & present).then(pl.lit("shared"))
-        .otherwise(pl.lit("undecided"))
-    )  # fmt: skip
-    return table.with_columns(chat_specific=specific, chat_specific_paper=paper, verdict=verdict)
-
-
-def counts(table: pl.DataFrame) -> dict[str, int]:
-    """Latents of each class, verdict and set."""
-    classes = {
-        name: table.filter(pl.col("delta_norm_class") == name).height for name in ("chat_only", "base_only", "shared", "other")
-    }
-    verdicts = {
-        name: table.filter(pl.col("verdict") == name).height for name in ("rotated", "base_specific", "dead", "undecided")
-    }
-    sets = {name: table.filter(pl.col(name)).height for name in ("chat_specific", "chat_specific_paper")}
-    return {**classes, **sets, **verdicts, "verdict_shared": table.filter(pl.col("verdict") == "shared").height}
 
 
 def pools(table: pl.DataFrame, size: int, seed: int) -> dict[str, list[int]]:
@@ -159,9 +128,8 @@ def pools(table: pl.DataFrame, size: int, seed: int) -> dict[str, list[int]]:
     `chat_specific` holds the latents of the lowest rank_sum among those with a decoder norm that leans to the chat model
     and enough activations; `shared` is a seeded sample of those whose verdict is shared and whose norms are alike.
     """
-    usable = pl.col("undefined_reason").is_null()
-    specific = table.filter(usable & pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") > 0.6)).sort("rank_sum")
-    shared = table.filter(usable & (pl.col("verdict") == "shared") & pl.col("delta_norm").is_between(0.4, 0.6))
+    specific = table.filter(pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") > 0.6)).sort("rank_sum")
+    shared = table.filter((pl.col("verdict") == "shared") & pl.col("delta_norm").is_between(*SHARED))
     size = min(size, specific.height, shared.height)
     chosen = np.random.default_rng(seed).permutation(shared["latent"].to_numpy())[:size]
     return {"chat_specific": specific["latent"].head(size).to_list(), "shared": sorted(chosen.tolist())}

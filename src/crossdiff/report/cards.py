@@ -63,6 +63,7 @@ class Card:
     anchor: str
     latent: int
     sign: Sign
+    reason: str
     predicts: tuple[str, ...]
     measures: tuple[tuple[str, str, str], ...]
     fires_on: str
@@ -107,6 +108,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         anchor=anchor_of(crosscoder, latent.latent),
         latent=latent.latent,
         sign=sign_of(wording.words(latent.verdict), mark),
+        reason=latent.verdict_reason,
         predicts=predicts,
         measures=(*((name, interval(nu), f"{meaning}; 95% interval") for name, nu, meaning in nus), *others),
         fires_on=_fires_on(latent),

@@ -46,6 +46,8 @@ VERDICT_MARKS = {
     "undecided": Mark("#8c8c8c", "circle-open", 0.6, 6),
     "base_specific": Mark("#009e73", "square"),
     "rotated": Mark("#cc79a7", "triangle-up"),
+    "complete_shrinkage": Mark("#e69f00", "star"),
+    "latent_decoupling": Mark("#56b4e9", "x"),
     "chat_specific": Mark("#d55e00", "diamond", 0.95, 9),
 }
 POOL_MARKS = {

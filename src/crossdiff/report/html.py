@@ -164,8 +164,10 @@ def _health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
     rows += [
         ("chat-specific by latent scaling", [f"{coder.count('chat_specific'):,}" for coder in coders]),
         ("the same by the paper's rule", [f"{coder.count('chat_specific_paper'):,}" for coder in coders]),
-        ("rotated", [f"{coder.count('rotated'):,}" for coder in coders]),
+        ("of them on template tokens almost only", [f"{coder.count('template_only'):,}" for coder in coders]),
     ]
+    for key in ("complete_shrinkage", "latent_decoupling", "rotated", "base_specific"):
+        rows.append((wording.words(key), [f"{coder.count(key):,}" for coder in coders]))
     movements = [_flat(coder.health.decoder_norm_movement) for coder in coders]
     for key in dict.fromkeys(key for movement in movements for key in movement):
         rows.append((f"decoder norms, {wording.words(key)}", [movement.get(key, "") for movement in movements]))
@@ -300,11 +302,10 @@ def _caveats(report: RunReport) -> list[str]:
         if low:
             parts = ", ".join(f"{wording.number(value)} of {source}" for source, value in low.items())
             caveats.append(f"{coder.title} explains little of the variance ({parts}); what it misses is in no count.")
-        unjudged = (pl.col("verdict") != "dead") & pl.col("undefined_reason").is_not_null()
-        if without := coder.latents.filter(unjudged).height:
+        if without := coder.latents.filter(pl.col("verdict") == "undecided").height:
             caveats.append(
-                f"{coder.title}: {wording.latents(without)} without a verdict, because of too few active tokens or an "
-                f"undefined nu; the latent table names the reason of each."
+                f"{coder.title}: {wording.latents(without)} undecided, because of too few active tokens, an undefined nu or "
+                f"an interval that reaches over its limit; the latent table names the reason of each."
             )
         if coder.count("chat_only") == 0:
             caveats.append(

@@ -26,7 +26,7 @@ _NUS = ("nu_error", "nu_reconstruction", "nu_activation")
 _LATENT_COLUMNS = (
     "latent", "n_active", "frequency", "mean_activation", "max_activation", "norm_base", "norm_chat", "delta_norm",
     "delta_norm_class", "decoder_cosine", *(f"{nu}{end}" for nu in _NUS for end in ("", "_low", "_high")),
-    "undefined_reason", "rank_sum", "verdict", "chat_specific", "chat_specific_paper",
+    "rank_sum", "verdict", "verdict_reason", "chat_specific", "chat_specific_paper", "template_only",
     *(f"share_{group}" for group in TOKEN_GROUPS),
 )  # fmt: skip
 _BEHAVIOUR_COLUMNS = (
@@ -120,6 +120,7 @@ class Latent:
 
     latent: int
     verdict: str
+    verdict_reason: str
     delta_norm: float
     delta_norm_class: str
     decoder_cosine: float
@@ -130,7 +131,6 @@ class Latent:
     nu_reconstruction: Estimate
     nu_activation: Estimate
     rank_sum: float
-    undefined_reason: str | None
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
 
@@ -183,13 +183,13 @@ class CrosscoderReport:
         return spelling if self.name == self.health.architecture else f"{spelling} ({self.name})"
 
     def count(self, key: str) -> int:
-        """Number of latents: a delta_norm class, a verdict, chat_specific or chat_specific_paper.
+        """Number of latents: a delta_norm class, a verdict, or a set (chat_specific, chat_specific_paper, template_only).
 
         health.json's own count is taken where it has one, so that the page agrees with the file.
         """
         if key in self.health.counts:
             return self.health.counts[key]
-        if key in ("chat_specific", "chat_specific_paper"):
+        if key in ("chat_specific", "chat_specific_paper", "template_only"):
             return int(self.latents[key].sum())
         column = "delta_norm_class" if key in ("base_only", "chat_only", "shared", "other") else "verdict"
         return self.latents.filter(pl.col(column) == key).height
@@ -299,8 +299,7 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
 
 def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
     """The most chat-specific rows by rank_sum and how many of them have the verdict chat_specific."""
-    enough = pl.col("undefined_reason").is_null() & pl.col("rank_sum").is_not_null() & pl.col("rank_sum").is_not_nan()
-    ranked = latents.filter(enough).sort("rank_sum", "latent")
+    ranked = latents.filter(pl.col("rank_sum").is_not_null() & pl.col("rank_sum").is_not_nan()).sort("rank_sum", "latent")
     is_specific = pl.col("verdict") == "chat_specific"
     specific = ranked.filter(is_specific).head(N_TOP_LATENTS)
     if specific.height >= FEW_SPECIFIC:
@@ -325,6 +324,7 @@ def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
     return Latent(
         latent=row["latent"],
         verdict=row["verdict"],
+        verdict_reason=row["verdict_reason"],
         delta_norm=_number(row["delta_norm"]),
         delta_norm_class=row["delta_norm_class"],
         decoder_cosine=_number(row["decoder_cosine"]),
@@ -335,7 +335,6 @@ def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         nu_reconstruction=estimate("nu_reconstruction"),
         nu_activation=estimate("nu_activation"),
         rank_sum=_number(row["rank_sum"]),
-        undefined_reason=row["undefined_reason"],
         shares={group: _number(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
     )

@@ -28,6 +28,8 @@ POOLS = {
 }
 VERDICTS = {
     "chat_specific": "chat-specific",
+    "complete_shrinkage": "complete shrinkage",
+    "latent_decoupling": "latent decoupling",
     "rotated": "rotated",
     "shared": "shared",
     "base_specific": "base-specific",
@@ -134,6 +136,12 @@ def _specific_sentences(coder: CrosscoderReport, limits: Limits) -> list[str]:
         sentences.append(
             f"delta_norm alone would have named {whole(named)} (0.9 or above), of which {whole(int(both))} "
             f"{'passes' if both == 1 else 'pass'} latent scaling as well."
+        )
+    shrunk, decoupled = coder.count("complete_shrinkage"), coder.count("latent_decoupling")
+    if shrunk or decoupled:
+        sentences.append(
+            f"Of the others the base model has the concept too: {whole(shrunk)} by complete shrinkage (it is in the base "
+            f"model's error), {whole(decoupled)} by latent decoupling (other latents carry it there)."
         )
     rotated, dead = coder.count("rotated"), coder.health.heldout.n_dead
     if rotated:

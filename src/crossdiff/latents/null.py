@@ -1,0 +1,78 @@
+"""The null diff: how often a run calls latents chat-specific where nothing was taught (METHOD: ground truth, a null).
+
+The null run compares the same base model with one that was trained further on plain text alone, as long and at the same rate as
+the chat tuning. What it calls chat-specific is what any training does to a model, or noise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from crossdiff.config import UserError
+from crossdiff.latents.verdict import SETS, VERDICTS
+from crossdiff.run import read_json
+
+RATES = (*SETS, *(name for name in VERDICTS if name not in SETS and name != "dead"))
+
+
+def analysed_names(run: Path) -> list[str]:
+    """The crosscoders of a run directory that have a latent table.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = sorted(path.parent.name for path in run.glob("*/latents.parquet"))
+    if not names:
+        raise UserError(f"{run} has no crosscoder with a latents.parquet; run `crossdiff analyze {run}` first")
+    return names
+
+
+def rates(path: Path) -> dict[str, float]:
+    """Share of the live latents of a latent table in each set and verdict; `n_live` is their number.
+
+    Raises:
+        UserError: the table is of another version.
+    """
+    table = pl.read_parquet(path)
+    missing = [name for name in ("verdict", *SETS) if name not in table.columns]
+    if missing:
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `crossdiff analyze` again with this version")
+    live = table.filter(pl.col("verdict") != "dead")
+    found = {name: live[name] if name in SETS else live["verdict"] == name for name in RATES}
+    return {"n_live": live.height} | {name: float(flags.sum()) / max(1, live.height) for name, flags in found.items()}
+
+
+def _side(run: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = read_json(run / "activations" / "manifest.json")
+    return {"base model": manifest["pair"]["base"], "layer": manifest["layer"]}
+
+
+def compare(run: Path, null: Path) -> pl.DataFrame:
+    """Rates of a run beside those of a null run, a row per crosscoder that both have and set or verdict.
+
+    Columns: crosscoder, rate (key of `SETS` or `VERDICTS`), real, null (shares of the live latents), n_real, n_null (their
+    numbers).
+
+    Raises:
+        UserError: the runs have different base models or layers, or no crosscoder of one name.
+    """
+    names = [name for name in analysed_names(run) if name in analysed_names(null)]
+    if not names:
+        sides = f"{', '.join(analysed_names(run))} in {run} and {', '.join(analysed_names(null))} in {null}"
+        raise UserError(f"the two runs have no analysed crosscoder of the same name: {sides}")
+    real_side, null_side = _side(run), _side(null)
+    for key in real_side:
+        if real_side[key] != null_side[key]:
+            raise UserError(
+                f"a null diff has the same {key}, but {run} has {real_side[key]} and {null} has {null_side[key]}; "
+                "harvest the null run with the base model and layer of the other"
+            )
+    rows = []
+    for name in names:
+        real, other = (rates(folder / name / "latents.parquet") for folder in (run, null))
+        sizes = {"n_real": int(real["n_live"]), "n_null": int(other["n_live"])}
+        rows += [{"crosscoder": name, "rate": key, "real": real[key], "null": other[key]} | sizes for key in RATES]
+    return pl.DataFrame(rows)

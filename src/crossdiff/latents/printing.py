@@ -1,0 +1,42 @@
+"""What `crossdiff null` and `crossdiff seeds` print."""
+
+from __future__ import annotations
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from crossdiff.latents.seeds import SeedReport
+
+
+def print_null(rates: pl.DataFrame, console: Console | None = None) -> None:
+    """Print the rates of `latents.null.compare`."""
+    console = console or Console()
+    for name, part in rates.group_by("crosscoder", maintain_order=True):
+        sizes = part.row(0, named=True)
+        title = f"{name[0]}: shares of {sizes['n_real']:,} live latents, and of {sizes['n_null']:,} in the null diff"
+        table = Table("", title=title, title_justify="left")
+        for heading in ("this run", "null", "null / this"):
+            table.add_column(heading, justify="right")
+        for row in part.iter_rows(named=True):
+            ratio = f"{row['null'] / row['real']:.2f}" if row["real"] else ""
+            table.add_row(row["rate"].replace("_", " "), f"{row['real']:.2%}", f"{row['null']:.2%}", ratio)
+        console.print(table)
+
+
+def print_seeds(report: SeedReport, console: Console | None = None) -> None:
+    """Print the counts of each training with their spread, and the shares that are found again."""
+    console = console or Console()
+    table = Table(title="Latents by training", title_justify="left")
+    for index, name in enumerate(report.counts.columns):
+        table.add_column(name, justify="right" if index else "left")
+    for row in report.counts.iter_rows():
+        table.add_row(row[0].replace("_", " "), *(f"{n:,}" for n in row[1:-2]), f"{row[-2]:.1f}", f"{row[-1]:.1f}")
+    console.print(table)
+    table = Table(title="Chat-specific latents found again", title_justify="left")
+    for heading in ("of", "in", "latents", "as any latent", "as a chat-specific one"):
+        table.add_column(heading, justify="left" if heading in ("of", "in") else "right")
+    for row in report.matches.iter_rows(named=True):
+        shares = ("" if value != value else f"{value:.0%}" for value in (row["matched"], row["matched_specific"]))
+        table.add_row(row["seed"], row["other"], f"{row['n_specific']:,}", *shares)
+    console.print(table)

@@ -1,0 +1,93 @@
+"""The same crosscoder trained from several seeds: how far do the counts spread, and are the specific latents found again?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from crossdiff.config import UserError
+from crossdiff.crosscoder.checkpoint import load
+from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.latents.verdict import counts
+from crossdiff.shapes import Float, Tensor
+
+CHAT = 1
+BLOCK = 512
+"""Latents whose cosines with all of another seed's are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One training: its name, latent table and crosscoder."""
+
+    name: str
+    table: pl.DataFrame
+    crosscoder: Crosscoder
+
+
+@dataclass(frozen=True)
+class SeedReport:
+    """What differs between the trainings.
+
+    Attributes:
+        counts: columns `count` (a class, set or verdict), one per training, `mean` and `sd` (over trainings, n - 1).
+        matches: columns `seed`, `other`, `n_specific`, and the shares of the specific latents of `seed` whose chat direction
+            has a cosine above the limit with that of a live latent of `other` (`matched`), or of a specific one
+            (`matched_specific`); NaN without specific latents.
+    """
+
+    counts: pl.DataFrame
+    matches: pl.DataFrame
+
+
+def read_seeds(run: Path, names: list[str]) -> list[Seed]:
+    """Read analysed crosscoders of a run directory.
+
+    Raises:
+        UserError: fewer than two, one that is not analysed, or different widths.
+    """
+    if len(set(names)) < 2:
+        raise UserError(f"seeds are compared with each other: name at least two crosscoders of {run}, found {names}")
+    for name in names:
+        if not (run / name / "latents.parquet").exists():
+            raise UserError(f"{run / name} has no latents.parquet; run `crossdiff analyze {run} --only {name}` first")
+    seeds = [Seed(name, pl.read_parquet(run / name / "latents.parquet"), load(run / name)) for name in names]
+    widths = {seed.name: seed.crosscoder.d_model for seed in seeds}
+    if len(set(widths.values())) > 1:
+        raise UserError(f"crosscoders of different widths cannot be compared: {widths}")
+    return seeds
+
+
+def largest_cosines(rows: Float[Tensor, "row d_model"], others: Float[Tensor, "other d_model"]) -> Float[Tensor, " row"]:
+    """The largest cosine of each row with any of the others, -1 without others; never more than a block of the matrix."""
+    if not len(others):
+        return torch.full((len(rows),), -1.0)
+    rows, others = (torch.nn.functional.normalize(part, dim=1) for part in (rows, others))
+    parts = [(rows[first : first + BLOCK] @ others.T).amax(1) for first in range(0, len(rows), BLOCK)]
+    return torch.cat(parts) if parts else rows.new_zeros(0)
+
+
+def _members(seed: Seed, flags: pl.Series) -> Float[Tensor, "member d_model"]:
+    return seed.crosscoder.directions()[CHAT][torch.from_numpy(seed.table["latent"].to_numpy()[flags.to_numpy()])]
+
+
+def compare_seeds(seeds: list[Seed], smallest_cosine: float = 0.9) -> SeedReport:
+    """Spread of the counts, and the share of chat-specific latents that each other training has as well."""
+    found = {seed.name: counts(seed.table) for seed in seeds}
+    keys = list(found[seeds[0].name])
+    values = np.array([[found[seed.name][key] for seed in seeds] for key in keys], dtype=np.float64)
+    table = pl.DataFrame({"count": keys, **{seed.name: [found[seed.name][key] for key in keys] for seed in seeds}})
+    table = table.with_columns(mean=pl.Series(values.mean(1)), sd=pl.Series(values.std(1, ddof=1)))
+    rows = []
+    for seed, other in permutations(seeds, 2):
+        specific = _members(seed, seed.table["chat_specific"])
+        live = largest_cosines(specific, _members(other, other.table["verdict"] != "dead")) > smallest_cosine
+        same = largest_cosines(specific, _members(other, other.table["chat_specific"])) > smallest_cosine
+        share = {"matched": float(live.double().mean()), "matched_specific": float(same.double().mean())}
+        rows.append({"seed": seed.name, "other": other.name, "n_specific": len(specific)} | share)
+    return SeedReport(table, pl.DataFrame(rows))

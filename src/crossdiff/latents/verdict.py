@@ -1,0 +1,167 @@
+"""One verdict per latent, with its reason in words (METHOD: latent scaling; Minder, Dumas et al. 2025).
+
+A verdict answers one question: which model has the concept. It rests on the ends of the 95% intervals, never on point values,
+and a latent whose intervals do not decide is `undecided`. Latents whose decoder norm leans to the base model are judged along
+their base direction (`nu_*_mirrored`), all others along their chat direction.
+
+Where a latent fires is another question, so `template_only` is a set beside the verdicts and no verdict: it is the part of the
+chat-specific latents that fire on template tokens almost only, and such a latent is no less specific to the chat model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from crossdiff.config import AnalyzeConfig
+from crossdiff.latents.decoder import CHAT_ONLY
+
+VERDICTS = {
+    "chat_specific": "the base model has its chat direction neither in its error nor in its reconstruction, and its base "
+    "decoder norm is small",
+    "complete_shrinkage": "looks chat-only by its norms, but the base model's error holds its chat direction: the base model "
+    "has the concept, and the sparsity penalty drove the base direction to 0",
+    "latent_decoupling": "looks chat-only by its norms, but the base model's reconstruction holds its chat direction: there "
+    "other latents carry the concept (its twins, where one alone does)",
+    "rotated": "both models have it with comparable norms, in different directions",
+    "shared": "the base model has its chat direction as well",
+    "base_specific": "chat_specific mirrored, along the base direction",
+    "dead": "never active on the analysed tokens",
+    "undecided": "too few activations, or an interval that reaches over its limit",
+}
+SETS = {
+    "chat_specific": "verdict chat_specific",
+    "chat_specific_paper": "the published rule: point values under both limits and delta_norm at least 0.9",
+    "template_only": "chat_specific, and almost all of its active tokens are template tokens",
+}
+
+
+class Verdict(NamedTuple):
+    """A key of `VERDICTS`, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Nu:
+    """A ratio with the ends of its interval and its limit."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    limit: float
+
+    @property
+    def below(self) -> bool:
+        return self.high < self.limit
+
+    @property
+    def above(self) -> bool:
+        return self.low > self.limit
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def _nus(row: Mapping[str, Any], suffix: str, config: AnalyzeConfig) -> tuple[Nu, Nu]:
+    limits = {"nu_error": config.nu_error, "nu_reconstruction": config.nu_reconstruction}
+    error, reconstruction = (
+        Nu(f"{name}{suffix}", *(row[f"{name}{suffix}{end}"] for end in ("", "_low", "_high")), limit)
+        for name, limit in limits.items()
+    )
+    return error, reconstruction
+
+
+def judge(row: Mapping[str, Any], twins: tuple[int, ...], config: AnalyzeConfig) -> Verdict:
+    """The verdict on one row of the latent table; `twins` are the latents that may carry it in the base model."""
+    if row["n_active"] == 0:
+        return Verdict("dead", "never active")
+    if math.isnan(row["delta_norm"]):
+        return Verdict("undecided", "both of its decoder directions vanish")
+    suffix = "_mirrored" if row["delta_norm"] <= 1 - config.delta_norm else ""
+    error, reconstruction = _nus(row, suffix, config)
+    if math.isnan(error.value) or math.isnan(reconstruction.value):
+        return Verdict("undecided", row[f"undefined_reason{suffix}"])
+    if error.below and reconstruction.below:
+        return _absent(row, error, reconstruction, config)
+    if error.above or reconstruction.above:
+        return _present(row, error, reconstruction, twins)
+    open_ones = [nu for nu in (error, reconstruction) if not nu.below]
+    return Verdict("undecided", " and ".join(f"{nu} reaches over {nu.limit:g}" for nu in open_ones))
+
+
+def _absent(row: Mapping[str, Any], error: Nu, reconstruction: Nu, config: AnalyzeConfig) -> Verdict:
+    """The direction is in one model alone: by the norms it is specific, or both models have their own direction."""
+    delta, cosine = row["delta_norm"], row["decoder_cosine"]
+    found = f"{error} and {reconstruction} under {error.limit:g} and {reconstruction.limit:g}"
+    if delta >= config.delta_norm:
+        where = ""
+        if row["share_template"] >= config.template_share:
+            where = f"; {row['share_template']:.0%} of its active tokens are template tokens"
+        return Verdict("chat_specific", f"{found}, delta_norm {delta:.2f}{where}")
+    if delta <= 1 - config.delta_norm:
+        return Verdict("base_specific", f"{found}, delta_norm {delta:.2f}")
+    if cosine < config.rotated_cosine:
+        return Verdict("rotated", f"{found}, but delta_norm {delta:.2f} and decoder cosine {cosine:.2f}")
+    return Verdict("undecided", f"{found}, but delta_norm {delta:.2f} and decoder cosine {cosine:.2f} say that both have it")
+
+
+def _present(row: Mapping[str, Any], error: Nu, reconstruction: Nu, twins: tuple[int, ...]) -> Verdict:
+    """Both models have the direction; a latent whose base norm has all but vanished hides it.
+
+    At delta_norm >= 0.9 the base direction is at most 0.2 of the chat one, so what nu has beyond that is in the error or comes
+    from other latents. More than half of it in the reconstruction (the limit of nu_reconstruction) makes decoupling the
+    main fact, also where an L1 penalty leaves some of it in the error.
+    """
+    found = " and ".join(f"{nu} over {nu.limit:g}" for nu in (error, reconstruction) if nu.above)
+    if row["delta_norm"] < CHAT_ONLY[0]:
+        return Verdict("shared", found)
+    looks = f"delta_norm {row['delta_norm']:.2f} looks chat-only, but "
+    if reconstruction.above:
+        names = ", ".join(str(twin) for twin in twins)
+        carried = f"carried by twins {names}" if twins else "no twin carries it alone"
+        return Verdict("latent_decoupling", f"{looks}{found}: {carried}")
+    return Verdict("complete_shrinkage", f"{looks}{found}: it is in the base model's error")
+
+
+def with_verdicts(table: pl.DataFrame, twins: pl.DataFrame, config: AnalyzeConfig) -> pl.DataFrame:
+    """Add `verdict`, `verdict_reason` and the sets of `SETS` to a latent table.
+
+    Args:
+        twins: rows `(latent, twin)`, the best twin first; see `crossdiff.latents.twins`.
+    """
+    carriers: dict[int, tuple[int, ...]] = {
+        latent: tuple(members) for latent, members in twins.group_by("latent").agg("twin").iter_rows()
+    }
+    columns = [name for name in table.columns if not name.startswith(("beta_", "frequency_"))]
+
+    def verdicts() -> Iterator[Verdict]:
+        for row in table.select(columns).iter_rows(named=True):
+            yield judge(row, carriers.get(row["latent"], ()), config)
+
+    judged = pl.DataFrame(list(verdicts()), schema={"verdict": pl.String, "verdict_reason": pl.String}, orient="row")
+    table = table.hstack(judged)
+    specific = pl.col("verdict") == "chat_specific"
+    under = (pl.col("nu_error") < config.nu_error) & (pl.col("nu_reconstruction") < config.nu_reconstruction)
+    return table.with_columns(
+        chat_specific=specific,
+        chat_specific_paper=under & pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") >= CHAT_ONLY[0]),
+        template_only=specific & (pl.col("share_template") >= config.template_share),
+    )
+
+
+def counts(table: pl.DataFrame) -> dict[str, int]:
+    """Latents of each delta_norm class, set and verdict; the verdict `shared` is `verdict_shared` beside the class `shared`."""
+    classes = ("chat_only", "base_only", "shared", "other")
+    found = {name: table.filter(pl.col("delta_norm_class") == name).height for name in classes}
+    found |= {name: table.filter(pl.col(name)).height for name in SETS}
+    for name in VERDICTS:
+        if name not in SETS:
+            found["verdict_shared" if name == "shared" else name] = table.filter(pl.col("verdict") == name).height
+    return found

@@ -1,0 +1,1 @@
+"""Ground truth: activations made from known concepts, and what the analysis makes of them."""

@@ -1,0 +1,166 @@
+"""Activations made from concepts whose place is known (METHOD: ground truth, planted dictionaries).
+
+    h[i, s] = mean[s] + sum_c amplitude[s, i, c] * direction[s, c] + noise
+
+There are more concepts than dimensions, so that their directions interfere. Every concept belongs to a topic and fires more
+often in the documents of its topic, so that concepts fire together and documents differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from crossdiff.activations.store import COLUMNS, Store
+from crossdiff.activations.writer import Origin, ShardWriter, Statistics, finish_store
+from crossdiff.config import HarvestConfig
+from crossdiff.shapes import Float, Int64, Tensor
+from crossdiff.truth.settings import PlantedConfig
+
+KINDS = ("shared", "chat_only", "base_only", "weaker", "rotated", "decoupled")
+BASE, CHAT = 0, 1
+BLOCK = 250
+"""Documents that are drawn at a time."""
+MEAN_NORM = 1.0
+"""Norm of each model's constant part, which the normalisation takes off."""
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """The planted dictionary.
+
+    Attributes:
+        kind: index into `KINDS`; topic: of each concept.
+        directions: of norm 1; strength: factor on the amplitude in each source (0 where it is absent).
+        rate: probability to fire on a token outside the concept's topic.
+        mean: constant part of each source, `[source, d_model]`.
+    """
+
+    kind: Int64[Tensor, " concept"]
+    topic: Int64[Tensor, " concept"]
+    directions: Float[Tensor, "source concept d_model"]
+    strength: Float[Tensor, "source concept"]
+    rate: Float[Tensor, " concept"]
+    mean: Float[Tensor, "source d_model"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some whole documents.
+
+    Attributes:
+        h: activations; amplitude: of each concept in each source, 0 where it does not fire.
+    """
+
+    h: Float[Tensor, "token source d_model"]
+    amplitude: Float[Tensor, "source token concept"]
+    document: Int64[Tensor, " token"]
+
+
+def _unit(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def plant(config: PlantedConfig) -> Concepts:
+    """Draw the dictionary."""
+    generator = torch.Generator().manual_seed(config.seed)
+    sizes = torch.tensor([getattr(config, kind) for kind in KINDS])
+    kind = torch.repeat_interleave(torch.arange(len(KINDS)), sizes)
+    n, d = config.n_concepts, config.d_model
+    chat = _unit(generator, n, d)
+    base = chat.clone()
+    # A rotated concept's base direction: c times the chat one and the rest at a right angle to it.
+    other = torch.randn(n, d, generator=generator)
+    other = torch.nn.functional.normalize(other - (other * chat).sum(1, keepdim=True) * chat, dim=1)
+    cosine = config.rotated_cosine * torch.rand(n, 1, generator=generator)
+    turned = kind == KINDS.index("rotated")
+    base[turned] = (cosine * chat + (1 - cosine.square()).sqrt() * other)[turned]
+    strength = torch.exp(config.concept_spread * torch.randn(n, generator=generator)).repeat(2, 1)
+    strength[BASE, kind == KINDS.index("chat_only")] = 0.0
+    strength[CHAT, kind == KINDS.index("base_only")] = 0.0
+    ratio = config.weaker_low + (config.weaker_high - config.weaker_low) * torch.rand(n, generator=generator)
+    weaker = kind == KINDS.index("weaker")
+    strength[BASE, weaker] *= ratio[weaker]
+    rate = torch.exp(config.rate_spread * torch.randn(n, generator=generator))
+    share = config.topics_per_document / config.topics
+    boosted = rate * (1 + share * (config.topic_boost - 1))  # mean over documents
+    in_chat = strength[CHAT] > 0
+    rate = rate * config.active / boosted[in_chat].sum()
+    return Concepts(
+        kind=kind,
+        topic=torch.randint(config.topics, (n,), generator=generator),
+        directions=torch.stack([base, chat]),
+        strength=strength,
+        rate=rate,
+        mean=MEAN_NORM * _unit(generator, 2, d),
+    )
+
+
+def _fires(concepts: Concepts, probability: Tensor, config: PlantedConfig, generator: torch.Generator) -> Tensor:
+    """Which concepts fire where, `[source, token, concept]`: the same tokens in both models but for the decoupled ones.
+
+    A decoupled concept fires on `decoupled_overlap` of all its tokens in both models, on half of the others in each alone.
+    """
+    decoupled = concepts.kind == KINDS.index("decoupled")
+    alone = (1 - config.decoupled_overlap) / 2
+    # Tokens of either model: so many more that each model has its rate.
+    probability = torch.where(decoupled, probability / (1 - alone), probability).clamp(max=1.0)
+    either = torch.rand(probability.shape, generator=generator) < probability
+    part = torch.rand(probability.shape, generator=generator)
+    base = either & ~(decoupled & (part < alone))
+    chat = either & ~(decoupled & (part > 1 - alone))
+    return torch.stack([base, chat])
+
+
+def draw(concepts: Concepts, config: PlantedConfig, stream: int = 0) -> Iterator[Tokens]:
+    """All documents, a block at a time; another `stream` gives other documents from the same concepts."""
+    decoupled = concepts.kind == KINDS.index("decoupled")
+    for first in range(0, config.documents, BLOCK):
+        seed = int(np.random.SeedSequence([config.seed, stream, first]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        n_documents = min(BLOCK, config.documents - first)
+        topics = torch.rand(n_documents, config.topics, generator=generator).argsort(1)[:, : config.topics_per_document]
+        on_topic = (topics.unsqueeze(2) == concepts.topic).any(1)
+        probability = torch.where(on_topic, config.topic_boost, 1.0) * concepts.rate
+        probability = probability.repeat_interleave(config.document_tokens, dim=0).clamp(max=1.0)
+        fires = _fires(concepts, probability, config, generator)
+        amplitude = torch.exp(config.amplitude_spread * torch.randn(probability.shape, generator=generator))
+        again = torch.exp(config.amplitude_spread * torch.randn(probability.shape, generator=generator))
+        both = torch.stack([torch.where(decoupled, again, amplitude), amplitude])
+        both *= fires * concepts.strength.unsqueeze(1)
+        h = torch.einsum("stc,scd->tsd", both, concepts.directions) + concepts.mean
+        h += config.noise * torch.randn(h.shape, generator=generator)
+        document = torch.arange(first, first + n_documents).repeat_interleave(config.document_tokens)
+        yield Tokens(h, both, document)
+
+
+def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream: int = 0) -> Store:
+    """Write the documents as an activation store; the last `heldout_share` of them are held out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    length, n_heldout = config.document_tokens, max(1, round(config.heldout_share * config.documents))
+    n_train = config.documents - n_heldout
+    settings = HarvestConfig(max_length=length, dtype="float32", leave_out=0)
+    writer, statistics = ShardWriter(folder, torch.float32, settings.shard_tokens), Statistics(2, config.d_model)
+    shards = []
+    for tokens in draw(concepts, config, stream):
+        n = len(tokens.document)
+        columns = {name: torch.zeros(n, dtype=dtype) for name, dtype in COLUMNS.items()}
+        columns |= {"document": tokens.document.int(), "sequence": tokens.document.int()}
+        columns["position"] = (torch.arange(n) % length).int()
+        columns["template_index"] -= 1
+        columns["turn"] -= 1
+        statistics.add(tokens.h[tokens.document < n_train])
+        writer.add({"activations": tokens.h, **columns})
+        shards.append(writer.flush(len(shards)))
+    facts = {"dataset": "planted", "label": None, "sub_label": None, "prompt": None, "n_messages": 0, "n_tokens": length}
+    documents = [
+        {"document": number, "split": "train" if number < n_train else "heldout", **facts} for number in range(config.documents)
+    ]
+    identity = {"base": {"name": "planted base"}, "chat": {"name": "planted chat"}, "tokenizer": "planted"}
+    origin = Origin(identity | {"planted": config.model_dump()}, 0, 1, ("planted",))
+    finish_store(folder, origin, settings, statistics, documents, shards, config.documents, 0.0)
+    return Store(folder)

@@ -1,0 +1,104 @@
+"""Token groups against a plain loop over tokens, and the roles of template tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crossdiff.activations.store import Store
+from crossdiff.crosscoder.kernels import SparseCode
+from crossdiff.latents.groups import COLUMNS, Cells, GroupActivity, activity_table, cells_of
+from crossdiff.latents.stream import Chunk
+from crossdiff.text.chat import Flag
+from stores import make_store
+
+BOS, TEMPLATE, USER, SAID = (flag.value for flag in Flag)
+# Two sequences: a conversation (turns 0 of the user, 1 of the assistant, 2 cut after its header), then plain text.
+FLAGS = [BOS, TEMPLATE, TEMPLATE, TEMPLATE, USER, USER, TEMPLATE, TEMPLATE, TEMPLATE | SAID, SAID, SAID | TEMPLATE, TEMPLATE]
+TURNS = [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2]
+INDEX = [-1, 0, 0, 1, -1, -1, 2, 0, 1, -1, 2, 0]
+N, LATENTS = 24, 5
+
+
+class Decoder:
+    def decode(self, ids: list[int]) -> str:
+        return f"<{ids[0]}>"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = make_store(tmp_path / "store", torch.randn(N, 2, 4), length=12)
+    (shard,) = store.shards
+    shard["flags"] = torch.tensor(FLAGS + [0] * 12, dtype=torch.uint8)
+    shard["turn"] = torch.tensor(TURNS + [-1] * 12, dtype=torch.int8)
+    shard["template_index"] = torch.tensor(INDEX + [-1] * 12, dtype=torch.int8)
+    shard["dataset"] = torch.tensor([1] * 12 + [0] * 12, dtype=torch.uint8)
+    shard["token_id"] = torch.arange(N, dtype=torch.int32)
+    store.manifest["datasets"] = ["prose", "talk"]
+    return store
+
+
+def name(cells: Cells, row: int) -> tuple[object, ...]:
+    return cells.table.select("dataset", "group", "role", "template_index").row(int(cells.of_row[row]))
+
+
+def test_every_token_has_its_cell(store: Store) -> None:
+    cells = cells_of(store, Decoder())
+    expected = [
+        ("talk", "bos", None, None), ("talk", "template", "before", 0), ("talk", "template", "user", 0),
+        ("talk", "template", "user", 1), ("talk", "user", None, None), ("talk", "user", None, None),
+        ("talk", "template", "user", 2), ("talk", "template", "assistant", 0), ("talk", "template", "assistant", 1),
+        ("talk", "assistant", None, None), ("talk", "template", "assistant", 2), ("talk", "template", "other", 0),
+    ]  # fmt: skip
+    assert [name(cells, row) for row in range(12)] == expected
+    assert {name(cells, row) for row in range(12, N)} == {("prose", "plain", None, None)}
+    tokens = dict(zip(range(len(cells.table)), cells.table["token"], strict=True))
+    assert tokens[int(cells.of_row[3])] == "<3>" and tokens[int(cells.of_row[4])] is None
+
+
+def test_the_most_frequent_token_names_a_cell(store: Store) -> None:
+    (shard,) = store.shards
+    shard["flags"][:] = TEMPLATE
+    shard["turn"][:], shard["template_index"][:], shard["dataset"][:] = 0, 3, 0
+    shard["token_id"][:] = torch.tensor([7, 8, 8, 9] * 6)
+    table = cells_of(store, Decoder()).table
+    assert table.select("group", "role", "template_index", "token").rows() == [("template", "other", 3, "<8>")]
+
+
+def chunk_of(f: torch.Tensor, rows: np.ndarray) -> Chunk:  # type: ignore[type-arg]
+    flat = f.flatten().nonzero().squeeze(1)
+    code = SparseCode.at(flat, f.flatten()[flat], *f.shape)
+    empty = torch.zeros(len(f), 8)
+    return Chunk(0, rows, torch.zeros(len(f), dtype=torch.int64), np.array([0]), empty, code, empty, empty)
+
+
+def test_statistics_against_a_loop(store: Store) -> None:
+    cells, generator = cells_of(store, Decoder()), torch.Generator().manual_seed(0)
+    f = torch.rand(N, LATENTS, generator=generator)
+    f[f < 0.4] = 0
+    f[:, 3] = 0  # dead
+    norms = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
+    n_cells = cells.table.height
+    whole = GroupActivity.empty(n_cells, LATENTS)
+    for rows in (np.arange(1, 10), np.arange(10, N)):  # the BOS is left out
+        part = GroupActivity.empty(n_cells, LATENTS)
+        part.add(chunk_of(f[rows], rows), cells, norms)
+        whole = whole + part
+    table = activity_table(whole, cells)
+    assert table.columns == list(COLUMNS)
+    v, seen = (f * norms).numpy(), set()
+    for row in table.iter_rows(named=True):
+        key = (row["dataset"], row["group"], row["role"], row["template_index"])
+        members = [i for i in range(1, N) if name(cells, i) == key]
+        values = v[members, row["latent"]]
+        active = values[values > 0]
+        assert (row["n_tokens"], row["n_active"]) == (len(members), len(active))
+        assert row["frequency"] == pytest.approx(len(active) / len(members))
+        assert row["share"] == pytest.approx(len(active) / (v[1:, row["latent"]] > 0).sum())
+        assert row["mean_activation"] == pytest.approx(active.mean()) and row["max_activation"] == pytest.approx(active.max())
+        seen.add((row["latent"], *key))
+    active_cells = {(j, *name(cells, i)) for i in range(1, N) for j in range(LATENTS) if v[i, j] > 0}
+    assert seen == active_cells
