@@ -104,7 +104,7 @@ def _whole(tensors: TensorFile, value: Any, key: str) -> int:
     if not isinstance(value, int | float) or isinstance(value, bool) or value != round(value) or value < 1:
         raise UserError(f"{tensors.path}: {key} is {value}, expected a whole number of at least 1")
     if value > tensors.sizes["latent"]:
-        raise UserError(f"{tensors.path}: {key} is {value}, more than its {tensors.sizes['latent']} latents")
+        raise UserError(f"{tensors.path}: {key} is {value:g}, more than its {tensors.sizes['latent']} latents")
     return round(value)
 
 
