@@ -83,7 +83,7 @@ def _published_config(crosscoder: Crosscoder) -> dict[str, Any]:
     """The arguments of the fork's constructors and nothing else: they are called with every key that is in the file."""
     if not isinstance(crosscoder.sparsity, L1Config | BatchTopKConfig):
         return {"architecture": crosscoder.sparsity.kind}
-    config = {
+    config: dict[str, Any] = {
         "activation_dim": crosscoder.d_model,
         "dict_size": crosscoder.n_latents,
         "num_layers": crosscoder.n_sources,
@@ -95,7 +95,7 @@ def _published_config(crosscoder: Crosscoder) -> dict[str, Any]:
 def is_own(path: Path) -> bool:
     """Is this safetensors file written by `save`?"""
     with safe_open(path, framework="pt") as file:
-        return OWN in (file.metadata() or {})
+        return bool(OWN in (file.metadata() or {}))
 
 
 def load(folder: Path) -> Crosscoder:

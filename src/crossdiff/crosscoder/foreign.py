@@ -7,10 +7,8 @@ import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from crossdiff.config import BatchTopKConfig, JumpReLUConfig, L1Config, Sparsity, TopKConfig, UserError
@@ -149,10 +147,10 @@ class TensorFile:
             stored: Any = (
                 load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
             )
-        except (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError, BadZipFile) as error:
-            raise UserError(f"{path} is damaged: {error}; download it again") from None
         except pickle.UnpicklingError:
-            raise UserError(f"{path} is damaged, or holds more than tensors, which is not read for safety") from None
+            raise UserError(f"cannot read {path}: it is damaged, or holds more than tensors, which is unsafe to read") from None
+        except Exception as error:  # a damaged pickle raises whatever it runs into
+            raise UserError(f"cannot read {path}: {error}; if it is damaged, download it again") from None
         if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
             raise UserError(f"{path} holds no tensors by name; expected the state dict of a coder")
         self._left: dict[str, Tensor] = {str(name).replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}

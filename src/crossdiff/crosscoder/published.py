@@ -104,7 +104,7 @@ def _whole(tensors: TensorFile, value: Any, key: str) -> int:
     if not isinstance(value, int | float) or isinstance(value, bool) or value != round(value) or value < 1:
         raise UserError(f"{tensors.path}: {key} is {value}, expected a whole number of at least 1")
     if value > tensors.sizes["latent"]:
-        raise UserError(f"{tensors.path}: {key} is {value}, more than its {tensors.sizes['latent']} latents")
+        raise UserError(f"{tensors.path}: {key} is {value:g}, more than its {tensors.sizes['latent']} latents")
     return round(value)
 
 
@@ -119,20 +119,15 @@ def _read_fork(tensors: TensorFile) -> Foreign:
     decoder_bias = tensors.take("decoder.bias", "source d_model")
     config = _fork_config(tensors)
     measure = _code_normalisation(tensors, config)
-    mean, scale = _fork_normalisation(tensors)
+    mean, scale_in, scale_out = _fork_normalisation(tensors)
     batch_topk = tensors.has("k") or tensors.has("threshold") or "k" in config or "BatchTopK" in str(config.get("dict_class"))
     activation = _batch_topk(tensors, config, _measure(measure, decoder, config)) if batch_topk else Everything()
     tensors.finish()
     architecture = f"{'BatchTopKCrossCoder' if batch_topk else 'CrossCoder'}, code normalisation {measure}"
     layer = config.get("layer")
     origin = _origin(tensors, "dictionary_learning", architecture, layer if isinstance(layer, int) else None)
-    normalised = scale is not None
-    ones = torch.ones(tensors.sizes["source"], dtype=torch.float64)
     return Foreign(
-        tensors.path, encoder, encoder_bias, decoder, decoder_bias, mean,
-        scale_in=scale if normalised else ones,
-        scale_out=1 / (scale + FORK_EPSILON) if normalised else ones,
-        activation=activation, origin=origin,
+        tensors.path, encoder, encoder_bias, decoder, decoder_bias, mean, scale_in, scale_out, activation, origin
     )  # fmt: skip
 
 
@@ -202,12 +197,14 @@ def _batch_topk(tensors: TensorFile, config: dict[str, Any], weight: Tensor | No
     return Largest(_whole(tensors, k, "k"), threshold if threshold >= 0 else None, weight)
 
 
-def _fork_normalisation(tensors: TensorFile) -> tuple[Float64[Tensor, "source d_model"], Float64[Tensor, " source"] | None]:
-    """Mean and scale of each source; no scale where nothing is normalised. The scale holds target_rms and the deviations."""
-    zeros = torch.zeros(tensors.sizes["source"], tensors.sizes["d_model"], dtype=torch.float64)
+def _fork_normalisation(tensors: TensorFile) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `[source, d_model]` and the scales `[source]` in and out; target_rms and the deviations are in the scale."""
+    n_sources, d_model = tensors.sizes["source"], tensors.sizes["d_model"]
+    ones = torch.ones(n_sources, dtype=torch.float64)
+    nothing = torch.zeros(n_sources, d_model, dtype=torch.float64), ones, ones
     present = [key for key in NORMALISATION_KEYS if tensors.has(key)]
     if not present:
-        return zeros, None
+        return nothing
     if len(present) < len(NORMALISATION_KEYS):
         missing = ", ".join(key for key in NORMALISATION_KEYS if key not in present)
         raise UserError(f"{tensors.path} has {', '.join(present)} but no {missing}; the four belong together")
@@ -216,14 +213,14 @@ def _fork_normalisation(tensors: TensorFile) -> tuple[Float64[Tensor, "source d_
     deviation = tensors.take("activation_std", "source d_model", finite=False)
     scale = tensors.take("activation_global_scale", "source", finite=False)
     if mean.isnan().all() or deviation.isnan().all():
-        return zeros, None
+        return nothing
     usable = mean.isfinite().all() and deviation.isfinite().all() and scale.isfinite().all() and (scale > 0).all()
     if not usable:
         raise UserError(
             f"{tensors.path}: activation_mean and activation_std must be NaN throughout or finite, and activation_global_scale "
             f"positive; found {int(mean.isnan().sum())} and {int(deviation.isnan().sum())} NaN, scale {scale.tolist()}"
         )
-    return mean, scale
+    return mean, scale, 1 / (scale + FORK_EPSILON)
 
 
 def _read_kissane(tensors: TensorFile) -> Foreign:
