@@ -36,13 +36,11 @@ def crosscoder(store: Store) -> Crosscoder:
 
 
 def test_the_pass_measures_the_held_out_tokens_as_a_pass_over_them_does(tmp_path: Path) -> None:
-    activations = planted_activations(3000)[0]
-    activations[2905] *= 50  # massive
-    store = make_store(tmp_path, activations)
+    store = make_store(tmp_path, planted_activations(3000)[0])  # with tokens on which much more than the median fires
     coder = crosscoder(store)
     found = measure(coder, store, CONFIG, coder.directions()).heldout
     expected = heldout_sums(coder, store, "heldout", 1000)
-    assert int(found.n[1].sum()) == 1 and torch.equal(found.n, expected.n) and torch.equal(found.counts, expected.counts)
+    assert int(found.n[1].sum()) > 1 and torch.equal(found.n, expected.n) and torch.equal(found.counts, expected.counts)
     for key in ("squared_error", "square", "total"):
         torch.testing.assert_close(getattr(found, key), getattr(expected, key), rtol=1e-5, atol=1e-4)
 
