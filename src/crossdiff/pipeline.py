@@ -32,7 +32,7 @@ ANALYSIS = (
     "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
     "behaviours.parquet",
 )  # fmt: skip
-CODE_FORMAT = 4
+CODE_FORMAT = 5
 """Raised when a stage's results change although its settings do not."""
 
 

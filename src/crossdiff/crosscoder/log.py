@@ -101,7 +101,7 @@ class Log:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
-            tracker.write(trainer.step, {key: value for key, value in record.items() if key != "step"})
+            tracker.write(trainer.step, {key: float(value) for key, value in record.items() if key != "step"})
         self.first_loss = record["loss"] if self.first_loss is None else self.first_loss
         if record["loss"] > DIVERGED * self.first_loss:
             raise UserError(
