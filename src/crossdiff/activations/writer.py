@@ -1,0 +1,95 @@
+"""What makes a folder of shards a store: statistics over the training tokens, the table of documents, and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from crossdiff.activations.shards import ShardEntry
+from crossdiff.activations.statistics import Moments
+from crossdiff.activations.store import FORMAT, sha256
+from crossdiff.config import HarvestConfig
+from crossdiff.models.pair import SOURCES
+from crossdiff.run import write_json
+
+DOCUMENT_COLUMNS = {
+    "document": pl.Int32, "dataset": pl.String, "split": pl.String, "label": pl.String, "sub_label": pl.String,
+    "prompt": pl.String, "n_messages": pl.Int32, "n_tokens": pl.Int32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a store's activations come from: the pair's identity, the layer, the names of the datasets, and more facts.
+
+    texts: what was read of each dataset. revisions: the commit of each model that came from the Hub.
+    """
+
+    pair: dict[str, Any]
+    layer: int
+    n_layers: int
+    datasets: tuple[str, ...]
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    revisions: dict[str, str | None] = field(default_factory=dict)
+
+
+def finish_store(
+    folder: Path,
+    origin: Origin,
+    config: HarvestConfig,
+    entries: Sequence[ShardEntry],
+    documents: pl.DataFrame,
+) -> None:
+    """Write what makes the shards in `folder` a store; `documents` has the columns of `DOCUMENT_COLUMNS`.
+
+    Raises:
+        UserError: no training tokens, or activations that do not vary.
+    """
+    moments = _moments(folder, entries)
+    normalisation = moments.finish()
+    assert normalisation.scale > 0  # raises where nothing varies, before a store is made of it
+    save_file({"mean": normalisation.mean, "gram": normalisation.gram}, folder / "statistics.safetensors")
+    documents.write_parquet(folder / "documents.parquet")
+    manifest = {
+        "format": FORMAT,
+        "pair": origin.pair,
+        "revisions": origin.revisions,
+        "base_tokens": config.base_tokens,
+        "sources": list(SOURCES),
+        "layer": origin.layer,
+        "n_layers": origin.n_layers,
+        "d_model": normalisation.mean.shape[1],
+        "dtype": config.dtype,
+        "max_length": config.max_length,
+        "leave_out": config.leave_out,
+        "datasets": list(origin.datasets),
+        "texts": origin.texts,
+        "n_documents": documents.height,
+        "n_sequences": entries[-1].sequences,
+        "n_tokens": sum(entry.n_tokens for entry in entries),
+        "n_training_tokens": int(moments.n_tokens),
+        "seconds": round(entries[-1].seconds, 1),
+        "shards": [
+            {"file": entry.file, "n_tokens": entry.n_tokens, "bytes": entry.bytes, "sha256": entry.sha256} for entry in entries
+        ],
+        "files": {name: sha256(folder / name) for name in ("documents.parquet", "statistics.safetensors")},
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+def _moments(folder: Path, entries: Sequence[ShardEntry]) -> Moments:
+    """The sum of what the shards say, so that a resumed harvest adds up to the same bits."""
+    parts = []
+    for entry in entries:
+        with safe_open(folder / entry.file, framework="pt") as file:
+            parts.append(Moments(*(file.get_tensor(name) for name in ("total", "products", "n_training"))))
+    moments = Moments.zero(*parts[0].total.shape)
+    for part in parts:
+        moments += part
+    return moments
