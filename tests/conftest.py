@@ -61,8 +61,8 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(kind: str = "llama", seed: int = 0, n_layers: int = 3, vocabulary: int = 272) -> Any:
-    """A tiny random causal language model of an architecture."""
+def make_model(kind: str = "llama", seed: int = 0, n_layers: int = 3, vocabulary: int = 272, **more: Any) -> Any:
+    """A tiny random causal language model of an architecture; `more` goes into its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes: dict[str, Any] = {
@@ -77,8 +77,10 @@ def make_model(kind: str = "llama", seed: int = 0, n_layers: int = 3, vocabulary
         sizes |= {"intermediate_size": 32, "max_position_embeddings": 128}
     else:
         sizes |= {"intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 128, "head_dim": 8}
+    if kind == "phi3":
+        sizes["pad_token_id"] = 0  # its default lies outside this vocabulary
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | more))).eval()
 
 
 def save_pair(folder: Path, kind: str = "llama") -> tuple[Path, Path]:

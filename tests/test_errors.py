@@ -47,7 +47,7 @@ def test_one_line_and_exit_code_2_without_a_traceback(tmp_path: Path, tiny_setti
         ({"base": "./no-such-model"}, "cannot load './no-such-model'"),
         ({"crosscoders": {"old": {"sparsity": {"kind": "l1"}}}}, "'old' cannot name a crosscoder's folder"),
         ({"crosscoders": {"a": {"sparsity": {"kind": "l2"}}}}, "crosscoders.a.sparsity: .*'l2'"),
-        ({"harvest": {"dtype": "int4"}}, r"harvest.dtype: .*'float32', 'float16' or 'bfloat16'"),
+        ({"harvest": {"dtype": "int4"}}, r"harvest.dtype: .*'float32', 'float16', 'bfloat16' or 'int8'"),
     ],
 )
 def test_wrong_settings(tmp_path: Path, tiny_settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:

@@ -84,6 +84,41 @@ def test_harvesting_again_needs_force_and_says_what_it_costs(tmp_path: Path, tin
     assert json.loads((run / "activations" / "manifest.json").read_text())["layer"] == 0
 
 
+def test_layers_harvested_in_one_pass_are_runs_of_their_own(
+    tmp_path: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import crossdiff.activations.harvest as module
+
+    original, passes = module.harvest, []
+
+    def counted(folders: dict[int, Path], *arguments: Any) -> list[str]:
+        passes.append(sorted(folders))
+        return original(folders, *arguments)
+
+    monkeypatch.setattr(module, "harvest", counted)
+    config, folder = str(write_yaml(tmp_path, tiny_settings)), tmp_path / "sweep"
+    run_command(["harvest", str(folder), "--config", config, "--layers", "0", "2"])
+    run_command(["harvest", str(folder), "--config", config, "--layers", "2", "1", "0"])
+    assert passes == [[0, 2], [1]]
+    for layer in (0, 1, 2):
+        manifest = json.loads((folder / f"layer-{layer}" / "activations" / "manifest.json").read_text())
+        assert manifest["layer"] == layer
+    run_command(["train", str(folder / "layer-2"), "--only", "l1"])
+    assert json.loads((folder / "layer-2" / "l1" / "config.json").read_text())["origin"]["layer"] == 2
+    with pytest.raises(UserError, match="layer 7 does not exist"):
+        run_command(["harvest", str(folder), "--config", config, "--layers", "7"])
+
+
+def test_a_plan_is_printed_and_nothing_is_made(
+    tmp_path: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command(["plan", str(tmp_path / "run"), "--config", str(write_yaml(tmp_path, tiny_settings))])
+    printed = capsys.readouterr().out
+    for words in ("harvest of layer 1: about", "GB as float32", "tokens/s on cpu", "There is room"):
+        assert words in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     held = Run.open(tmp_path / "run")
     with pytest.raises(UserError, match="another process is working on"):

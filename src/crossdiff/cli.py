@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ def _settings(config: Config, prefix: str = "") -> Iterator[tuple[str, str, Any]
         key = f"{prefix}{name}"
         if isinstance(value, Config):
             yield from _settings(value, f"{key}.")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and value and all(isinstance(inner, Config) for inner in value.values()):
             for entry, inner in value.items():
                 yield from _settings(inner, f"{key}.{entry}.")
         else:
@@ -110,43 +111,72 @@ def _starting_config(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
     return read_yaml(CONFIG), "the embedded pair's run.yaml"
 
 
-def _directory(given: Path | None, config: RunConfig) -> Path:
+def _directory(given: Path | None, config: RunConfig, layers: Sequence[int]) -> Path:
     if given is not None:
         return given
     if config.base.startswith("demo:"):
-        return Path("runs/demo")
+        return Path("runs/demo-layers" if layers else "runs/demo")
     layer = "middle" if config.layer is None else config.layer
-    return Path("runs") / f"{Path(config.chat.rstrip('/')).name}-layer-{layer}"
+    return Path("runs") / f"{Path(config.chat.rstrip('/')).name}-{'layers' if layers else f'layer-{layer}'}"
 
 
-def _stage(command: str, argv: Sequence[str]) -> None:
+def _parse(command: str, argv: Sequence[str], text: str) -> tuple[argparse.Namespace, RunConfig, Path]:
+    """The options of a command that takes settings, the settings, and the run directory."""
     start, origin = _starting_config(argv)
     defaults = validate(RunConfig, start, origin)
-    parser = _Parser(prog=f"crossdiff {command}", description=STAGE_HELP[command], allow_abbrev=False)
+    parser = _Parser(prog=f"crossdiff {command}", description=text, allow_abbrev=False)
     parser.add_argument("directory", nargs="?", type=Path, help="run directory [runs/demo for the embedded pair]")
     parser.add_argument("--config", type=Path, help="YAML file with settings")
-    parser.add_argument("--force", action="store_true", help="harvest again although there is a store")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="work on these crosscoders of the run alone")
+    if command in STAGE_HELP:
+        parser.add_argument("--force", action="store_true", help="harvest again although there is a store")
+        parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="work on these crosscoders of the run alone")
+    parser.set_defaults(layers=[])
+    if command == "harvest":
+        layers = "several layers in one pass, each into a run directory of its own: DIRECTORY/layer-L"
+        parser.add_argument("--layers", nargs="+", type=int, metavar="LAYER", help=layers)
     _add_settings(parser, defaults)
     args = parser.parse_args(argv)
     config = validate(RunConfig, merge(start, _changes(args)), "the command line" if _changes(args) else origin)
-    directory = _directory(args.directory, config)
+    return args, config, _directory(args.directory, config, args.layers)
+
+
+def _stage(command: str, argv: Sequence[str]) -> None:
+    args, config, directory = _parse(command, argv, STAGE_HELP[command])
 
     from rich.console import Console
 
-    from crossdiff.pipeline import Pipeline, explain_disk_error
+    from crossdiff.pipeline import Pipeline, explain_disk_error, harvest_layers
     from crossdiff.run import Run
 
-    run = Run.open(directory)
-    try:
-        Pipeline(run, config, Console(), args.force, tuple(args.only)).go("report" if command == "run" else command)
-    except OSError as error:
-        if (explained := explain_disk_error(error, directory)) is None:
-            raise
-        raise explained from error
-    finally:
-        run.close()
+    settings = {directory / f"layer-{layer}": config.model_copy(update={"layer": layer}) for layer in args.layers}
+    with ExitStack() as stack:
+        pipelines = []
+        for path, values in (settings or {directory: config}).items():
+            run = Run.open(path)
+            stack.callback(run.close)
+            pipelines.append(Pipeline(run, values, Console(), args.force, tuple(args.only)))
+        try:
+            if settings:
+                for pipeline in pipelines:
+                    pipeline.begin()
+                harvest_layers(pipelines)
+            else:
+                pipelines[0].go("report" if command == "run" else command)
+        except OSError as error:
+            if (explained := explain_disk_error(error, directory)) is None:
+                raise
+            raise explained from error
+
+
+def _plan(argv: Sequence[str]) -> None:
+    _, config, directory = _parse("plan", argv, OTHERS["plan"][1])
+
+    from rich.console import Console
+
+    from crossdiff.pipeline import print_plan
+
+    print_plan(config, directory, Console())
 
 
 def _truth(argv: Sequence[str]) -> None:
@@ -262,7 +292,8 @@ def _examples(argv: Sequence[str]) -> None:
     print(f"{n_examples} examples written to {args.target}")
 
 
-OTHERS = {
+OTHERS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "plan": (_plan, "estimate a harvest's tokens, disk, memory and time from a short measurement"),
     "clean": (_clean, "delete replaced results and unfinished work"),
     "truth": (_truth, "plant known concepts and see which measure finds the chat model's own"),
     "null": (_null, "set a run's verdicts beside those of a null run: `crossdiff null RUN --null NULL_RUN`"),

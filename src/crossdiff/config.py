@@ -31,6 +31,7 @@ class DatasetConfig(Config):
     sub_label_column: str | None = None
     heldout_share: float = Field(0.1, ge=0, le=1, description="share of documents kept out of training, by content hash")
     max_documents: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="reading ends with the document that reaches this many tokens")
 
     @property
     def title(self) -> str:
@@ -45,10 +46,17 @@ class HarvestConfig(Config):
     """Which activations are collected and how they are stored."""
 
     max_length: int = Field(256, ge=2, description="tokens per sequence; longer plain text is cut into windows")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float16", description="of the stored activations")
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
+        "float16", description="of the stored activations; int8 has a scale per token and source"
+    )
     batch_tokens: int = Field(8192, ge=1, description="padded tokens per forward pass")
     shard_tokens: int = Field(65536, ge=1, description="tokens per shard of the store")
     leave_out: int = Field(1, ge=0, description="leading positions of a sequence left out of training and statistics")
+    max_damaged: float = Field(0.01, ge=0, le=1, description="share of a dataset's records that may be damaged and left out")
+    base_tokens: dict[str, str] = Field(
+        {},
+        description="tokens that the base model was never trained on, such as template tokens, and what it reads instead",
+    )
 
 
 class Kind(Config):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crossdiff.config import DatasetConfig, RunConfig, UserError
@@ -118,14 +119,19 @@ class Pipeline:
 
     # --- the stages -----------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Keep the settings in the run directory.
+
+        Raises:
+            UserError: they name no texts.
+        """
+        _check_texts(self.config)
+        self.run.write_config(self.config.model_dump(mode="json"))
+
     def go(self, until: str = "report") -> None:
         """Run every stage up to `until` that is not done yet."""
-        if not self.config.dataset:
-            raise UserError(
-                "no texts: name at least one --dataset (a .jsonl, .jsonl.gz, .parquet or .txt file, or a Hub dataset)"
-            )
         stages = NEEDED[until]
-        self.run.write_config(self.config.model_dump(mode="json"))
+        self.begin()
         if "harvest" in stages:
             self.harvest()
         if "train" in stages:
@@ -153,26 +159,7 @@ class Pipeline:
 
     def harvest(self) -> None:
         """Collect the paired activations into `activations/`."""
-        stage = self.harvest_stage()
-        if self._skip(stage):
-            return
-        self._ask_force(stage)
-        from crossdiff.activations.harvest import harvest
-        from crossdiff.models.pair import choose_device, load_pair
-        from crossdiff.text.documents import read_documents
-
-        config = self.config
-        pair = load_pair(config.base, config.chat, choose_device(config.device))
-        layer = pair.check_layer(config.layer)
-        datasets = tuple(_resolve(dataset) for dataset in config.dataset)
-        n_documents = sum(1 for _ in read_documents(datasets))
-        with (
-            self.run.working(stage) as folder,
-            progress_bar(self.console, f"harvest, layer {layer}, documents", n_documents) as advance,
-        ):
-            (folder / "activations").mkdir(exist_ok=True)
-            harvest(folder / "activations", pair, layer, datasets, config.harvest, advance)
-        self._say_done(stage)
+        harvest_layers([self])
 
     def _ask_force(self, stage: Stage) -> None:
         """Harvesting anew throws away the most expensive result, so it is never done unasked."""
@@ -301,6 +288,64 @@ class Pipeline:
                 write_html(report, folder / "report.html")
             self._say_done(stage)
         print_summary(report, self.console)
+
+
+def _check_texts(config: RunConfig) -> None:
+    if not config.dataset:
+        raise UserError("no texts: name at least one --dataset (a .jsonl, .jsonl.gz, .parquet or .txt file, or a Hub dataset)")
+
+
+def print_plan(config: RunConfig, directory: Path, console: Console) -> None:
+    """Say what the harvest of these settings will take.
+
+    Raises:
+        UserError: there is no room for the store, or its size cannot be known beforehand.
+    """
+    from crossdiff.activations.plan import plan
+    from crossdiff.models.pair import choose_device, load_pair
+
+    _check_texts(config)
+    pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
+    layer = pair.check_layer(config.layer)
+    found = plan(pair, layer, tuple(_resolve(dataset) for dataset in config.dataset), config.harvest)
+    console.print(f"harvest of layer {layer}: about {found.n_tokens:,} tokens", highlight=False)
+    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {config.harvest.dtype}", highlight=False)
+    console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB", highlight=False)
+    rate = f"{found.tokens_per_second:,.0f} tokens/s"
+    console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}", highlight=False)
+    free = found.check_disk(directory, config.harvest.dtype)
+    console.print(f"There is room: {free / 1e9:.2f} GB are free", highlight=False)
+
+
+def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
+    """Harvest runs that differ in nothing but the layer, in one pass over the texts; finished ones are left alone."""
+    waiting = [pipeline for pipeline in pipelines if not pipeline._skip(pipeline.harvest_stage())]
+    if not waiting:
+        return
+    for pipeline in waiting:
+        pipeline._ask_force(pipeline.harvest_stage())
+    from crossdiff.activations.harvest import harvest
+    from crossdiff.models.pair import choose_device, load_pair
+    from crossdiff.text.documents import count_records
+
+    config, console = waiting[0].config, waiting[0].console
+    datasets = tuple(_resolve(dataset) for dataset in config.dataset)
+    counts = [count_records(dataset) for dataset in datasets]
+    pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
+    layers = [pair.check_layer(pipeline.config.layer) for pipeline in waiting]
+    folders = {}
+    with ExitStack() as stack:
+        for layer, pipeline in zip(layers, waiting, strict=True):
+            folders[layer] = stack.enter_context(pipeline.run.working(pipeline.harvest_stage())) / "activations"
+            folders[layer].mkdir(exist_ok=True)
+        title = f"harvest, layer{'s' * (len(layers) > 1)} {' '.join(map(str, layers))}, documents"
+        total = None if None in counts else sum(filter(None, counts))
+        advance = stack.enter_context(progress_bar(console, title, total))
+        remarks = harvest(folders, pair, datasets, config.harvest, advance)
+    for remark in remarks:
+        console.print(f"[yellow]{escape(remark)}[/yellow]")
+    for pipeline in waiting:
+        pipeline._say_done(pipeline.harvest_stage())
 
 
 def _training_note(records: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@
 `d_model` width of the residual stream `latent` one unit of a crosscoder    `pair`    one active (token, latent) pair
 """
 
-from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int8, Int64
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Float32", "Float64", "Int", "Int64", "Tensor"]
+__all__ = ["Bool", "Float", "Float32", "Float64", "Int", "Int8", "Int64", "Tensor"]

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +16,12 @@ import pytest
 import torch
 
 import crossdiff.activations.harvest as module
-from crossdiff.activations.harvest import harvest
+from crossdiff.activations.harvest import harvest, paired_residuals, right_padded
 from crossdiff.activations.store import Store, verify
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
-from crossdiff.models.access import residual_after
+from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair, load_pair
+from crossdiff.text.sequences import TokenSequence
 
 SETTINGS = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtype="float32")
 
@@ -39,8 +46,13 @@ def datasets(tiny_texts: tuple[Path, Path]) -> tuple[DatasetConfig, ...]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> Store:
     folder = tmp_path_factory.mktemp("store")
-    harvest(folder, pair, 1, datasets, SETTINGS)
+    assert harvest({1: folder}, pair, datasets, SETTINGS) == []
     return Store(folder)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """The content of every file of a store but the manifest, which holds times."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
 
 
 def test_stored_residuals_are_those_of_each_model_on_the_same_ids(store: Store, pair: Pair) -> None:
@@ -49,8 +61,69 @@ def test_stored_residuals_are_those_of_each_model_on_the_same_ids(store: Store, 
         rows = np.arange(bounds[number], bounds[number + 1])
         alone = torch.from_numpy(ids[rows].astype(np.int64)).unsqueeze(0)
         for source, model in enumerate(pair.models):
-            expected = residual_after(model, alone, torch.ones_like(alone), 1)[0]
-            torch.testing.assert_close(store.gather(rows)[:, source], expected, rtol=0, atol=1e-5)
+            (expected,) = residuals_after(model, alone, [1])
+            torch.testing.assert_close(store.gather(rows)[:, source], expected[0], rtol=0, atol=1e-5)
+
+
+def test_right_padding() -> None:
+    def sequence(*ids: int) -> TokenSequence:
+        none = np.full(len(ids), -1, dtype=np.int8)
+        return TokenSequence(0, np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.uint8), none, none, 0)
+
+    ids, held = right_padded([sequence(7, 8, 9), sequence(5)])
+    assert ids.tolist() == [[7, 8, 9], [5, 0, 0]]
+    assert held is not None
+    assert held.tolist() == [0, 1, 2, 3]
+    ids, held = right_padded([sequence(7, 8), sequence(5, 6)])
+    assert ids.tolist() == [[7, 8], [5, 6]]
+    assert held is None
+
+
+def test_the_base_model_reads_the_stand_ins(tiny_pair: tuple[Path, Path], pair: Pair) -> None:
+    mapped = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"), {"<|user|>": "<|end|>"})
+    user, end = mapped.tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    none = np.full(4, -1, dtype=np.int8)
+    batch = [TokenSequence(0, np.array([1, user, 70, 80], dtype=np.int32), np.zeros(4, dtype=np.uint8), none, none, 0)]
+    ((base, chat),) = paired_residuals(mapped, batch, [1])
+    (expected,) = residuals_after(pair.base, torch.tensor([[1, end, 70, 80]]), [1])
+    assert torch.equal(base, expected[0])
+    (expected,) = residuals_after(pair.chat, torch.tensor([[1, user, 70, 80]]), [1])
+    assert torch.equal(chat, expected[0])
+
+
+def test_layers_of_one_pass_are_the_stores_of_a_pass_each(
+    tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]
+) -> None:
+    folders = {layer: tmp_path / str(layer) for layer in (2, 1)}
+    for folder in folders.values():
+        folder.mkdir()
+    harvest(folders, pair, datasets, SETTINGS)
+    assert shards(folders[1]) == shards(store.folder)
+    other = Store(folders[2])
+    assert other.layer == 2
+    assert np.array_equal(other.column("token_id"), store.column("token_id"))
+    ids = torch.from_numpy(other.column("token_id")[: other.sequences()[1]].astype(np.int64)).unsqueeze(0)
+    (expected,) = residuals_after(pair.chat, ids, [2])
+    torch.testing.assert_close(other.gather(np.arange(ids.shape[1]))[:, 1], expected[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 0.5 / 127)])
+def test_narrow_dtypes_are_close_to_float32(
+    tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], dtype: str, tolerance: float
+) -> None:
+    """Relative to the value for floats, to the largest of the token and source for int8."""
+    harvest({1: tmp_path}, pair, datasets, SETTINGS.model_copy(update={"dtype": dtype}))
+    narrow, rows = Store(tmp_path), np.arange(store.n_tokens)
+    assert verify(tmp_path) == []
+    exact = store.gather(rows)
+    largest = exact.abs().amax(2, keepdim=True) if dtype == "int8" else exact.abs()
+    error = (narrow.gather(rows) - exact).abs()
+    assert bool((error <= tolerance * 1.001 * largest + 1e-7).all())
+    assert float(error.max()) > 0
+    # The statistics are those of the activations, not of what is stored.
+    assert torch.equal(narrow.normalisation.mean, store.normalisation.mean)
+    some = np.array([5, 3000, 1, 3000])
+    assert torch.equal(narrow.gather(some), narrow.gather(rows)[torch.from_numpy(some)])
 
 
 def test_every_document_is_there_once_and_the_counts_agree(store: Store) -> None:
@@ -68,35 +141,152 @@ def test_every_document_is_there_once_and_the_counts_agree(store: Store) -> None
 
 def test_statistics_are_over_counted_training_tokens(store: Store) -> None:
     h = store.gather(store.rows("train")).double()
-    torch.testing.assert_close(store.normalisation.mean, h.mean(0))
-    x = (h - h.mean(0)) * store.normalisation.scale
+    found = store.normalisation
+    assert float((found.mean - h.mean(0)).norm() / h.mean(0).norm()) < 1e-6
+    torch.testing.assert_close(found.gram, torch.einsum("nsd,ntd->st", h, h) / len(h), rtol=1e-6, atol=0)
+    x = (h - h.mean(0)) * found.scale
     assert float(x.square().sum(2).mean()) == pytest.approx(16, rel=1e-6)
+    assert store.manifest["n_training_tokens"] == len(h)
 
 
-def test_a_killed_harvest_goes_on_to_the_same_store(
-    tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]
+def test_padding_is_below_five_percent(store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> None:
+    lengths = np.random.default_rng(0).integers(5, 256, size=4000).tolist()
+    none = np.empty(0, dtype=np.int8)
+    sequences = (TokenSequence(0, np.zeros(length, dtype=np.int32), none.astype(np.uint8), none, none, 0) for length in lengths)
+    batches = list(module.bucketed(sequences, 8192, module.POOL))
+    padded = sum(len(batch) * max(len(sequence.token_ids) for sequence in batch) for batch in batches)
+    assert sum(lengths) / padded > 0.95
+
+
+@pytest.mark.parametrize("layers", [[1], [1, 2]])
+def test_a_stopped_harvest_goes_on_to_the_same_store(
+    tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], layers: list[int]
 ) -> None:
     original, calls = module.paired_residuals, 0
 
-    def counted(*arguments: object) -> torch.Tensor:
+    def counted(*arguments: object) -> object:
         nonlocal calls
         calls += 1
         if calls == 12:
             raise Killed
         return original(*arguments)  # type: ignore[arg-type]
 
+    folders = {layer: tmp_path / str(layer) for layer in layers}
+    for folder in folders.values():
+        folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "paired_residuals", counted)
         with pytest.raises(Killed):
-            harvest(tmp_path, pair, 1, datasets, SETTINGS)
-    assert not (tmp_path / "manifest.json").exists()
-    n_whole = len(list(tmp_path.glob("*.safetensors")))
+            harvest(folders, pair, datasets, SETTINGS)
+    assert not (folders[1] / "manifest.json").exists()
+    n_whole = len(list(folders[1].glob("*.safetensors")))
     assert n_whole >= 2
-    harvest(tmp_path, pair, 1, datasets, SETTINGS)
-    again = Store(tmp_path)
-    assert [s["sha256"] for s in again.manifest["shards"]] == [s["sha256"] for s in store.manifest["shards"]]
-    assert torch.equal(again.normalisation.gram, store.normalisation.gram)
-    assert torch.equal(again.normalisation.mean, store.normalisation.mean)
+    with pytest.raises(UserError, match="holds an unfinished harvest with other settings"):
+        harvest(folders, pair, datasets, SETTINGS.model_copy(update={"leave_out": 2}))
+    if len(layers) == 2:  # as if killed between the two layers' shards
+        log = folders[2] / "progress.jsonl"
+        *whole, _ = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(whole) + '{"file": "shard-00')
+    calls = -100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "paired_residuals", counted)
+        harvest(folders, pair, datasets, SETTINGS)
+    assert shards(folders[1]) == shards(store.folder)
+    assert Store(folders[1]).manifest["shards"] == store.manifest["shards"]
+    computed, n_batches = calls + 100, len(list(module.bucketed(_all(pair, datasets), SETTINGS.batch_tokens, module.POOL)))
+    assert computed < n_batches - 4, "whole shards are not computed again"
+
+
+def _all(pair: Pair, datasets: tuple[DatasetConfig, ...]) -> Iterator[TokenSequence]:
+    return module.Texts(datasets, pair.tokenizer, SETTINGS, lambda: None).sequences()
+
+
+KILL = """
+import os, signal, sys, torch
+from pathlib import Path
+import crossdiff.activations.shards as shards
+from crossdiff.activations.harvest import harvest
+from crossdiff.config import DatasetConfig, HarvestConfig
+from crossdiff.models.pair import load_pair
+
+base, chat, plain, chats, folder = sys.argv[1:]
+write, written = shards._write_all, 0
+
+def dying(descriptor, block):
+    global written
+    written += 1
+    if written == 40:  # a shard is some 16 blocks: this is among the activations of the third
+        write(descriptor, block[: len(block) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(descriptor, block)
+
+shards._write_all, shards.BLOCK = dying, 25_000
+datasets = DatasetConfig(path=plain, heldout_share=0.3), DatasetConfig(path=chats, label_column="kind", heldout_share=0.3)
+settings = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtype="float32")
+harvest({1: Path(folder)}, load_pair(base, chat, torch.device("cpu")), datasets, settings)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_a_shard(
+    tmp_path: Path,
+    store: Store,
+    pair: Pair,
+    datasets: tuple[DatasetConfig, ...],
+    tiny_pair: tuple[Path, Path],
+    tiny_texts: tuple[Path, Path],
+) -> None:
+    result = subprocess.run([sys.executable, "-c", KILL, *map(str, (*tiny_pair, *tiny_texts, tmp_path))], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert list(tmp_path.glob("*.partial")), "it was killed while it wrote"
+    harvest({1: tmp_path}, pair, datasets, SETTINGS)
+    assert shards(tmp_path) == shards(store.folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 400 kB, where the system lets us make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_stops_the_harvest_and_room_lets_it_go_on(
+    small_disk: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]
+) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        harvest({1: small_disk}, pair, datasets, SETTINGS)
+    assert list(small_disk.glob("shard-*.safetensors"))
+    assert not (small_disk / "manifest.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    harvest({1: small_disk}, pair, datasets, SETTINGS)
+    assert shards(small_disk) == shards(store.folder)
+
+
+def test_damaged_records_are_left_out_counted_and_reported(
+    tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path], store: Store
+) -> None:
+    lines = tiny_texts[0].read_bytes().splitlines(keepends=True)
+    damaged = tmp_path / "plain.jsonl"
+    damaged.write_bytes(
+        b"".join([*lines[:3], b'{"text": "cut o\n', *lines[3:40], b'{"text": "\xff"}\n', *lines[40:], b"[1]\n"])
+    )
+    folder = tmp_path / "store"
+    folder.mkdir()
+    remarks = harvest({1: folder}, pair, (DatasetConfig(path=str(damaged), max_documents=99, heldout_share=0.3),), SETTINGS)
+    assert remarks[0] == "plain is shorter than asked for: 63 of max_documents 99"
+    assert remarks[1].startswith("3 damaged records of plain were left out; the first: ")
+    assert "record 4 (line 4): not valid JSON" in remarks[1]
+    found = Store(folder)
+    (record,) = found.manifest["texts"]
+    assert (record["n_documents"], record["damaged"], len(record["reasons"])) == (60, 3, 3)
+    assert "not UTF-8" in record["reasons"][1]
+    assert json.loads((folder / "manifest.json").read_text())["n_documents"] == 60
+    assert found.documents["n_tokens"].to_list() == store.documents["n_tokens"].to_list()[:60]
 
 
 def test_values_that_do_not_fit_are_refused(
@@ -105,18 +295,18 @@ def test_values_that_do_not_fit_are_refused(
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
     pair.chat.get_input_embeddings().weight.mul_(1e9)  # type: ignore[operator, union-attr]
     with pytest.raises(UserError, match=r"do not fit torch\.float16; set harvest.dtype to bfloat16"):
-        harvest(tmp_path, pair, 1, datasets, SETTINGS.model_copy(update={"dtype": "float16"}))
+        harvest({1: tmp_path}, pair, datasets, SETTINGS.model_copy(update={"dtype": "float16"}))
     pair.chat.get_input_embeddings().weight.fill_(torch.nan)  # type: ignore[operator, union-attr]
-    with pytest.raises(UserError, match="NaN or infinite activations in documents"):
-        harvest(tmp_path, pair, 1, datasets, SETTINGS)
+    with pytest.raises(UserError, match=r"NaN or infinite activations \(in documents"):
+        harvest({1: tmp_path}, pair, datasets, SETTINGS)
 
 
 def test_everything_held_out_is_refused(tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="no training tokens: every document is held out"):
-        harvest(tmp_path, pair, 1, (DatasetConfig(path=str(tiny_texts[0]), heldout_share=1.0),), SETTINGS)
+        harvest({1: tmp_path}, pair, (DatasetConfig(path=str(tiny_texts[0]), heldout_share=1.0),), SETTINGS)
 
 
 def test_two_datasets_of_one_name_are_refused(tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
     twice = (DatasetConfig(path=str(tiny_texts[0])), DatasetConfig(path=str(tiny_texts[0])))
     with pytest.raises(UserError, match="two datasets are called 'plain'"):
-        harvest(tmp_path, pair, 1, twice, SETTINGS)
+        harvest({1: tmp_path}, pair, twice, SETTINGS)

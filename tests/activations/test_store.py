@@ -123,13 +123,28 @@ def test_a_store_whose_parts_disagree_is_refused(tmp_path: Path, activations: to
         _ = Store(tmp_path).documents
 
 
-def test_a_manifest_cannot_point_outside(tmp_path: Path, activations: torch.Tensor) -> None:
-    make_store(tmp_path, activations)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["shards"][0]["file"] = "../secret.safetensors"
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="expected a plain file name"):
-        Store(tmp_path)
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", 7, "link.safetensors"])
+def test_a_manifest_cannot_point_outside(tmp_path: Path, activations: torch.Tensor, name: str | int) -> None:
+    folder = tmp_path / "store"
+    make_store(folder, activations)
+    (tmp_path / "secret").write_text("secret")
+    (folder / "link.safetensors").symlink_to(tmp_path / "secret")
+    whole = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(whole | {"shards": [{**whole["shards"][0], "file": name}]}))
+    for read in (verify, Store):
+        with pytest.raises(UserError, match="expected a plain file name in the store"):
+            read(folder)
+    if isinstance(name, str):
+        (folder / "manifest.json").write_text(json.dumps(whole | {"files": {name: "0"}}))
+        with pytest.raises(UserError, match="expected a plain file name in the store"):
+            verify(folder)
+
+
+def test_a_shard_of_another_shape_is_refused(tmp_path: Path, activations: torch.Tensor) -> None:
+    store = make_store(tmp_path, activations, shard=500)
+    store.manifest["d_model"] = 5
+    with pytest.raises(UserError, match=r"shard-00000.* activations of shape \(2, 4\) a token, the manifest says \(2, 5\)"):
+        _ = store.shards
 
 
 def test_a_store_of_other_models_is_refused_with_both_sides(tmp_path: Path, activations: torch.Tensor) -> None:

@@ -9,36 +9,48 @@ import torch
 
 from conftest import make_model, make_tokenizer, save_pair
 from crossdiff.config import UserError
-from crossdiff.models.access import decoder_layers, edited_after, residual_after
-from crossdiff.models.pair import check_tokenizers, choose_device, identify, load_pair
+from crossdiff.models.access import decoder_layers, edited_after, residuals_after
+from crossdiff.models.pair import check_tokenizers, choose_device, identify, load_pair, load_tokenizer, probe
 
-KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "olmo"]
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo", "olmo2"]
+SLIDING = {"mistral", "gemma2", "gemma3_text", "phi3"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_capture_equals_hidden_states_with_padding(kind: str) -> None:
-    model = make_model(kind)
-    ids = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(0))
+def test_captures_without_a_mask_equal_masked_hidden_states(kind: str) -> None:
+    # A window of 4 is shorter than the sequences, so that layers with and without one differ.
+    model = make_model(kind, **({"sliding_window": 4} if kind in SLIDING else {}))
+    ids = torch.randint(5, 261, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
+    mask[2, 1:] = 0
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    for layer in (0, 1):  # the last entry of hidden_states is after the final norm
-        got = residual_after(model, ids, mask, layer)
-        kept = mask.bool()
+    kept = mask.bool()
+    captured = residuals_after(model, ids, [2, 0, 1])  # in one pass, in the order asked for
+    for layer, got in zip((0, 1), captured[1:], strict=True):
         torch.testing.assert_close(got[kept], expected[layer + 1][kept], rtol=0, atol=1e-5)
+    # The last entry of hidden_states is after the final norm.
+    trunk = model.base_model
+    norm = next(getattr(trunk, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(trunk, name))
+    torch.testing.assert_close(norm(captured[0])[kept], expected[3][kept], rtol=0, atol=1e-5)
     with torch.no_grad():
         again = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     assert torch.equal(again[-1], expected[-1]), "the capture leaves the model as it was"
 
 
-def test_the_forward_stops_after_the_layer() -> None:
+def test_the_forward_stops_after_the_last_layer() -> None:
     model, calls = make_model(), []
     for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
-    ids = torch.arange(5, 12).unsqueeze(0)
-    residual_after(model, ids, torch.ones_like(ids), 1)
-    assert calls[-1] == 1
+    residuals_after(model, torch.arange(5, 12).unsqueeze(0), [0, 1])
+    assert calls == [0, 1]
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    probe(make_model("gemma3_text"), "causal")
+    with pytest.raises(UserError, match="both-ways: a token's residual stream depends on later tokens"):
+        probe(make_model("gemma3_text", use_bidirectional_attention=True), "both-ways")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,11 +74,72 @@ def test_a_pair_is_loaded_and_its_layer_checked(tiny_pair: tuple[Path, Path]) ->
         pair.check_layer(3)
 
 
+def test_tokens_that_the_base_model_lacks_need_stand_ins() -> None:
+    left, right = make_tokenizer(), make_tokenizer()
+    right.add_tokens(["<|new|>"])
+    with pytest.raises(UserError, match=r"1 tokens of b are unknown to a, such as '<\|new\|>'; say with harvest\.base_tokens"):
+        check_tokenizers(left, right, "a", "b", {})
+    new, end = right.convert_tokens_to_ids("<|new|>"), left.convert_tokens_to_ids("<|end|>")
+    assert check_tokenizers(left, right, "a", "b", {"<|new|>": "<|end|>"}) == {new: end}
+    assert check_tokenizers(left, left, "a", "b", {"<|user|>": "<|end|>"}) == {left.convert_tokens_to_ids("<|user|>"): end}
+    for tokens, name in (({"<|odd|>": "a"}, "b"), ({"<|new|>": "<|odd|>"}, "a")):
+        with pytest.raises(UserError, match=rf"names '<\|odd\|>', but the tokenizer of {name} has no such token"):
+            check_tokenizers(left, right, "a", "b", {"<|new|>": "<|end|>"} | tokens)
+
+
 def test_different_tokenizers_are_refused_with_an_example() -> None:
     left, right = make_tokenizer(), make_tokenizer()
-    right.add_tokens(["extra"])
-    with pytest.raises(UserError, match=r"1 tokens exist in one only, such as 'extra'"):
-        check_tokenizers(left, right, "a", "b")
+    left.add_tokens(["extra"])
+    with pytest.raises(UserError, match=r"1 tokens exist in the former only, such as 'extra'"):
+        check_tokenizers(left, right, "a", "b", {})
+    right.add_tokens(["other", "extra"])
+    with pytest.raises(UserError, match=r"1 tokens have different ids, such as 'extra': 261 and 262"):
+        check_tokenizers(left, right, "a", "b", {})
+
+
+def test_a_base_model_without_the_chat_tokens(tmp_path: Path) -> None:
+    """The chat model's embeddings were resized for a token of its own; the base model reads another one in its place."""
+    base, chat = save_pair(tmp_path)
+    tokenizer, model = make_tokenizer(), make_model(vocabulary=280)
+    tokenizer.add_tokens([f"<|new-{index}|>" for index in range(12)])  # ids 261 to 272; the base model has 272 embeddings
+    tokenizer.save_pretrained(chat)
+    model.save_pretrained(chat)
+    stand_ins = {f"<|new-{index}|>": "<|end|>" for index in range(12)}
+    pair = load_pair(str(base), str(chat), torch.device("cpu"), stand_ins)
+    ids = torch.tensor([[5, 272, 7, 261]])
+    assert pair.base_ids(ids).tolist() == [[5, 2, 7, 2]]
+    assert ids.tolist() == [[5, 272, 7, 261]]
+    make_model(vocabulary=272).save_pretrained(chat)
+    with pytest.raises(UserError, match="has 272 embeddings, but its tokenizer's ids go up to 272"):
+        load_pair(str(base), str(chat), torch.device("cpu"), stand_ins)
+
+
+def test_models_of_different_width_are_refused(tmp_path: Path) -> None:
+    base, chat = save_pair(tmp_path)
+    make_model(hidden_size=24).save_pretrained(chat)
+    with pytest.raises(UserError, match=r"has 16 residual dimensions, .* has 24; a pair needs the same number"):
+        load_pair(str(base), str(chat), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "empty"])
+def test_an_unreadable_folder_says_what_was_expected(tmp_path: Path, damage: str) -> None:
+    base, _ = save_pair(tmp_path)
+    if damage == "weights":
+        path = base / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "config":
+        (base / "config.json").write_text("{")
+    else:
+        for path in base.iterdir():
+            path.unlink()
+    with pytest.raises(UserError, match=r"cannot load '.*base': .*; expected a folder that transformers can load"):
+        load_pair(str(base), str(base), torch.device("cpu"))
+
+
+def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"cannot load 'nobody/nothing': .*without a network, run `hf download`"):
+        load_tokenizer("nobody/nothing")
 
 
 def test_models_of_different_depth_are_refused(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ LLAMA2 = (
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}"
     "{% endif %}{% endfor %}"
 )
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + '[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
 DEEPSEEK = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '<|User|>' + message['content'] }}{% else %}{{ '<|Assistant|>' + message['content'] + eos_token }}{% endif %}"
@@ -96,6 +101,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
         trim=True,
     ),
     "llama2": lambda: build(LLAMA2, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", trim=True),
+    "mistral": lambda: build(MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", trim=True),
     "deepseek": lambda: build(DEEPSEEK, ["<bos>", "<eos>", "<|User|>", "<|Assistant|>"], "<bos>", "<eos>"),
     "phi3": lambda: build(PHI3, ["<eos>", "<|end|>", "<|user|>", "<|assistant|>"], None, "<eos>"),
     "embedded": lambda: build(EMBEDDED, ["<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"], "<|bos|>", "<|end|>"),
@@ -255,7 +261,35 @@ def test_empty_contents(tokenizers: dict[str, Any]) -> None:
     check(tokenizers["gemma"], talk("", "  "), "B:<bos>", user, assistant)
 
 
-@pytest.mark.parametrize("name", ["chatml", "gemma", "llama3", "embedded"])
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_empty_contents_have_no_tokens_of_their_own(tokenizers: dict[str, Any], name: str) -> None:
+    chat = tokenise_chat(tokenizers[name], talk("", ""))
+    # What is left is template, and each assistant's message is closed by a token of its own.
+    assert set(chat.flags.tolist()) <= {B, T, T | A}
+    assert chat.turn.max() == 1
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_very_long_contents(tokenizers: dict[str, Any], name: str) -> None:
+    chat = tokenise_chat(tokenizers[name], talk("Hi" + " there" * 30_000, "Hi" + " there" * 20_000))
+    counts = [int((chat.flags & (U | A) == flag).sum()) for flag in (U, A)]
+    # Where the template's space and the first word are one token it counts too, and so does what closes the assistant.
+    assert counts[0] == 30_001
+    assert 20_001 <= counts[1] <= 20_002
+    assert np.all(np.diff(chat.turn) >= 0)
+
+
+def test_roles_that_follow_themselves_or_begin_late(tokenizers: dict[str, Any]) -> None:
+    messages = [{"role": role, "content": "Hi"} for role in ("assistant", "assistant", "user", "user")]
+    user, closed = "T0:<|im_start|> T1:user T2:⏎ U:Hi T3:<|im_end|> T4:⏎", "A:Hi TA3:<|im_end|> T4:⏎"
+    assistant = f"T0:<|im_start|> T1:assistant T2:⏎ {closed}"
+    check(tokenizers["chatml"], messages, "", assistant, assistant, user, user)
+    check(
+        tokenizers["embedded"], messages[1:3], "B:<|bos|>", "T0:<|assistant|> A:Hi TA1:<|end|>", "T0:<|user|> U:Hi T1:<|end|>"
+    )
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen", "gemma", "llama3", "mistral", "embedded"])
 def test_other_scripts(tokenizers: dict[str, Any], name: str) -> None:
     # A byte a token: "é" has 2 bytes, "日本" 6, the emoji 4.
     chat = tokenise_chat(tokenizers[name], talk("é日本", "\U0001f600"))
@@ -396,11 +430,21 @@ Part = tuple[str, int, int]
 
 def by_hand(name: str, messages: list[dict[str, str]]) -> list[Part]:
     """(text, flags, turn) of the parts of the rendering, written down without the template."""
-    bos = {"gemma": "<bos>", "llama3": "<|begin_of_text|>", "embedded": "<|bos|>"}.get(name, "")
+    bos = {"gemma": "<bos>", "llama3": "<|begin_of_text|>", "mistral": "<s>", "embedded": "<|bos|>"}.get(name, "")
     parts: list[Part] = [(bos, B, -1)]
+    if name == "qwen":
+        parts.append(("<|im_start|>system\nHi<|im_end|>\n", T, -1))
     for turn, message in enumerate(messages):
         role, content, flag = message["role"], message["content"], A if message["role"] == "assistant" else U
-        if name == "chatml":
+        if name == "mistral":
+            # What follows a user, "[/INST]", opens the answer if there is one.
+            answered = turn + (turn < len(messages) - 1)
+            if flag == U:
+                parts += [("[INST] ", T, turn), (content, U, turn), ("[/INST]", T, answered)]
+            else:
+                parts += [(" ", T, turn), (content, A, turn), ("</s>", T | A, turn)]
+            continue
+        if name in ("chatml", "qwen"):
             opening, end, rest = f"<|im_start|>{role}\n", "<|im_end|>", "\n"
         elif name == "gemma":
             gemma_role = "model" if role == "assistant" else role
@@ -415,7 +459,7 @@ def by_hand(name: str, messages: list[dict[str, str]]) -> list[Part]:
     return parts
 
 
-SHARED = {name: TOKENIZERS[name]() for name in ("chatml", "gemma", "llama3", "embedded")}
+SHARED = {name: TOKENIZERS[name]() for name in ("chatml", "qwen", "gemma", "llama3", "mistral", "embedded")}
 CONTENTS = st.lists(
     st.sampled_from([" ", "\n", "\n\n", "Hi", " Hi", "a", "é", "日", "<|end|>", "<|im_end|>", "<end_of_turn>"])
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=3),

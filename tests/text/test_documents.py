@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crossdiff.config import DatasetConfig, UserError
-from crossdiff.text.documents import Document, read_documents
+from crossdiff.text.documents import Document, count_records, read_dataset, read_documents
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 
@@ -64,7 +64,7 @@ def test_documents_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{broken\n")
     documents = read_documents([DatasetConfig(path=str(path))])
     assert next(documents).text == "a"
-    with pytest.raises(UserError, match=r"a\.jsonl, line 2 is not valid JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl, record 2 \(line 2\): not valid JSON"):
         next(documents)
 
 
@@ -191,12 +191,43 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.jsonl\.gz cannot be read after line 0"):
         read(tmp_path / "no.jsonl.gz")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
-    with pytest.raises(UserError, match=r"latin\.jsonl, line 2 is not UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.jsonl, record 2 \(line 2\): not UTF-8"):
         read(tmp_path / "latin.jsonl")
     for damaged in (b"", b"PAR1 and nothing else"):
         (tmp_path / "no.parquet").write_bytes(damaged)
         with pytest.raises(UserError, match=r"no\.parquet cannot be read as Parquet"):
             read(tmp_path / "no.parquet")
+
+
+def test_damaged_records_are_told_and_have_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{\n\n{"text": "\xe9"}\n{"text": 3}\n{"text": "b"}\n')
+    told: list[str] = []
+    found = list(read_dataset(DatasetConfig(path=str(path)), 4, 10, lambda error: told.append(str(error))))
+    assert [(document.number, document.dataset, document.text) for document in found] == [(10, 4, "a"), (11, 4, "b")]
+    places = [reason.removeprefix(str(path)).partition(":")[0] for reason in told]
+    assert places == [", record 2 (line 2)", ", record 3 (line 4)", ", record 4 (line 5)"]
+    (tmp_path / "a.txt").write_bytes(b"one\n\nt\xe9o\n\nthree\n")
+    found = list(read_dataset(DatasetConfig(path=str(tmp_path / "a.txt")), 0, 0, lambda error: told.append(str(error))))
+    assert [document.text for document in found] == ["one", "three"]
+    assert "record 2: not UTF-8" in told[-1]
+
+
+def test_records_are_counted_without_parsing(tmp_path: Path) -> None:
+    lines, zipped = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    lines.write_text('{"text": "a"}\n\n{broken\n{"text": "b"}\n')
+    write(zipped, *[{"text": "a"}] * 7)
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree")
+    pl.DataFrame({"text": ["a"] * 5}).write_parquet(tmp_path / "a.parquet")
+
+    def count(path: Path | str, **options: Any) -> int | None:
+        return count_records(DatasetConfig(path=str(path), **options))
+
+    assert [count(path) for path in (lines, zipped, tmp_path / "a.txt", tmp_path / "a.parquet")] == [3, 7, 2, 5]
+    assert [count(zipped, max_documents=number) for number in (3, 100)] == [3, 7]
+    assert count(zipped, max_tokens=9) is None
+    assert count("org/name") is None
+    assert count("org/name", max_documents=8) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,65 +1,56 @@
-"""Run both models over the same tokens and keep their residual streams after one layer."""
+"""Run both models over the same tokens, in one pass, and keep their residual streams after one or several layers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from crossdiff.activations.store import COLUMNS, DTYPES, check_names
-from crossdiff.activations.writer import Origin, ShardWriter, Statistics, finish_store
+from crossdiff.activations.shards import ProgressLog, ShardWriters
+from crossdiff.activations.store import COLUMNS, FORMAT, check_names
+from crossdiff.activations.texts import Texts
+from crossdiff.activations.writer import Origin, finish_store
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
-from crossdiff.models.access import residual_after
+from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import SOURCES, Pair
-from crossdiff.run import read_json, write_json
-from crossdiff.shapes import Float, Tensor
-from crossdiff.text.documents import Document, read_documents
-from crossdiff.text.sequences import TokenSequence, bucketed, tokenise
+from crossdiff.shapes import Float32, Int, Tensor
+from crossdiff.text.documents import check_datasets
+from crossdiff.text.sequences import TokenSequence, bucketed
 
-POOL = 512
-"""Sequences that are sorted by length together: large enough that batches hold little padding."""
-
-
-@dataclass
-class Progress:
-    """What is written so far; saved with each shard, so that a killed harvest goes on after the last whole one."""
-
-    batches: int = 0
-    sequences: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    n_training: int = 0
-    total: list[list[float]] = field(default_factory=list)
-    products: list[list[float]] = field(default_factory=list)
+POOL = 2048
+"""Sequences that are sorted by length together: large enough that batches hold less than 5% padding."""
 
 
-def _pad(batch: list[TokenSequence], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded token ids and attention mask `[sequence, position]`."""
-    longest = max(len(sequence.token_ids) for sequence in batch)
-    ids = torch.full((len(batch), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(batch):
-        ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids.astype(np.int64))
-        mask[row, : len(sequence.token_ids)] = 1
-    return ids.to(device), mask.to(device)
+def right_padded(batch: Sequence[TokenSequence]) -> tuple[Int[Tensor, "sequence position"], Int[Tensor, " token"] | None]:
+    """Token ids with zeros on the right, and which of all the positions, row by row, hold a token (None: all of them)."""
+    lengths = np.array([len(sequence.token_ids) for sequence in batch])
+    ids = np.zeros((len(batch), lengths.max()), dtype=np.int64)
+    held = np.arange(ids.shape[1]) < lengths[:, None]
+    ids[held] = np.concatenate([sequence.token_ids for sequence in batch])
+    return torch.from_numpy(ids), None if held.all() else torch.from_numpy(np.flatnonzero(held))
 
 
-def paired_residuals(pair: Pair, batch: list[TokenSequence], layer: int) -> Float[Tensor, "token source d_model"]:
-    """Residual streams of both models on the same ids, padding removed, float32 on the CPU."""
-    device = next(pair.base.parameters()).device
-    pad_id = pair.tokenizer.pad_token_id if pair.tokenizer.pad_token_id is not None else 0
-    ids, mask = _pad(batch, pad_id, device)
-    kept = mask.bool()
-    streams = [residual_after(model, ids, mask, layer)[kept].float().cpu() for model in pair.models]
-    return torch.stack(streams, dim=1)
+def paired_residuals(
+    pair: Pair, batch: Sequence[TokenSequence], layers: Sequence[int]
+) -> list[list[Float32[Tensor, "token d_model"]]]:
+    """Residual streams `[layer][source]` of both models on the same ids, without padding, on the models' device."""
+    ids, held = right_padded(batch)
+    by_source = []
+    for model, read in zip(pair.models, (pair.base_ids(ids), ids), strict=True):
+        device = next(model.parameters()).device
+        streams = [stream.flatten(0, 1) for stream in residuals_after(model, read.to(device), layers)]
+        if held is not None:
+            streams = [stream.index_select(0, held.to(device)) for stream in streams]
+        by_source.append([stream.float() for stream in streams])
+    return [list(streams) for streams in zip(*by_source, strict=True)]
 
 
-def _columns(batch: list[TokenSequence], first_sequence: int) -> dict[str, Tensor]:
+def token_columns(batch: Sequence[TokenSequence], first_sequence: int) -> dict[str, Tensor]:
+    """The columns of a batch's tokens, its sequences numbered from `first_sequence` on."""
     lengths = [len(sequence.token_ids) for sequence in batch]
     values: dict[str, Any] = {
         "token_id": np.concatenate([sequence.token_ids for sequence in batch]),
@@ -74,101 +65,96 @@ def _columns(batch: list[TokenSequence], first_sequence: int) -> dict[str, Tenso
     return {name: torch.from_numpy(values[name]).to(dtype) for name, dtype in COLUMNS.items()}
 
 
-def _narrow(streams: Tensor, dtype: torch.dtype, batch: list[TokenSequence]) -> Tensor:
-    """Convert to the stored dtype.
-
-    Raises:
-        UserError: a value is not finite, or becomes so.
-    """
-    stored = streams.to(dtype)
-    if not torch.isfinite(stored).all():
-        documents = sorted({sequence.document for sequence in batch})
-        if torch.isfinite(streams).all():
-            raise UserError(
-                f"activations up to {float(streams.abs().max()):.3g} do not fit {dtype}; set harvest.dtype to bfloat16"
-            )
-        raise UserError(f"a model gives NaN or infinite activations in documents {documents[0]} to {documents[-1]}")
-    return stored
-
-
-def _sequences(
-    datasets: tuple[DatasetConfig, ...],
-    tokenizer: Any,
-    max_length: int,
-    table: list[dict[str, Any]],
-    advance: Callable[[], None],
-) -> Iterator[TokenSequence]:
-    """Tokenise document after document, filling the documents' table on the way."""
-    for document in read_documents(datasets):
-        parts = tokenise(document, tokenizer, max_length)
-        table.append(_document_row(document, datasets, sum(len(part.token_ids) for part in parts)))
-        advance()
-        yield from parts
-
-
-def _document_row(document: Document, datasets: tuple[DatasetConfig, ...], n_tokens: int) -> dict[str, Any]:
-    questions = [message["content"] for message in document.messages or () if message["role"] == "user"]
-    return {
-        "document": document.number,
-        "dataset": datasets[document.dataset].title,
-        "split": document.split,
-        "label": document.label,
-        "sub_label": document.sub_label,
-        "prompt": questions[0] if questions else None,
-        "n_messages": len(document.messages) if document.messages else 0,
-        "n_tokens": n_tokens,
-    }
+def _counted(batch: Sequence[TokenSequence], is_training: Sequence[bool], leave_out: int) -> Int[Tensor, " token"]:
+    """Which tokens of a batch the statistics count: those of training documents after the left-out positions."""
+    parts, start = [], 0
+    for sequence in batch:
+        stop = start + len(sequence.token_ids)
+        if is_training[sequence.document]:
+            parts.append(np.arange(start + leave_out, stop))
+        start = stop
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.long)
 
 
 def harvest(
-    folder: Path,
+    folders: Mapping[int, Path],
     pair: Pair,
-    layer: int,
     datasets: tuple[DatasetConfig, ...],
     config: HarvestConfig,
     advance: Callable[[], None] = lambda: None,
-) -> None:
-    """Write an activation store of `pair` at `layer` into `folder`, going on from what is there already.
+) -> list[str]:
+    """Write an activation store of each layer into its folder, going on from what is there already.
+
+    However many layers, it is one pass. The stores hold the same tokens in the same order.
 
     Args:
+        folders: by layer.
         advance: called once for each document read.
+
+    Returns:
+        What the user should know: datasets shorter than asked for, damaged records that were left out.
 
     Raises:
         UserError: no text, text that cannot be tokenised, activations that are not finite or do not fit the dtype.
     """
     check_names([dataset.title for dataset in datasets])
-    progress = Progress(**read_json(folder / "progress.json")) if (folder / "progress.json").exists() else Progress()
-    statistics = Statistics(len(SOURCES), pair.d_model)
-    if progress.shards:
-        statistics.n = progress.n_training
-        statistics.total = torch.tensor(progress.total, dtype=torch.float64)
-        statistics.products = torch.tensor(progress.products, dtype=torch.float64)
-    documents: list[dict[str, Any]] = []
-    sequences = _sequences(datasets, pair.tokenizer, config.max_length, documents, advance)
-    writer = ShardWriter(folder, DTYPES[config.dtype], config.shard_tokens)
-    started, seconds_before = time.time(), progress.seconds
+    check_datasets(datasets)
+    texts = Texts(datasets, pair.tokenizer, config, advance)
+    logs = {layer: ProgressLog(folders[layer], _settings(pair, layer, datasets, config)) for layer in sorted(folders)}
+    # A kill between two layers' shards leaves one more of the first.
+    n_shards = min(len(log.entries) for log in logs.values())
+    for log in logs.values():
+        log.keep(n_shards)
+    _fill(logs, pair, texts, config)
+    for layer, log in logs.items():
+        names = tuple(record.name for record in texts.records)
+        origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
+        finish_store(log.folder, origin, config, log.entries, texts.table())
+    for log in logs.values():
+        log.path.unlink()
+    return _remarks(texts)
 
-    def flush() -> None:
-        progress.shards.append(writer.flush(len(progress.shards)))
-        progress.seconds = seconds_before + time.time() - started
-        progress.n_training = statistics.n
-        progress.total, progress.products = statistics.total.tolist(), statistics.products.tolist()
-        write_json(folder / "progress.json", progress.__dict__)
 
-    resumed_at = progress.batches
-    for index, batch in enumerate(bucketed(sequences, config.batch_tokens, POOL)):
-        if index < resumed_at:
-            continue
-        streams = paired_residuals(pair, batch, layer)
-        columns = _columns(batch, progress.sequences)
-        training = np.array([documents[document]["split"] == "train" for document in columns["document"].tolist()])
-        statistics.add(streams[torch.from_numpy(training) & (columns["position"] >= config.leave_out)])
-        writer.add({"activations": _narrow(streams, writer.dtype, batch), **columns})
-        progress.batches, progress.sequences = index + 1, progress.sequences + len(batch)
-        if writer.n_pending >= config.shard_tokens:
-            flush()
-    if writer.n_pending:
-        flush()
-    origin = Origin(pair.identity, layer, pair.n_layers, tuple(dataset.title for dataset in datasets))
-    finish_store(folder, origin, config, statistics, documents, progress.shards, progress.sequences, progress.seconds)
-    (folder / "progress.json").unlink(missing_ok=True)
+def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig) -> None:
+    """Write the shards of the layers that `logs` do not have yet."""
+    entries = next(iter(logs.values())).entries
+    done, n_sequences, seconds = (entries[-1].batches, entries[-1].sequences, entries[-1].seconds) if entries else (0, 0, 0.0)
+    started, n_batches, capacity = time.time() - seconds, done, config.shard_tokens + config.batch_tokens
+    writers = ShardWriters(list(logs.values()), capacity, len(SOURCES), pair.d_model, config.dtype)
+    try:
+        for index, batch in enumerate(bucketed(texts.sequences(), config.batch_tokens, POOL)):
+            if index < done:
+                continue
+            columns, counted = token_columns(batch, n_sequences), _counted(batch, texts.is_training, config.leave_out)
+            for buffer, streams in zip(writers.buffers, paired_residuals(pair, batch, list(logs)), strict=True):
+                try:
+                    buffer.add(streams, columns, counted)
+                except UserError as error:
+                    numbers = [sequence.document for sequence in batch]
+                    raise UserError(f"{error} (in documents {min(numbers)} to {max(numbers)})") from error
+            n_batches, n_sequences = index + 1, n_sequences + len(batch)
+            if writers.n_tokens >= config.shard_tokens:
+                writers.flush(n_batches, n_sequences, time.time() - started)
+        if writers.n_tokens:
+            writers.flush(n_batches, n_sequences, time.time() - started)
+        writers.wait()
+    finally:
+        writers.close()
+
+
+def _settings(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> dict[str, Any]:
+    """What an unfinished harvest must have in common with the one that goes on with it."""
+    return {
+        "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json"),
+        "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
+    }  # fmt: skip
+
+
+def _remarks(texts: Texts) -> list[str]:
+    short = [remark for record in texts.records if (remark := record.shortfall())]
+    damaged = [
+        f"{record.damaged:,} damaged records of {record.name} were left out; the first: {record.reasons[0]}"
+        for record in texts.records
+        if record.damaged
+    ]
+    return short + damaged

@@ -1,7 +1,8 @@
 """The activation store: safetensors shards, a manifest with checksums, and a table of documents.
 
     manifest.json            models, layer, tokenizer, sizes, and each shard's size and SHA-256
-    shard-00000.safetensors  activations [token, source, d_model] and the columns of `COLUMNS`, one entry a token
+    shard-00000.safetensors  activations [token, source, d_model], the columns of `COLUMNS`, one entry a token, and the
+                             moments of the shard's training tokens; int8 has activation_scale [token, source], a factor
     documents.parquet        document, dataset, split, label, sub_label, n_tokens
     statistics.safetensors   over the training tokens, float64: mean [source, d_model], gram [source, source]
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from crossdiff.activations.statistics import Normalisation
 from crossdiff.config import UserError
 from crossdiff.run import read_json
-from crossdiff.shapes import Float, Float64, Tensor
+from crossdiff.shapes import Float, Tensor
 
 FORMAT = 2
 COLUMNS: dict[str, torch.dtype] = {
@@ -39,7 +40,7 @@ COLUMNS: dict[str, torch.dtype] = {
     "template_index": torch.int8,
     "turn": torch.int8,
 }
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def sha256(path: Path) -> str:
@@ -50,45 +51,10 @@ def sha256(path: Path) -> str:
 
 def _shard_path(folder: Path, name: Any) -> Path:
     """A shard's path; the manifest is not trusted to stay inside the store."""
-    if not isinstance(name, str) or Path(name).name != name or (folder / name).is_symlink():
+    plain = isinstance(name, str) and name not in {"", ".."} and Path(name).name == name
+    if not plain or (folder / name).is_symlink():
         raise UserError(f"{folder / 'manifest.json'} names the shard {name!r}; expected a plain file name in the store")
     return folder / name
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """First and second moments of the sources over the training tokens, and the scale of any view that follows from them.
-
-    A view is linear in the sources: y_v = sum_s matrix[v, s] h_s. Two sources side by side are the identity, a source
-    alone is a row of it, a difference is [[-1, 1]]. Views are normalised by subtracting the mean, then multiplying by
-    one scalar (METHOD: data).
-
-    mean: mean of h_s. gram: mean of <h_s, h_t>, not centred. Both float64.
-    """
-
-    mean: Float64[Tensor, "source d_model"]
-    gram: Float64[Tensor, "source source"]
-
-    def scale_of(self, matrix: Float64[Tensor, "view source"]) -> float:
-        """The scalar after which the mean over tokens and rows of the view of ||x_v||^2 is d_model.
-
-        With the covariance C_st = gram_st - <mean_s, mean_t> of the sources, summed over dimensions, the view's variance
-        is the trace of matrix C matrix^T, so scale^2 = d_model * n_view / trace.
-
-        Raises:
-            UserError: the view does not vary.
-        """
-        covariance = self.gram - self.mean @ self.mean.T
-        variance = float(torch.trace(matrix @ covariance @ matrix.T)) / len(matrix)
-        # What rounding leaves of a difference between two equal sources is no variation.
-        if not variance > 1e-12 * float(torch.trace(matrix.abs() @ self.gram.abs() @ matrix.abs().T)):
-            raise UserError("the activations do not vary over the training tokens; is this the right layer?")
-        return float((self.mean.shape[1] / variance) ** 0.5)
-
-    @property
-    def scale(self) -> float:
-        """The scale of all sources side by side."""
-        return self.scale_of(torch.eye(len(self.gram), dtype=torch.float64))
 
 
 class Store:
@@ -134,8 +100,9 @@ class Store:
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """What holds a stored activation without loss."""
-        return DTYPES[self.manifest["dtype"]]
+        """What holds a stored activation: of int8 with a scale a token, float16."""
+        dtype = DTYPES[self.manifest["dtype"]]
+        return dtype if dtype.is_floating_point else torch.float16
 
     @property
     def leave_out(self) -> int:
@@ -168,21 +135,26 @@ class Store:
 
     @cached_property
     def shards(self) -> list[dict[str, Tensor]]:
-        """The tensors of each shard, memory-mapped."""
+        """The per-token tensors of each shard, memory-mapped."""
+        names = ["activations", *COLUMNS, *(["activation_scale"] if self.manifest["dtype"] == "int8" else [])]
         opened = []
         for shard in self.manifest["shards"]:
             path = _shard_path(self.folder, shard["file"])
             try:
                 with safe_open(path, framework="pt") as file:
-                    opened.append({name: file.get_tensor(name) for name in ("activations", *COLUMNS)})
+                    tensors = {name: file.get_tensor(name) for name in names}
             except SafetensorError as error:
                 raise UserError(f"shard {path} is damaged: {error}; harvest again with --force") from None
-            for name, tensor in opened[-1].items():
+            for name, tensor in tensors.items():
                 if len(tensor) != shard["n_tokens"]:
                     raise UserError(
                         f"shard {path} has {len(tensor)} entries of {name}, the manifest says {shard['n_tokens']}; "
                         "harvest again with --force"
                     )
+            found, expected = tuple(tensors["activations"].shape[1:]), (len(self.sources), self.d_model)
+            if found != expected:
+                raise UserError(f"shard {path} holds activations of shape {found} a token, the manifest says {expected}")
+            opened.append(tensors)
         return opened
 
     @cached_property
@@ -223,7 +195,10 @@ class Store:
             part = order[cuts[index] : cuts[index + 1]]
             if len(part):
                 local = torch.from_numpy(rows[part] - self.offsets[index])
-                out[torch.from_numpy(part)] = shard["activations"][local].float()
+                h = shard["activations"][local].float()
+                if "activation_scale" in shard:
+                    h *= shard["activation_scale"][local].unsqueeze(2)
+                out[torch.from_numpy(part)] = h
         # One NaN or infinity makes the sum not finite, and a sum costs less than a look at each number.
         if not torch.isfinite(out.sum()):
             self._name_what_is_not_finite(rows, out)

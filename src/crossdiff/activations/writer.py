@@ -1,20 +1,22 @@
-"""Writing an activation store: shards, statistics over the training tokens, the table of documents and the manifest."""
+"""What makes a folder of shards a store: statistics over the training tokens, the table of documents, and the manifest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from crossdiff.activations.store import FORMAT, Normalisation, sha256
-from crossdiff.config import HarvestConfig, UserError
+from crossdiff.activations.shards import ShardEntry
+from crossdiff.activations.statistics import Moments
+from crossdiff.activations.store import FORMAT, sha256
+from crossdiff.config import HarvestConfig
 from crossdiff.models.pair import SOURCES
 from crossdiff.run import write_json
-from crossdiff.shapes import Float, Tensor
 
 DOCUMENT_COLUMNS = {
     "document": pl.Int32, "dataset": pl.String, "split": pl.String, "label": pl.String, "sub_label": pl.String,
@@ -24,100 +26,70 @@ DOCUMENT_COLUMNS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What a store's activations come from: the pair's identity, the layer, and the names of the datasets."""
+    """What a store's activations come from: the pair's identity, the layer, the names of the datasets, and more facts.
+
+    texts: what was read of each dataset. revisions: the commit of each model that came from the Hub.
+    """
 
     pair: dict[str, Any]
     layer: int
     n_layers: int
     datasets: tuple[str, ...]
-
-
-class ShardWriter:
-    """Collects batches and writes them as one shard when there are enough tokens."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, shard_tokens: int) -> None:
-        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
-        self.pending: list[dict[str, Tensor]] = []
-        self.n_pending = 0
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        self.pending.append(tensors)
-        self.n_pending += len(tensors["token_id"])
-
-    def flush(self, index: int) -> dict[str, Any]:
-        """Write the pending tokens as shard `index`, atomically; returns its entry in the manifest."""
-        tensors = {name: torch.cat([part[name] for part in self.pending]) for name in self.pending[0]}
-        path = self.folder / f"shard-{index:05d}.safetensors"
-        temporary = path.with_suffix(".partial")
-        save_file(tensors, temporary)
-        temporary.replace(path)
-        entry = {"file": path.name, "n_tokens": self.n_pending, "bytes": path.stat().st_size, "sha256": sha256(path)}
-        self.pending, self.n_pending = [], 0
-        return entry
-
-
-class Statistics:
-    """Sums of h_s and of <h_s, h_t> over the training tokens, in float64."""
-
-    def __init__(self, n_sources: int, d_model: int) -> None:
-        self.n = 0
-        self.total = torch.zeros(n_sources, d_model, dtype=torch.float64)
-        self.products = torch.zeros(n_sources, n_sources, dtype=torch.float64)
-
-    def add(self, streams: Float[Tensor, "token source d_model"]) -> None:
-        self.n += len(streams)
-        wide = streams.double()
-        self.total += wide.sum(0)
-        self.products += torch.einsum("nsd,ntd->st", wide, wide)
-
-    def finish(self) -> Normalisation:
-        """The moments.
-
-        Raises:
-            UserError: no training tokens, or activations that do not vary.
-        """
-        if not self.n:
-            raise UserError("no training tokens: every document is held out or too short; lower heldout_share or add text")
-        normalisation = Normalisation(self.total / self.n, self.products / self.n)
-        assert normalisation.scale > 0  # raises if nothing varies, before a store is made of it
-        return normalisation
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    revisions: dict[str, str | None] = field(default_factory=dict)
 
 
 def finish_store(
     folder: Path,
     origin: Origin,
     config: HarvestConfig,
-    statistics: Statistics,
-    documents: list[dict[str, Any]],
-    shards: list[dict[str, Any]],
-    n_sequences: int,
-    seconds: float,
+    entries: Sequence[ShardEntry],
+    documents: pl.DataFrame,
 ) -> None:
-    """Write what makes the shards in `folder` a store; `documents` are rows of `DOCUMENT_COLUMNS`.
+    """Write what makes the shards in `folder` a store; `documents` has the columns of `DOCUMENT_COLUMNS`.
 
     Raises:
         UserError: no training tokens, or activations that do not vary.
     """
-    moments = statistics.finish()
-    save_file({"mean": moments.mean, "gram": moments.gram}, folder / "statistics.safetensors")
-    pl.DataFrame(documents, schema=DOCUMENT_COLUMNS).write_parquet(folder / "documents.parquet")
+    moments = _moments(folder, entries)
+    normalisation = moments.finish()
+    assert normalisation.scale > 0  # raises where nothing varies, before a store is made of it
+    save_file({"mean": normalisation.mean, "gram": normalisation.gram}, folder / "statistics.safetensors")
+    documents.write_parquet(folder / "documents.parquet")
     manifest = {
         "format": FORMAT,
         "pair": origin.pair,
+        "revisions": origin.revisions,
+        "base_tokens": config.base_tokens,
         "sources": list(SOURCES),
         "layer": origin.layer,
         "n_layers": origin.n_layers,
-        "d_model": moments.mean.shape[1],
+        "d_model": normalisation.mean.shape[1],
         "dtype": config.dtype,
         "max_length": config.max_length,
         "leave_out": config.leave_out,
         "datasets": list(origin.datasets),
-        "n_documents": len(documents),
-        "n_sequences": n_sequences,
-        "n_tokens": sum(shard["n_tokens"] for shard in shards),
-        "n_training_tokens": statistics.n,
-        "seconds": round(seconds, 1),
-        "shards": shards,
+        "texts": origin.texts,
+        "n_documents": documents.height,
+        "n_sequences": entries[-1].sequences,
+        "n_tokens": sum(entry.n_tokens for entry in entries),
+        "n_training_tokens": int(moments.n_tokens),
+        "seconds": round(entries[-1].seconds, 1),
+        "shards": [
+            {"file": entry.file, "n_tokens": entry.n_tokens, "bytes": entry.bytes, "sha256": entry.sha256} for entry in entries
+        ],
         "files": {name: sha256(folder / name) for name in ("documents.parquet", "statistics.safetensors")},
     }
     write_json(folder / "manifest.json", manifest)
+
+
+def _moments(folder: Path, entries: Sequence[ShardEntry]) -> Moments:
+    """The sum of what the shards say, so that a resumed harvest adds up to the same bits."""
+    parts = []
+    for entry in entries:
+        with safe_open(folder / entry.file, framework="pt") as file:
+            parts.append(Moments(*(file.get_tensor(name) for name in ("total", "products", "n_training"))))
+    moments = Moments.zero(*parts[0].total.shape)
+    for part in parts:
+        moments += part
+    return moments

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,27 +54,35 @@ def _hidden(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def residual_after(
-    model: nn.Module,
-    token_ids: Int[Tensor, "sequence position"],
-    attention_mask: Int[Tensor, "sequence position"],
-    layer: int,
-) -> Float[Tensor, "sequence position d_model"]:
-    """Residual stream after decoder layer `layer` (0-based); the forward pass stops there."""
-    kept: list[Tensor] = []
+def residuals_after(
+    model: nn.Module, token_ids: Int[Tensor, "sequence position"], layers: Sequence[int]
+) -> list[Float[Tensor, "sequence position d_model"]]:
+    """Residual streams after each of the decoder layers (0-based); the forward pass stops after the last of them.
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        kept.append(_hidden(output))
-        raise _Stop
+    No attention mask is given: in a causal model nothing that follows a token changes it, so what stands right of a
+    sequence (padding) only has to be left out of the result. Loading a pair tests that.
+    """
+    kept: dict[int, Tensor] = {}
+    last = max(layers)
 
-    handle = decoder_layers(model)[layer].register_forward_hook(keep)
+    def keep(layer: int, output: Any) -> None:
+        kept[layer] = _hidden(output)
+        if layer == last:
+            raise _Stop
+
+    found = decoder_layers(model)
+    handles = [
+        found[layer].register_forward_hook(lambda _module, _inputs, output, layer=layer: keep(layer, output))
+        for layer in set(layers)
+    ]
     try:
-        model.base_model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False)  # type: ignore[operator]
+        model.base_model(input_ids=token_ids, use_cache=False)  # type: ignore[operator]
     except _Stop:
         pass
     finally:
-        handle.remove()
-    return kept[0]
+        for handle in handles:
+            handle.remove()
+    return [kept[layer] for layer in layers]
 
 
 @contextmanager

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from crossdiff.config import UserError
-from crossdiff.models.access import d_model, decoder_layers, edited_after, n_layers
+from crossdiff.models.access import d_model, decoder_layers, edited_after, n_layers, residuals_after
+from crossdiff.shapes import Int, Tensor
 
 SOURCES = ("base", "chat")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models that read the same token ids, and the tokenizer of the chat model."""
+    """Two models that read the same token ids, and the tokenizer of the chat model.
+
+    stand_ins: the exceptions, ids that the base model was never trained on, and those which it reads in their place.
+    """
 
     base: nn.Module
     chat: nn.Module
     tokenizer: Any
     identity: dict[str, Any]
+    stand_ins: dict[int, int] = field(default_factory=dict)
 
     @property
     def models(self) -> tuple[nn.Module, nn.Module]:
         return self.base, self.chat
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
 
     @property
     def n_layers(self) -> int:
@@ -37,6 +48,20 @@ class Pair:
     @property
     def d_model(self) -> int:
         return d_model(self.base)
+
+    @property
+    def revisions(self) -> dict[str, str | None]:
+        """The commit of each model that came from the Hub."""
+        return {name: getattr(model.config, "_commit_hash", None) for name, model in zip(SOURCES, self.models, strict=True)}
+
+    def base_ids(self, token_ids: Int[Tensor, "sequence position"]) -> Int[Tensor, "sequence position"]:
+        """What the base model reads where the chat model reads `token_ids`."""
+        if not self.stand_ins:
+            return token_ids
+        mapped = token_ids.clone()
+        for token, stand_in in self.stand_ins.items():
+            mapped[token_ids == token] = stand_in
+        return mapped
 
     def check_layer(self, layer: int | None) -> int:
         """The layer to use: the given one, or the middle one.
@@ -102,30 +127,40 @@ def identify(name: str) -> dict[str, Any]:
 def _load_error(name: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if local_path(name) is None and not name.startswith((".", "/")):
-        hint = "for a Hub model check the name and the network, or download it and give its folder"
+        hint = (
+            "for a Hub model check the name and the network; without a network, run `hf download` with the name and "
+            "--local-dir FOLDER on a machine that has one, copy the folder and give its path"
+        )
     else:
         hint = "expected a folder that transformers can load, with config.json, weights and tokenizer files"
     return UserError(f"cannot load {name!r}: {reason}; {hint}")
 
 
+UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+"""What transformers raises for names, folders and files that it cannot make a model or tokenizer of."""
+
+
 def load_tokenizer(name: str) -> Any:
-    """Load a tokenizer from a folder, an embedded model or the Hub."""
+    """Load a tokenizer from a folder, an embedded model or the Hub. Code that comes with it is not run."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(local_path(name) or name))
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(str(local_path(name) or name), trust_remote_code=False)
+    except UNLOADABLE as error:
         raise _load_error(name, error) from None
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a causal language model for inference; on the CPU in float32, elsewhere in its own dtype."""
+    """Load a causal language model for inference; on the CPU in float32, elsewhere in its own dtype.
+
+    Code that comes with the model is not run.
+    """
     from transformers import AutoModelForCausalLM
 
     wanted: Any = dtype if dtype is not None else (torch.float32 if device.type == "cpu" else "auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(local_path(name) or name), dtype=wanted)
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(str(local_path(name) or name), dtype=wanted, trust_remote_code=False)
+    except UNLOADABLE as error:
         raise _load_error(name, error) from None
     module: nn.Module = model
     return module.requires_grad_(False).to(device).eval()
@@ -140,58 +175,101 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256((vocabulary + rules).encode()).hexdigest()[:16]
 
 
-def check_tokenizers(base: Any, chat: Any, base_name: str, chat_name: str) -> None:
-    """Both models must read the same ids.
+def check_tokenizers(base: Any, chat: Any, base_name: str, chat_name: str, base_tokens: Mapping[str, str]) -> dict[int, int]:
+    """Both models must read the same ids, but for the tokens in `base_tokens`, which the base model reads as others.
+
+    Returns:
+        The ids of `base_tokens`: the chat model's token -> what the base model reads.
 
     Raises:
-        UserError: a token has different ids, or one tokenizer has tokens that the other lacks.
+        UserError: a token has different ids, one tokenizer has tokens that the other lacks, or `base_tokens` names a
+            token that does not exist.
     """
     left, right = base.get_vocab(), chat.get_vocab()
-    if left == right:
-        return
     differing = [token for token in left if token in right and left[token] != right[token]]
+    only_base, only_chat = sorted(set(left) - set(right)), sorted(set(right) - set(left) - set(base_tokens))
     if differing:
         token = differing[0]
         what = f"{len(differing)} tokens have different ids, such as {token!r}: {left[token]} and {right[token]}"
-    else:
-        only = sorted(set(left) ^ set(right))
-        what = f"{len(only)} tokens exist in one only, such as {only[0]!r}"
-    raise UserError(f"{base_name} and {chat_name} have different tokenizers: {what}; a pair must share one tokenizer")
+        raise UserError(f"{base_name} and {chat_name} have different tokenizers: {what}; a pair must share one tokenizer")
+    if only_base:
+        raise UserError(
+            f"{base_name} and {chat_name} have different tokenizers: {len(only_base)} tokens exist in the former only, such "
+            f"as {only_base[0]!r}; a pair must share one tokenizer"
+        )
+    if only_chat:
+        raise UserError(
+            f"{len(only_chat)} tokens of {chat_name} are unknown to {base_name}, such as {only_chat[0]!r}; say with "
+            f"harvest.base_tokens which of its own tokens the base model reads instead of each"
+        )
+    for name, vocabulary, tokens in ((chat_name, right, base_tokens), (base_name, left, base_tokens.values())):
+        for token in tokens:
+            if token not in vocabulary:
+                raise UserError(f"harvest.base_tokens names {token!r}, but the tokenizer of {name} has no such token")
+    return {right[token]: left[stand_in] for token, stand_in in base_tokens.items()}
+
+
+def check_embeddings(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Every id of its tokenizer must have an embedding.
+
+    Raises:
+        UserError: the model has fewer.
+    """
+    found = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if found < needed:
+        raise UserError(
+            f"{name} has {found} embeddings, but its tokenizer's ids go up to {needed - 1}; were tokens added without "
+            "resizing the model? Resize its embeddings and save both again"
+        )
 
 
 def probe(model: nn.Module, name: str) -> None:
-    """Check that the layer list found is the one that makes the logits: editing the middle layer must move them.
+    """Check that reaching into the model works: its layers make the logits, and what follows a token does not change it.
 
     Raises:
-        UserError: the edit changes nothing.
+        UserError: editing the residual stream after the middle layer does not move the logits, or a residual depends on
+            later tokens.
     """
-    device = next(model.parameters()).device
+    device, middle = next(model.parameters()).device, n_layers(model) // 2
     ids = torch.arange(8, device=device).unsqueeze(0)
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits
-        with edited_after(model, n_layers(model) // 2, lambda hidden: hidden.flip(0, 1) + 1.0):
+        with edited_after(model, middle, lambda hidden: hidden.flip(0, 1) + 1.0):
             edited = model(input_ids=ids, use_cache=False).logits
     if torch.equal(plain, edited):
         raise UserError(f"{name}: editing the residual stream does not move the logits, so this architecture is not supported")
+    # An attention mask says where the sequence ends; without one the model sees four more tokens.
+    (alone,) = residuals_after(model, ids[:, :4], [middle])
+    (followed,) = residuals_after(model, ids, [middle])
+    # bfloat16 carries 8 bits, and other kernels may be chosen for other lengths.
+    tolerance = 0.05 if alone.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not torch.allclose(followed[:, :4], alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
+        raise UserError(f"{name}: a token's residual stream depends on later tokens; only causal models are supported")
 
 
-def load_pair(base: str, chat: str, device: torch.device) -> Pair:
+def load_pair(base: str, chat: str, device: torch.device, base_tokens: Mapping[str, str] | None = None) -> Pair:
     """Load two models with one tokenizer and check that they are a pair.
+
+    Args:
+        base_tokens: tokens that the base model was never trained on (or has not), and its own tokens that it reads instead.
 
     Raises:
         UserError: a model cannot be loaded, tokenizers or layer counts or widths differ, or hooks do not work on it.
     """
     base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(chat)
-    check_tokenizers(base_tokenizer, tokenizer, base, chat)
+    stand_ins = check_tokenizers(base_tokenizer, tokenizer, base, chat, base_tokens or {})
     models = load_model(base, device), load_model(chat, device)
     for what, count in (("decoder layers", n_layers), ("residual dimensions", d_model)):
         found = [count(model) for model in models]
         if found[0] != found[1]:
-            raise UserError(f"{base} has {found[0]} {what}, {chat} has {found[1]}; a pair needs the same number")
-    for model, name in zip(models, (base, chat), strict=True):
-        if model.get_input_embeddings().num_embeddings < len(tokenizer):  # type: ignore[operator]
-            raise UserError(f"{name} has fewer embeddings than the tokenizer has tokens ({len(tokenizer)})")
+            raise UserError(
+                f"{base} has {found[0]} {what}, {chat} has {found[1]}; a pair needs the same number, because both models' "
+                "activations at one layer lie side by side in one tensor"
+            )
+    for model, own, name in zip(models, (base_tokenizer, tokenizer), (base, chat), strict=True):
+        check_embeddings(model, own, name)
         decoder_layers(model)
         probe(model, name)
     identity = {"base": identify(base), "chat": identify(chat), "tokenizer": tokenizer_digest(tokenizer)}
-    return Pair(models[0], models[1], tokenizer, identity)
+    return Pair(models[0], models[1], tokenizer, identity, stand_ins)

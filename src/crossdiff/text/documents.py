@@ -18,12 +18,15 @@ from crossdiff.config import DatasetConfig, UserError
 from crossdiff.text.chat import check_messages, check_unicode
 
 Record = tuple[str, Any]
-"""Where it was read ("record 3 (line 4)"), and what was read there."""
+"""Where it was read ("record 3 (line 4)"), and what was read there: the record, or a `UserError` that says what is wrong."""
 
 Reader = Callable[[DatasetConfig], Iterator[Record]]
 
 MAX_DATASETS = 256
 """A token keeps the index of its dataset in a byte."""
+
+LARGE = 1 << 28
+"""Bytes of a file that is not read only to count its records."""
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -48,33 +51,87 @@ class Document:
 def read_documents(configs: Sequence[DatasetConfig]) -> Iterator[Document]:
     """All documents of the datasets, in order, read as they are asked for. The same call gives the same documents.
 
+    Raises:
+        UserError: at once, when no or too many datasets are given or a path is none that can be read; later, as
+            `read_dataset`.
+    """
+    check_datasets(configs)
+    return _read_all(configs)
+
+
+def check_datasets(configs: Sequence[DatasetConfig]) -> None:
+    """Check what can be checked without reading.
+
+    Raises:
+        UserError: no or too many datasets are given, or a path is none that can be read.
+    """
+    if not 1 <= len(configs) <= MAX_DATASETS:
+        raise UserError(f"{len(configs)} datasets are given; give 1 to {MAX_DATASETS} of them")
+    for config in configs:
+        _reader(config)
+
+
+def _read_all(configs: Sequence[DatasetConfig]) -> Iterator[Document]:
+    number = 0
+    for dataset, config in enumerate(configs):
+        for document in read_dataset(config, dataset, number):
+            yield document
+            number = document.number + 1
+
+
+def _raise(error: UserError) -> None:
+    raise error
+
+
+def read_dataset(
+    config: DatasetConfig, dataset: int, first: int, damaged: Callable[[UserError], None] = _raise
+) -> Iterator[Document]:
+    """The documents of one dataset, the first with the number `first`, read as they are asked for.
+
     A record is a conversation when its messages column is there and not null, else a plain text when its text column
     is. A text file has one document a paragraph (paragraphs stand between blank lines). `heldout` is decided by a hash
     of the dataset's title and the content, so that equal records fall on the same side and order does not matter.
 
+    Args:
+        damaged: called for each record that is no JSON or UTF-8, lacks a column or holds something else than text;
+            such a record has no number. By default the first one is raised.
+
     Raises:
-        UserError: at once, when no or too many datasets are given or a path is none that can be read; later, when a
-            file is damaged or has no record, or a record lacks a column or holds something else than text.
+        UserError: the file cannot be read (on), or no record is a document.
     """
-    if not 1 <= len(configs) <= MAX_DATASETS:
-        raise UserError(f"{len(configs)} datasets are given; give 1 to {MAX_DATASETS} of them")
-    readers = [_reader(config) for config in configs]
-    return _read_all(configs, readers)
-
-
-def _read_all(configs: Sequence[DatasetConfig], readers: list[Reader]) -> Iterator[Document]:
-    number = 0
-    for dataset, (config, reader) in enumerate(zip(configs, readers, strict=True)):
-        first = number
-        for place, record in islice(reader(config), config.max_documents):
-            try:
-                document = _document(number, dataset, config, record)
-            except UserError as error:
-                raise UserError(f"{config.path}, {place}: {error}") from error
+    number, wrong = first, ""
+    for place, record in islice(_reader(config)(config), config.max_documents):
+        try:
+            if isinstance(record, UserError):
+                raise record
+            document = _document(number, dataset, config, record)
+        except UserError as error:
+            located = UserError(f"{config.path}, {place}: {error}")
+            located.__cause__ = error
+            wrong = wrong or f": {located}"
+            damaged(located)
+        else:
             yield document
             number += 1
-        if number == first:
-            raise UserError(f"{config.path} holds no record; give a file with text or leave the dataset out")
+    if number == first:
+        raise UserError(f"{config.path} holds no record that can be read{wrong}; give a file with text or leave it out")
+
+
+def count_records(config: DatasetConfig) -> int | None:
+    """How many records will be read, without parsing them; None when that cannot be known or takes long to find out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path, read = Path(config.path), _reader(config)
+    if config.max_tokens is not None:
+        return None
+    if read is _read_hub or path.stat().st_size > LARGE:
+        return config.max_documents
+    records: Iterator[object] = read(config)
+    if read is _read_json_lines:
+        records = (line for _, line in _read_lines(path) if isinstance(line, UserError) or line.strip())
+    return sum(1 for _ in islice(records, config.max_documents))
 
 
 def _document(number: int, dataset: int, config: DatasetConfig, record: Any) -> Document:
@@ -138,17 +195,19 @@ def _reader(config: DatasetConfig) -> Reader:
     raise UserError(f"there is no file {config.path}; give a file that exists or the name of a Hub dataset (org/name)")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a text file, counted from 1; a `UserError` names the line at which the file is damaged."""
+def _read_lines(path: Path) -> Iterator[tuple[int, str | UserError]]:
+    """Lines of a text file, counted from 1, or what is wrong with one; a `UserError` is raised where the file breaks off."""
     line_number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
             for line in lines:
                 line_number += 1
-                text = line.decode("utf-8")
-                yield line_number, text.removeprefix("\ufeff") if line_number == 1 else text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {line_number} is not UTF-8: {error}; convert the file") from error
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    yield line_number, UserError(f"not UTF-8: {error}; convert the file")
+                else:
+                    yield line_number, text.removeprefix("\ufeff") if line_number == 1 else text
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read after line {line_number}: {error}; is the file whole?") from error
 
@@ -156,23 +215,30 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def _read_json_lines(config: DatasetConfig) -> Iterator[Record]:
     count = 0
     for line_number, line in _read_lines(Path(config.path)):
-        if not line.strip():
+        if isinstance(line, str) and not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{config.path}, line {line_number} is not valid JSON: {error}") from error
         count += 1
-        yield f"record {count} (line {line_number})", record
+        yield f"record {count} (line {line_number})", line if isinstance(line, UserError) else _parse(line)
+
+
+def _parse(line: str) -> Any:
+    """The record of a line, or what is wrong with it."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"not valid JSON: {error}")
 
 
 def _read_paragraphs(config: DatasetConfig) -> Iterator[Record]:
     count = 0
     lines = (line for _, line in _read_lines(Path(config.path)))
-    for is_text, paragraph in groupby(lines, key=lambda line: bool(line.strip())):
+    for is_text, paragraph in groupby(lines, key=lambda line: isinstance(line, UserError) or bool(line.strip())):
         if is_text:
             count += 1
-            yield f"record {count}", {config.text_column: "".join(paragraph).replace("\r\n", "\n").rstrip("\n")}
+            parts = list(paragraph)
+            wrong = next((part for part in parts if isinstance(part, UserError)), None)
+            text = "".join(part for part in parts if isinstance(part, str))
+            yield f"record {count}", wrong or {config.text_column: text.replace("\r\n", "\n").rstrip("\n")}
 
 
 def _read_parquet(config: DatasetConfig) -> Iterator[Record]:

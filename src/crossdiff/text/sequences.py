@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from crossdiff.config import UserError
 from crossdiff.text.chat import Flag, Tokenizer, tokenise_chat
 from crossdiff.text.documents import Document
+
+CHUNK = 128
+"""Documents that are tokenised together."""
 
 
 @dataclass(eq=False)
@@ -29,6 +32,29 @@ class TokenSequence:
     dataset: int
 
 
+def tokenise_all(
+    documents: Iterable[Document], tokenizer: Tokenizer, max_length: int, damaged: Callable[[UserError], None]
+) -> Iterator[tuple[Document, list[TokenSequence]]]:
+    """Tokenise documents as `tokenise` does, in order; plain texts that follow one another go through the tokenizer together.
+
+    A conversation that cannot be tokenised is told to `damaged` and has no sequence.
+    """
+    stream = iter(documents)
+    while chunk := list(islice(stream, CHUNK)):
+        texts = [document.text for document in chunk if document.text is not None]
+        encoded = iter(_encode(texts, tokenizer))
+        for document in chunk:
+            if document.text is not None:
+                yield document, _windows(document, next(encoded), tokenizer, max_length)
+                continue
+            try:
+                parts = [_conversation(document, tokenizer, max_length)]
+            except UserError as error:
+                damaged(error)
+                parts = []
+            yield document, parts
+
+
 def tokenise(document: Document, tokenizer: Tokenizer, max_length: int) -> list[TokenSequence]:
     """Cut a plain text into consecutive windows of `max_length` tokens, or a conversation off after that many.
 
@@ -38,25 +64,32 @@ def tokenise(document: Document, tokenizer: Tokenizer, max_length: int) -> list[
     Raises:
         UserError: a conversation that cannot be tokenised, or no room for a token beside the BOS.
     """
-    if document.messages is not None:
-        try:
-            chat = tokenise_chat(tokenizer, document.messages)
-        except UserError as error:
-            raise UserError(f"document {document.number} (of dataset {document.dataset}): {error}") from error
-        kept = slice(max_length)
-        return [
-            TokenSequence(
-                document.number,
-                chat.token_ids[kept],
-                chat.flags[kept],
-                chat.template_index[kept],
-                chat.turn[kept],
-                document.dataset,
-            )
-        ]
-    assert document.text is not None
-    encoded = tokenizer(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+    if document.text is None:
+        return [_conversation(document, tokenizer, max_length)]
+    return _windows(document, _encode([document.text], tokenizer)[0], tokenizer, max_length)
+
+
+def _conversation(document: Document, tokenizer: Tokenizer, max_length: int) -> TokenSequence:
+    assert document.messages is not None
+    try:
+        chat = tokenise_chat(tokenizer, document.messages)
+    except UserError as error:
+        raise UserError(f"document {document.number} (of dataset {document.dataset}): {error}") from error
+    kept = slice(max_length)
+    arrays = (chat.token_ids[kept], chat.flags[kept], chat.template_index[kept], chat.turn[kept])
+    return TokenSequence(document.number, *arrays, document.dataset)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False, return_attention_mask=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _windows(document: Document, token_ids: list[int], tokenizer: Tokenizer, max_length: int) -> list[TokenSequence]:
+    ids = np.asarray(token_ids, dtype=np.int32)
     front = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
     room = max_length - len(front)
     if room < 1:

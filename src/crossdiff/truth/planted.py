@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 
+from crossdiff.activations.shards import ProgressLog, ShardWriters
 from crossdiff.activations.store import COLUMNS, Store
-from crossdiff.activations.writer import Origin, ShardWriter, Statistics, finish_store
+from crossdiff.activations.writer import DOCUMENT_COLUMNS, Origin, finish_store
 from crossdiff.config import HarvestConfig
 from crossdiff.shapes import Float, Int64, Tensor
 from crossdiff.truth.settings import PlantedConfig
@@ -139,28 +141,39 @@ def draw(concepts: Concepts, config: PlantedConfig, stream: int = 0) -> Iterator
 
 
 def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream: int = 0) -> Store:
-    """Write the documents as an activation store; the last `heldout_share` of them are held out."""
+    """Write the documents as an activation store, a shard a block; the last `heldout_share` of them are held out."""
     folder.mkdir(parents=True, exist_ok=True)
     length, n_heldout = config.document_tokens, max(1, round(config.heldout_share * config.documents))
     n_train = config.documents - n_heldout
     settings = HarvestConfig(max_length=length, dtype="float32", leave_out=0)
-    writer, statistics = ShardWriter(folder, torch.float32, settings.shard_tokens), Statistics(2, config.d_model)
-    shards = []
-    for tokens in draw(concepts, config, stream):
-        n = len(tokens.document)
-        columns = {name: torch.zeros(n, dtype=dtype) for name, dtype in COLUMNS.items()}
-        columns |= {"document": tokens.document.int(), "sequence": tokens.document.int()}
-        columns["position"] = (torch.arange(n) % length).int()
-        columns["template_index"] -= 1
-        columns["turn"] -= 1
-        statistics.add(tokens.h[tokens.document < n_train])
-        writer.add({"activations": tokens.h, **columns})
-        shards.append(writer.flush(len(shards)))
+    log = ProgressLog(folder, {"planted": config.model_dump(), "stream": stream})
+    log.keep(0)
+    writers = ShardWriters([log], BLOCK * length, 2, config.d_model, settings.dtype)
+    try:
+        for number, tokens in enumerate(draw(concepts, config, stream), start=1):
+            training = (tokens.document < n_train).nonzero().squeeze(1)
+            writers.buffers[0].add(list(tokens.h.unbind(1)), _columns(tokens, length), training)
+            writers.flush(number, int(tokens.document[-1]) + 1, 0.0)
+        writers.wait()
+    finally:
+        writers.close()
     facts = {"dataset": "planted", "label": None, "sub_label": None, "prompt": None, "n_messages": 0, "n_tokens": length}
     documents = [
         {"document": number, "split": "train" if number < n_train else "heldout", **facts} for number in range(config.documents)
     ]
     identity = {"base": {"name": "planted base"}, "chat": {"name": "planted chat"}, "tokenizer": "planted"}
     origin = Origin(identity | {"planted": config.model_dump()}, 0, 1, ("planted",))
-    finish_store(folder, origin, settings, statistics, documents, shards, config.documents, 0.0)
+    finish_store(folder, origin, settings, log.entries, pl.DataFrame(documents, schema=DOCUMENT_COLUMNS))
+    log.path.unlink()
     return Store(folder)
+
+
+def _columns(tokens: Tokens, length: int) -> dict[str, Tensor]:
+    """The store's columns: every document is one sequence of plain text, of no particular tokens."""
+    n = len(tokens.document)
+    columns = {name: torch.zeros(n, dtype=dtype) for name, dtype in COLUMNS.items()}
+    columns |= {"document": tokens.document.int(), "sequence": tokens.document.int()}
+    columns["position"] = (torch.arange(n) % length).int()
+    columns["template_index"] -= 1
+    columns["turn"] -= 1
+    return columns

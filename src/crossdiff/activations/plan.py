@@ -1,0 +1,97 @@
+"""What a harvest will take, estimated from the first documents and a few seconds of both models."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from crossdiff.activations.harvest import POOL, paired_residuals
+from crossdiff.activations.store import COLUMNS, DTYPES
+from crossdiff.activations.texts import Texts
+from crossdiff.config import DatasetConfig, HarvestConfig, UserError
+from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.text.documents import check_datasets, count_records
+from crossdiff.text.sequences import bucketed
+
+SAMPLE_DOCUMENTS = 64
+"""Of each dataset; their mean length stands for that of all."""
+
+SECONDS = 5.0
+"""So long the models run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimates for one harvest of one layer. memory_bytes is the peak of the process, without the system's file cache."""
+
+    n_tokens: int
+    store_bytes: int
+    memory_bytes: int
+    seconds: float
+    tokens_per_second: float
+
+    def check_disk(self, folder: Path, dtype: str) -> int:
+        """Bytes that are free where `folder` is or will be.
+
+        Raises:
+            UserError: they are too few for the store.
+        """
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if free < self.store_bytes:
+            advice = "" if dtype == "int8" else "set harvest.dtype to int8, "
+            raise UserError(
+                f"the store needs {self.store_bytes / 1e9:.2f} GB and the disk of {existing} has {free / 1e9:.2f} GB left; "
+                f"{advice}lower max_documents or max_tokens, or choose a run directory on another disk"
+            )
+        return free
+
+
+def bytes_per_token(d_model: int, dtype: str) -> int:
+    """What the store keeps of a token, with its columns."""
+    stored = DTYPES[dtype]
+    per_source = d_model * stored.itemsize + (4 if dtype == "int8" else 0)
+    return len(SOURCES) * per_source + sum(column.itemsize for column in COLUMNS.values())
+
+
+def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> Plan:
+    """Measure, and scale up to the whole corpus.
+
+    Raises:
+        UserError: how large a dataset is cannot be known without reading it; text that cannot be read.
+    """
+    check_datasets(datasets)
+    counts = [count_records(dataset) for dataset in datasets]
+    for dataset, count in zip(datasets, counts, strict=True):
+        if count is None and dataset.max_tokens is None:
+            raise UserError(f"how long {dataset.title} is cannot be known beforehand; set its max_documents or max_tokens")
+    sample = tuple(
+        dataset.model_copy(update={"max_documents": min(SAMPLE_DOCUMENTS, dataset.max_documents or SAMPLE_DOCUMENTS)})
+        for dataset in datasets
+    )
+    texts = Texts(sample, pair.tokenizer, config, lambda: None)
+    started = time.perf_counter()
+    sequences = list(texts.sequences())
+    reading = (time.perf_counter() - started) / sum(record.n_tokens for record in texts.records)
+    n_tokens = sum(
+        dataset.max_tokens or round(record.n_tokens * (count or 0) / (record.n_documents + record.damaged))
+        for dataset, count, record in zip(datasets, counts, texts.records, strict=True)
+    )
+    batches = list(bucketed(sequences, config.batch_tokens, POOL))
+    paired_residuals(pair, batches[-1], [layer])  # the first pass is slower than all others
+    started, measured = time.perf_counter(), 0
+    for batch in batches:
+        paired_residuals(pair, batch, [layer])
+        measured += sum(len(sequence.token_ids) for sequence in batch)
+        if time.perf_counter() - started > SECONDS:
+            break
+    per_token = reading + (time.perf_counter() - started) / measured
+    size = bytes_per_token(pair.d_model, config.dtype)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # Two shards are in memory: one is filled while the other is written.
+    shards = 2 * size * min(config.shard_tokens + config.batch_tokens, n_tokens)
+    return Plan(n_tokens, n_tokens * size, peak + shards, n_tokens * per_token, 1 / per_token)

@@ -1,0 +1,235 @@
+"""Writing a store's shards: tokens fill a buffer, the buffer becomes a file, and a line of a log says that it is whole.
+
+A file is hashed while it is written, synced, and renamed into place; then `progress.jsonl` gets its line. So a killed
+harvest finds there what it need not do again, and a line that was cut off in the middle is not one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossdiff.activations.statistics import Moments
+from crossdiff.activations.store import COLUMNS, DTYPES
+from crossdiff.config import UserError
+from crossdiff.shapes import Float, Float32, Int8, Tensor
+
+BLOCK = 1 << 20
+"""Bytes that are hashed and written together: they stay in the cache in between."""
+
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A whole shard in the progress log. batches, sequences, seconds: of the harvest until its end."""
+
+    file: str
+    n_tokens: int
+    bytes: int
+    sha256: str
+    batches: int
+    sequences: int
+    seconds: float
+
+
+def quantise(h: Float32[Tensor, "token d_model"]) -> tuple[Int8[Tensor, "token d_model"], Float32[Tensor, " token"]]:
+    """int8 values and a scale per token, so that value * scale is within scale / 2 of h; a token of zeros has scale 0."""
+    scale = h.abs().amax(1) / 127
+    return (h / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_().to(torch.int8), scale
+
+
+def check_finite(h: Float[Tensor, "token d_model"], dtype: torch.dtype) -> None:
+    """Refuse what is not finite or is not in the stored dtype. A row's norm bounds its entries, so most rows pass by that.
+
+    Raises:
+        UserError: says which of the two it is.
+    """
+    limit = float("inf") if dtype == torch.int8 else torch.finfo(dtype).max
+    if float(torch.linalg.vector_norm(h, dim=1).max()) < limit:
+        return
+    if not torch.isfinite(h).all():
+        raise UserError("a model gives NaN or infinite activations")
+    largest = float(h.abs().max())
+    if largest > limit:
+        raise UserError(f"activations up to {largest:.3g} do not fit {dtype}; set harvest.dtype to bfloat16")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
+    """Write a safetensors file in one pass over the memory; returns its size in bytes and its SHA-256."""
+    # The widest dtypes first, so that every tensor is aligned in the file.
+    ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
+    header, offset = {}, 0
+    for name, tensor in ordered.items():
+        assert tensor.is_contiguous()
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset := offset + tensor.nbytes],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, temporary = hashlib.sha256(), path.with_suffix(".partial")
+    with temporary.open("wb", buffering=0) as file:
+        for block in _blocks(len(text).to_bytes(8, "little") + text, ordered.values()):
+            digest.update(block)
+            _write_all(file.fileno(), block)
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return 8 + len(text) + offset, digest.hexdigest()
+
+
+def _blocks(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(head)
+    for tensor in tensors:
+        content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        yield from (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
+
+
+def _write_all(descriptor: int, block: memoryview) -> None:
+    while block:
+        block = block[os.write(descriptor, block) :]
+
+
+class ShardBuffer:
+    """Room for one shard of one layer. It is filled, written and filled again: its pages come from the system once."""
+
+    def __init__(self, capacity: int, n_sources: int, d_model: int, dtype: torch.dtype) -> None:
+        self.tensors = {"activations": torch.empty(capacity, n_sources, d_model, dtype=dtype)}
+        if dtype == torch.int8:
+            self.tensors["activation_scale"] = torch.empty(capacity, n_sources)
+        self.tensors |= {name: torch.empty(capacity, dtype=column) for name, column in COLUMNS.items()}
+        self.moments = Moments.zero(n_sources, d_model)
+        self.n_tokens = 0
+
+    def add(self, streams: list[Float[Tensor, "token d_model"]], columns: dict[str, Tensor], counted: Tensor | slice) -> None:
+        """Append the tokens of a batch; `streams` has one tensor a source, `counted` selects the training tokens.
+
+        Raises:
+            UserError: a value is not finite or does not fit the dtype.
+        """
+        rows = slice(self.n_tokens, self.n_tokens + len(streams[0]))
+        stored = self.tensors["activations"]
+        for source, stream in enumerate(streams):
+            check_finite(stream, stored.dtype)
+            if stored.dtype == torch.int8:
+                stored[rows, source], self.tensors["activation_scale"][rows, source] = quantise(stream)
+            else:
+                stored[rows, source] = stream.to(stored.dtype)  # narrowed on the model's device, then moved
+        for name, column in columns.items():
+            self.tensors[name][rows] = column
+        self.moments.add([stream[counted] for stream in streams])
+        self.n_tokens = rows.stop
+
+    def write(self, path: Path) -> tuple[int, str]:
+        """Write the tokens and their moments, and empty the buffer."""
+        tensors = {name: tensor[: self.n_tokens] for name, tensor in self.tensors.items()}
+        tensors |= {"total": self.moments.total, "products": self.moments.products, "n_training": self.moments.n_tokens}
+        written = write_tensors(path, tensors)
+        self.moments, self.n_tokens = Moments.zero(*self.moments.total.shape), 0
+        return written
+
+
+class ProgressLog:
+    """`progress.jsonl`: what is harvested, then a line for each whole shard."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Read the log of `folder`, or begin it.
+
+        Raises:
+            UserError: it has shards of a harvest with other settings.
+        """
+        self.folder, self.path = folder, folder / "progress.jsonl"
+        self.entries: list[ShardEntry] = []
+        head, *lines = _whole_lines(self.path) or [settings]
+        if lines and head != settings:
+            raise UserError(f"{folder} holds an unfinished harvest with other settings; delete it or choose another folder")
+        for line in lines:
+            entry = ShardEntry(**line)
+            path = folder / entry.file
+            if not path.exists() or path.stat().st_size != entry.bytes:
+                break
+            self.entries.append(entry)
+        self._settings = settings
+        self.keep(len(self.entries))
+
+    def keep(self, n_shards: int) -> None:
+        """Forget the shards after the first `n_shards`."""
+        self.entries = self.entries[:n_shards]
+        lines = [self._settings, *map(asdict, self.entries)]
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def append(self, entry: ShardEntry) -> None:
+        self.entries.append(entry)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(entry)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    """The records of a log, without a last line that a kill cut off."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+class ShardWriters:
+    """The stores of one pass, a layer each, with the same tokens in the same shards.
+
+    One set of buffers is filled while the other is written by a thread; memory is bounded by the two.
+    """
+
+    def __init__(self, logs: list[ProgressLog], capacity: int, n_sources: int, d_model: int, dtype: str) -> None:
+        self.logs = logs
+        self._sets = [[ShardBuffer(capacity, n_sources, d_model, DTYPES[dtype]) for _ in logs] for _ in range(2)]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._writing: Future[None] | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens wait to be written."""
+        return self._sets[0][0].n_tokens
+
+    @property
+    def buffers(self) -> list[ShardBuffer]:
+        """What to fill, a buffer a layer."""
+        return self._sets[0]
+
+    def flush(self, batches: int, sequences: int, seconds: float) -> None:
+        """Begin to write what is buffered, once the shard before it is written. The arguments are those of its entry.
+
+        Raises:
+            OSError: the shard before it could not be written.
+        """
+        self.wait()
+        full, empty = self._sets
+        self._writing = self._thread.submit(self._write, full, batches, sequences, seconds)
+        self._sets = [empty, full]
+
+    def wait(self) -> None:
+        """Wait until everything flushed is written; raises what stopped the writing."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _write(self, buffers: list[ShardBuffer], batches: int, sequences: int, seconds: float) -> None:
+        for log, buffer in zip(self.logs, buffers, strict=True):
+            name, n_tokens = f"shard-{len(log.entries):05d}.safetensors", buffer.n_tokens
+            size, digest = buffer.write(log.folder / name)
+            log.append(ShardEntry(name, n_tokens, size, digest, batches, sequences, seconds))
