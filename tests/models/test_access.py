@@ -132,3 +132,19 @@ def test_replaying_the_whole_model_agrees_with_skipping(kind: str) -> None:
     torch.testing.assert_close(upper.logits(hidden, ids, mask, mask.bool()), skipped, rtol=0, atol=1e-5)
     with torch.no_grad():
         assert not torch.allclose(skipped, model(input_ids=ids).logits[0], atol=1e-4)
+
+
+def test_a_model_whose_upper_layers_need_the_lower_ones_is_replayed() -> None:
+    model, shared = make_model(), {}
+    layers = decoder_layers(model)
+    layers[0].mlp.register_forward_hook(lambda module, inputs, output: shared.update(lower=output))
+    layers[2].mlp.register_forward_hook(lambda module, inputs, output: output + 2 * shared.pop("lower", torch.zeros(())))
+    ids = torch.arange(5, 12).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    upper = UpperHalf(model, 1)
+    assert not upper.skips_lower
+    shared.clear()
+    got = upper.logits(residual_after(model, ids, mask, 1), ids, mask, mask.bool())
+    torch.testing.assert_close(got, expected[0], rtol=0, atol=1e-5)

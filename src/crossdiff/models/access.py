@@ -1,4 +1,4 @@
-"""Reach into a causal language model with plain hooks: read the residual stream after a layer, replace it there, go on from it."""
+"""Reach into a causal language model with plain hooks: read the residual stream, replace it, go on from it."""
 
 from __future__ import annotations
 
@@ -170,3 +170,24 @@ class UpperHalf:
         with replaced, _head_at(self.model, kept):
             logits: Tensor = self.model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits
+
+
+@torch.no_grad()
+def next_residual_after(
+    model: nn.Module, token_ids: Int[Tensor, "sequence position"], layer: int, cache: Any
+) -> Float[Tensor, "sequence position d_model"]:
+    """Residual stream after `layer` of further tokens; what came before them is in `cache`, which grows up to the layer."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        kept.append(_hidden(output))
+        raise _Stop
+
+    handle = decoder_layers(model)[layer].register_forward_hook(keep)
+    try:
+        model.base_model(input_ids=token_ids, past_key_values=cache, use_cache=True)  # type: ignore[operator]
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return kept[0]
