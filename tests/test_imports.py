@@ -12,7 +12,7 @@ import pytest
 import crossdiff
 
 SOURCE = Path(crossdiff.__file__).parent
-# What a package may import of ours. Data flows the other way: pair -> store -> crosscoder -> latents -> report.
+# What a package may import of ours. Data flows the other way: pair -> store -> crosscoder -> latents -> causal -> report.
 FOUNDATION = {"config", "shapes", "run"}
 ALLOWED = {
     "config": set(),
@@ -24,9 +24,11 @@ ALLOWED = {
     "activations": FOUNDATION | {"models", "text"},
     "crosscoder": FOUNDATION | {"activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
+    "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
-    "cli": FOUNDATION | {"pairs", "activations", "pipeline"},
+    "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
+    "cli": FOUNDATION | {"pairs", "activations", "pipeline", "causal_pipeline"},
 }
 
 

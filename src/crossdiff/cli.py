@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from crossdiff.config import Config, RunConfig, UserError, merge, read_yaml, validate
+from crossdiff.config import Config, RunConfig, SteerConfig, UserError, merge, read_yaml, validate
 
 FLAGS = {"-h", "--help", "--force", "--debug"}
 EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
@@ -21,11 +21,21 @@ STAGE_HELP = {
     "train": "train the crosscoders (harvests first if needed)",
     "analyze": "make the latent tables and example databases (after what they need)",
     "report": "write the page and print the summary (after what they need)",
+    "causal": "patch the latents into the base model and measure what they do (after what they need)",
 }
 
 
-def _settings(config: Config, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every setting as (dotted key, description, present value), down through sections and named crosscoders."""
+class _Setting(NamedTuple):
+    """A setting under its dotted key, as it stands."""
+
+    key: str
+    description: str
+    value: Any
+    annotation: Any
+
+
+def _settings(config: Config, prefix: str = "") -> Iterator[_Setting]:
+    """Every setting, down through sections and named crosscoders."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         key = f"{prefix}{name}"
@@ -35,7 +45,7 @@ def _settings(config: Config, prefix: str = "") -> Iterator[tuple[str, str, Any]
             for entry, inner in value.items():
                 yield from _settings(inner, f"{key}.{entry}.")
         else:
-            yield key, field.description or name.replace("_", " "), value
+            yield _Setting(key, field.description or name.replace("_", " "), value, field.annotation)
 
 
 def _show(value: Any) -> str:
@@ -44,12 +54,14 @@ def _show(value: Any) -> str:
     return str(value)
 
 
-def _add_settings(parser: argparse.ArgumentParser, config: RunConfig) -> None:
-    group = parser.add_argument_group("settings (each is also a key of the YAML file)")
-    for key, description, value in _settings(config):
+def _add_settings(parser: argparse.ArgumentParser, config: Config, title: str) -> None:
+    group = parser.add_argument_group(title)
+    for key, description, value, annotation in _settings(config):
         many: dict[str, Any] = {"nargs": "+"} if isinstance(value, tuple) else {}
         text = f"{description} [{_show(value)}]".replace("%", "%%")
-        group.add_argument(f"--{key}", dest=f"set:{key}", metavar="VALUE", help=text, default=argparse.SUPPRESS, **many)
+        # A list of texts is taken as it is: read as YAML, a question with a colon would be a mapping.
+        prefix = "text:" if annotation == tuple[str, ...] else "set:"
+        group.add_argument(f"--{key}", dest=prefix + key, metavar="VALUE", help=text, default=argparse.SUPPRESS, **many)
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -63,10 +75,13 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """The settings given on the command line, as a nested mapping."""
     changes: dict[str, Any] = {}
     for name, value in vars(args).items():
-        if not name.startswith("set:"):
+        kind, _, key = name.partition(":")
+        if not key:
             continue
-        key = name.removeprefix("set:")
-        parsed = [_parse_value(key, item) for item in value] if isinstance(value, list) else _parse_value(key, value)
+        if kind == "text":
+            parsed = value
+        else:
+            parsed = [_parse_value(key, item) for item in value] if isinstance(value, list) else _parse_value(key, value)
         *sections, last = key.split(".")
         nested: dict[str, Any] = {last: parsed}
         for section in reversed(sections):
@@ -126,23 +141,52 @@ def _stage(command: str, argv: Sequence[str]) -> None:
     parser.add_argument("--force", action="store_true", help="harvest again although there is a store")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="work on these crosscoders of the run alone")
-    _add_settings(parser, defaults)
+    _add_settings(parser, defaults, "settings (each is also a key of the YAML file)")
     args = parser.parse_args(argv)
     config = validate(RunConfig, merge(start, _changes(args)), "the command line" if _changes(args) else origin)
     directory = _directory(args.directory, config)
 
     from rich.console import Console
 
-    from crossdiff.pipeline import Pipeline, explain_disk_error
+    from crossdiff.causal_pipeline import CausalPipeline
+    from crossdiff.pipeline import explain_disk_error
     from crossdiff.run import Run
 
     run = Run.open(directory)
     try:
-        Pipeline(run, config, Console(), args.force, tuple(args.only)).go("report" if command == "run" else command)
+        pipeline = CausalPipeline(run, config, Console(), args.force, tuple(args.only))
+        if command == "causal":
+            pipeline.causal_tests()
+        else:
+            pipeline.go("report" if command == "run" else command)
     except OSError as error:
         if (explained := explain_disk_error(error, directory)) is None:
             raise
         raise explained from error
+    finally:
+        run.close()
+
+
+def _steer(argv: Sequence[str]) -> None:
+    parser = _Parser(prog="crossdiff steer", description=OTHERS["steer"][1], allow_abbrev=False)
+    parser.add_argument("directory", type=Path, help="run directory with an analysed crosscoder")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_settings(parser, SteerConfig(), "settings")
+    args = parser.parse_args(argv)
+    config = validate(SteerConfig, _changes(args), "the command line")
+    path = args.directory / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{args.directory} is no finished run: it has no config.yaml; run `crossdiff analyze` first")
+    settings = validate(RunConfig, read_yaml(path), str(path))
+
+    from rich.console import Console
+
+    from crossdiff.causal_pipeline import CausalPipeline
+    from crossdiff.run import Run
+
+    run = Run.open(args.directory)
+    try:
+        CausalPipeline(run, settings, Console()).steer(config)
     finally:
         run.close()
 
@@ -182,6 +226,7 @@ def _store(argv: Sequence[str]) -> None:
 
 
 OTHERS = {
+    "steer": (_steer, "generate with a latent added or ablated, beside the unsteered text"),
     "clean": (_clean, "delete replaced results and unfinished work"),
     "store": (_store, "check an activation store: `crossdiff store verify PATH`"),
 }

@@ -156,6 +156,7 @@ class Pipeline:
         if self.force or not manifest.exists():
             return
         old = read_json(manifest)
+        self._check_models_exist(old["pair"])
         size = sum(shard["bytes"] for shard in old["shards"]) / 1e6
         raise UserError(
             f"the models, texts or harvest settings differ from those of the store in {manifest.parent} "
@@ -163,6 +164,18 @@ class Pipeline:
             f"{size:.0f} MB beside the old store, and everything after it is computed again. "
             "Pass --force to do it, or choose another run directory"
         )
+
+    def _check_models_exist(self, harvested: dict[str, Any]) -> None:
+        """A model whose folder is gone is no changed setting: say so, rather than offer to harvest again."""
+        from crossdiff.models.pair import local_path
+
+        for source in ("base", "chat"):
+            name = getattr(self.config, source)
+            if harvested[source]["name"] == name and "digest" in harvested[source] and local_path(name) is None:
+                raise UserError(
+                    f"the {source} model of this run is gone: {name!r} was a folder when the activations were harvested, "
+                    "and there is none now; put it back, or start a run with other models in another directory"
+                )
 
     def store(self) -> Store:
         """The finished store of this run.
