@@ -77,8 +77,7 @@ def make_model(kind: str = "llama", seed: int = 0, n_layers: int = 3, vocabulary
         sizes |= {"intermediate_size": 32, "max_position_embeddings": 128}
     else:
         sizes |= {"intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 128, "head_dim": 8}
-    if kind == "phi3":
-        sizes["pad_token_id"] = 0  # its default lies outside this vocabulary
+        sizes["pad_token_id"] = 0  # some architectures place theirs outside of a small vocabulary
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | more))).eval()
 

@@ -12,7 +12,7 @@ import pytest
 import crossdiff
 
 SOURCE = Path(crossdiff.__file__).parent
-# What a package may import of ours. Data flows the other way: pair -> store -> crosscoder -> latents -> report.
+# What a package may import of ours. Data flows the other way: pair -> store -> crosscoder -> latents -> causal -> report.
 FOUNDATION = {"config", "shapes", "run"}
 ALLOWED = {
     "config": set(),
@@ -26,9 +26,11 @@ ALLOWED = {
     "crosscoder": FOUNDATION | {"models", "text", "activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
     "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
+    "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
-    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "truth", "pipeline"},
+    "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
+    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "truth", "pipeline", "causal_pipeline"},
 }
 
 

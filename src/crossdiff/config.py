@@ -222,6 +222,38 @@ class CompareConfig(Config):
     batch_tokens: int = Field(4096, ge=1, description="tokens per forward pass")
 
 
+class CausalConfig(Config):
+    """The causal test: which conversations are patched, and how the numbers are made."""
+
+    interventions: str | None = Field(None, description="YAML file of interventions; default: the list in the package")
+    split: Literal["heldout", "train"] = Field("heldout", description="split of the conversations")
+    max_conversations: int | None = Field(256, ge=2, description="conversations, chosen by content hash; null for all")
+    pool: int | None = Field(None, ge=2, description="latents ranked against each other; default: 5% of all")
+    batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples of the conversations")
+    seed: int = 0
+
+
+class SteerConfig(Config):
+    """Steering with one latent: a few prompts side by side, or a table over the labelled prompts."""
+
+    crosscoder: str | None = Field(None, description="whose latent it is; default: the first of the run")
+    latent: int | None = Field(None, description="number of the latent")
+    mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or take the contribution out")
+    strength: tuple[float, ...] = Field((1.0,), min_length=1, description="in units of the latent's largest contribution")
+    model: Literal["chat", "base"] = Field("chat", description="the model that is steered")
+    tokens: Literal["all", "prompt", "template", "generated"] = Field("all", description="tokens that are edited")
+    prompt: tuple[str, ...] = Field((), description="questions; without any, the labelled prompts of the run are asked")
+    labels: tuple[str, ...] = Field((), description="labels of the prompts that are asked; default: all")
+    prompts_per_label: int = Field(100, ge=1, description="labelled prompts of each kind, chosen by content hash")
+    split: Literal["heldout", "train"] = Field("heldout", description="split of the labelled prompts")
+    controls: int = Field(3, ge=0, description="random latents of like frequency and norm, with labelled prompts")
+    rules: str | None = Field(None, description="YAML file of behaviours; default: those of the embedded pair")
+    max_new_tokens: int = Field(60, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
+    seed: int = 0
+
+
 class RunConfig(Config):
     """A whole diff: two models, a layer, texts, and the crosscoders to train."""
 
@@ -245,6 +277,7 @@ class RunConfig(Config):
     )
     analyze: AnalyzeConfig = AnalyzeConfig()
     compare: CompareConfig = CompareConfig()
+    causal: CausalConfig = CausalConfig()
 
     @field_validator("crosscoders")
     @classmethod

@@ -20,6 +20,7 @@ from crossdiff.run import Run, Stage, fingerprint, read_json, write_json
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
     from crossdiff.crosscoder.model import Crosscoder
+    from crossdiff.models.pair import Pair
 
 NEEDED = {
     "harvest": ("harvest",),
@@ -167,6 +168,7 @@ class Pipeline:
         if self.force or not manifest.exists():
             return
         old = read_json(manifest)
+        self._check_models_exist(old["pair"])
         size = sum(shard["bytes"] for shard in old["shards"]) / 1e6
         raise UserError(
             f"the models, texts or harvest settings differ from those of the store in {manifest.parent} "
@@ -174,6 +176,25 @@ class Pipeline:
             f"{size:.0f} MB beside the old store, and everything after it is computed again. "
             "Pass --force to do it, or choose another run directory"
         )
+
+    def _check_models_exist(self, harvested: dict[str, Any]) -> None:
+        """A model whose folder is gone is no changed setting: say so, rather than offer to harvest again."""
+        from crossdiff.models.pair import local_path
+
+        for source in ("base", "chat"):
+            name = getattr(self.config, source)
+            if harvested[source]["name"] == name and "digest" in harvested[source] and local_path(name) is None:
+                raise UserError(
+                    f"the {source} model of this run is gone: {name!r} was a folder when the activations were harvested, "
+                    "and there is none now; put it back, or start a run with other models in another directory"
+                )
+
+    def load_pair(self) -> Pair:
+        """The two models, checked to be a pair."""
+        from crossdiff.models.pair import choose_device, load_pair
+
+        config = self.config
+        return load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
 
     def store(self) -> Store:
         """The finished store of this run.
@@ -243,16 +264,15 @@ class Pipeline:
 
     def _compare(self, stage: Stage) -> None:
         from crossdiff.crosscoder.compare import compare
-        from crossdiff.models.pair import choose_device, load_pair
 
-        store, config = self.store(), self.config
+        store, config = self.store(), self.config.compare
         crosscoders = {name: self.crosscoder(name) for name in self.names}
-        pair = load_pair(config.base, config.chat, choose_device(config.device))
+        pair = self.load_pair()
         with (
             self.run.working(stage) as folder,
-            progress_bar(self.console, "compare, tokens", config.compare.max_tokens) as advance,
+            progress_bar(self.console, "compare, tokens", config.max_tokens) as advance,
         ):
-            write_json(folder / "comparison.json", compare(crosscoders, store, pair, config.compare, advance))
+            write_json(folder / "comparison.json", compare(crosscoders, store, pair, config, advance))
         self._say_done(stage)
 
     def analyze(self, name: str) -> None:
@@ -325,13 +345,12 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
     for pipeline in waiting:
         pipeline._ask_force(pipeline.harvest_stage())
     from crossdiff.activations.harvest import harvest
-    from crossdiff.models.pair import choose_device, load_pair
     from crossdiff.text.documents import count_records
 
     config, console = waiting[0].config, waiting[0].console
     datasets = tuple(_resolve(dataset) for dataset in config.dataset)
     counts = [count_records(dataset) for dataset in datasets]
-    pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
+    pair = waiting[0].load_pair()
     layers = [pair.check_layer(pipeline.config.layer) for pipeline in waiting]
     folders = {}
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ import torch
 
 from conftest import make_model, make_tokenizer, save_pair
 from crossdiff.config import UserError
-from crossdiff.models.access import decoder_layers, edited_after, residuals_after
+from crossdiff.models.access import UpperHalf, decoder_layers, edited_after, residuals_after
 from crossdiff.models.pair import check_tokenizers, choose_device, identify, load_pair, load_tokenizer, probe
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo", "olmo2"]
@@ -158,3 +158,66 @@ def test_identity_follows_the_weights(tiny_pair: tuple[Path, Path]) -> None:
 def test_an_unknown_device_is_named() -> None:
     with pytest.raises(UserError, match="device 'quantum' cannot be used"):
         choose_device("quantum")
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("kind", [*KINDS, "phi3", "olmo2", "gemma3_text"])
+def test_an_unedited_upper_half_gives_the_logits_of_the_model(kind: str, layer: int) -> None:
+    model = make_model(kind)
+    ids = torch.randint(5, 261, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    kept = mask.bool() & (torch.arange(9) % 2 == 0)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+    upper = UpperHalf(model, layer)
+    assert upper.skips_lower
+    got = upper.logits(residuals_after(model, ids, [layer])[0], ids, mask, kept)
+    torch.testing.assert_close(got, expected[kept], rtol=0, atol=1e-4)
+    with torch.no_grad():
+        again = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(again, expected), "the model is left as it was"
+
+
+def test_the_upper_half_computes_no_layer_below_and_one_head_row_a_position() -> None:
+    model, rows = make_model(), []
+    upper = UpperHalf(model, 1)
+    ids = torch.arange(5, 12).unsqueeze(0)
+    hidden = residuals_after(model, ids, [1])[0]
+    for layer in decoder_layers(model)[:2]:
+        layer.mlp.register_forward_hook(lambda *_: pytest.fail("a lower layer ran"))
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    kept = torch.zeros(1, 7, dtype=torch.bool)
+    kept[0, [2, 5]] = True
+    upper.logits(hidden, ids, torch.ones_like(ids), kept)
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_replaying_the_whole_model_agrees_with_skipping(kind: str) -> None:
+    model = make_model(kind)
+    ids = torch.arange(5, 12).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    hidden = residuals_after(model, ids, [1])[0] * 1.5 + 0.1
+    upper = UpperHalf(model, 1)
+    skipped = upper.logits(hidden, ids, mask, mask.bool())
+    upper.skips_lower = False
+    torch.testing.assert_close(upper.logits(hidden, ids, mask, mask.bool()), skipped, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(skipped, model(input_ids=ids).logits[0], atol=1e-4)
+
+
+def test_a_model_whose_upper_layers_need_the_lower_ones_is_replayed() -> None:
+    model, shared = make_model(), {}
+    layers = decoder_layers(model)
+    layers[0].mlp.register_forward_hook(lambda module, inputs, output: shared.update(lower=output))
+    layers[2].mlp.register_forward_hook(lambda module, inputs, output: output + 2 * shared.pop("lower", torch.zeros(())))
+    ids = torch.arange(5, 12).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    upper = UpperHalf(model, 1)
+    assert not upper.skips_lower
+    shared.clear()
+    got = upper.logits(residuals_after(model, ids, [1])[0], ids, mask, mask.bool())
+    torch.testing.assert_close(got, expected[0], rtol=0, atol=1e-5)

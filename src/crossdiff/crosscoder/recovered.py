@@ -166,7 +166,8 @@ def run_on_reconstructions(
             reference: Tensor | None = None
             for number, arm in enumerate(arms[source]):
                 edit = None if arm == AS_IT_IS else replaced[arm, source]
-                logits = _logits(model, batch, store.layer, edit, device)
+                read = pair.base_ids(batch.ids) if model is pair.base else batch.ids
+                logits = _logits(model, read, batch, store.layer, edit, device)
                 reference = logits if reference is None else reference
                 _add(sums[source], number, batch, logits, reference)
         advance(int(batch.kept.sum()))
@@ -174,7 +175,12 @@ def run_on_reconstructions(
 
 
 def _logits(
-    model: torch.nn.Module, batch: _Batch, layer: int, replacement: Tensor | None, device: torch.device
+    model: torch.nn.Module,
+    ids: Int64[Tensor, "sequence position"],
+    batch: _Batch,
+    layer: int,
+    replacement: Tensor | None,
+    device: torch.device,
 ) -> Float[Tensor, "sequence position vocabulary"]:
     """Logits with the counted positions' activations after `layer` replaced; `replacement` is `[token, d_model]`."""
 
@@ -186,7 +192,7 @@ def _logits(
         return torch.where(batch.counted.to(device).unsqueeze(2), full, hidden)
 
     with edited_after(model, layer, edit):
-        logits: Tensor = model(input_ids=batch.ids.to(device), use_cache=False).logits
+        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
     return logits.float()
 
 

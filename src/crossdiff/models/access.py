@@ -1,4 +1,4 @@
-"""Reach into a causal language model with plain hooks: read the residual stream after a layer, or replace it there."""
+"""Reach into a causal language model with plain hooks: read the residual stream, replace it, go on from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from crossdiff.config import UserError
-from crossdiff.shapes import Float, Int, Tensor
+from crossdiff.shapes import Bool, Float, Int, Tensor
 
 
 class _Stop(Exception):
@@ -98,3 +98,104 @@ def edited_after(model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor])
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def starting_after(model: nn.Module, layer: int, hidden: Float[Tensor, "sequence position d_model"]) -> Iterator[None]:
+    """Within the block, a forward pass goes on from `hidden` as its residual stream after `layer`.
+
+    The layers up to `layer` are not computed. The model still makes positions, masks and rotary tables from the ids, so
+    that the layers above get what they are used to (a pass from `inputs_embeds` would scale them on some architectures).
+    """
+
+    def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def start(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    layers = list(decoder_layers(model))[: layer + 1]
+    own = [module.__dict__.get("forward") for module in layers]
+    try:
+        for index, module in enumerate(layers):
+            module.forward = start if index == layer else skip
+        yield
+    finally:
+        for module, forward in zip(layers, own, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+@contextmanager
+def _head_at(model: nn.Module, kept: Bool[Tensor, "sequence position"]) -> Iterator[None]:
+    """Within the block, only the kept positions go through the LM head, as rows: the logits are `[kept, vocabulary]`."""
+
+    def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][kept], *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)  # type: ignore[operator, union-attr]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class UpperHalf:
+    """What a model computes above a layer: from a residual stream after it to logits.
+
+    Whether the lower layers can be skipped is tried when this is made: an unedited residual must give the logits of the
+    plain model. Where it does not (layers that share keys with lower ones), the whole model runs and the residual stream is
+    replaced on the way, which costs more and is right for every architecture.
+    """
+
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        self.model, self.layer = model, layer
+        self.skips_lower = True
+        device = next(model.parameters()).device
+        ids = torch.arange(8, device=device).unsqueeze(0)
+        everywhere = torch.ones_like(ids)
+        with torch.no_grad():
+            plain = model(input_ids=ids, attention_mask=everywhere, use_cache=False).logits[0]
+            hidden = residuals_after(model, ids, [layer])[0]
+            got = self.logits(hidden, ids, everywhere, everywhere.bool())
+        self.skips_lower = torch.allclose(got, plain, rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        hidden: Float[Tensor, "sequence position d_model"],
+        token_ids: Int[Tensor, "sequence position"],
+        attention_mask: Int[Tensor, "sequence position"],
+        kept: Bool[Tensor, "sequence position"],
+    ) -> Float[Tensor, "kept vocabulary"]:
+        """Logits at the kept positions, in the order of the sequences, going on from `hidden` after the layer."""
+        hidden = hidden.to(next(self.model.parameters()).dtype)
+        if self.skips_lower:
+            replaced = starting_after(self.model, self.layer, hidden)
+        else:
+            replaced = edited_after(self.model, self.layer, lambda computed: hidden)
+        with replaced, _head_at(self.model, kept):
+            logits: Tensor = self.model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+
+@torch.no_grad()
+def next_residual_after(
+    model: nn.Module, token_ids: Int[Tensor, "sequence position"], layer: int, cache: Any
+) -> Float[Tensor, "sequence position d_model"]:
+    """Residual stream after `layer` of further tokens; what came before them is in `cache`, which grows up to the layer."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        kept.append(_hidden(output))
+        raise _Stop
+
+    handle = decoder_layers(model)[layer].register_forward_hook(keep)
+    try:
+        model.base_model(input_ids=token_ids, past_key_values=cache, use_cache=True)  # type: ignore[operator]
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return kept[0]

@@ -8,6 +8,7 @@ from crossdiff.config import UserError
 
 FOLDER = Path(__file__).parent / "demo"
 CONFIG = FOLDER / "run.yaml"
+RULES = FOLDER / "rules.yaml"
 
 
 def demo_path(name: str) -> Path:

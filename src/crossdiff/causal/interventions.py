@@ -1,0 +1,157 @@
+"""Interventions as data: what is added to the base model's activations, on which tokens, and which model goes on.
+
+    h = h^base + sum of the parts, on the chosen tokens; h^base elsewhere          (METHOD: causal test)
+
+Every part is a difference, chat minus base, so that the parts add up: all latents + bias + error = activation, the full
+swap; all latents + bias is the chat reconstruction with the base error; error alone is the base reconstruction with the chat
+error. A YAML file lists the interventions and the comparisons between them; `interventions.yaml` ships with the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import polars as pl
+from pydantic import Field, model_validator
+
+from crossdiff.causal.selection import LatentSets, Selection, resolve
+from crossdiff.config import Config, UserError, read_yaml, validate
+
+DEFAULT = Path(__file__).with_name("interventions.yaml")
+
+
+class LatentsPart(Config):
+    """sum_{j in T} f_j (d_j^chat - d_j^base)."""
+
+    kind: Literal["latents"] = "latents"
+    latents: Selection
+
+
+class DifferencePart(Config):
+    """A whole difference between the models.
+
+    `bias`: of the reconstructions' biases; `error`: of the reconstruction errors; `activation`: of the activations.
+    """
+
+    kind: Literal["bias", "error", "activation"]
+
+
+class MeanDifferencePart(Config):
+    """The mean of h^chat - h^base over the training conversations: one vector, or one for each group of tokens."""
+
+    kind: Literal["mean_difference"]
+    over: Literal["conversations", "token_group"] = "conversations"
+
+
+Part = Annotated[LatentsPart | DifferencePart | MeanDifferencePart, Field(discriminator="kind")]
+Tokens = Literal["all", "template", "content"]
+
+
+class Intervention(Config):
+    """One entry of the list; it makes one arm, or several when its latents are several sets (seeds, single latents)."""
+
+    name: str = Field(pattern=r"^[a-z0-9_.]+$")
+    add: tuple[Part, ...] = Field((), description="differences added to the base activations")
+    tokens: Tokens = Field("all", description="tokens whose activations are edited; content is all but the template")
+    continues: Literal["chat", "base"] = Field("chat", description="the model whose upper layers go on")
+
+
+class Comparison(Config):
+    """KL(worse) - KL(better), paired over conversations: positive where `better` is nearer to the chat model."""
+
+    name: str
+    better: str
+    worse: str
+
+
+class Experiment(Config):
+    """What the YAML file holds."""
+
+    interventions: tuple[Intervention, ...] = Field(min_length=1)
+    comparisons: tuple[Comparison, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_known_and_differ(self) -> Experiment:
+        names = [intervention.name for intervention in self.interventions]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two interventions are called {name!r}")
+        for comparison in self.comparisons:
+            for name in (comparison.better, comparison.worse):
+                if name not in names:
+                    raise ValueError(f"the comparison {comparison.name!r} names {name!r}, which is no intervention")
+        for intervention in self.interventions:
+            if sum(isinstance(part, LatentsPart) for part in intervention.add) > 1:
+                raise ValueError(f"{intervention.name!r} adds latents twice: contributions would be counted doubly")
+        return self
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment of a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, or names what does not exist.
+    """
+    return validate(Experiment, read_yaml(path), str(path))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One condition of the experiment, with its latents settled.
+
+    Attributes:
+        latents: numbers of the latents that contribute; None for all of them, empty for none.
+        latent: the latent whose effect alone is measured, where the arm is one of single latents.
+        others: kinds of the parts beside the latents.
+    """
+
+    name: str
+    intervention: str
+    latents: tuple[int, ...] | None
+    latent: int | None
+    others: tuple[str, ...]
+    tokens: Tokens
+    continues: Literal["chat", "base"]
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The arms of an experiment on one crosscoder, and why some interventions have none."""
+
+    arms: tuple[Arm, ...]
+    left_out: dict[str, str]
+
+
+def _kind(part: Part) -> str:
+    return f"mean_difference_{part.over}" if isinstance(part, MeanDifferencePart) else part.kind
+
+
+def make_arms(experiment: Experiment, table: pl.DataFrame, pool: int, seed: int) -> Arms:
+    """Settle which latents each intervention means.
+
+    Args:
+        table: the latent table.
+        pool: number of latents that are ranked against each other (see `selection.pool_of`).
+
+    Raises:
+        UserError: a latent out of range.
+    """
+    arms: list[Arm] = []
+    left_out = {}
+    for intervention in experiment.interventions:
+        selections = [part.latents for part in intervention.add if isinstance(part, LatentsPart)]
+        others = tuple(_kind(part) for part in intervention.add if not isinstance(part, LatentsPart))
+        try:
+            sets = resolve(selections[0], table, pool, seed) if selections else LatentSets({"": ()})
+        except UserError as error:
+            raise UserError(f"intervention {intervention.name!r}: {error}") from None
+        for suffix, latents in sets.sets.items():
+            if selections and latents is not None and not latents:
+                left_out[intervention.name] = "no latent of this crosscoder is in the set"
+                continue
+            single = latents[0] if sets.single and latents else None
+            name = f"{intervention.name}_{suffix}" if suffix else intervention.name
+            arms.append(Arm(name, intervention.name, latents, single, others, intervention.tokens, intervention.continues))
+    return Arms(tuple(arms), left_out)

@@ -1,0 +1,94 @@
+"""The causal test and steering on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from crossdiff.causal.conversations import RESPONSE, SPANS
+from crossdiff.causal.generation import Sampling
+from crossdiff.causal.steering import Steerer, Steering
+from crossdiff.config import SteerConfig
+
+SHOWN = (RESPONSE, *SPANS)
+
+
+def _estimate(entry: dict[str, float], percent: bool = False) -> str:
+    value, low, high = (entry[key] * (100 if percent else 1) for key in ("value", "low", "high"))
+    return f"{value:.0f}% [{low:.0f}, {high:.0f}]" if percent else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
+    """KL of every intervention and what it closes of the gap, then the comparisons."""
+    skipped = f", {report['n_without_assistant']} without an assistant's turn skipped" if report["n_without_assistant"] else ""
+    table = Table(
+        title=f"{name}: KL to the chat model in nats, {report['n_conversations']} {report['split']} conversations{skipped}",
+        caption="95% bootstrap intervals over conversations; closed: share of the gap from `none` to the chat model",
+    )
+    for column in ("intervention", "latents", *(f"KL {span}" for span in SHOWN), f"closed, {RESPONSE}"):
+        table.add_column(column, justify="left" if column == "intervention" else "right")
+    found = {(result["intervention"], result["span"]): result for result in report["results"]}
+    for intervention in dict.fromkeys(result["intervention"] for result in report["results"]):
+        row = found[intervention, RESPONSE]
+        title = intervention if row["n_arms"] == 1 else f"{intervention} (mean of {row['n_arms']})"
+        latents = "all" if row["n_latents"] is None else str(row["n_latents"] or "")
+        cells = [_estimate(found[intervention, span]["kl"]) for span in SHOWN]
+        table.add_row(title, latents, *cells, _estimate(row["closed"], percent=True))
+    console.print(table)
+    for intervention, reason in report["left_out"].items():
+        console.print(f"[dim]{intervention}: left out, {reason}[/dim]")
+    differences = Table(title=f"{name}: KL(worse) - KL(better), paired over conversations")
+    for column in ("comparison", "better", "worse", *SHOWN):
+        differences.add_column(column)
+    pairs = {(entry["comparison"], entry["span"]): entry for entry in report["comparisons"]}
+    for entry in (entry for entry in report["comparisons"] if entry["span"] == RESPONSE):
+        cells = [_estimate(pairs[entry["comparison"], span]["difference"]) for span in SHOWN]
+        differences.add_row(entry["comparison"], entry["better"], entry["worse"], *cells)
+    console.print(differences)
+
+
+def print_side_by_side(steerer: Steerer, config: SteerConfig, console: Console) -> None:
+    """The answers to each prompt, unsteered and at each strength.
+
+    Raises:
+        UserError: the latent cannot be steered with.
+    """
+    assert config.latent is not None
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.seed)
+    answered = {"unsteered": steerer.answer(config.prompt, None, sampling, config.model)}
+    for strength in config.strength:
+        steering = Steering(config.latent, config.mode, strength, config.model, config.tokens)
+        answered[f"{config.mode} {strength:g}"] = steerer.answer(config.prompt, steering, sampling)
+    table = Table(title=f"latent {config.latent}, {config.model} model, {config.tokens} tokens", show_lines=True)
+    table.add_column("prompt")
+    for name in answered:
+        table.add_column(name)
+    for index, prompt in enumerate(config.prompt):
+        texts = (each[index].text + ("" if each[index].finished else " ...") for each in answered.values())
+        table.add_row(escape(prompt), *map(escape, texts))
+    console.print(table)
+
+
+def print_rates(path: Path, title: str, console: Console) -> None:
+    """Rates of the behaviours that some answer shows."""
+    found = pl.read_parquet(path)
+    shown = found.filter(pl.col("rate").max().over("label", "behaviour") > 0)
+    table = Table(
+        title=f"steering {title}",
+        caption="rate: Wilson 95%; change: to unsteered, paired bootstrap over prompts 95%",
+    )
+    for column in ("prompts", "behaviour", "condition", "latent", "n", "rate", "change", "degenerate"):
+        table.add_column(column)
+    for row in shown.iter_rows(named=True):
+        latent = "" if row["latent"] is None else str(row["latent"])
+        table.add_row(
+            row["label"], row["behaviour"], f"{row['role']} {row['strength']:g}", latent, str(row["n"]),
+            f"{row['rate']:.2f} [{row['rate_low']:.2f}, {row['rate_high']:.2f}]",
+            f"{row['change']:+.2f} [{row['change_low']:+.2f}, {row['change_high']:+.2f}]", f"{row['degenerate']:.2f}",
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,146 @@
+"""The commands beside the stages: checks, comparisons of runs, formats of others, ground truth, steering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from crossdiff.cli.options import Parser, add_settings, changes_of, scan
+from crossdiff.config import RunConfig, SteerConfig, UserError, merge, read_yaml, validate
+
+
+def truth(argv: Sequence[str]) -> None:
+    from crossdiff.truth.settings import TruthConfig
+
+    _, options = scan(argv)
+    start, origin = (read_yaml(Path(options["config"])), options["config"]) if "config" in options else ({}, "the defaults")
+    defaults = validate(TruthConfig, start, origin)
+    description = "plant concepts whose place is known, train crosscoders on them, and compare what is found with the truth"
+    parser = Parser(prog="crossdiff truth", description=description, allow_abbrev=False)
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/truth"), help="where it goes [runs/truth]")
+    parser.add_argument("--config", type=Path, help="YAML file with settings")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_settings(parser, defaults, "settings (each is also a key of the YAML file)")
+    args = parser.parse_args(argv)
+    changes = changes_of(args)
+    values = merge(defaults.model_dump(), changes) if changes else start
+    config = validate(TruthConfig, values, "the command line" if changes else origin)
+
+    from rich.console import Console
+
+    from crossdiff.run import Run
+    from crossdiff.truth.report import run_truth
+
+    run = Run.open(args.directory)
+    try:
+        run_truth(run, config, Console())
+    finally:
+        run.close()
+
+
+def _run_directory(path: Path) -> Path:
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path} is no run directory: it has no manifest.json")
+    return path
+
+
+def null(argv: Sequence[str]) -> None:
+    parser = Parser(prog="crossdiff null", description="compare a run's verdicts with those of a null run")
+    parser.add_argument("directory", type=Path, help="run directory of the diff")
+    parser.add_argument("--null", type=Path, required=True, help="run directory of the base model and a null model")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(argv)
+    from crossdiff.latents.null import compare
+    from crossdiff.latents.printing import print_null
+
+    print_null(compare(_run_directory(args.directory), _run_directory(args.null)))
+
+
+def seeds(argv: Sequence[str]) -> None:
+    parser = Parser(prog="crossdiff seeds", description="compare trainings of one crosscoder from several seeds")
+    parser.add_argument("directory", type=Path, help="run directory")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="crosscoders of the run, such as l1 l1-seed1 l1-seed2")
+    parser.add_argument("--cosine", type=float, default=0.9, help="cosine above which two latents are the same [0.9]")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(argv)
+    from crossdiff.latents.printing import print_seeds
+    from crossdiff.latents.seeds import compare_seeds, read_seeds
+
+    print_seeds(compare_seeds(read_seeds(_run_directory(args.directory), args.names), args.cosine))
+
+
+def clean(argv: Sequence[str]) -> None:
+    parser = Parser(prog="crossdiff clean", description="delete replaced results and unfinished work of a run")
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--debug", action="store_true")
+    directory = _run_directory(parser.parse_args(argv).directory)
+    from crossdiff.run import Run
+
+    run = Run.open(directory)
+    try:
+        print(f"{run.clean() / 1e6:.1f} MB freed")
+    finally:
+        run.close()
+
+
+def store(argv: Sequence[str]) -> None:
+    parser = Parser(prog="crossdiff store", description="check an activation store")
+    parser.add_argument("action", choices=["verify"], help="verify: read everything and compare the checksums")
+    parser.add_argument("path", type=Path, help="the store, such as runs/demo/activations")
+    parser.add_argument("--debug", action="store_true")
+    path = parser.parse_args(argv).path
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path} is no activation store: it has no manifest.json")
+    from crossdiff.activations.store import verify
+
+    problems = verify(path)
+    if problems:
+        raise UserError(
+            f"{path} is damaged:\n  " + "\n  ".join(problems) + "\nRestore these files, or harvest again with --force"
+        )
+    print(f"{path} is whole")
+
+
+def examples(argv: Sequence[str]) -> None:
+    description = "carry example databases to and from the layout of the published examples.db"
+    parser = Parser(prog="crossdiff examples", description=description)
+    parser.add_argument("action", choices=["export", "import"])
+    parser.add_argument("source", type=Path, help="export: the examples.sqlite of a crosscoder; import: an examples.db")
+    parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument("--tokenizer", help="import: the model whose tokenizer made the tokens, a Hub name or folder")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(argv)
+    from crossdiff.latents.published_examples import export_examples, import_examples
+    from crossdiff.models.pair import load_tokenizer
+
+    if args.action == "export":
+        n_examples = export_examples(args.source, args.target)
+    elif args.tokenizer is None:
+        raise UserError("an import needs the tokens as text: name the model with --tokenizer")
+    else:
+        n_examples = import_examples(args.source, args.target, load_tokenizer(args.tokenizer))
+    print(f"{n_examples} examples written to {args.target}")
+
+
+def steer(argv: Sequence[str]) -> None:
+    parser = Parser(prog="crossdiff steer", description="generate with a latent added or ablated", allow_abbrev=False)
+    parser.add_argument("directory", type=Path, help="run directory with an analysed crosscoder")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_settings(parser, SteerConfig(), "settings")
+    args = parser.parse_args(argv)
+    config = validate(SteerConfig, changes_of(args), "the command line")
+    path = args.directory / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{args.directory} is no finished run: it has no config.yaml; run `crossdiff analyze` first")
+    settings = validate(RunConfig, read_yaml(path), str(path))
+
+    from rich.console import Console
+
+    from crossdiff.causal_pipeline import CausalPipeline
+    from crossdiff.run import Run
+
+    run = Run.open(args.directory)
+    try:
+        CausalPipeline(run, settings, Console()).steer(config)
+    finally:
+        run.close()

@@ -1,0 +1,59 @@
+"""Behaviours by rules, broken text, and shares with intervals."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from crossdiff.causal.answers import Rule, is_degenerate, read_rules, wilson
+from crossdiff.config import UserError
+from crossdiff.pairs import FOLDER, RULES
+
+
+def test_the_rules_of_the_embedded_pair_give_the_labels_of_its_recorded_answers() -> None:
+    rules = read_rules(RULES)
+    with gzip.open(FOLDER / "generations.jsonl.gz", "rt", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    assert len(records) > 1000
+    for record in records:
+        assert sorted(rules.shown(record["answer"])) == record["labels"], record["answer"]
+
+
+def test_a_rule_may_need_several_occurrences() -> None:
+    rule = Rule(pattern=r"(?m)^\d\.", at_least=2)
+    assert rule.holds("1. one\n2. two")
+    assert not rule.holds("1. one")
+
+
+def test_a_wrong_pattern_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text("behaviours: {broken: {pattern: 'a('}}")
+    with pytest.raises(UserError, match=r"behaviours.broken.pattern: .*not a regular expression"):
+        read_rules(path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("", True),
+        ("   ", True),
+        ("I'm sorry, but I can't help with that. It is against the law and could cause harm.", False),
+        (", and the number of the fourth year, the number of the fourth year, the number of the fourth year", True),
+        ("yes yes", False),  # too short to tell
+        ("A law is a law that is a law.", False),
+        ("no " * 20, True),
+    ],
+)
+def test_degenerate_text(answer: str, expected: bool) -> None:
+    assert is_degenerate(answer) is expected
+
+
+def test_wilson_by_hand() -> None:
+    # 8 of 10: centre (0.8 + 3.8415 / 20) / 1.38415 = 0.7167, half 1.96 / 1.38415 * sqrt(0.016 + 0.0096) = 0.2266
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)
+    assert wilson(0, 5)[0] == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="no observations"):
+        wilson(0, 0)

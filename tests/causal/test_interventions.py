@@ -1,0 +1,152 @@
+"""Interventions from YAML, and the latents that they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+from pydantic import TypeAdapter
+from setting import make_table
+
+from crossdiff.causal.interventions import DEFAULT, Experiment, make_arms, read_experiment
+from crossdiff.causal.selection import Selection, pool_of, resolve
+from crossdiff.config import UserError
+
+
+def table() -> pl.DataFrame:
+    """Six latents; the last has no rank, so that it is in no pool."""
+    return pl.DataFrame(
+        {
+            "latent": range(6),
+            "delta_norm": [0.5, 0.9, 0.8, 0.7, 0.95, 1.0],
+            "nu_error": [0.9, 0.1, 0.5, 0.3, 0.2, float("nan")],
+            "nu_reconstruction": [0.9, 0.6, 0.2, 0.1, 0.4, 0.1],
+            "rank_sum": [10.0, 5.0, 6.0, 4.0, 4.0, float("nan")],
+            "verdict": ["shared", "rotated", "chat_specific", "shared", "chat_specific", "undecided"],
+            "n_active": [9, 9, 9, 9, 9, 0],
+        }
+    )
+
+
+def latents(selection: dict[str, Any], pool: int = 4) -> dict[str, tuple[int, ...] | None]:
+    return resolve(TypeAdapter(Selection).validate_python(selection), table(), pool, seed=0).sets
+
+
+def test_the_pool_is_those_of_the_largest_delta_norm_that_are_ranked() -> None:
+    assert pool_of(table(), 4)["latent"].to_list() == [4, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ({"kind": "all"}, None),
+        ({"kind": "list", "latents": [5, 0, 5]}, (0, 5)),
+        # The pool is 1, 2, 3, 4.
+        ({"kind": "ranked", "ranking": "delta_norm"}, (1, 4)),
+        ({"kind": "ranked", "ranking": "delta_norm", "part": "worst"}, (2, 3)),
+        ({"kind": "ranked", "ranking": "nu_error"}, (1, 4)),  # 0.1, 0.2 | 0.3, 0.5
+        ({"kind": "ranked", "ranking": "nu_reconstruction", "part": "worst"}, (1, 4)),  # 0.4, 0.6
+        ({"kind": "ranked", "ranking": "rank_sum", "size": 1}, (3,)),  # 3 and 4 tie: the lower number
+        ({"kind": "ranked", "ranking": "rank_sum", "share": 1.0}, (1, 2, 3, 4)),
+        ({"kind": "threshold", "ranking": "nu_error", "at": 0.3}, (1, 4)),  # below, not at
+        ({"kind": "threshold", "ranking": "delta_norm", "at": 0.9}, (1, 4)),  # at least
+        ({"kind": "threshold", "ranking": "delta_norm", "at": 0.9, "among": "all"}, (1, 4, 5)),
+        ({"kind": "verdict", "verdicts": ["chat_specific", "rotated"]}, (1, 2, 4)),
+    ],
+)
+def test_sets_by_hand(selection: dict[str, Any], expected: tuple[int, ...] | None) -> None:
+    assert latents(selection) == {"": expected}
+
+
+def test_halves_of_an_odd_pool_share_no_latent() -> None:
+    for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "rank_sum"):
+        best, worst = (latents({"kind": "ranked", "ranking": ranking, "part": part}, 3)[""] for part in ("best", "worst"))
+        assert best is not None and worst is not None
+        assert len(best) == len(worst) == 1
+        assert set(best).isdisjoint(worst)
+
+
+def test_random_sets_are_as_large_as_their_model_and_differ_between_seeds() -> None:
+    like = {"kind": "verdict", "verdicts": ["chat_specific"]}
+    drawn = latents({"kind": "random", "like": like, "seeds": 30})
+    assert list(drawn) == [str(seed) for seed in range(30)]
+    assert {len(set(found)) for found in drawn.values() if found is not None} == {2}
+    assert {latent for found in drawn.values() for latent in found or ()} == {1, 2, 3, 4}  # of the pool, all of it
+    assert drawn == latents({"kind": "random", "like": like, "seeds": 30})
+    anywhere = latents({"kind": "random", "like": like, "seeds": 30, "among": "all"})
+    assert {latent for found in anywhere.values() for latent in found or ()} == {0, 1, 2, 3, 4}  # 5 is dead
+
+
+def test_each_latent_of_a_set_alone_in_the_order_of_the_ranking() -> None:
+    of = {"kind": "ranked", "ranking": "rank_sum", "size": 3}
+    assert latents({"kind": "each", "of": of}) == {"3": (3,), "4": (4,), "1": (1,)}
+
+
+def test_arms_of_a_list() -> None:
+    experiment = Experiment.model_validate(
+        {
+            "interventions": [
+                {"name": "none"},
+                {"name": "empty", "add": [{"kind": "latents", "latents": {"kind": "verdict", "verdicts": ["base_specific"]}}]},
+                {
+                    "name": "one",
+                    "add": [{"kind": "latents", "latents": {"kind": "each", "of": {"kind": "list", "latents": [2]}}}],
+                },
+                {
+                    "name": "sum",
+                    "add": [{"kind": "latents", "latents": {"kind": "all"}}, {"kind": "bias"}],
+                    "tokens": "content",
+                },
+            ]
+        }
+    )
+    arms = make_arms(experiment, table(), 4, 0)
+    assert [(arm.name, arm.latents, arm.latent, arm.others) for arm in arms.arms] == [
+        ("none", (), None, ()), ("one_2", (2,), 2, ()), ("sum", None, None, ("bias",)),
+    ]  # fmt: skip
+    assert arms.left_out == {"empty": "no latent of this crosscoder is in the set"}
+    assert arms.arms[-1].tokens == "content"
+
+
+def test_the_list_of_the_package_covers_what_it_promises() -> None:
+    arms = make_arms(read_experiment(DEFAULT), make_table(), 20, 0)
+    names = [arm.name for arm in arms.arms]
+    assert len(names) == len(set(names))
+    for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "rank_sum"):
+        assert {f"best_half_{ranking}", f"worst_half_{ranking}"} <= set(names)
+    assert {"none", "full_swap", "all_latents", "template_tokens", "mean_difference", "random_half_4"} <= set(names)
+    assert sum(arm.latent is not None for arm in arms.arms) == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"interventions": [{"name": "a", "add": [{"kind": "neurons"}]}]}, r"interventions.0.add.0: .*'neurons'"),
+        ({"interventions": [{"name": "a"}, {"name": "a"}]}, "two interventions are called 'a'"),
+        ({"comparisons": [{"name": "c", "better": "none", "worse": "nothing"}]}, "names 'nothing', which is no intervention"),
+        ({"interventions": [{"name": "none", "tokens": "verbs"}]}, "'all', 'template' or 'content'"),
+        ({"interventions": []}, "at least 1 item"),
+    ],
+)
+def test_a_wrong_list_names_what_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(yaml.safe_dump({"interventions": [{"name": "none"}], **changes}))
+    with pytest.raises(UserError, match=message):
+        read_experiment(path)
+
+
+def arms_of(selection: dict[str, Any]) -> None:
+    intervention = {"name": "mine", "add": [{"kind": "latents", "latents": selection}]}
+    make_arms(Experiment.model_validate({"interventions": [intervention]}), table(), 4, 0)
+
+
+def test_latents_that_do_not_exist_and_sets_that_cannot_be_drawn() -> None:
+    with pytest.raises(UserError, match="intervention 'mine': there is no latent 6: the crosscoder has 6, 0 to 5"):
+        arms_of({"kind": "list", "latents": [2, 6]})
+    with pytest.raises(UserError, match="5 random latents are asked for, but there are 4 to draw from"):
+        arms_of({"kind": "random", "like": {"kind": "list", "latents": [0, 1, 2, 3, 4]}})
+    with pytest.raises(UserError, match="'all' is not one set of known size"):
+        arms_of({"kind": "each", "of": {"kind": "all"}})
