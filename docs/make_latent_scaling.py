@@ -165,6 +165,7 @@ def truth_tables(folder: Path) -> str:
     """The rankings and the verdicts of a `truth.json` in Markdown."""
     record = json.loads((folder / "truth.json").read_text())
     planted, lines = record["settings"]["planted"], []
+    lines += ["![The planted latents: delta_norm and nu, by the kind of their concept](ground-truth.svg)", ""]
     sizes = ", ".join(f"{planted[kind]} {kind.replace('_', '-')}" for kind in list(COLOURS)[:6])
     lines.append(
         f"{sizes} concepts in {planted['d_model']} dimensions, {planted['documents'] * planted['document_tokens']:,} tokens."

@@ -19,7 +19,8 @@ def test_halves_are_what_a_pass_over_half_of_the_documents_gives() -> None:
     even, odd = (of_blocks(sums, torch.tensor(blocks)) for blocks in ([0, 2], [1, 3]))
     assert len(even.n) == 2 == BLOCKS // 2
     for target in ("error", "reconstruction"):
-        first, second = (scaling(coder, half, 1, 0, 1).nus[target].value[: LATENTS - 1] for half in (even, odd))
+        betas = [scaling(coder, half, 1, 0, 1).betas for half in (even, odd)]
+        first, second = ((beta[target, 0].value / beta[target, 1].value)[: LATENTS - 1] for beta in betas)
         entry = found[f"nu_{target}"]
         assert entry["n_latents"] == LATENTS - 1
         assert entry["median_difference"] == pytest.approx(float((first - second).abs().median()))

@@ -30,8 +30,8 @@ def analysed_names(run: Path) -> list[str]:
     return names
 
 
-def rates(path: Path) -> dict[str, float]:
-    """Share of the live latents of a latent table in each set and verdict; `n_live` is their number.
+def rates(path: Path) -> tuple[int, dict[str, float]]:
+    """The number of live latents of a latent table, and their share in each set and verdict.
 
     Raises:
         UserError: the table is of another version.
@@ -42,7 +42,7 @@ def rates(path: Path) -> dict[str, float]:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `crossdiff analyze` again with this version")
     live = table.filter(pl.col("verdict") != "dead")
     found = {name: live[name] if name in SETS else live["verdict"] == name for name in RATES}
-    return {"n_live": live.height} | {name: float(flags.sum()) / max(1, live.height) for name, flags in found.items()}
+    return live.height, {name: float(flags.sum()) / max(1, live.height) for name, flags in found.items()}
 
 
 def _side(run: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
             )
     rows = []
     for name in names:
-        real, other = (rates(folder / name / "latents.parquet") for folder in (run, null))
-        sizes = {"n_real": int(real["n_live"]), "n_null": int(other["n_live"])}
+        (n_real, real), (n_null, other) = (rates(folder / name / "latents.parquet") for folder in (run, null))
+        sizes = {"n_real": n_real, "n_null": n_null}
         rows += [{"crosscoder": name, "rate": key, "real": real[key], "null": other[key]} | sizes for key in RATES]
     return pl.DataFrame(rows)

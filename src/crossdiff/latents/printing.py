@@ -30,8 +30,8 @@ def print_seeds(report: SeedReport, console: Console | None = None) -> None:
     table = Table(title="Latents by training", title_justify="left")
     for index, name in enumerate(report.counts.columns):
         table.add_column(name, justify="right" if index else "left")
-    for row in report.counts.iter_rows():
-        table.add_row(row[0].replace("_", " "), *(f"{n:,}" for n in row[1:-2]), f"{row[-2]:.1f}", f"{row[-1]:.1f}")
+    for name, *numbers, mean, sd in report.counts.iter_rows():
+        table.add_row(name.replace("_", " "), *(f"{n:,}" for n in numbers), f"{mean:.1f}", f"{sd:.1f}")
     console.print(table)
     table = Table(title="Chat-specific latents found again", title_justify="left")
     for heading in ("of", "in", "latents", "as any latent", "as a chat-specific one"):

@@ -69,13 +69,8 @@ class Nu:
         return f"{self.name} {self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def _nus(row: Mapping[str, Any], suffix: str, config: AnalyzeConfig) -> tuple[Nu, Nu]:
-    limits = {"nu_error": config.nu_error, "nu_reconstruction": config.nu_reconstruction}
-    error, reconstruction = (
-        Nu(f"{name}{suffix}", *(row[f"{name}{suffix}{end}"] for end in ("", "_low", "_high")), limit)
-        for name, limit in limits.items()
-    )
-    return error, reconstruction
+def _nu(row: Mapping[str, Any], name: str, limit: float) -> Nu:
+    return Nu(name, row[name], row[f"{name}_low"], row[f"{name}_high"], limit)
 
 
 def judge(row: Mapping[str, Any], twins: tuple[int, ...], config: AnalyzeConfig) -> Verdict:
@@ -85,7 +80,8 @@ def judge(row: Mapping[str, Any], twins: tuple[int, ...], config: AnalyzeConfig)
     if math.isnan(row["delta_norm"]):
         return Verdict("undecided", "both of its decoder directions vanish")
     suffix = "_mirrored" if row["delta_norm"] <= 1 - config.delta_norm else ""
-    error, reconstruction = _nus(row, suffix, config)
+    error = _nu(row, f"nu_error{suffix}", config.nu_error)
+    reconstruction = _nu(row, f"nu_reconstruction{suffix}", config.nu_reconstruction)
     if math.isnan(error.value) or math.isnan(reconstruction.value):
         return Verdict("undecided", row[f"undefined_reason{suffix}"])
     if error.below and reconstruction.below:
