@@ -96,7 +96,7 @@ def test_the_strongest_distinct_contexts_in_order(tmp_path: Path, store: Store) 
         assert [row["sequence"] for row in top] == [sequence for _, sequence in expected]
         assert [row["activation"] for row in top] == pytest.approx([value for value, _ in expected], rel=1e-4)
         dropped += top != [] and [s for _, s in expected] != v[:, :, latent].amax(1).topk(4).indices.tolist()
-    assert dropped > 5, "the texts must hold duplicates among the strongest"
+    assert dropped > 0, "the texts must hold duplicates among the strongest"
     assert not [row for row in rows if row["latent"] == 7], "a dead latent has no examples"
 
 
