@@ -93,7 +93,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
 def _blocks(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
     for tensor in tensors:
-        content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        content = tensor.reshape(-1).view(torch.uint8).numpy().data
         yield from (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
 
 

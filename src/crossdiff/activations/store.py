@@ -51,8 +51,7 @@ def sha256(path: Path) -> str:
 
 def _shard_path(folder: Path, name: Any) -> Path:
     """A shard's path; the manifest is not trusted to stay inside the store."""
-    plain = isinstance(name, str) and name not in {"", ".."} and Path(name).name == name
-    if not plain or (folder / name).is_symlink():
+    if not isinstance(name, str) or name in {"", ".."} or Path(name).name != name or (folder / name).is_symlink():
         raise UserError(f"{folder / 'manifest.json'} names the shard {name!r}; expected a plain file name in the store")
     return folder / name
 
@@ -79,8 +78,8 @@ class Store:
                 raise UserError(f"shard {path} {found}; restore it, or harvest again with --force")
         if not self.manifest["n_tokens"]:
             raise UserError(f"{folder} holds no tokens; harvest again with texts")
-        if (found := int(self.offsets[-1])) != self.n_tokens:
-            raise UserError(f"the shards of {folder} hold {found} tokens, its manifest says {self.n_tokens}; harvest again")
+        if (held := int(self.offsets[-1])) != self.n_tokens:
+            raise UserError(f"the shards of {folder} hold {held} tokens, its manifest says {self.n_tokens}; harvest again")
 
     @property
     def n_tokens(self) -> int:

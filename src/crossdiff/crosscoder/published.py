@@ -232,7 +232,7 @@ def _read_kissane(tensors: TensorFile) -> Foreign:
     activation = _batch_topk(tensors, {}, decoder.norm(dim=2).sum(0)) if batch_topk else Everything()
     tensors.finish()
     beside = (tensors.path.with_name("cfg.json"), tensors.path.with_name(f"{tensors.path.stem}_cfg.json"))
-    config = next((read_json(file) for file in beside if file.is_file()), {})
+    config: dict[str, Any] = next((read_json(file) for file in beside if file.is_file()), {})
     origin = _origin(tensors, "Kissane", "BatchTopK" if batch_topk else "ReLU", _layer_of(str(config.get("hook_point"))))
     ones = torch.ones(tensors.sizes["source"], dtype=torch.float64)
     return Foreign(

@@ -36,7 +36,7 @@ def print_seeds(report: SeedReport, console: Console | None = None) -> None:
     table = Table(title="Chat-specific latents found again", title_justify="left")
     for heading in ("of", "in", "latents", "as any latent", "as a chat-specific one"):
         table.add_column(heading, justify="left" if heading in ("of", "in") else "right")
-    for row in report.matches.iter_rows(named=True):
-        shares = ("" if value != value else f"{value:.0%}" for value in (row["matched"], row["matched_specific"]))
-        table.add_row(row["seed"], row["other"], f"{row['n_specific']:,}", *shares)
+    for match in report.matches.iter_rows(named=True):
+        shares = ("" if value != value else f"{value:.0%}" for value in (match["matched"], match["matched_specific"]))
+        table.add_row(match["seed"], match["other"], f"{match['n_specific']:,}", *shares)
     console.print(table)
