@@ -185,7 +185,7 @@ def drawn_chunks(n_tokens: int, often: torch.Tensor, batch_tokens: int) -> Itera
         latent = torch.repeat_interleave(torch.arange(n_latents), starts).repeat(2)
         token = torch.randint(0, n - 1, (len(latent) // 2,))
         flat = torch.unique(torch.cat([token, token + 1]) * n_latents + latent)
-        code = SparseCode.at(flat, 1 + torch.rand(len(flat)), n, n_latents)
+        code = SparseCode(flat // n_latents, flat % n_latents, 1 + torch.rand(len(flat)), n, n_latents)
         rows = np.arange(first, first + n)
         sequence = torch.from_numpy(rows // LENGTH - first // LENGTH)
         yield Chunk(0, rows, sequence, np.unique(rows // LENGTH), nothing, code, nothing, nothing)

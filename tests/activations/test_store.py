@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store, consecutive, verify
 from crossdiff.config import UserError
 from stores import make_store
@@ -36,24 +35,6 @@ def test_rows_leave_out_first_positions_and_the_other_split(tmp_path: Path, acti
     assert len(store.rows("heldout")) == 20 * 19
     with pytest.raises(UserError, match="no tokens in the split 'test'"):
         store.rows("test")
-
-
-def test_batches_see_each_token_once_an_epoch_and_are_normalised(tmp_path: Path, activations: torch.Tensor) -> None:
-    store = make_store(tmp_path, activations)
-    batches = Batches(store, 76, seed=0)
-    assert batches.per_epoch == 20  # 1,520 training tokens
-    epoch = torch.cat([batches[step] for step in range(20)])
-    expected = (
-        activations[torch.from_numpy(store.rows("train"))] - store.normalisation.mean.float()
-    ) * store.normalisation.scale
-    torch.testing.assert_close(epoch.sort(0).values, expected.sort(0).values)
-    assert float(epoch.square().sum(2).mean()) == pytest.approx(4.0, rel=1e-4)  # d_model
-    assert torch.allclose(epoch.mean(0), torch.zeros(2, 4), atol=1e-4)
-    again = Batches(store, 76, seed=0)
-    assert torch.equal(again[25], batches[25])
-    assert not torch.equal(batches[5], batches[25])
-    with pytest.raises(UserError, match="batch_size 5000 is larger than the 1520 training tokens"):
-        Batches(store, 5000, seed=0)
 
 
 @pytest.mark.parametrize("matrix", [[[1, 0], [0, 1]], [[1, 0]], [[0, 1]], [[-1, 1]], [[0.5, 0.5], [-2, 1], [3, 0]]])

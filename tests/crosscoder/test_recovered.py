@@ -43,7 +43,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, pair: Pair, tiny_texts: tupl
         DatasetConfig(path=str(tiny_texts[0]), heldout_share=0.5),
         DatasetConfig(path=str(tiny_texts[1]), heldout_share=0.5),
     )
-    harvest(folder, pair, 1, datasets, HarvestConfig(max_length=32, batch_tokens=256, dtype="float32"))
+    harvest({1: folder}, pair, datasets, HarvestConfig(max_length=32, batch_tokens=256, dtype="float32"))
     return Store(folder)
 
 

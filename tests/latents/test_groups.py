@@ -69,8 +69,8 @@ def test_the_most_frequent_token_names_a_cell(store: Store) -> None:
 
 
 def chunk_of(f: torch.Tensor, rows: np.ndarray) -> Chunk:  # type: ignore[type-arg]
-    flat = f.flatten().nonzero().squeeze(1)
-    code = SparseCode.at(flat, f.flatten()[flat], *f.shape)
+    token, latent = f.nonzero(as_tuple=True)
+    code = SparseCode(token, latent, f[token, latent], *f.shape)
     empty = torch.zeros(len(f), 8)
     return Chunk(0, rows, torch.zeros(len(f), dtype=torch.int64), np.array([0]), empty, code, empty, empty)
 

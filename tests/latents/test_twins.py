@@ -37,8 +37,8 @@ def crosscoder() -> Crosscoder:
 
 
 def chunk_of(f: torch.Tensor) -> Chunk:
-    flat = f.flatten().nonzero().squeeze(1)
-    code = SparseCode.at(flat, f.flatten()[flat], *f.shape)
+    token, latent = f.nonzero(as_tuple=True)
+    code = SparseCode(token, latent, f[token, latent], *f.shape)
     empty = torch.zeros(len(f), 2 * D)
     return Chunk(0, np.arange(len(f)), torch.zeros(len(f), dtype=torch.int64), np.array([0]), empty, code, empty, empty)
 

@@ -13,7 +13,7 @@ from crossdiff.crosscoder.trainer import Trainer
 
 LOG_EVERY = 25
 DIVERGED = 10.0
-"""A training has diverged when its loss over a record is so many times that of the first record."""
+"""A training has diverged when its squared error over a record, after the warm-up, is so many times the squared input."""
 
 
 @runtime_checkable
@@ -77,7 +77,6 @@ class Log:
         """The resumed run writes the records after the checkpoint again."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.first_loss = json.loads(kept[0])["loss"] if kept else None
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, result: StepResult) -> dict[str, Any] | None:
@@ -96,19 +95,22 @@ class Log:
         trainer = self.trainer
         if trainer.step % LOG_EVERY and not trainer.is_done:
             return None
-        record = self._record()
+        record, excess = self._record(), self._error_over_input()
         self.sums = {}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.write(trainer.step, {key: float(value) for key, value in record.items() if key != "step"})
-        self.first_loss = record["loss"] if self.first_loss is None else self.first_loss
-        if record["loss"] > DIVERGED * self.first_loss:
+        if excess > DIVERGED and trainer.step > trainer.config.warmup_steps:
             raise UserError(
-                f"the training has diverged: loss {record['loss']:.3g} at step {trainer.step} of {trainer.schedule.n_steps}, "
-                f"{self.first_loss:.3g} at its start; lower lr (now {trainer.config.lr}) or lengthen warmup_steps"
+                f"the training has diverged: at step {trainer.step} of {trainer.schedule.n_steps} the squared error is "
+                f"{excess:.3g} times the squared input; lower lr (now {trainer.config.lr}) or lengthen warmup_steps"
             )
         return record
+
+    def _error_over_input(self) -> float:
+        names = self.trainer.crosscoder.sources
+        return sum(self.sums[f"error_{name}"] for name in names) / sum(self.sums[f"square_{name}"] for name in names)
 
     def _record(self) -> dict[str, Any]:
         sums, trainer = self.sums, self.trainer

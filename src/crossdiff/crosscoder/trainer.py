@@ -93,12 +93,16 @@ class Trainer:
         return result
 
     def _update_threshold(self, smallest: float) -> None:
-        """theta: the running mean of the smallest kept v, begun anew when the run has settled."""
+        """theta: the running mean of the smallest kept v, begun anew when the run has settled.
+
+        Until there are 1 / (1 - beta) values it is their plain mean: in a short run the first value would outweigh the rest.
+        """
         settings = self.config.sparsity
         assert isinstance(settings, BatchTopKConfig)
         self.guess = GUESS_MARGIN * smallest
-        beta = settings.threshold_beta if self.step > settings.threshold_start_share * self.schedule.n_steps else 0.0
-        self.crosscoder.threshold = beta * self.crosscoder.threshold + (1 - beta) * smallest
+        n_values = max(1, self.step - round(settings.threshold_start_share * self.schedule.n_steps) + 1)
+        share = max(1 - settings.threshold_beta, 1 / n_values)
+        self.crosscoder.threshold += share * (smallest - self.crosscoder.threshold)
 
     def _adam(self, gradients: dict[str, Tensor]) -> None:
         """Adam (Kingma & Ba 2015); the clipping is passed to it as a scale of the gradients."""

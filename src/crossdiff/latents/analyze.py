@@ -97,7 +97,7 @@ def _add_heldout(
 ) -> None:
     """Add those tokens of a chunk that are held out."""
     mask, code = torch.from_numpy(member), chunk.code
-    x, error = (table[mask].view(int(mask.sum()), crosscoder.n_sources, -1) for table in (chunk.x, chunk.error))
+    x, error = (table[mask].view(-1, crosscoder.n_sources, crosscoder.d_model) for table in (chunk.x, chunk.error))
     active = torch.bincount(code.latent[mask[code.token]], minlength=code.n_latents)
     heldout.add(crosscoder, document[chunk.rows[member]], x, error, active)
 
