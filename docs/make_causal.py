@@ -191,7 +191,7 @@ def main() -> None:
     config = validate(RunConfig, read_yaml(run / "config.yaml"), str(run))
     reports = {name: json.loads((run / name / "causal.json").read_text()) for name in config.crosscoders}
     (DOCS / "causal.svg").write_text(figure(reports), encoding="utf-8")
-    lines = patching_tables(reports)
+    lines = ["![KL to the chat model for each intervention](causal.svg)", "", *patching_tables(reports)]
 
     store, rules = Store(run / "activations"), read_rules(RULES)
     pair = load_pair(config.base, config.chat, choose_device(config.device))

@@ -144,17 +144,14 @@ def test_a_seed_decides_and_the_batch_does_not() -> None:
 
 
 def test_rows_that_end_leave_the_others_as_they_are() -> None:
-    steer = steerer()
+    steer, warm = steerer(), Sampling(max_new_tokens=8, temperature=1.0, seed=0)
     steering = Steering(3, "ablate", 3.0)
-    alone = [generate(steer, [prompt], steering)[0] for prompt in PROMPTS]
-    assert alone[0] != alone[1]
-    # Whatever the first prompt says first, and the second never says, becomes the end of an answer.
-    early = next(token for token in alone[0] if token not in alone[1])
-    ends = frozenset({early})
-    model, edit = steer.pair.chat, steer.edit(steering)()
-    got = continue_batch(model, LAYER, PROMPTS, edit, "all", 1, ends, SAMPLING)
-    assert got[0] == alone[0][: alone[0].index(early)]
-    assert got[1] == continue_batch(model, LAYER, PROMPTS[1:], steer.edit(steering)(), "all", 1, ends, SAMPLING)[0]
+    alone = [generate(steer, [prompt], steering, warm)[0] for prompt in PROMPTS]
+    # What the first prompt says third, and the second never says, becomes the end of an answer.
+    ends = ENDS | {alone[0][2]}
+    assert alone[0][2] not in (*alone[0][:2], *alone[1])
+    got = continue_batch(steer.pair.chat, LAYER, PROMPTS, steer.edit(steering)(), "all", 1, ends, warm)
+    assert got == [alone[0][:2], alone[1]]
 
 
 def test_draws_have_the_models_distribution() -> None:
