@@ -88,8 +88,8 @@ class Store:
                 raise UserError(f"shard {path} {found}; restore it, or harvest again with --force")
         if not self.manifest["n_tokens"]:
             raise UserError(f"{folder} holds no tokens; harvest again with texts")
-        if (found := int(self.offsets[-1])) != self.n_tokens:
-            raise UserError(f"the shards of {folder} hold {found} tokens, its manifest says {self.n_tokens}; harvest again")
+        if (n_found := int(self.offsets[-1])) != self.n_tokens:
+            raise UserError(f"the shards of {folder} hold {n_found} tokens, its manifest says {self.n_tokens}; harvest again")
 
     @property
     def n_tokens(self) -> int:

@@ -85,7 +85,8 @@ def _add_heldout(
 ) -> None:
     """Add those tokens of a chunk that are held out."""
     mask, code = torch.from_numpy(member), chunk.code
-    x, error = (table[mask].unflatten(1, (crosscoder.n_sources, -1)) for table in (chunk.x, chunk.error))
+    shape = (-1, crosscoder.n_sources, crosscoder.d_model)
+    x, error = chunk.x[mask].view(shape), chunk.error[mask].view(shape)
     active = torch.bincount(code.latent[mask[code.token]], minlength=code.n_latents)
     heldout.add(crosscoder, document[chunk.rows[member]], x, error, active)
 

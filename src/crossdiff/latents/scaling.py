@@ -84,7 +84,7 @@ class ScalingAccumulator:
         self.sums.f[block] += code.sum_tokens(wide)
         self.sums.f2[block] += code.sum_tokens(wide.square())
         for target, table in ((self.sums.reconstruction, chunk.reconstruction), (self.sums.error, chunk.error)):
-            vectors = code.accumulate(code.values, table).unflatten(1, (self.n_sources, -1))
+            vectors = code.accumulate(code.values, table).view(code.n_latents, self.n_sources, -1)
             target[:, :, block] += torch.einsum("jtd,jsd->tsj", self._by_latent, vectors)
 
     def finish(self) -> Sums:

@@ -44,7 +44,7 @@ def encode(crosscoder: Crosscoder, x: Float[Tensor, "token source d_model"]) -> 
     """The active pairs of a chunk, piece by piece: the pre-activations of a piece stay in the cache and in memory that is
     used again, where those of a whole chunk would be fetched from the system anew each time."""
     size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
-    parts = [crosscoder.sparse_code(piece) for piece in x.split(size)]
+    parts = [crosscoder.sparse_code(piece) for piece in torch.split(x, size)]
     return SparseCode(
         token=torch.cat([part.token + index * size for index, part in enumerate(parts)]),
         latent=torch.cat([part.latent for part in parts]),
