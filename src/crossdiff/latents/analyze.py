@@ -97,7 +97,8 @@ def _add_heldout(
 ) -> None:
     """Add those tokens of a chunk that are held out."""
     mask, code = torch.from_numpy(member), chunk.code
-    x, error = (table[mask].view(-1, crosscoder.n_sources, crosscoder.d_model) for table in (chunk.x, chunk.error))
+    shape = (-1, crosscoder.n_sources, crosscoder.d_model)
+    x, error = chunk.x[mask].view(shape), chunk.error[mask].view(shape)
     active = torch.bincount(code.latent[mask[code.token]], minlength=code.n_latents)
     heldout.add(crosscoder, document[chunk.rows[member]], x, error, active)
 
