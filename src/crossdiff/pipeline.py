@@ -24,6 +24,8 @@ STAGES = ("harvest", "train", "analyze", "report")
 ANALYSIS = ("latents.parquet", "examples.sqlite", "health.json", "behaviours.parquet")
 CODE_FORMAT = 2
 """Raised when a stage's results change although its settings do not."""
+ANALYSIS_FORMAT = 3
+"""The same for the analysis alone, so that nothing is harvested again for it."""
 
 
 @contextmanager
@@ -86,7 +88,7 @@ class Pipeline:
     def analyze_stage(self, name: str) -> Stage:
         """Depends on the crosscoder and on the analysis settings."""
         value = {
-            "code": CODE_FORMAT, "train": self.train_stage(name).fingerprint, "settings": self.config.analyze.model_dump(),
+            "code": ANALYSIS_FORMAT, "train": self.train_stage(name).fingerprint, "settings": self.config.analyze.model_dump(),
         }  # fmt: skip
         return Stage(f"analyze/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in ANALYSIS))
 
