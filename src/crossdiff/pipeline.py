@@ -36,6 +36,8 @@ ANALYSIS = (
 )  # fmt: skip
 CODE_FORMAT = 5
 """Raised when a stage's results change although its settings do not."""
+ANALYSIS_FORMAT = 3
+"""The same for the analysis alone, so that nothing is harvested again for it."""
 
 
 @contextmanager
@@ -103,7 +105,7 @@ class Pipeline:
     def analyze_stage(self, name: str) -> Stage:
         """Depends on the crosscoder and on the analysis settings."""
         value = {
-            "code": CODE_FORMAT, "train": self.train_stage(name).fingerprint, "settings": self.config.analyze.model_dump(),
+            "code": ANALYSIS_FORMAT, "train": self.train_stage(name).fingerprint, "settings": self.config.analyze.model_dump(),
         }  # fmt: skip
         return Stage(f"analyze/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in ANALYSIS))
 
