@@ -126,7 +126,7 @@ def _head_at(model: nn.Module, kept: Bool[Tensor, "sequence position"]) -> Itera
     def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0][kept], *inputs[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)  # type: ignore[operator, union-attr]
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)  # type: ignore[operator]
     try:
         yield
     finally:
