@@ -121,7 +121,7 @@ class Reference:
 
         Equal logits give 0 exactly. Written with log-probabilities, the rounding of large logits would not cancel.
         """
-        blocks = zip(logits.split(ROWS), rows.nonzero().squeeze(1).split(ROWS), strict=True)
+        blocks = zip(torch.split(logits, ROWS), torch.split(rows.nonzero().squeeze(1), ROWS), strict=True)
         kl = torch.cat([self._block(block.float(), index) for block, index in blocks])
         return kl.clamp(min=0)  # rounding can leave it a little below
 

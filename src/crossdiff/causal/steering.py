@@ -123,7 +123,8 @@ class Steerer:
         """What `add` adds to each chosen token."""
         direction = self.crosscoder.directions()[CHAT, steering.latent]
         norm = self.largest_norm(steering.latent) if steering.norm is None else steering.norm
-        return direction / direction.norm() * norm * steering.strength
+        vector: Tensor = direction / direction.norm() * norm * steering.strength
+        return vector
 
     def edit(self, steering: Steering) -> Callable[[], Edit]:
         """Makes the edit anew for each batch."""
