@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -85,7 +85,7 @@ def ask(tokenizer: Any, question: str) -> Prompt:
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
-    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    configured: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
     found = configured if isinstance(configured, list) else [configured]
     return frozenset(int(token) for token in (*found, tokenizer.eos_token_id) if token is not None)
 
@@ -127,8 +127,10 @@ def continue_batch(
     alive = torch.arange(len(prompts), device=device)
     cache: Any = None
     for step in range(sampling.max_new_tokens):
-        replace = nullcontext() if edit is None else edited_after(model, layer, _bound(edit, ids, chosen))
-        with replace:
+        editing: AbstractContextManager[None] = nullcontext()
+        if edit is not None:
+            editing = edited_after(model, layer, _bound(edit, ids, chosen))
+        with editing:
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
         following = choose(out.logits[:, -1], sampling.temperature, uniforms[alive, step])
