@@ -211,7 +211,7 @@ class AnalyzeConfig(Config):
     min_active: int = Field(100, ge=1, description="a latent with fewer active tokens is undecided")
     examples: int = Field(12, ge=1, description="highest-activating examples kept per latent")
     examples_per_quantile: int = Field(3, ge=0, description="examples kept per activation quantile")
-    pool_size: int = Field(50, ge=1, description="latents in each pool of the behaviour comparison")
+    pool_size: int = Field(100, ge=1, description="latents in each pool of the behaviour comparison")
     seed: int = 0
 
 
