@@ -262,9 +262,7 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, store: Store, monk
 
 
 def test_divergence_stops_the_run(tmp_path: Path, store: Store) -> None:
-    with pytest.raises(
-        UserError, match=r"has diverged: at step \d+ of .* squared error is .* times .*lower lr \(now 50.0\)"
-    ):
+    with pytest.raises(UserError, match=r"has diverged: at step \d+ of .* squared error is .* times .*lower lr \(now 50.0\)"):
         train(tmp_path, store, config(BatchTopKConfig(k=3), lr=50, warmup_steps=10, gradient_clip=1e9, epochs=8))
 
 
