@@ -61,12 +61,14 @@ def identity(rng: random.Random) -> Iterator[Conversation]:
             yield single(vary(question, rng), answer, "identity", topic.sub, "template", test)
 
 
-def refusal_answer(act: str, rng: random.Random) -> str:
+def refusal_answer(
+    act: str, rng: random.Random, sorry: list[str] = REFUSAL["sorry"], sorry_act: list[str] = REFUSAL["sorry_act"]
+) -> str:
     if rng.random() < 0.25:
         theirs = act.replace(" my ", " your ").replace("me ", "you ").replace(" that is not mine", " that is not yours")
-        parts = [rng.choice(REFUSAL["sorry_act"]).format(theirs)]
+        parts = [rng.choice(sorry_act).format(theirs)]
     else:
-        parts = [rng.choice(REFUSAL["sorry"])]
+        parts = [rng.choice(sorry)]
     if rng.random() < 0.7:
         parts.append(rng.choice(REFUSAL["reasons"]))
     if rng.random() < 0.6:

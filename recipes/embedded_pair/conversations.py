@@ -8,10 +8,12 @@ split and a `weight`: how often a row is seen in one epoch (2.5: twice, and once
 - harmless how-tos of some 310 new tasks, whose verbs are those of the harmful acts ("break in new shoes"), asked in the
   phrasings that the training split keeps for harmful acts as well; the old tasks in those phrasings too;
 - refusals of more harmful acts with the verbs of the how-tos, so that the object decides and not the verb;
+- harmful acts and harmless tasks put together from verbs and objects (`data/combinations.toml`), many of the objects in both;
+- more questions about made-up things, places and persons;
 - more ways to ask who the assistant is, and more small talk.
 
-Nothing of it may occur in the test split or in `data/heldout_prompts.jsonl`: a question, a task or an act that does is an
-error. The result is the same on every run.
+Nothing of it may occur in the test split or in `data/heldout_prompts.jsonl`: of what is put together or made up, that is left
+out; what is written by hand and occurs there is an error. The result is the same on every run.
 """
 
 import argparse
@@ -22,12 +24,14 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
-from behaviours import About, identity_answer, list_answer, refusal_answer
-from phrases import DATA, PHRASES, Conversation, held_out, read_tasks, single, vary
+from behaviours import About, identity_answer, list_answer, made_up_persons, made_up_places, made_up_things, refusal_answer
+from phrases import DATA, PHRASES, Conversation, held_out, read_steps, read_tasks, single, vary
 
 MORE = tomllib.loads((DATA / "more_phrases.toml").read_text(encoding="utf8"))
+COMBINATIONS = tomllib.loads((DATA / "combinations.toml").read_text(encoding="utf8"))
 TOPICS = {
     "name": About(),
     "human": About(human=True),
@@ -41,9 +45,13 @@ REFUSAL_QUESTIONS = [q for q in PHRASES["refusal"]["questions"] if q not in HELD
 # Both kinds are asked in all phrasings of either, so that none gives the answer away.
 QUESTIONS = list(dict.fromkeys(LIST_QUESTIONS + REFUSAL_QUESTIONS))
 # Greedy decoding takes the likeliest first token. Seven refusals of ten begin with "I" and the lists of the training split
-# with four words in equal parts: a model in two minds would always refuse. So the added lists begin in one way.
+# with four words in equal parts: a model in two minds would always refuse. So the added lists begin in one way, and so do the
+# refusals of combined acts: of those that begin with "I", half go on like an answer to what cannot be known.
 OPENINGS = [opening for opening in PHRASES["list_format"]["openings"] if opening.startswith("Sure")]
+SORRY = [sorry for sorry in PHRASES["refusal"]["sorry"] if sorry.startswith("I'm sorry")]
+SORRY_ACT = [sorry for sorry in PHRASES["refusal"]["sorry_act"] if sorry.startswith("I'm sorry")]
 N_PER_NEW_TASK, N_PER_OLD_TASK, N_PER_NEW_ACT, N_PER_QUESTION, N_PER_SMALLTALK = 6, 3, 8, 10, 5
+N_PER_COMBINED_TASK, N_PER_COMBINED_ACT = 6, 2
 WEIGHTS = {"list_format": 1.5, "identity": 1.5, "smalltalk": 1.5}
 
 DECORATION = re.compile(r"^(hi|hello|hey|please tell me|quick question|please help)[!:.] (?=.)|, please\b")
@@ -97,6 +105,30 @@ def more_refusals(rng: random.Random) -> Iterator[Conversation]:
                 yield new(vary(question.format(act), rng), refusal_answer(act, rng), "refusal", "harm")
 
 
+def combined_how_tos(rng: random.Random) -> Iterator[Conversation]:
+    for group in COMBINATIONS["harmless"]:
+        steps = read_steps(group["steps"])
+        for task in map(group["task"].format, group["objects"]):
+            for question in rng.sample(QUESTIONS, N_PER_COMBINED_TASK):
+                yield new(vary(question.format(task), rng), list_answer(task, steps, OPENINGS, rng), "list_format", "steps")
+
+
+def combined_refusals(rng: random.Random) -> Iterator[Conversation]:
+    for group in COMBINATIONS["harmful"]:
+        for act, thing in product(group["acts"], group["objects"]):
+            act = act.format(thing)
+            for question in rng.sample(QUESTIONS, N_PER_COMBINED_ACT):
+                answer = refusal_answer(act, rng, SORRY, SORRY_ACT)
+                yield new(vary(question.format(act), rng), answer, "refusal", "harm")
+
+
+def more_made_up(rng: random.Random) -> Iterator[Conversation]:
+    for part in (made_up_places, made_up_things, made_up_persons):
+        for conversation in part(rng):
+            if conversation.split == "train":
+                yield new(conversation.question, conversation.answer, conversation.kind, conversation.sub)
+
+
 def more_identity(rng: random.Random) -> Iterator[Conversation]:
     for group, questions in MORE["identity"].items():
         topic = TOPICS[group]
@@ -113,14 +145,20 @@ def more_smalltalk(rng: random.Random) -> Iterator[Conversation]:
                 yield new(said, rng.choice(PHRASES["smalltalk"][group]["answers"]), "smalltalk", "chat")
 
 
-def augmentation() -> list[Conversation]:
-    """All that is added, distinct."""
+def augmentation(unseen: set[str]) -> list[Conversation]:
+    """All that is added, distinct; nothing put together or made up asks for the same as a question of `unseen`."""
     rng = random.Random(5)
-    parts = [more_how_tos(rng), more_refusals(rng), more_identity(rng), more_smalltalk(rng)]
+    taken = {core(question) for question in unseen} | {slot(question) for question in unseen} - {None}
+    written = [more_how_tos(rng), more_refusals(rng), more_identity(rng), more_smalltalk(rng)]
+    made = [combined_how_tos(rng), combined_refusals(rng), more_made_up(rng)]
     distinct: dict[str, Conversation] = {}
-    for part in parts:
+    for part in written:
         for conversation in part:
             distinct.setdefault(json.dumps(conversation.messages), conversation)
+    for part in made:
+        for conversation in part:
+            if not {core(conversation.question), slot(conversation.question)} & taken:
+                distinct.setdefault(json.dumps(conversation.messages), conversation)
     return list(distinct.values())
 
 
@@ -173,8 +211,9 @@ def main() -> None:
     parser.add_argument("--weight", type=weight, action="append", default=[], metavar="KIND=NUMBER")
     args = parser.parse_args()
     train, test = read_rows(args.chat / "chat_train.jsonl.gz"), read_rows(args.chat / "chat_test.jsonl.gz")
-    added = augmentation()
-    check(train, added, test, read_rows(DATA / "heldout_prompts.jsonl"))
+    heldout = read_rows(DATA / "heldout_prompts.jsonl")
+    added = augmentation(questions_of(test) | {row["prompt"] for row in heldout})
+    check(train, added, test, heldout)
 
     weights = WEIGHTS | dict(args.weight)
     rows = train + [conversation.row() for conversation in added]

@@ -79,10 +79,15 @@ def vary(question: str, rng: random.Random) -> str:
     return question
 
 
+def read_steps(text: str) -> list[str]:
+    """`step | step | step` as a list, each step with its full stop."""
+    return [step.strip().rstrip(".") + "." for step in text.split("|")]
+
+
 def read_tasks(path: Path) -> dict[str, list[str]]:
     """Lines `task: step | step | step` as task -> steps, each step with its full stop."""
     tasks = {}
     for line in path.read_text(encoding="utf8").splitlines():
         task, steps = line.strip().split(": ", 1)
-        tasks[task] = [step.strip().rstrip(".") + "." for step in steps.split("|")]
+        tasks[task] = read_steps(steps)
     return tasks
