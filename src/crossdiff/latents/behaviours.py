@@ -85,7 +85,7 @@ def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int]
 
 
 def living_latents(crosscoder: Crosscoder, store: Store, size: int, config: AnalyzeConfig) -> list[int]:
-    """A seeded sample of the latents that fire as often as a latent must to be judged, measured on tokens of the whole store."""
+    """A seeded sample of the latents that fire often enough to be judged, measured on some tokens of the whole store."""
     counted = np.flatnonzero(store.column("position") >= store.leave_out)
     rows = np.sort(np.random.default_rng(config.seed).permutation(counted)[:SAMPLE_TOKENS])
     index, active = source_indices(store, crosscoder.view.reads), torch.zeros(crosscoder.n_latents, dtype=torch.int64)
