@@ -188,7 +188,7 @@ def drawn_chunks(n_tokens: int, often: torch.Tensor, batch_tokens: int) -> Itera
         code = SparseCode(flat // n_latents, flat % n_latents, 1 + torch.rand(len(flat)), n, n_latents)
         rows = np.arange(first, first + n)
         sequence = torch.from_numpy(rows // LENGTH - first // LENGTH)
-        yield Chunk(0, rows, sequence, np.unique(rows // LENGTH), nothing, code, nothing, nothing)
+        yield Chunk(0, rows, sequence, np.unique(rows // LENGTH), nothing, code, nothing, nothing, nothing.unsqueeze(1))
 
 
 def examples_seconds(n_tokens: int, n_latents: int, l0: int, config: AnalyzeConfig) -> tuple[float, float, int, int]:

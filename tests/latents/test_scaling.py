@@ -34,7 +34,9 @@ def chunk_of(coder: Crosscoder, h: torch.Tensor, block: int) -> Chunk:
     reconstruction = code.decode(coder.decoder)
     error = x.flatten(1) - reconstruction - coder.decoder_bias
     rows = np.arange(len(h))
-    return Chunk(block, rows, torch.zeros(len(h), dtype=torch.int64), np.array([0]), x.flatten(1), code, reconstruction, error)
+    return Chunk(
+        block, rows, torch.zeros(len(h), dtype=torch.int64), np.array([0]), x.flatten(1), code, reconstruction, error, h
+    )
 
 
 def collect(coder: Crosscoder, parts: list[torch.Tensor]) -> Sums:

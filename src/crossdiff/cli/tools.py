@@ -50,10 +50,14 @@ def null(argv: Sequence[str]) -> None:
     parser.add_argument("--null", type=Path, required=True, help="run directory of the base model and a null model")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args(argv)
-    from crossdiff.latents.null import compare
+    from crossdiff.latents.null import compare, keep
     from crossdiff.latents.printing import print_null
 
-    print_null(compare(_run_directory(args.directory), _run_directory(args.null)))
+    directory, null = _run_directory(args.directory), _run_directory(args.null)
+    compared = compare(directory, null)
+    keep(directory, null, compared)
+    print_null(compared)
+    print(f"Kept with the run; `crossdiff report {args.directory}` prints the rates side by side and puts them on its page")
 
 
 def seeds(argv: Sequence[str]) -> None:

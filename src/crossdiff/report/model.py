@@ -103,6 +103,7 @@ class Health(_Record):
     d_model: int
     layer: int
     architecture: str
+    sources: tuple[str, ...] = ("base", "chat")
     k: int | None = None
     training_tokens: int | None = None
     analysed_tokens: int | None = None
@@ -182,6 +183,11 @@ class CrosscoderReport:
         spelling = usual.get(self.health.architecture, self.health.architecture)
         return spelling if self.name == self.health.architecture else f"{spelling} ({self.name})"
 
+    @property
+    def compares(self) -> bool:
+        """Whether its latents have a direction in both models; those of an SAE or a diff-SAE have one decoder."""
+        return len(self.health.sources) > 1
+
     def count(self, key: str) -> int:
         """Number of latents: a delta_norm class, a verdict, or a set (chat_specific, chat_specific_paper, template_only).
 
@@ -193,6 +199,11 @@ class CrosscoderReport:
             return int(self.latents[key].sum())
         column = "delta_norm_class" if key in ("base_only", "chat_only", "shared", "other") else "verdict"
         return self.latents.filter(pl.col(column) == key).height
+
+    def rate(self, key: str) -> float:
+        """Share of the live latents in a set or verdict; NaN without a live one."""
+        live = self.latents.filter(pl.col("verdict") != "dead").height
+        return self.count(key) / live if live else math.nan
 
     def behaviour_results(self) -> tuple[BehaviourResult, ...]:
         """The behaviours table, a record per behaviour and question, in the file's order."""
@@ -217,9 +228,17 @@ class DatasetShare:
     n_tokens: int
 
 
+class NullRates(_Record):
+    """What the null diff gave for one crosscoder: live latents, and their share in each verdict and set."""
+
+    n_live: int
+    rates: Mapping[str, float]
+
+
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet."""
+    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet; `null` are the rates of
+    the null diff, by crosscoder."""
 
     directory: Path
     base: str | None
@@ -230,12 +249,13 @@ class RunReport:
     limits: Limits
     crosscoders: tuple[CrosscoderReport, ...]
     not_analysed: tuple[str, ...]
+    null: Mapping[str, NullRates]
 
     @property
     def primary(self) -> CrosscoderReport:
         """The crosscoder that the answer is about: BatchTopK, whose loss lacks L1's artifacts, or else the first."""
-        batchtopk = (coder for coder in self.crosscoders if coder.health.architecture == "batchtopk")
-        return next(batchtopk, self.crosscoders[0])
+        comparing = [coder for coder in self.crosscoders if coder.compares] or list(self.crosscoders)
+        return next((coder for coder in comparing if coder.health.architecture == "batchtopk"), comparing[0])
 
 
 def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
@@ -263,6 +283,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         datasets=_read_datasets(directory / "activations" / "documents.parquet"),
         crosscoders=crosscoders,
         not_analysed=waiting,
+        null=_read_null(directory / "null.json"),
     )
 
 
@@ -363,6 +384,16 @@ def _read_limits(path: Path) -> Limits:
     found = read_yaml(path).get("analyze") if path.is_file() else None
     settings = validate(AnalyzeConfig, found or {}, str(path))
     return Limits(settings.nu_error, settings.nu_reconstruction, settings.delta_norm)
+
+
+def _read_null(path: Path) -> dict[str, NullRates]:
+    """What `crossdiff null` left, if anything."""
+    if not path.is_file():
+        return {}
+    try:
+        return {name: NullRates.model_validate(part) for name, part in _read_record(path)["crosscoders"].items()}
+    except (ValidationError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another version ({error}); run `crossdiff null` again") from error
 
 
 def _read_datasets(path: Path) -> tuple[DatasetShare, ...]:

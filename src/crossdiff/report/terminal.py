@@ -16,6 +16,10 @@ _SNIPPET_AFTER = 3
 def print_summary(report: RunReport, console: Console) -> None:
     """Print the crosscoders, the behaviours and the most chat-specific latents of a run, and where its page is."""
     console.print(_crosscoders(report))
+    for coder in report.crosscoders:
+        if coder.name in report.null:
+            rates = (f"{wording.words(key)} {wording.null_rate(report, coder, key)}" for key in wording.NULL_RATES)
+            console.print(Text(f"{coder.title}, shares of live latents: {'; '.join(rates)}"), soft_wrap=True)
     if report.primary.behaviour_results():
         console.print(_behaviours(report.primary))
     top = report.primary.top
@@ -42,7 +46,7 @@ def _crosscoders(report: RunReport) -> Table:
             *(wording.number(heldout.fve.get(source)) for source in sources),
             wording.number(heldout.l0),
             wording.share(heldout.dead_share),
-            *(f"{coder.count(key):,}" for key in ("chat_only", "chat_specific", "chat_specific_paper", "rotated")),
+            *(wording.count(coder, key) for key in ("chat_only", "chat_specific", "chat_specific_paper", "rotated")),
         )
     return table
 
