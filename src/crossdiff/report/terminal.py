@@ -13,9 +13,13 @@ from crossdiff.report.model import CrosscoderReport, Latent, RunReport
 
 N_LATENTS = 5
 COUNTS = {
-    "chat_only": "chat-only by delta_norm", "complete_shrinkage": "complete shrinkage", "latent_decoupling": "latent decoupling",
-    "chat_specific": "chat-specific", "chat_specific_paper": "chat-specific, paper's rule", "rotated": "rotated",
-}  # fmt: skip
+    "chat_only": "chat-only by delta_norm",
+    "complete_shrinkage": "complete shrinkage",
+    "latent_decoupling": "latent decoupling",
+    "chat_specific": "chat-specific",
+    "chat_specific_paper": "chat-specific, paper's rule",
+    "rotated": "rotated",
+}
 """Counts of a latent table, as the summary calls them."""
 STYLE: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
 _SNIPPET_BEFORE = 9
