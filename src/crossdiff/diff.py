@@ -18,6 +18,7 @@ from crossdiff.report.wording import predicted
 from crossdiff.run import FORMAT, read_json
 
 if TYPE_CHECKING:
+    from crossdiff.activations.store import Store
     from crossdiff.crosscoder.model import Crosscoder
     from crossdiff.models.pair import Pair
     from crossdiff.prompts import Activations, Text
@@ -59,7 +60,7 @@ class LatentView:
 class Diff:
     """A run directory, or what `pull` brought, opened by `crossdiff.open`.
 
-    >>> run = open("runs/demo")
+    >>> run = crossdiff.open("runs/demo")
     >>> run.names
     ('l1', 'batchtopk')
     >>> run.name, run.latents.height == run.crosscoder.n_latents
@@ -79,6 +80,17 @@ class Diff:
         others = ", ".join(name for name in self.names if name != self.name)
         also = f"; also: {others}" if others else ""
         return f"<Diff of {self.config.chat} and {self.config.base}, crosscoder {self.name}{also}>"
+
+    @cached_property
+    def store(self) -> Store:
+        """The activations, read through memory maps; a pulled run has none.
+
+        Raises:
+            UserError: there are none.
+        """
+        from crossdiff.activations.store import Store
+
+        return Store(self.path / "activations")
 
     @property
     def folder(self) -> Path:
@@ -106,7 +118,7 @@ class Diff:
         """Latent scaling alone: every beta with its standard error, every nu with its interval; the most chat-specific
         first (`rank_sum`), those with an undefined nu last.
 
-        >>> open("runs/demo").scaling().columns[:4]
+        >>> crossdiff.open("runs/demo").scaling().columns[:4]
         ['latent', 'verdict', 'delta_norm', 'rank_sum']
         """
         return self.latents.select(*SCALING_COLUMNS).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
@@ -131,9 +143,7 @@ class Diff:
     def examples(self, latent: int) -> Examples:
         """The stored contexts of a latent, the strongest first, then one per quantile of its activations.
 
-        >>> run = open("runs/demo")
-        >>> active = run.latents.sort("n_active")["latent"][-1]
-        >>> first = run.examples(active)[0]
+        >>> first = crossdiff.open("runs/demo").examples(3)[0]
         >>> first.activation == max(token.activation for token in first.tokens)
         True
 
@@ -148,7 +158,7 @@ class Diff:
     def latent(self, latent: int) -> LatentView:
         """A latent's card: its measures, its verdict with the reason, where it fires, and examples.
 
-        >>> open("runs/demo").latent(3).record.latent
+        >>> crossdiff.open("runs/demo").latent(3).record.latent
         3
 
         Raises:
@@ -166,7 +176,7 @@ class Diff:
                 and gets the header of the answer if its last message is not the assistant's.
             latents: numbers of latents; without any, the strongest on this text.
 
-        >>> run = open("runs/demo")
+        >>> run = crossdiff.open("runs/demo")
         >>> found = run.activations([{"role": "user", "content": "Hello"}])
         >>> found.roles[-1], len(found.latents) <= 5
         ('template', True)
@@ -233,9 +243,9 @@ def open(path: str | Path, crosscoder: str | None = None) -> Diff:
     Nothing is written and no lock is taken, so a run can be read while it goes on. Everything is loaded when it is first
     asked for.
 
-    >>> open("runs/demo").name
+    >>> crossdiff.open("runs/demo").name
     'batchtopk'
-    >>> open("runs/demo", crosscoder="l1").name
+    >>> crossdiff.open("runs/demo", crosscoder="l1").name
     'l1'
 
     Args:

@@ -35,7 +35,7 @@ Text = str | Sequence[Mapping[str, Any]]
 class Activations:
     """Activations v of some latents on one text; a notebook shows the text once per latent, tinted.
 
-    >>> run = open("runs/demo")
+    >>> run = crossdiff.open("runs/demo")
     >>> found = run.activations("The sea is cold", latents=[3, 1])
     >>> found.values.shape == (len(found.tokens), 2)
     True

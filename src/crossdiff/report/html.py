@@ -94,7 +94,7 @@ def render_html(report: RunReport) -> str:
         controls=_control_rows(report),
         sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
         detailed=[coder.name for coder in (report.primary, *others)],
-        caveats=_caveats(report),
+        caveats=caveats(report),
         datasets=report.datasets,
         open_examples=OPEN_EXAMPLES,
         levels=range(1, LEVELS + 1),
@@ -104,11 +104,11 @@ def render_html(report: RunReport) -> str:
 
 
 def _title(report: RunReport) -> str:
-    chat, base = _short(report.chat, "the chat model"), _short(report.base, "its base")
+    chat, base = short(report.chat, "the chat model"), short(report.base, "its base")
     return f"What {chat} has and {base} has not"
 
 
-def _short(model: str | None, otherwise: str) -> str:
+def short(model: str | None, otherwise: str) -> str:
     """A model's name; of a local path its last two parts, since the rest says more about a disk than about a model."""
     if model is None:
         return otherwise
@@ -267,7 +267,7 @@ def _pool_cell(coder: CrosscoderReport, result: BehaviourResult, pool: str, sign
     return PoolCell(sign.name, sign, wording.interval(score.auroc), origin, anchor)
 
 
-def _caveats(report: RunReport) -> list[str]:
+def caveats(report: RunReport) -> list[str]:
     """What in this run weakens the page; what no run's page can show stands in the template."""
     caveats = [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
     notes: dict[str, list[str]] = {}
