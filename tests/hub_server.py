@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.constants
 import pytest
+import yaml
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
 LARGE = 10_000
@@ -37,7 +38,6 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         monkeypatch.setenv("HF_ENDPOINT", self.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
 
@@ -139,6 +139,12 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 hub.private.add(name)
             self.answer({"url": f"{hub.url}/{name}", "id": name}, status)
 
+        def validate(self, body: bytes) -> None:
+            """The front matter of a card must be YAML with a licence."""
+            head = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            wrong = [] if isinstance(head.get("license"), str) else [{"message": "license must be a string"}]
+            self.answer({"errors": wrong, "warnings": []}, 400 if wrong else 200)
+
         def preupload(self, body: bytes, name: str) -> None:
             if (files := self.files("model", name)) is not None:
                 modes = [
@@ -153,8 +159,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def batch(self, body: bytes, name: str) -> None:
             objects = []
             for wanted in json.loads(body)["objects"]:
-                upload = {"upload": {"href": f"{hub.url}/objects/{wanted['oid']}", "header": {}}}
-                objects.append({**wanted, "actions": None if wanted["oid"] in hub.objects else upload})
+                upload = {"actions": {"upload": {"href": f"{hub.url}/objects/{wanted['oid']}", "header": {}}}}
+                objects.append(wanted | ({} if wanted["oid"] in hub.objects else upload))
             self.answer({"transfer": "basic", "objects": objects})
 
         def put(self, body: bytes, oid: str) -> None:
@@ -217,6 +223,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     revision = r"(?P<revision>\w+)"
     ROUTES = [
         ("POST", "/api/repos/create", Handler.create),
+        ("POST", "/api/validate-yaml", Handler.validate),
         ("POST", f"/api/models/{name}/preupload/main", Handler.preupload),
         ("POST", f"/{name}.git/info/lfs/objects/batch", Handler.batch),
         ("PUT", r"/objects/(?P<oid>\w+)", Handler.put),

@@ -20,16 +20,12 @@ from opened import LAYER, write_run
 
 
 @pytest.fixture(scope="module")
-def run_path(
-    tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]
-) -> Path:
+def run_path(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> Path:
     return write_run(tmp_path_factory.mktemp("opened") / "runs" / "demo", tiny_pair, tiny_texts)
 
 
 @pytest.mark.parametrize("name", sorted(set(crossdiff.__all__) - {"__version__"}))
-def test_the_example_of_every_public_name(
-    name: str, run_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_example_of_every_public_name(name: str, run_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(run_path)
     monkeypatch.chdir(tmp_path)
@@ -130,7 +126,7 @@ def test_a_latents_card_shows_its_measures_and_escapes_the_text(run_path: Path) 
 
 
 def test_activations_are_those_of_a_slow_computation(run_path: Path, tiny_pair: tuple[Path, Path]) -> None:
-    """v_ij = ReLU(x_i . E_j) * sum_s ||d_j^s|| if above the threshold, with the models' own hidden states."""
+    """v_j = ReLU(sum_s (h_s - mean_s) * scale . e_j^s + b_j) * sum_s ||d_j^s|| if above the threshold."""
     run = crossdiff.open(run_path)
     found = run.activations("the sea is cold", latents=[5, 40, 0])
     tokenizer = load_tokenizer(str(tiny_pair[1]))
@@ -146,7 +142,7 @@ def test_activations_are_those_of_a_slow_computation(run_path: Path, tiny_pair: 
     crosscoder = run.crosscoder
     for column, latent in enumerate(found.latents):
         encoder, decoder = (w[latent].view(2, -1).double() for w in (crosscoder.encoder, crosscoder.decoder))
-        pre = sum(streams[s] @ encoder[s] for s in range(2)) + crosscoder.encoder_bias[latent].double()
+        pre = sum((streams[s] - 0.01) * 20 @ encoder[s] for s in range(2)) + crosscoder.encoder_bias[latent].double()
         v = torch.relu(pre) * decoder.norm(dim=1).sum()
         v[v <= crosscoder.threshold] = 0
         v[0] = 0  # the BOS is left out
@@ -184,9 +180,7 @@ def test_a_question_gets_the_header_of_the_answer(run_path: Path) -> None:
         ([{"role": "user"}], None, "message 0 has no 'content'"),
     ],
 )
-def test_texts_that_cannot_be_read_are_refused(
-    run_path: Path, text: object, latents: list[int] | None, message: str
-) -> None:
+def test_texts_that_cannot_be_read_are_refused(run_path: Path, text: object, latents: list[int] | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         crossdiff.open(run_path).activations(text, latents)  # type: ignore[arg-type]
 

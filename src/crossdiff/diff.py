@@ -257,13 +257,16 @@ def open(path: str | Path, crosscoder: str | None = None) -> Diff:
     path = Path(path)
     if not (path / "config.yaml").is_file():
         raise UserError(
-            f"there is no run at {path}: it has no config.yaml; make one with `crossdiff run`, or fetch one with `crossdiff pull`"
+            f"there is no run at {path}: it has no config.yaml; make one with `crossdiff run`, or fetch one with "
+            "`crossdiff pull`"
         )
     manifest = read_json(path / "manifest.json") if (path / "manifest.json").is_file() else {"format": FORMAT, "swap": []}
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path / 'manifest.json'} is of format {manifest.get('format')}, this version reads {FORMAT}")
     if manifest["swap"]:
-        raise UserError(f"results of {path} are being replaced; try again in a moment, or run the command again that was killed")
+        raise UserError(
+            f"results of {path} are being replaced; try again in a moment, or run the command again that was killed"
+        )
     config = validate(RunConfig, read_yaml(path / "config.yaml"), str(path / "config.yaml"))
     names = _names(path, config)
     if not names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,10 +36,11 @@ WEIGHTS = ("model.safetensors", "cc_weights.pt", "sae_weights.safetensors")
 """Files that make a folder one of a crosscoder, ours or others'."""
 BESIDE = ("config.json", "trainer_config.json", "cfg.json")
 """Settings that others' weights have beside them."""
+EARLY_TABLES = "science-of-finetuning/max-activating-examples-gemma-2-2b-l13"
 PUBLISHED_TABLES = {
-    "Butanium/gemma-2-2b-crosscoder-l13-mu4.1e-02-lr1e-04": "science-of-finetuning/max-activating-examples-gemma-2-2b-l13-mu4.1e-02-lr1e-04",
-    "ckkissane/crosscoder-gemma-2-2b-model-diff": "science-of-finetuning/max-activating-examples-gemma-2-2b-l13-ckissane",
-}  # fmt: skip
+    "Butanium/gemma-2-2b-crosscoder-l13-mu4.1e-02-lr1e-04": f"{EARLY_TABLES}-mu4.1e-02-lr1e-04",
+    "ckkissane/crosscoder-gemma-2-2b-model-diff": f"{EARLY_TABLES}-ckissane",
+}
 """Data sets with the latent tables of crosscoders that were published before the rule of `_table_repositories`."""
 TABLE = "feature_df.csv"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -102,7 +104,10 @@ def _send(repository: str, files: dict[str, Path], card: str, private: bool) -> 
     api.create_repo(repository, private=private, exist_ok=True)
     contents: dict[str, Any] = {**files, "README.md": card.encode()}
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-    api.create_commit(repository, operations, commit_message="Upload a diff by crossdiff")
+    with warnings.catch_warnings():
+        # The client asks whether a table should not rather be in a data set; here it belongs to the weights beside it.
+        warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+        api.create_commit(repository, operations, commit_message="Upload a diff by crossdiff")
 
 
 def _remarks(path: Path, base: str | None, chat: str | None) -> tuple[str, ...]:
@@ -111,8 +116,8 @@ def _remarks(path: Path, base: str | None, chat: str | None) -> tuple[str, ...]:
     remarks = []
     if local:
         remarks.append(
-            f"{' and '.join(local)} are paths of this machine, and the settings and weights name them: whoever pulls this cannot "
-            "load the models by them"
+            f"{' and '.join(local)} are paths of this machine, and the settings and weights name them: whoever pulls this "
+            "cannot load the models by them"
         )
     if (path / "activations").is_dir():
         remarks.append("the activations are not published; the examples hold pieces of the analysed texts")
@@ -134,7 +139,12 @@ def _licence(model: str, look_up: bool) -> str:
         return _card_licence(card.read_text(encoding="utf-8")) if card.is_file() else "unknown"
     if not look_up:
         return "looked up when it is published"
-    data: Any = _api().model_info(model).card_data
+    from huggingface_hub import errors
+
+    try:
+        data: Any = _api().model_info(model).card_data
+    except errors.RepositoryNotFoundError:
+        return "unknown"
     return str((data or {}).get("license") or "unknown")
 
 
@@ -317,6 +327,6 @@ def _explained(repository: str) -> Iterator[None]:
         raise UserError(f"the Hub refused {repository}: {_clean(str(error))}; {what}") from None
     except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:  # type: ignore[attr-defined]
         raise UserError(
-            f"cannot reach the Hub for {repository}: {_clean(str(error))}; check the network, and run the same command again to "
-            "go on where it stopped"
+            f"cannot reach the Hub for {repository}: {_clean(str(error))}; check the network, and run the same command again "
+            "to go on where it stopped"
         ) from None

@@ -1,4 +1,4 @@
-"""The model card of a published run: what it is, how it was trained, how good it is, how to load it, and what it does not say."""
+"""The model card of a published run: what it is, its training and quality, how to load it, its limits."""
 
 import re
 from importlib.metadata import version
