@@ -119,12 +119,14 @@ class Pipeline:
         return Stage(f"analyze/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in ANALYSIS))
 
     def report_stage(self) -> Stage:
-        """Depends on every analysis, and on the rates of the null diff where they are known."""
+        """Depends on every analysis, on the rates of the null diff where they are known, and on the page's own code and
+        templates: it is quick to make anew."""
         from crossdiff.latents.null import FILE
 
-        value = {name: self.analyze_stage(name).fingerprint for name in self.names}
+        analyses = {name: self.analyze_stage(name).fingerprint for name in self.names}
         null = read_json(self.run.path / FILE) if (self.run.path / FILE).is_file() else None
-        return Stage("report", fingerprint({"code": CODE_FORMAT, "analyses": value, "null": null}), ("report.html",))
+        value = {"page": _identify_page(), "analyses": analyses, "null": null}
+        return Stage("report", fingerprint(value), ("report.html",))
 
     def compare_stage(self) -> Stage:
         """Depends on the crosscoders and on the settings of the comparison."""
@@ -422,6 +424,15 @@ def _identify_dataset(dataset: DatasetConfig) -> dict[str, Any]:
     if not path.is_file():
         return dataset.model_dump()
     return dataset.model_dump(exclude={"path"}) | {"title": dataset.title, "sha256": sha256(path)}
+
+
+def _identify_page() -> dict[str, str]:
+    """A digest of every file that the report is made by."""
+    from crossdiff.activations.store import sha256
+
+    folder = Path(__file__).with_name("report")
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 def explain_disk_error(error: OSError, path: Path) -> UserError | None:
