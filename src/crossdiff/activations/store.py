@@ -59,9 +59,10 @@ def _shard_path(folder: Path, name: Any) -> Path:
 class Store:
     """A harvested store, read through memory maps.
 
-    >>> store = crossdiff.Store("runs/demo/activations")
-    >>> store.sources, store.documents["n_tokens"].sum() == store.n_tokens
-    (('base', 'chat'), True)
+    Examples:
+        >>> store = crossdiff.Store("runs/demo/activations")
+        >>> store.sources, store.documents["n_tokens"].sum() == store.n_tokens
+        (('base', 'chat'), True)
 
     Raises:
         UserError: no store there, a wrong format, a shard missing or of the wrong size.
