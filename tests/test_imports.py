@@ -27,10 +27,13 @@ ALLOWED = {
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
     "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
+    "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
     "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
-    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "truth", "pipeline", "causal_pipeline"},
+    "interp_pipeline": FOUNDATION | {"models", "interp", "pipeline"},
+    "cli": FOUNDATION
+    | {"memory", "pairs", "models", "activations", "latents", "truth", "interp", "pipeline", "causal_pipeline", "interp_pipeline"},
 }
 
 

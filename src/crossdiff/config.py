@@ -283,7 +283,7 @@ class RunConfig(Config):
     @classmethod
     def _names_are_folders(cls, value: dict[str, CrosscoderConfig]) -> dict[str, CrosscoderConfig]:
         for name in value:
-            if not name.replace("-", "").replace("_", "").isalnum() or name in {"activations", "old", "tensorboard", "work"}:
+            if not name.replace("-", "").replace("_", "").isalnum() or name in {"activations", "interpretation", "old", "tensorboard", "work"}:
                 raise ValueError(f"{name!r} cannot name a crosscoder's folder: use letters, digits, - and _")
         if not value:
             raise ValueError("at least one crosscoder is needed")
