@@ -35,5 +35,5 @@ def bag_of_words(train: Contexts, test: Contexts) -> npt.NDArray[np.float64] | N
     windows = [window for _, window in (*fitted, *asked)]
     bags = _bags(windows, 1 + max(int(window.token_ids.max()) for window in windows))
     model = LogisticRegression(max_iter=1000, class_weight="balanced").fit(bags[: len(fitted)], active)
-    odds: npt.NDArray[np.float64] = model.decision_function(bags[len(fitted) :])
+    odds: npt.NDArray[np.float64] = model.decision_function(bags[len(fitted) :]).astype(np.float64)
     return odds
