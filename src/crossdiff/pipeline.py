@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crossdiff.config import DatasetConfig, RunConfig, UserError
+from crossdiff.config import DatasetConfig, RunConfig, SingleConfig, UserError
 from crossdiff.run import Run, Stage, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
@@ -81,6 +81,12 @@ class Pipeline:
         """Those that have a decoder direction in both models, as the latent table needs."""
         return tuple(name for name in self.names if self.config.crosscoders[name].inputs.kind == "paired")
 
+    @property
+    def reference(self) -> str | None:
+        """The SAE on the base model, where there is one: its latents stand beside the crosscoders' on the behaviours."""
+        found = (name for name, coder in self.config.crosscoders.items() if coder.inputs == SingleConfig(source="base"))
+        return next(found, None)
+
     # --- what each stage depends on -------------------------------------------------------------------------------
 
     def harvest_stage(self) -> Stage:
@@ -103,9 +109,10 @@ class Pipeline:
         return Stage(f"train/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in files))
 
     def analyze_stage(self, name: str) -> Stage:
-        """Depends on the crosscoder and on the analysis settings."""
+        """Depends on the crosscoder, on the SAE beside it, and on the analysis settings."""
         value = {
             "code": ANALYSIS_FORMAT, "train": self.train_stage(name).fingerprint, "settings": self.config.analyze.model_dump(),
+            "reference": self.reference and self.train_stage(self.reference).fingerprint,
         }  # fmt: skip
         return Stage(f"analyze/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in ANALYSIS))
 
@@ -138,7 +145,7 @@ class Pipeline:
         if "harvest" in stages:
             self.harvest()
         if "train" in stages:
-            self.train()
+            self.train(needs_reference="analyze" in stages)
         if "compare" in stages:
             self.compare()
         if "analyze" in stages:
@@ -214,9 +221,13 @@ class Pipeline:
         store.check_pair(identify(self.config.base), identify(self.config.chat), self.config.layer)
         return store
 
-    def train(self) -> None:
-        """Train the crosscoders, those of equal batches in one pass over the store, each into its folder."""
-        stages = {name: self.train_stage(name) for name in self.names}
+    def train(self, needs_reference: bool = False) -> None:
+        """Train the crosscoders, those of equal batches in one pass over the store, each into its folder.
+
+        The analysis of any of them needs the SAE on the base model as well, even where others alone were asked for.
+        """
+        extra = {self.reference} - {None, *self.names} if needs_reference and self.paired_names else set()
+        stages = {name: self.train_stage(name) for name in (*self.names, *filter(None, extra))}
         wanted = {name: stage for name, stage in stages.items() if not self._skip(stage)}
         if not wanted:
             return
@@ -291,7 +302,8 @@ class Pipeline:
             progress_bar(self.console, f"analyze {name}, tokens", store.n_tokens) as advance,
         ):
             (folder / name).mkdir(exist_ok=True)
-            analyze(folder / name, crosscoder, store, tokenizer, self.config.analyze, advance)
+            reference = None if self.reference is None else self.crosscoder(self.reference)
+            analyze(folder / name, crosscoder, store, tokenizer, self.config.analyze, advance, reference)
         self._say_done(stage)
 
     def report(self) -> None:

@@ -17,7 +17,7 @@ from crossdiff.config import AnalyzeConfig, UserError
 from crossdiff.crosscoder.metrics import HeldoutSums, frequency_histogram, health
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import Activity, group_of
-from crossdiff.latents.behaviours import behaviour_table, conversation_scores
+from crossdiff.latents.behaviours import REFERENCE, Pool, behaviour_table, conversation_scores, living_latents
 from crossdiff.latents.controls import random_directions, shared_latents, split_halves
 from crossdiff.latents.example_database import write_examples
 from crossdiff.latents.examples import ExampleCollector
@@ -110,8 +110,12 @@ def analyze(
     tokenizer: Any,
     config: AnalyzeConfig,
     advance: Callable[[int], None] = lambda n_tokens: None,
+    reference: Crosscoder | None = None,
 ) -> None:
     """Write the files of `crossdiff.pipeline.ANALYSIS` into `folder`.
+
+    Args:
+        reference: an SAE on the base model; a pool of its latents is put beside those of the crosscoder on the behaviours.
 
     Raises:
         UserError: the crosscoder does not fit the store; the store has too few documents for the blocks, no held-out tokens,
@@ -125,10 +129,19 @@ def analyze(
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
     write_json(folder / "health.json", _health_report(crosscoder, store, measured, table, directions))
 
-    chosen = pools(table, config.pool_size, config.seed)
-    latents = sorted({latent for members in chosen.values() for latent in members})
+    chosen = {name: (crosscoder, latents) for name, latents in pools(table, config.pool_size, config.seed).items()}
+    if reference is not None:
+        size = min(len(latents) for _, latents in chosen.values())
+        chosen[REFERENCE] = (reference, living_latents(reference, store, size, config))
+    scored = {name: _scored_pool(coder, store, latents, config) for name, (coder, latents) in chosen.items()}
+    behaviour_table({name: pool for name, pool in scored.items() if pool is not None}, config.seed).write_parquet(
+        folder / "behaviours.parquet"
+    )
+
+
+def _scored_pool(crosscoder: Crosscoder, store: Store, latents: list[int], config: AnalyzeConfig) -> Pool | None:
     conversations = conversation_scores(crosscoder, store, latents, config.batch_tokens)
-    behaviour_table(conversations, chosen, latents, config.seed).write_parquet(folder / "behaviours.parquet")
+    return None if conversations is None else Pool(latents, conversations)
 
 
 def _write_tables(

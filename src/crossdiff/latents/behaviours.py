@@ -20,8 +20,9 @@ from sklearn.metrics import roc_auc_score
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store, consecutive
+from crossdiff.config import AnalyzeConfig
 from crossdiff.crosscoder.model import Crosscoder
-from crossdiff.latents.stream import check_latents
+from crossdiff.latents.stream import check_latents, encode
 from crossdiff.text.chat import Flag
 
 BOOTSTRAPS = 1000
@@ -30,6 +31,9 @@ CONTRASTS = {"knowledge_gap": ("helpful",), "refusal": ("list_format",), "list_f
 """Negatives of a label, where a contrast was built in: questions of the same form that call for something else. A label
 without an entry is contrasted with all other labels."""
 MIN_CONVERSATIONS = 8
+REFERENCE = "base_sae"
+"""Pool of latents of an SAE on the base model: what was there before the tuning can predict a behaviour as well."""
+SAMPLE_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,18 @@ def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int]
         heldout=(table["split"] == "heldout").to_numpy(),
         scores={question: values.numpy() for question, values in scores.items()},
     )
+
+
+def living_latents(crosscoder: Crosscoder, store: Store, size: int, config: AnalyzeConfig) -> list[int]:
+    """A seeded sample of the latents that fire as often as a latent must to be judged, measured on tokens of the whole store."""
+    counted = np.flatnonzero(store.column("position") >= store.leave_out)
+    rows = np.sort(np.random.default_rng(config.seed).permutation(counted)[:SAMPLE_TOKENS])
+    index, active = source_indices(store, crosscoder.view.reads), torch.zeros(crosscoder.n_latents, dtype=torch.int64)
+    for start in range(0, len(rows), config.batch_tokens):
+        h = store.gather(rows[start : start + config.batch_tokens])[:, index]
+        active += encode(crosscoder, crosscoder.normalise(h)).counts()
+    living = np.flatnonzero(active.numpy() / len(rows) >= config.min_active / len(counted))
+    return sorted(np.random.default_rng(config.seed).permutation(living)[:size].tolist())
 
 
 def _before_answer(flags: npt.NDArray[np.uint8], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -149,12 +165,26 @@ def _scored(
     }
 
 
-def behaviour_table(
-    conversations: Conversations | None, pools: dict[str, list[int]], latents: list[int], seed: int
-) -> pl.DataFrame:
-    """One row per behaviour, question and pool: the latent picked on the training half, scored on the other."""
-    column = {latent: index for index, latent in enumerate(latents)}
+@dataclass(frozen=True)
+class Pool:
+    """Latents of one coder, chosen without labels.
+
+    Attributes:
+        conversations: the labelled conversations with the scores of these latents, in their order.
+    """
+
+    latents: list[int]
+    conversations: Conversations
+
+
+def behaviour_table(pools: dict[str, Pool], seed: int) -> pl.DataFrame:
+    """One row per behaviour, question and pool: the latent picked on the training half, scored on the other.
+
+    The pools may be of several coders, scored on the conversations of one store; empty ones are left out.
+    """
+    found = {name: pool for name, pool in pools.items() if pool.latents}
     rows: list[dict[str, Any]] = []
+    conversations = next((pool.conversations for pool in found.values()), None)
     for behaviour in sorted(set(conversations.labels)) if conversations is not None else ():
         assert conversations is not None
         negatives = CONTRASTS.get(behaviour, tuple(sorted(set(conversations.labels) - {behaviour})))
@@ -170,14 +200,11 @@ def behaviour_table(
             continue
         common = {"behaviour": behaviour, "n_positive": sizes[True, True], "n_negative": sizes[False, True]}
         for question in QUESTIONS:
-            scores = conversations.scores[question][chosen]
-            for pool, members in pools.items():
-                if not members:
-                    continue
-                train = [auroc(positive[~heldout], scores[~heldout, column[latent]]) for latent in members]
-                best = members[int(np.argmax(train))]
-                names = {"question": question, "pool": pool, "pool_size": len(members), "latent": best}
-                rows.append(common | names | _scored(positive, heldout, prompts, scores[:, column[best]], seed))
+            for name, pool in found.items():
+                scores = pool.conversations.scores[question][chosen]
+                best = int(np.argmax([auroc(positive[~heldout], column) for column in scores[~heldout].T]))
+                names = {"question": question, "pool": name, "pool_size": len(pool.latents), "latent": pool.latents[best]}
+                rows.append(common | names | _scored(positive, heldout, prompts, scores[:, best], seed))
         words = _bag_of_words(prompts, positive, heldout)
         names = {"question": "before_answer", "pool": "bag_of_words", "pool_size": 1, "latent": None}
         rows.append(common | names | _scored(positive, heldout, prompts, words, seed))

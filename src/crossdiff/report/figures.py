@@ -53,10 +53,10 @@ VERDICT_MARKS = {
 POOL_MARKS = {
     "chat_specific": Mark("#d55e00", "diamond", 1.0, 10),
     "shared": Mark("#0072b2", "circle", 1.0, 9),
+    "base_sae": Mark("#009e73", "square", 1.0, 9),
     "bag_of_words": Mark("#8c8c8c", "x", 1.0, 8),
 }
 _OTHER_POOLS = (
-    Mark("#009e73", "square", 1.0, 9),
     Mark("#cc79a7", "triangle-up", 1.0, 9),
     Mark("#e69f00", "star", 1.0, 9),
 )

@@ -24,6 +24,7 @@ QUESTIONS = {
 POOLS = {
     "chat_specific": "specific pool",
     "shared": "shared pool",
+    "base_sae": "SAE on the base model",
     "bag_of_words": "bag of words on the prompt",
 }
 VERDICTS = {
@@ -194,6 +195,9 @@ def judgement(result: BehaviourResult) -> str:
         parts.append("It does worse than chance (0.5).")
     elif specific.auroc.low <= 0.5:
         parts.append("The interval includes chance (0.5).")
+    sae = result.scores.get("base_sae")
+    if sae is not None and sae.auroc.value >= specific.auroc.value:
+        parts.append(f"An SAE on the base model predicts it as well or better ({fixed(sae.auroc.value)}).")
     prompt = result.scores.get("bag_of_words")
     if prompt is not None and prompt.auroc.value >= specific.auroc.value:
         parts.append(f"The words of the prompt predict it as well or better ({fixed(prompt.auroc.value)}).")
