@@ -28,12 +28,13 @@ ALLOWED = {
     "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
-    "report": {"config", "run", "text"},
+    "report": {"config", "run", "text", "interp"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
     "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
     "interp_pipeline": FOUNDATION | {"models", "interp", "pipeline"},
     "cli": FOUNDATION
-    | {"memory", "pairs", "models", "activations", "latents", "truth", "interp", "pipeline", "causal_pipeline", "interp_pipeline"},
+    | {"memory", "pairs", "models", "activations", "latents", "truth", "interp"}
+    | {"pipeline", "causal_pipeline", "interp_pipeline"},
 }
 
 

@@ -44,8 +44,8 @@ class InterpretPipeline(Pipeline):
         Raises:
             UserError: a crosscoder is not analysed or does not exist, the server or the sentence encoder is not there, ...
         """
+        from crossdiff.interp.asker import check_server
         from crossdiff.interp.cache import Cache
-        from crossdiff.interp.client import check_server
 
         self.only = config.crosscoders
         if config.server is not None or config.model is not None or dry_run:
@@ -92,7 +92,11 @@ class InterpretPipeline(Pipeline):
         renderer = Renderer(load_tokenizer(self.config.chat))
         with progress_bar(self.console, f"interpret {name}, tokens", None) as advance:
             found = subjects(crosscoder, store, table, folder, latents, config, advance)
-        said = [silent(subject) for subject in found] if config.server is None else self._ask(found, renderer, config, cache, dry_run)
+        said = (
+            [silent(subject) for subject in found]
+            if config.server is None
+            else self._ask(found, renderer, config, cache, dry_run)
+        )
         if dry_run:
             return
         with (
@@ -109,11 +113,18 @@ class InterpretPipeline(Pipeline):
         self._say_done(stage)
         print_explanations(rows, self.console)
 
-    def _ask(self, found: list[Subject], renderer: Renderer, config: InterpretConfig, cache: Cache, dry_run: bool) -> list[Said]:
+    def _ask(
+        self, found: list[Subject], renderer: Renderer, config: InterpretConfig, cache: Cache, dry_run: bool
+    ) -> list[Said]:
         """Ask the server, or nobody, and say what it took also when it ends early."""
-        from crossdiff.interp.client import Client, DryRun
+        from crossdiff.interp.asker import DryRun
         from crossdiff.interp.experiment import ask_all
         from crossdiff.interp.terminal import print_usage
+
+        try:
+            from crossdiff.interp.client import Client
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed: pip install 'crossdiff[interp]'") from None
 
         async def ask() -> list[Said]:
             asker = DryRun(config, cache) if dry_run else Client(config, cache)

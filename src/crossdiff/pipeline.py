@@ -117,8 +117,10 @@ class Pipeline:
         return Stage(f"analyze/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in ANALYSIS))
 
     def report_stage(self) -> Stage:
-        """Depends on every analysis, and on the page's own code and templates: it is quick to make anew."""
-        value = {name: self.analyze_stage(name).fingerprint for name in self.paired_names}
+        """Depends on every analysis and interpretation, and on the page's own code and templates: it is quick to make anew."""
+        value = {
+            name: (self.analyze_stage(name).fingerprint, self.run.record(f"interpret/{name}")) for name in self.paired_names
+        }
         return Stage("report", fingerprint({"page": _identify_page(), "analyses": value}), ("report.html",))
 
     def compare_stage(self) -> Stage:

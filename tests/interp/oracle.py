@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from crossdiff.interp.prompts import CLOSE, DETECT, EXPLAIN, FUZZ, OPEN
 from scripted import Reply
+
+from crossdiff.interp.prompts import CLOSE, DETECT, EXPLAIN, FUZZ, OPEN
 
 
 def answer_by_pattern(explain: Callable[[str], str]) -> Callable[[dict[str, Any], int], Reply]:

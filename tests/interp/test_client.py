@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import Reply, scripted, unused_url
 
 from crossdiff.config import UserError
+from crossdiff.interp.asker import DryRun, Unanswered
 from crossdiff.interp.cache import Cache
-from crossdiff.interp.client import Client, DryRun, Unanswered
+from crossdiff.interp.client import Client
 from crossdiff.interp.prompts import DETECT, Explanation, Judgement, explain_request, judge_request
 from crossdiff.interp.settings import InterpretConfig
-from scripted import Reply, scripted, unused_url
 
 KEY = "sk-very-secret-4711"
 GOOD = Reply('{"active": [true, false]}')
@@ -167,7 +168,10 @@ def test_no_more_calls_at_a_time_than_allowed(cache: Cache) -> None:
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (Reply(status=401, body=f'{{"error": {{"message": "wrong key {KEY}"}}}}'), "refuses the key in OPENAI_API_KEY: status 401"),
+        (
+            Reply(status=401, body=f'{{"error": {{"message": "wrong key {KEY}"}}}}'),
+            "refuses the key in OPENAI_API_KEY: status 401",
+        ),
         (Reply(status=404, body='{"error": {"message": "no such model"}}'), "has no model 'm' or is no such server"),
     ],
 )
@@ -202,7 +206,10 @@ def test_the_key_is_in_the_header_and_nowhere_else(
             answers, _ = ask(config(server.url), cache, explain_request([(f"text {n}", "")], "facts"))
             said.append(str(answers[0]))
     assert len(server.calls) == 7
-    assert all({name.lower(): value for name, value in headers.items()}["authorization"] == f"Bearer {KEY}" for headers, _ in server.calls)
+    assert all(
+        {name.lower(): value for name, value in headers.items()}["authorization"] == f"Bearer {KEY}"
+        for headers, _ in server.calls
+    )
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert files
     printed = capsys.readouterr()
@@ -260,5 +267,3 @@ def test_an_answer_outlives_a_killed_process(tmp_path: Path, cache: Cache) -> No
         (answer,), client = ask(config(server.url), again)
         again.close()
     assert answer == Judgement(active=[True, False]) and client.usage.cached == 1
-
-

@@ -10,14 +10,14 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
+from oracle import answer_by_pattern
+from scripted import Reply, scripted
 
 from conftest import tiny_config
 from crossdiff.cli import run_command
 from crossdiff.config import UserError
 from crossdiff.interp.prompts import EXPLAIN, FUZZ
 from crossdiff.interp.table import CONTEXT_SCHEMA, SCHEMA, SCORES, read_latent_table
-from oracle import answer_by_pattern
-from scripted import Reply, scripted
 
 KEY = "sk-very-secret-4711"
 FEW = ("--tokens", "2000", "--before", "5", "--after", "2", "--contexts", "6", "--embedding", "none", "--crosscoders", "coder")
@@ -43,7 +43,7 @@ def run(analysed: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def latents(analysed: Path) -> list[str]:
     """Two latents with many contexts, in which others are silent."""
-    table = pl.read_parquet(analysed / "coder" / "latents.parquet").filter(pl.col("frequency").is_between(0.01, 0.2))
+    table = pl.read_parquet(analysed / "coder" / "latents.parquet").filter(pl.col("frequency").is_between(0.01, 0.06))
     return [str(latent) for latent in table.sort("frequency", descending=True)["latent"].head(2)]
 
 
@@ -71,7 +71,9 @@ def test_explanations_and_scores_are_written_and_cost_once(
         row = row_of(run, latents[0])
         assert row["explanation"] == "sea" and row["explainer"] == "oracle" and row["interpretation_reason"] is None
         assert (row["contexts_active"], row["contexts_random"], row["contexts_similar"]) == (6, 6, 6)
-        contexts = pl.read_parquet(run / "coder" / "interpretation_contexts.parquet").filter(pl.col("latent") == int(latents[0]))
+        contexts = pl.read_parquet(run / "coder" / "interpretation_contexts.parquet").filter(
+            pl.col("latent") == int(latents[0])
+        )
         assert contexts.schema == CONTEXT_SCHEMA and contexts.height == 18
         found = contexts["text"].str.contains("sea")
         assert (contexts["detection"] == found).all()
@@ -85,7 +87,11 @@ def test_explanations_and_scores_are_written_and_cost_once(
         interpret(run, server.url, latents[:1])
         assert len(server.calls) == n_calls
     summary = json.loads((run / "coder" / "interpretation.json").read_text())
-    assert summary["n_latents"] == 2 and {entry["score"] for entry in summary["scores"]} == {"detection", "fuzzing", "bag_of_words"}
+    assert summary["n_latents"] == 2 and {entry["score"] for entry in summary["scores"]} == {
+        "detection",
+        "fuzzing",
+        "bag_of_words",
+    }
     assert (run / "coder" / "latents.parquet").read_bytes() == before
     joined = read_latent_table(run / "coder")
     assert joined.height == pl.read_parquet(run / "coder" / "latents.parquet").height

@@ -10,102 +10,21 @@ import asyncio
 import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 import openai
 
 from crossdiff.config import UserError
+from crossdiff.interp.asker import Unanswered, Usage, check_server, question
 from crossdiff.interp.cache import Cache, Entry, key_of
 from crossdiff.interp.prompts import Answer, Message, Request
 from crossdiff.interp.settings import InterpretConfig
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 """Seconds before the second attempt, doubled from one to the next, and the longest pause."""
-CHARACTERS_PER_TOKEN = 4
-"""For the estimate of a dry run."""
 RETRIED = {408, 409, 425, 429}
 """Statuses that may pass, beside those of 500 and more."""
 A = TypeVar("A", bound=Answer)
-
-
-class Unanswered(Exception):
-    """A question that got no valid answer; the message is the reason, free of secrets."""
-
-
-@dataclass
-class Usage:
-    """What was asked: calls made and tokens as the server counts them, answers from the cache, failed attempts."""
-
-    calls: int = 0
-    cached: int = 0
-    failed_attempts: int = 0
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-
-    def cost(self, config: InterpretConfig) -> float:
-        return (self.prompt_tokens * config.input_price + self.answer_tokens * config.output_price) / 1e6
-
-
-class Asker(Protocol):
-    """Whoever answers: a server, a dry run."""
-
-    usage: Usage
-
-    async def ask(self, request: Request[A]) -> A:
-        """The answer.
-
-        Raises:
-            Unanswered: there is none.
-        """
-        ...
-
-
-def check_server(config: InterpretConfig) -> tuple[str, str]:
-    """The server's URL and the model.
-
-    Raises:
-        UserError: one of them is missing, or the URL is none or carries a secret, which would be written into files.
-    """
-    if config.server is None or config.model is None:
-        raise UserError("a model is asked with both --server URL and --model NAME; without either, only offline scores are made")
-    parts = urlsplit(config.server)
-    if parts.username or parts.password or parts.query:
-        raise UserError(
-            f"--server must carry no user, password or query; put the key into the environment variable {config.key_variable}"
-        )
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise UserError(f"--server: {config.server!r} is no URL such as http://localhost:8000/v1")
-    return config.server.rstrip("/"), config.model
-
-
-def question(config: InterpretConfig, request: Request[Any]) -> dict[str, Any]:
-    """What decides an answer, so that an equal question has an equal answer."""
-    server, model = check_server(config)
-    return {
-        "server": server, "model": model, "messages": list(request.messages), "temperature": config.temperature,
-        "max_tokens": config.answer_tokens, "seed": config.seed, "answer_format": config.answer_format,
-    }  # fmt: skip
-
-
-@dataclass
-class DryRun:
-    """Asks nobody: counts the calls that are not in the cache, and answers with text of the usual length."""
-
-    config: InterpretConfig
-    cache: Cache
-    usage: Usage = field(default_factory=Usage)
-
-    async def ask(self, request: Request[A]) -> A:
-        found = self.cache.get(key_of(question(self.config, request)))
-        if found is not None:
-            self.usage.cached += 1
-            return request.parse(found.text)
-        self.usage.calls += 1
-        self.usage.prompt_tokens += sum(len(m["content"]) for m in request.messages) // CHARACTERS_PER_TOKEN
-        self.usage.answer_tokens += len(request.typical.model_dump_json()) // CHARACTERS_PER_TOKEN + 1
-        return request.typical
 
 
 class Client:
@@ -119,7 +38,11 @@ class Client:
     """
 
     def __init__(
-        self, config: InterpretConfig, cache: Cache, environment: Mapping[str, str] = os.environ, first_pause: float = FIRST_PAUSE
+        self,
+        config: InterpretConfig,
+        cache: Cache,
+        environment: Mapping[str, str] = os.environ,
+        first_pause: float = FIRST_PAUSE,
     ) -> None:
         server, self._model = check_server(config)
         self.config, self.usage, self._cache, self._first_pause = config, Usage(), cache, first_pause
@@ -157,7 +80,9 @@ class Client:
                 if attempt + 1 < self.config.attempts:
                     await asyncio.sleep(self._pause(attempt, trouble.wait))
                 if trouble.unreachable and attempt + 1 == self.config.attempts:
-                    raise UserError(f"the server {self.config.server} cannot be reached; start it and run the command again") from None
+                    raise UserError(
+                        f"the server {self.config.server} cannot be reached; start it and run the command again"
+                    ) from None
                 continue
             try:
                 answer = request.parse(entry.text)
@@ -172,7 +97,7 @@ class Client:
 
     def _pause(self, attempt: int, asked: float | None) -> float:
         """What the server asks for, or twice the last pause, with some chance in it so that calls do not come back at once."""
-        doubled = self._first_pause * 2**attempt * self._random.uniform(0.5, 1.5)
+        doubled: float = self._first_pause * 2**attempt * self._random.uniform(0.5, 1.5)
         return min(LONGEST_PAUSE, doubled if asked is None else max(asked, doubled))
 
     async def _call(self, messages: list[Message], request: Request[Any]) -> Entry:
@@ -222,13 +147,19 @@ class Client:
         """What an error of the server means for the call, or for all calls."""
         status = error.status_code
         if status in {401, 403}:
-            state = f"the key in {self.config.key_variable}" if self._key else f"calls without a key ({self.config.key_variable} is not set)"
+            state = (
+                f"the key in {self.config.key_variable}"
+                if self._key
+                else f"calls without a key ({self.config.key_variable} is not set)"
+            )
             return UserError(f"the server {self.config.server} refuses {state}: status {status}")
         said = self._clean(str(error.message))[:300]
         if status == 404:
             return UserError(f"the server {self.config.server} has no model {self._model!r} or is no such server: {said}")
         if status in RETRIED or status >= 500:
-            return _Passing(f"the server answered with status {status}", wait=_seconds(error.response.headers.get("retry-after")))
+            return _Passing(
+                f"the server answered with status {status}", wait=_seconds(error.response.headers.get("retry-after"))
+            )
         return Unanswered(f"the server answered with status {status}: {said}")
 
     def _clean(self, text: str) -> str:

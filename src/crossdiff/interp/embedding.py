@@ -29,10 +29,12 @@ class Encoder:
 
     def __init__(self, where: str) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
         folder = _packaged() if where == "packaged" else Path(where)
         if not (folder / "config.json").is_file():
             raise UserError(f"--embedding: {where!r} is neither packaged nor none nor a folder with a model")
+        logging.disable_progress_bar()  # of 103 tensors, in the midst of our own
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
             self._model: Any = AutoModel.from_pretrained(str(folder)).eval()
@@ -60,7 +62,7 @@ def _packaged() -> Path:
     found = find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise UserError(
-            "the sentence encoder is not installed: pip install 'crossdiff[interp]', or give a folder with one or none as --embedding"
+            "the sentence encoder is not installed: pip install 'crossdiff[interp]', or give --embedding a folder, or none"
         )
     return Path(found.origin).parent / "model"
 

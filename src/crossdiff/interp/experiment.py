@@ -15,8 +15,8 @@ import polars as pl
 from crossdiff.activations.store import Store
 from crossdiff.config import UserError
 from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.interp.asker import Asker, Unanswered
 from crossdiff.interp.baseline import FIT_CONTEXTS, bag_of_words
-from crossdiff.interp.client import Asker, Unanswered
 from crossdiff.interp.embedding import Encoder, similarity
 from crossdiff.interp.explain import explanation_request, shown_windows
 from crossdiff.interp.prompts import DETECT, FUZZ, Renderer

@@ -47,7 +47,9 @@ def _windows(path: Path, texts: Texts, rows: Sequence[tuple[int, int, bytes, byt
     windows: dict[int, Window] = {}
     for sequence, position, positions, activations in rows:
         if not 0 <= sequence < len(texts.document):
-            raise UserError(f"{path} has an example in sequence {sequence}, which the store lacks: run `crossdiff analyze` again")
+            raise UserError(
+                f"{path} has an example in sequence {sequence}, which the store lacks: run `crossdiff analyze` again"
+            )
         places, values = np.frombuffer(positions, "<i4"), np.frombuffer(activations, "<f4")
         windows.setdefault(sequence, texts.window(sequence, position, places, values))
     return list(windows.values())

@@ -24,7 +24,8 @@ tokens' brackets or the models. Answer with JSON only: {{"explanation": "..."}}"
 
 DETECT = """An explanation says on what text a latent of a language model is active. You get the explanation and numbered \
 excerpts. Decide for each excerpt whether the latent is active somewhere in it. Tokens such as <|im_start|> belong to the chat \
-template. "\\n" is a line break. Answer with JSON only, one true or false per excerpt, in their order: {"active": [true, false]}"""
+template. "\\n" is a line break. Answer with JSON only, one true or false per excerpt, in their order: \
+{"active": [true, false]}"""
 
 FUZZ = f"""An explanation says on what text a latent of a language model is active. You get the explanation and numbered \
 excerpts in which some tokens stand between {OPEN} and {CLOSE}. Decide for each excerpt whether the marked tokens are those on \

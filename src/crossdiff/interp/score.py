@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
 
-from crossdiff.interp.client import Asker, Unanswered
+from crossdiff.interp.asker import Asker, Unanswered
 from crossdiff.interp.prompts import DETECT, FUZZ, Renderer, judge_request
 from crossdiff.interp.settings import InterpretConfig
 from crossdiff.interp.windows import Contexts, Window

@@ -13,10 +13,13 @@ class InterpretConfig(Config):
     """Which latents are interpreted, on which contexts, and by which model behind which server."""
 
     server: str | None = Field(
-        None, description="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: no model is asked"
+        None,
+        description="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: no model is asked",
     )
     model: str | None = Field(None, description="name of the model that explains and judges, as the server knows it")
-    key_variable: str = Field("OPENAI_API_KEY", description="environment variable that holds the server's key, if it asks for one")
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the server's key, if it asks for one"
+    )
     answer_format: Literal["text", "json_schema"] = Field(
         "text", description="json_schema: the server is told the schema of the answer; text: the prompt alone asks for JSON"
     )

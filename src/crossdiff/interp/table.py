@@ -14,7 +14,7 @@ FILE = "interpretation.parquet"
 CONTEXTS_FILE = "interpretation_contexts.parquet"
 SUMMARY_FILE = "interpretation.json"
 SCORES = {
-    "detection": "balanced accuracy of the model that tells, by the explanation, contexts where the latent is active from others",
+    "detection": "balanced accuracy of the model that tells, by the explanation, active contexts from others",
     "fuzzing": "balanced accuracy of the model that tells, by the explanation, rightly from wrongly marked tokens",
     "embedding_explanation": "AUROC of the similarity of a context's embedding to the explanation's",
     "embedding_examples": "AUROC of the similarity of a context's embedding to the mean of those of the shown examples",

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crossdiff.interp.client import Usage
+from crossdiff.interp.asker import Usage
 from crossdiff.interp.settings import InterpretConfig
 from crossdiff.interp.table import SCORES
 
@@ -43,7 +43,9 @@ def print_summary(summary: dict[str, Any], name: str, console: Console) -> None:
             table.add_row(score, *cells, _interval(differences[score], "+") if score in differences else "")
     console.print(table)
     if summary["n_incomplete"]:
-        console.print(f"[yellow]{summary['n_incomplete']} latents lack a score or an answer; interpretation_reason says why[/yellow]")
+        console.print(
+            f"[yellow]{summary['n_incomplete']} latents lack a score or an answer; interpretation_reason says why[/yellow]"
+        )
 
 
 def print_explanations(table: pl.DataFrame, console: Console) -> None:

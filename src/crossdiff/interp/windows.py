@@ -73,8 +73,8 @@ class Texts:
         members = np.flatnonzero(np.isin(document, wanted))
         if not len(members):
             raise UserError(
-                f"the store {store.folder} has no {split} text, and latents are scored on held-out text, with a baseline fitted "
-                "on training text; harvest with a heldout_share between 0 and 1"
+                f"the store {store.folder} has no {split} text, and latents are scored on held-out text, with a baseline "
+                "fitted on training text; harvest with a heldout_share between 0 and 1"
             )
         members = np.random.default_rng([config.seed, len(members)]).permutation(members)
         chosen = members[np.cumsum(lengths[members]) - lengths[members] < config.tokens]
@@ -183,7 +183,7 @@ class Finder:
             ("similar", self._of_neighbours(neighbours, generator)),
             ("random", self._anywhere(generator)),
         ):
-            used, chosen = set(taken), []
+            used, chosen = set(taken), list[Window]()
             for window in candidates:
                 if len(chosen) == size:
                     break

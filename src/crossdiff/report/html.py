@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from crossdiff.report import figures, wording
 from crossdiff.report.cards import LEVELS, Card, Sign, anchor_of, card_of, sign_of
+from crossdiff.report.interpretation import score_table
 from crossdiff.report.model import BehaviourResult, CrosscoderReport, Limits, RunReport
 
 OPEN_EXAMPLES = 3
@@ -100,6 +101,9 @@ def render_html(report: RunReport) -> str:
         controls=_control_rows(report),
         sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
         detailed=[coder.name for coder in (report.primary, *others)],
+        interpretation=score_table(
+            [(coder.title, coder.interpretation) for coder in report.crosscoders if coder.interpretation]
+        ),
         caveats=_caveats(report),
         datasets=report.datasets,
         open_examples=OPEN_EXAMPLES,
