@@ -29,12 +29,13 @@ class Encoder:
 
     def __init__(self, where: str) -> None:
         from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
+        from transformers.utils import logging as messages
 
         folder = _packaged() if where == "packaged" else Path(where)
         if not (folder / "config.json").is_file():
             raise UserError(f"--embedding: {where!r} is neither packaged nor none nor a folder with a model")
-        logging.disable_progress_bar()  # of 103 tensors, in the midst of our own
+        quiet: Any = messages.disable_progress_bar
+        quiet()  # it counts tensors, in the midst of our own progress
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
             self._model: Any = AutoModel.from_pretrained(str(folder)).eval()

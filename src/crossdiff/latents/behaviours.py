@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
+from scipy.stats import rankdata
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store, consecutive
@@ -85,7 +85,7 @@ def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int]
 
 
 def living_latents(crosscoder: Crosscoder, store: Store, size: int, config: AnalyzeConfig) -> list[int]:
-    """A seeded sample of the latents that fire as often as a latent must to be judged, measured on tokens of the whole store."""
+    """A seeded sample of the latents that fire often enough to be judged, measured on some tokens of the whole store."""
     counted = np.flatnonzero(store.column("position") >= store.leave_out)
     rows = np.sort(np.random.default_rng(config.seed).permutation(counted)[:SAMPLE_TOKENS])
     index, active = source_indices(store, crosscoder.view.reads), torch.zeros(crosscoder.n_latents, dtype=torch.int64)
@@ -106,11 +106,19 @@ def _before_answer(flags: npt.NDArray[np.uint8], sequence: npt.NDArray[np.int64]
     return result
 
 
+def aurocs(positive: npt.NDArray[np.bool_], scores: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Area under the ROC curve of each column, from the ranks of the positives; NaN with one class only."""
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if n_positive == 0 or n_negative == 0:
+        return np.full(scores.shape[1], np.nan)
+    ranks = rankdata(scores, axis=0)[positive].sum(0)
+    areas: npt.NDArray[np.float64] = (ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    return areas
+
+
 def auroc(positive: npt.NDArray[np.bool_], score: npt.NDArray[Any]) -> float:
-    """Area under the ROC curve; NaN with one class only."""
-    if positive.all() or not positive.any():
-        return float("nan")
-    return float(roc_auc_score(positive, score))
+    """Area under the ROC curve of one score."""
+    return float(aurocs(positive, score[:, None])[0])
 
 
 def bootstrap_interval(
@@ -129,12 +137,18 @@ def bootstrap_interval(
     table = np.zeros((len(sizes[1]), len(sizes[0])))
     np.add.at(table, sides[1], rows.T)
     generator = np.random.default_rng(seed)
-    drawn = [generator.multinomial(len(size), np.full(len(size), 1 / len(size)), BOOTSTRAPS) for size in sizes]
+    drawn = [_resamples(generator, len(size)) for size in sizes]
     values = np.einsum("bp,np,bn->b", drawn[0], table, drawn[1], optimize=True) / (
         (drawn[0] @ sizes[0]) * (drawn[1] @ sizes[1])
     )
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _resamples(generator: np.random.Generator, n: int) -> npt.NDArray[np.int64]:
+    """How often each of `n` groups is drawn, `[resample, group]`."""
+    drawn = generator.integers(n, size=(BOOTSTRAPS, n)) + n * np.arange(BOOTSTRAPS)[:, None]
+    return np.bincount(drawn.ravel(), minlength=BOOTSTRAPS * n).reshape(BOOTSTRAPS, n)
 
 
 def _bag_of_words(
@@ -202,7 +216,7 @@ def behaviour_table(pools: dict[str, Pool], seed: int) -> pl.DataFrame:
         for question in QUESTIONS:
             for name, pool in found.items():
                 scores = pool.conversations.scores[question][chosen]
-                best = int(np.argmax([auroc(positive[~heldout], column) for column in scores[~heldout].T]))
+                best = int(np.argmax(aurocs(positive[~heldout], scores[~heldout])))
                 names = {"question": question, "pool": name, "pool_size": len(pool.latents), "latent": pool.latents[best]}
                 rows.append(common | names | _scored(positive, heldout, prompts, scores[:, best], seed))
         words = _bag_of_words(prompts, positive, heldout)

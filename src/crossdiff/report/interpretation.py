@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +40,13 @@ class Difference(_Record):
 
 
 class Interpretation(_Record):
-    """What `interpretation.json` says of one crosscoder, and the explanation of each latent that has one."""
+    """What `interpretation.json` says of one crosscoder."""
 
     n_latents: int
     n_incomplete: int
     models: tuple[str, ...]
     scores: tuple[ScoreSummary, ...]
     differences: tuple[Difference, ...]
-    explanations: dict[int, str]
 
 
 def read_summary(folder: Path) -> Interpretation | None:
@@ -55,20 +55,26 @@ def read_summary(folder: Path) -> Interpretation | None:
     Raises:
         UserError: its files are damaged.
     """
-    path, table = folder / SUMMARY_FILE, read_interpretation(folder)
-    if not path.is_file() or not table.height:
+    path = folder / SUMMARY_FILE
+    if not path.is_file() or not read_interpretation(folder).height:
         return None
-    explanations = {}
-    for latent, text, explainer, score in table.select("latent", "explanation", "explainer", "detection").iter_rows():
-        if text is not None:
-            judged = "" if score is None or score != score else f" (detection {score:.2f})"
-            explanations[latent] = f"{explainer} says: {text}{judged}"
     try:
-        return Interpretation.model_validate(read_json(path) | {"explanations": explanations})
+        return Interpretation.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {key}: {first['msg']}; run `crossdiff interpret` again") from error
+
+
+def read_explanations(folder: Path) -> dict[int, str]:
+    """What each explained latent of the folder is said to respond to, by whom, and how well that does."""
+    explanations = {}
+    columns = ("latent", "explanation", "explainer", "detection")
+    for latent, text, explainer, score in read_interpretation(folder).select(columns).iter_rows():
+        if text is not None:
+            judged = "" if score is None or math.isnan(score) else f" (detection {score:.2f})"
+            explanations[latent] = f"{explainer} says: {text}{judged}"
+    return explanations
 
 
 @dataclass(frozen=True, slots=True)
