@@ -27,13 +27,17 @@ ALLOWED = {
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
     "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
-    "report": {"config", "run", "text"},
+    "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
+    "report": {"config", "run", "text", "interp"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
     "prompts": {"config", "models", "text", "activations", "crosscoder", "report"},
     "diff": {"config", "run", "models", "activations", "crosscoder", "report", "prompts"},
     "hub": {"config", "crosscoder", "latents", "report", "diff"},
     "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
-    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "truth", "pipeline", "causal_pipeline", "hub"},
+    "interp_pipeline": FOUNDATION | {"models", "interp", "pipeline"},
+    "cli": FOUNDATION
+    | {"memory", "pairs", "models", "activations", "latents", "truth", "interp"}
+    | {"pipeline", "causal_pipeline", "interp_pipeline", "hub"},
 }
 
 

@@ -268,6 +268,10 @@ class SteerConfig(Config):
     seed: int = 0
 
 
+TAKEN = {"activations", "interpretation", "old", "tensorboard", "work"}
+"""Folders of a run that are no crosscoder's."""
+
+
 class RunConfig(Config):
     """A whole diff: two models, a layer, texts, and the crosscoders to train.
 
@@ -303,7 +307,7 @@ class RunConfig(Config):
     @classmethod
     def _names_are_folders(cls, value: dict[str, CrosscoderConfig]) -> dict[str, CrosscoderConfig]:
         for name in value:
-            if not name.replace("-", "").replace("_", "").isalnum() or name in {"activations", "old", "tensorboard", "work"}:
+            if not name.replace("-", "").replace("_", "").isalnum() or name in TAKEN:
                 raise ValueError(f"{name!r} cannot name a crosscoder's folder: use letters, digits, - and _")
         if not value:
             raise ValueError("at least one crosscoder is needed")

@@ -119,13 +119,13 @@ class Pipeline:
         return Stage(f"analyze/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in ANALYSIS))
 
     def report_stage(self) -> Stage:
-        """Depends on every analysis, on the rates of the null diff where they are known, and on the page's own code and
-        templates: it is quick to make anew."""
+        """Depends on every analysis and interpretation, on the rates of the null diff where they are known, and on the
+        page's own code and templates: it is quick to make anew."""
         from crossdiff.latents.null import FILE
 
-        analyses = {name: self.analyze_stage(name).fingerprint for name in self.names}
+        made = {name: (self.analyze_stage(name).fingerprint, self.run.record(f"interpret/{name}")) for name in self.names}
         null = read_json(self.run.path / FILE) if (self.run.path / FILE).is_file() else None
-        value = {"page": _identify_page(), "analyses": analyses, "null": null}
+        value = {"page": _identify_page(), "made": made, "null": null}
         return Stage("report", fingerprint(value), ("report.html",))
 
     def compare_stage(self) -> Stage:

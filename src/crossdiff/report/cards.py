@@ -67,6 +67,7 @@ class Card:
     predicts: tuple[str, ...]
     measures: tuple[tuple[str, str, str], ...]
     fires_on: str
+    explanation: str | None
     examples: tuple[ExampleView, ...]
 
 
@@ -112,6 +113,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         predicts=predicts,
         measures=(*((name, interval(nu), f"{meaning}; 95% interval") for name, nu, meaning in nus), *others),
         fires_on=_fires_on(latent),
+        explanation=latent.explanation,
         examples=tuple(example_view(example, latent) for example in latent.examples),
     )
 

@@ -12,6 +12,7 @@ from crossdiff.report import figures, wording
 from crossdiff.report.cards import LEVELS, Card, Sign, anchor_of, card_of, sign_of
 from crossdiff.report.environment import environment
 from crossdiff.report.inline import OPEN_EXAMPLES
+from crossdiff.report.interpretation import score_table
 from crossdiff.report.model import BehaviourResult, CrosscoderReport, Limits, RunReport
 
 DEAD_LIMIT = 0.2
@@ -97,6 +98,7 @@ def render_html(report: RunReport) -> str:
             controls=_control_rows(report),
             sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
             detailed=[coder.name for coder in (report.primary, *others)],
+            interpretation=score_table([(c.title, c.interpretation) for c in report.crosscoders if c.interpretation]),
             caveats=caveats(report),
             datasets=report.datasets,
             open_examples=OPEN_EXAMPLES,

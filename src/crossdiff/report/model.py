@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_va
 
 from crossdiff.config import AnalyzeConfig, UserError, read_yaml, validate
 from crossdiff.report.examples import Example, read_examples
+from crossdiff.report.interpretation import Interpretation, read_explanations, read_summary
 from crossdiff.run import read_json
 
 N_TOP_LATENTS = 12
@@ -134,6 +135,7 @@ class Latent:
     rank_sum: float
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
+    explanation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,7 @@ class CrosscoderReport:
     behaviours: pl.DataFrame | None
     top: TopLatents
     behaviour_latents: tuple[Latent, ...]
+    interpretation: Interpretation | None = None
 
     @property
     def title(self) -> str:
@@ -308,7 +311,8 @@ def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
         UserError: there is no such latent, or the folder has no examples.
     """
     examples = read_examples(folder / "examples.sqlite", [latent])
-    return _latent(latents.row(by_predicate=pl.col("latent") == latent, named=True), examples[latent])
+    row = latents.row(by_predicate=pl.col("latent") == latent, named=True)
+    return _latent(row, examples[latent], read_explanations(folder).get(latent))
 
 
 def read_latents(folder: Path) -> pl.DataFrame:
@@ -340,9 +344,12 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     behaviour_rows = latents.filter(pl.col("latent").is_in(_best_specific(behaviours))).filter(~pl.col("latent").is_in(shown))
     wanted = pl.concat([top_rows, behaviour_rows])
     examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
-    cards = tuple(_latent(row, examples.get(row["latent"], ())) for row in wanted.iter_rows(named=True))
+    explanations = read_explanations(folder)
+    cards = tuple(
+        _latent(row, examples.get(row["latent"], ()), explanations.get(row["latent"])) for row in wanted.iter_rows(named=True)
+    )
     top = TopLatents(cards[: len(shown)], n_specific)
-    return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :])
+    return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :], read_summary(folder))
 
 
 def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
@@ -365,7 +372,7 @@ def _best_specific(behaviours: pl.DataFrame | None) -> list[int]:
     return [int(latent) for latent in rows["latent"].drop_nulls().unique(maintain_order=True)]
 
 
-def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
+def _latent(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: str | None) -> Latent:
     def estimate(nu: str) -> Estimate:
         return Estimate(_number(row[nu]), _number(row[f"{nu}_low"]), _number(row[f"{nu}_high"]))
 
@@ -385,6 +392,7 @@ def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         rank_sum=_number(row["rank_sum"]),
         shares={group: _number(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
+        explanation=explanation,
     )
 
 
