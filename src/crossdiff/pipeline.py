@@ -119,7 +119,7 @@ class Pipeline:
     def report_stage(self) -> Stage:
         """Depends on every analysis, and on the page's own code and templates: it is quick to make anew."""
         value = {name: self.analyze_stage(name).fingerprint for name in self.paired_names}
-        return Stage("report", fingerprint({"page": _identify_page(), "analyses": value}), ("report.html",))
+        return Stage("report", fingerprint({"page": _identify_page(), "analyses": value}), ("report.html", "figures"))
 
     def compare_stage(self) -> Stage:
         """Depends on the crosscoders and on the settings of the comparison."""
@@ -307,9 +307,10 @@ class Pipeline:
         self._say_done(stage)
 
     def report(self) -> None:
-        """Write `report.html` and print the summary."""
+        """Write `report.html` and `figures/`, and print the summary."""
         from crossdiff.report.html import write_html
         from crossdiff.report.model import read_run
+        from crossdiff.report.print import write_figures
         from crossdiff.report.terminal import print_summary
 
         stage = self.report_stage()
@@ -320,6 +321,7 @@ class Pipeline:
         if not self._skip(stage):
             with self.run.working(stage) as folder:
                 write_html(report, folder / "report.html")
+                write_figures(report, folder / "figures")
             self._say_done(stage)
         print_summary(report, self.console)
 
