@@ -126,7 +126,7 @@ class Pipeline:
         made = {name: (self.analyze_stage(name).fingerprint, self.run.record(f"interpret/{name}")) for name in self.names}
         null = read_json(self.run.path / FILE) if (self.run.path / FILE).is_file() else None
         value = {"page": _identify_page(), "made": made, "null": null}
-        return Stage("report", fingerprint(value), ("report.html",))
+        return Stage("report", fingerprint(value), ("report.html", "figures"))
 
     def compare_stage(self) -> Stage:
         """Depends on the crosscoders and on the settings of the comparison."""
@@ -323,9 +323,10 @@ class Pipeline:
         self._say_done(stage)
 
     def report(self) -> None:
-        """Write `report.html` and print the summary."""
+        """Write `report.html` and `figures/`, and print the summary."""
         from crossdiff.report.html import write_html
         from crossdiff.report.model import read_run
+        from crossdiff.report.print import write_figures
         from crossdiff.report.terminal import print_summary
 
         stage = self.report_stage()
@@ -336,6 +337,7 @@ class Pipeline:
         if not self._skip(stage):
             with self.run.working(stage) as folder:
                 write_html(report, folder / "report.html")
+                write_figures(report, folder / "figures")
             self._say_done(stage)
         print_summary(report, self.console)
 
