@@ -36,8 +36,8 @@ ANALYSIS = (
 )  # fmt: skip
 CODE_FORMAT = 5
 """Raised when a stage's results change although its settings do not."""
-ANALYSIS_FORMAT = 4
-"""The same for the analysis alone, so that nothing is harvested again for it."""
+TRAINING_FORMAT, ANALYSIS_FORMAT = 6, 4
+"""The same for the training and the analysis alone, so that nothing is harvested again for them."""
 
 
 @contextmanager
@@ -105,7 +105,7 @@ class Pipeline:
     def train_stage(self, name: str) -> Stage:
         """Depends on the store and on this crosscoder's settings."""
         settings = self.config.crosscoders[name].model_dump(exclude={"checkpoint_seconds"})
-        value = {"code": CODE_FORMAT, "harvest": self.harvest_stage().fingerprint, "settings": settings}
+        value = {"code": TRAINING_FORMAT, "harvest": self.harvest_stage().fingerprint, "settings": settings}
         files = ("config.json", "model.safetensors", "train.jsonl")
         return Stage(f"train/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in files))
 
