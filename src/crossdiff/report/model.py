@@ -29,6 +29,7 @@ _LATENT_COLUMNS = (
     "rank_sum", "verdict", "verdict_reason", "chat_specific", "chat_specific_paper", "template_only",
     *(f"share_{group}" for group in TOKEN_GROUPS),
 )  # fmt: skip
+_ALONE = "kl_reduction_response"
 _BEHAVIOUR_COLUMNS = (
     "behaviour", "question", "pool", "pool_size", "latent", "auroc", "auroc_low", "auroc_high", "n_positive",
     "n_negative",
@@ -116,7 +117,10 @@ class Health(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms)."""
+    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms).
+
+    alone: what it takes off the KL to the chat model when patched alone (`crossdiff causal`), in nats.
+    """
 
     latent: int
     verdict: str
@@ -130,6 +134,7 @@ class Latent:
     nu_error: Estimate
     nu_reconstruction: Estimate
     nu_activation: Estimate
+    alone: Estimate
     rank_sum: float
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
@@ -285,7 +290,7 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{health_path}: {key}: {first['msg']}; run `crossdiff analyze` again") from error
-    latents = _read_table(folder / "latents.parquet", _LATENT_COLUMNS)
+    latents = _with_causal(_read_table(folder / "latents.parquet", _LATENT_COLUMNS), folder / "causal_latents.parquet")
     behaviours = _read_table(behaviours_path, _BEHAVIOUR_COLUMNS) if behaviours_path.is_file() else None
     top_rows, n_specific = _top_rows(latents)
     shown = top_rows["latent"].to_list()
@@ -334,6 +339,7 @@ def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         nu_error=estimate("nu_error"),
         nu_reconstruction=estimate("nu_reconstruction"),
         nu_activation=estimate("nu_activation"),
+        alone=estimate(_ALONE),
         rank_sum=_number(row["rank_sum"]),
         shares={group: _number(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
@@ -356,6 +362,15 @@ def _read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: run its stage again with this version")
     return table
+
+
+def _with_causal(latents: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """The latents with what each does alone, null where that was not measured."""
+    columns = [f"{_ALONE}{end}" for end in ("", "_low", "_high")]
+    if not path.is_file():
+        return latents.with_columns(pl.lit(None, dtype=pl.Float64).alias(column) for column in columns)
+    measured = _read_table(path, ("latent", *columns)).select("latent", *columns).unique("latent", keep="first")
+    return latents.join(measured, on="latent", how="left", maintain_order="left")
 
 
 def _read_limits(path: Path) -> Limits:
