@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint package minimum clean
 
 # Installed once; again when the dependencies change.
 .venv/installed: pyproject.toml constraints.txt
@@ -20,5 +20,13 @@ lint: .venv/installed
 	$(BIN)/ruff format --check src tests recipes
 	$(BIN)/mypy
 
+# The wheel, installed into an empty environment, diffs the embedded pair.
+package: .venv/installed
+	.ci/package.sh
+
+# The same with the oldest versions that pyproject.toml allows.
+minimum: .venv/installed
+	.ci/package.sh --minimum
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build dist

@@ -82,7 +82,7 @@ def make_table(n: int = N_LATENTS, seed: int = 0) -> pl.DataFrame:
         rank_sum=pl.col("nu_error").rank() + pl.col("nu_reconstruction").rank(),
         verdict=pl.when(pl.col("nu_error") < 0.2).then(pl.lit("chat_specific")).otherwise(pl.lit("shared")),
         n_active=pl.lit(1000),
-        max_activation=pl.lit(5.0),
+        mean_activation=pl.lit(5.0),
         frequency=pl.lit(0.1),
         norm_chat=pl.lit(1.0),
     )
