@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 import pytest
@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 from setting import make_table
 
 from crossdiff.causal.interventions import DEFAULT, Experiment, make_arms, read_experiment
-from crossdiff.causal.selection import Selection, pool_of, resolve
+from crossdiff.causal.selection import Selection, Verdict, pool_of, resolve
 from crossdiff.config import UserError
+from crossdiff.latents.verdict import VERDICTS
 
 
 def table() -> pl.DataFrame:
@@ -129,6 +130,10 @@ def test_a_coder_without_a_latent_table_has_the_arms_that_need_none() -> None:
     assert arms.left_out["best_half_nu_error"] == "the latents of this coder have no rank_sum"
     assert arms.left_out["verdict_chat_specific"] == "the latents of this coder have no verdict"
     assert set(arms.left_out).isdisjoint(names)
+
+
+def test_every_verdict_of_the_latent_table_can_be_asked_for() -> None:
+    assert set(get_args(Verdict)) == set(VERDICTS)
 
 
 def test_the_list_of_the_package_covers_what_it_promises() -> None:

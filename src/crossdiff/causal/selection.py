@@ -21,6 +21,9 @@ HIGH_IS_BEST = {"delta_norm", "contribution"}
 others a smaller value is more specific."""
 
 Among = Literal["pool", "all"]
+Verdict = Literal[
+    "chat_specific", "complete_shrinkage", "latent_decoupling", "rotated", "shared", "base_specific", "dead", "undecided"
+]
 
 
 class AllLatents(Config):
@@ -60,7 +63,7 @@ class VerdictLatents(Config):
     """Those with one of the verdicts of the latent table. A verdict is a set: it has no order and no halves."""
 
     kind: Literal["verdict"]
-    verdicts: tuple[Literal["chat_specific", "rotated", "base_specific", "shared", "undecided"], ...] = Field(min_length=1)
+    verdicts: tuple[Verdict, ...] = Field(min_length=1)
     among: Among = "all"
 
 
