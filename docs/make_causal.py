@@ -39,7 +39,7 @@ from crossdiff.pairs import RULES
 DOCS = Path(__file__).parent
 BEHAVIOUR, HARMLESS = "refusal", ("list_format", "helpful")
 CANDIDATES = 4
-ADD, ADD_AT = (1.0, 2.0, 4.0), "prompt"
+ADD = (1.0, 2.0, 4.0)
 ABLATE = (1.0, 2.0, 4.0)
 PROMPTS, MAX_NEW_TOKENS, BEGINNING = 80, 40, 8
 SHOWN = (
@@ -131,10 +131,10 @@ def steer(run: Path, coder: Analysed, config: RunConfig, rules: Rules) -> tuple[
     effects = {latent: (costs[latent], effect(coder, latent, rules)) for latent in costs}
     effects = dict(sorted(effects.items(), key=lambda entry: (entry[1][1], -entry[1][0])))
     latent, found = next(iter(effects)), []
-    for mode, strengths, labels, tokens in (("ablate", ABLATE, (BEHAVIOUR,), "all"), ("add", ADD, HARMLESS, ADD_AT)):
+    for mode, strengths, labels in (("ablate", ABLATE, (BEHAVIOUR,)), ("add", ADD, HARMLESS)):
         options = {
             "--crosscoder": [coder.name], "--latent": [latent], "--mode": [mode], "--strength": strengths, "--labels": labels,
-            "--tokens": [tokens], "--prompts_per_label": [PROMPTS], "--max_new_tokens": [MAX_NEW_TOKENS],
+            "--prompts_per_label": [PROMPTS], "--max_new_tokens": [MAX_NEW_TOKENS],
         }  # fmt: skip
         run_command(["steer", str(run), *(str(word) for key, values in options.items() for word in (key, *values))])
         table = pl.read_parquet(run / "steering" / f"{coder.name}-{latent}-{mode}-chat-rates.parquet")
@@ -224,8 +224,8 @@ def steering_lines(coder: Analysed, effects: dict[int, tuple[float, float]], fou
     lines += [
         f"Candidates, with the change of the log-probability of how refusals begin when ablated, and that of the rate on "
         f"training prompts when ablated at strength 2: {tried}. The first is taken: verdict {row['verdict']}, delta_norm "
-        f"{row['delta_norm']:.2f}, active on {row['frequency']:.1%} of tokens, where it adds a norm of {norm:.0f} on average. "
-        f"`add` acts on the prompt's tokens, `ablate` on all.", "",
+        f"{row['delta_norm']:.2f}, active on {row['frequency']:.1%} of tokens, where it adds a norm of {norm:.0f} on average.",
+        "",
     ]  # fmt: skip
     lines += ["| prompts | condition | latent | n | rate | change | degenerate |", "|---|---|---|---|---|---|---|"]
     for row in found.iter_rows(named=True):
