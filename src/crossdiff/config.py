@@ -254,7 +254,9 @@ class SteerConfig(Config):
     crosscoder: str | None = Field(None, description="whose latent it is; default: the first of the run")
     latent: int | None = Field(None, description="number of the latent")
     mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or take the contribution out")
-    strength: tuple[float, ...] = Field((1.0,), min_length=1, description="in units of the latent's largest contribution")
+    strength: tuple[float, ...] = Field(
+        (1.0,), min_length=1, description="in units of the latent's mean contribution where active"
+    )
     model: Literal["chat", "base"] = Field("chat", description="the model that is steered")
     tokens: Literal["all", "prompt", "template", "generated"] = Field("all", description="tokens that are edited")
     prompt: tuple[str, ...] = Field((), description="questions; without any, the labelled prompts of the run are asked")

@@ -105,6 +105,9 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
             "rank by nu_error plus rank by nu_reconstruction, lowest first",
         ),
     )
+    if not math.isnan(latent.alone.value):
+        meaning = "nats that it takes off the KL to the chat model, patched alone into the base model; 95% interval"
+        others += (("KL closed alone", interval(latent.alone), meaning),)
     return Card(
         anchor=anchor_of(crosscoder, latent.latent),
         latent=latent.latent,

@@ -30,6 +30,7 @@ _LATENT_COLUMNS = (
     "rank_sum", "verdict", "verdict_reason", "chat_specific", "chat_specific_paper", "template_only",
     *(f"share_{group}" for group in TOKEN_GROUPS),
 )  # fmt: skip
+_ALONE = "kl_reduction_response"
 _BEHAVIOUR_COLUMNS = (
     "behaviour", "question", "pool", "pool_size", "latent", "auroc", "auroc_low", "auroc_high", "n_positive",
     "n_negative",
@@ -118,7 +119,10 @@ class Health(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms)."""
+    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms).
+
+    alone: what it takes off the KL to the chat model when patched alone (`crossdiff causal`), in nats.
+    """
 
     latent: int
     verdict: str
@@ -132,6 +136,7 @@ class Latent:
     nu_error: Estimate
     nu_reconstruction: Estimate
     nu_activation: Estimate
+    alone: Estimate
     rank_sum: float
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
@@ -316,12 +321,12 @@ def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
 
 
 def read_latents(folder: Path) -> pl.DataFrame:
-    """The latent table of a crosscoder's folder.
+    """The latent table of a crosscoder's folder, joined with what single latents do where the causal test measured it.
 
     Raises:
         UserError: it is damaged or of another version.
     """
-    return _read_table(folder / "latents.parquet", _LATENT_COLUMNS)
+    return _with_causal(_read_table(folder / "latents.parquet", _LATENT_COLUMNS), folder / "causal_latents.parquet")
 
 
 def read_behaviours(folder: Path) -> pl.DataFrame | None:
@@ -389,6 +394,7 @@ def _latent(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: 
         nu_error=estimate("nu_error"),
         nu_reconstruction=estimate("nu_reconstruction"),
         nu_activation=estimate("nu_activation"),
+        alone=estimate(_ALONE),
         rank_sum=_number(row["rank_sum"]),
         shares={group: _number(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
@@ -412,6 +418,15 @@ def _read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: run its stage again with this version")
     return table
+
+
+def _with_causal(latents: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """The latents with what each does alone, null where that was not measured."""
+    columns = [f"{_ALONE}{end}" for end in ("", "_low", "_high")]
+    if not path.is_file():
+        return latents.with_columns(pl.lit(None, dtype=pl.Float64).alias(column) for column in columns)
+    measured = _read_table(path, ("latent", *columns)).select("latent", *columns).unique("latent", keep="first")
+    return latents.join(measured, on="latent", how="left", maintain_order="left")
 
 
 def _read_limits(path: Path) -> Limits:
