@@ -8,6 +8,7 @@ crosscoders that share the batches, and none after the first epoch when the acti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class Passes:
         """The residual streams of one pass, a tensor a source."""
         first, last = np.searchsorted(self._sequences, self.bounds[index : index + 2])
         cuts = self._sequences[first : last + 1]
-        batch = [self._token_ids[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+        batch = [self._token_ids[start:stop] for start, stop in pairwise(cuts)]
         return paired_residuals(self._pair, batch, [self._layer])[0]
 
 
@@ -100,7 +101,6 @@ def sampled_moments(
     folder: Path, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
 ) -> Moments:
     """Moments over the training tokens of passes chosen at random; over all of them where they are few enough."""
-    columns: dict[str, npt.NDArray[np.int32]] = {}
     parts: dict[str, list[npt.NDArray[np.int32]]] = {name: [] for name in ("token_id", "sequence", "position", "document")}
     for entry in entries:
         with safe_open(folder / entry.file, framework="pt") as file:

@@ -34,8 +34,8 @@ class Batches:
     """Batches of a store's training tokens, in the models' space.
 
     The batch of a step is a function of the step and the seed, so that a resumed run sees what an undisturbed one sees.
-    An epoch is a random order of blocks of neighbouring rows, or of the harvest's forward passes (`harvest.storage`); as many as fit into memory are shuffled row by row. A store
-    that fits as a whole is read once and shuffled completely.
+    An epoch is a random order of blocks of neighbouring rows, or of the harvest's forward passes (`harvest.storage`); as
+    many as fit into memory are shuffled row by row. A store that fits as a whole is read once and shuffled completely.
 
     Raises:
         UserError: the store has fewer training tokens than a batch.
