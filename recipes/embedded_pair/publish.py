@@ -117,9 +117,10 @@ trained on the same text. The template tokens are in the vocabulary from the sta
 
 ## Training
 
-Base: {pretraining["tokens"]:,} tokens of plain English, loss on held-out documents {pretraining["heldout_loss"]:.3f} nats a token. Chat:
-{tuning[-1]["step"]:,} further steps; loss on the assistant's tokens {tuning[-1].get("chat_loss", float("nan")):.3f}, on
-held-out plain text {tuned["heldout_loss"]:.3f}. How to repeat it: `recipes/embedded_pair/README.md`
+Base: {pretraining["tokens"]:,} tokens of plain English, loss on held-out documents {pretraining["heldout_loss"]:.3f} nats a
+token. Chat: {tuning[-1]["step"]:,} further steps; loss on the assistant's tokens
+{tuning[-1].get("chat_loss", float("nan")):.3f}, on held-out plain text {tuned["heldout_loss"]:.3f}.
+How to repeat it: `recipes/embedded_pair/README.md`
 in the repository.
 
 ![loss of the base model](pretraining.svg)

@@ -69,6 +69,8 @@ class CausalPipeline(Pipeline):
         name = config.crosscoder or next(iter(self.config.crosscoders))
         if name not in self.config.crosscoders:
             raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
+        if name not in self.paired_names:
+            raise UserError(f"{name} has one decoder; steering takes a latent of a crosscoder: {', '.join(self.paired_names)}")
         if config.latent is None:
             raise UserError("which latent? give its number with --latent; the report and latents.parquet list them")
         store, crosscoder = self.store(), self.crosscoder(name)

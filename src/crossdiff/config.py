@@ -10,7 +10,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message names the value, what was expected and what to do."""
+    """Something the user gave cannot work. The message names the value, what was expected and what to do.
+
+    Examples:
+        >>> try:
+        ...     crossdiff.open("runs/demo", crosscoder="topk")
+        ... except crossdiff.UserError as error:
+        ...     print(error)
+        there is no crosscoder 'topk' in runs/demo; there are l1, batchtopk
+    """
 
 
 class Config(BaseModel):
@@ -166,7 +174,13 @@ Inputs = Annotated[PairedConfig | DifferenceConfig | SingleConfig, Field(discrim
 
 
 class CrosscoderConfig(Config):
-    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps."""
+    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps.
+
+    Examples:
+        >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 16}, expansion=4)
+        >>> config.latents_for(d_model=256), config.epochs
+        (1024, 2.0)
+    """
 
     sparsity: Sparsity
     structure: Structure = FreeConfig()
@@ -260,8 +274,18 @@ class SteerConfig(Config):
     seed: int = 0
 
 
+TAKEN = {"activations", "interpretation", "old", "tensorboard", "work"}
+"""Folders of a run that are no crosscoder's."""
+
+
 class RunConfig(Config):
-    """A whole diff: two models, a layer, texts, and the crosscoders to train."""
+    """A whole diff: two models, a layer, texts, and the crosscoders to train.
+
+    Examples:
+        >>> config = crossdiff.RunConfig(base="org/base", chat="org/chat", dataset=["texts.jsonl"])
+        >>> config.dataset[0].title, list(config.crosscoders)
+        ('texts', ['l1', 'batchtopk'])
+    """
 
     base: str = Field("demo:base", description="Hub name or folder of the base model")
     chat: str = Field("demo:chat", description="Hub name or folder of the model fine-tuned from it")
@@ -289,7 +313,7 @@ class RunConfig(Config):
     @classmethod
     def _names_are_folders(cls, value: dict[str, CrosscoderConfig]) -> dict[str, CrosscoderConfig]:
         for name in value:
-            if not name.replace("-", "").replace("_", "").isalnum() or name in {"activations", "old", "tensorboard", "work"}:
+            if not name.replace("-", "").replace("_", "").isalnum() or name in TAKEN:
                 raise ValueError(f"{name!r} cannot name a crosscoder's folder: use letters, digits, - and _")
         if not value:
             raise ValueError("at least one crosscoder is needed")
