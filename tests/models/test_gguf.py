@@ -40,6 +40,7 @@ def write_gguf(path: Path, model: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     special = set(tokenizer.all_special_tokens)
+    vocabulary.append("th")  # the format wants a merge
     padding = [f"<|unused_{i}|>" for i in range(config.vocab_size - len(vocabulary))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -50,7 +51,8 @@ def write_gguf(path: Path, model: Any) -> None:
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_chat_template(CHAT_TEMPLATE)
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
     }  # fmt: skip
