@@ -60,6 +60,12 @@ class HarvestConfig(Config):
     batch_tokens: int = Field(8192, ge=1, description="padded tokens per forward pass")
     shard_tokens: int = Field(65536, ge=1, description="tokens per shard of the store")
     leave_out: int = Field(1, ge=0, description="leading positions of a sequence left out of training and statistics")
+    storage: Literal["blocks", "passes", "live"] = Field(
+        "blocks",
+        description="blocks: activations on disk, trained on in shuffled blocks of 128 tokens; passes: on disk, shuffled by "
+        "whole forward passes; live: only the tokens on disk, the models run again for each reading, in the order of passes",
+        exclude_if=lambda value: value == "blocks",  # stores harvested before there was a choice keep their fingerprint
+    )
     max_damaged: float = Field(0.01, ge=0, le=1, description="share of a dataset's records that may be damaged and left out")
     base_tokens: dict[str, str] = Field(
         {},

@@ -226,13 +226,13 @@ class Pipeline:
         Raises:
             UserError: there is none for these settings.
         """
-        from crossdiff.activations.store import Store
+        from crossdiff.activations.live import open_store
         from crossdiff.models.pair import identify
 
         if not self.run.is_done(self.harvest_stage()):
             self._ask_force(self.harvest_stage())
             raise UserError(f"{self.run.path} has no activations for these settings; run `crossdiff harvest` first")
-        store = Store(self.run.path / "activations")
+        store = open_store(self.run.path / "activations", self.load_pair)
         store.check_pair(identify(self.config.base), identify(self.config.chat), self.config.layer)
         return store
 
@@ -361,11 +361,12 @@ def print_plan(config: RunConfig, directory: Path, console: Console) -> None:
     layer = pair.check_layer(config.layer)
     found = plan(pair, layer, tuple(_resolve(dataset) for dataset in config.dataset), config.harvest)
     console.print(f"harvest of layer {layer}: about {found.n_tokens:,} tokens", highlight=False)
-    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {config.harvest.dtype}", highlight=False)
+    kept = "tokens alone" if config.harvest.storage == "live" else config.harvest.dtype
+    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {kept}", highlight=False)
     console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB", highlight=False)
     rate = f"{found.tokens_per_second:,.0f} tokens/s"
     console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}", highlight=False)
-    free = found.check_disk(directory, config.harvest.dtype)
+    free = found.check_disk(directory, config.harvest)
     console.print(f"There is room: {free / 1e9:.2f} GB are free", highlight=False)
 
 
