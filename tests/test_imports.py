@@ -29,8 +29,11 @@ ALLOWED = {
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "report": {"config", "run", "text"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
+    "prompts": {"config", "models", "text", "activations", "crosscoder", "report"},
+    "diff": {"config", "run", "models", "activations", "crosscoder", "report", "prompts"},
+    "hub": {"config", "crosscoder", "latents", "report", "diff"},
     "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
-    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "truth", "pipeline", "causal_pipeline"},
+    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "truth", "pipeline", "causal_pipeline", "hub"},
 }
 
 
@@ -66,3 +69,14 @@ def test_help_leaves_the_heavy_libraries_out(arguments: list[str]) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_is_quick_and_brings_nothing() -> None:
+    code = (
+        "import sys, time\nbefore = set(sys.modules)\nstarted = time.process_time()\nimport crossdiff\n"
+        "print(time.process_time() - started)\n"
+        "heavy = {'torch', 'transformers', 'polars', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 0.150  # seconds of this process, whatever else the machine does

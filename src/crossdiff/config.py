@@ -10,7 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message names the value, what was expected and what to do."""
+    """Something the user gave cannot work. The message names the value, what was expected and what to do.
+
+    >>> try:
+    ...     crossdiff.open("runs/demo", crosscoder="topk")
+    ... except crossdiff.UserError as error:
+    ...     print(error)
+    there is no crosscoder 'topk' in runs/demo; there are l1, batchtopk
+    """
 
 
 class Config(BaseModel):
@@ -160,7 +167,12 @@ Inputs = Annotated[PairedConfig | DifferenceConfig | SingleConfig, Field(discrim
 
 
 class CrosscoderConfig(Config):
-    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps."""
+    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps.
+
+    >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 16}, expansion=4)
+    >>> config.latents_for(d_model=256), config.epochs
+    (1024, 2.0)
+    """
 
     sparsity: Sparsity
     structure: Structure = FreeConfig()
@@ -255,7 +267,12 @@ class SteerConfig(Config):
 
 
 class RunConfig(Config):
-    """A whole diff: two models, a layer, texts, and the crosscoders to train."""
+    """A whole diff: two models, a layer, texts, and the crosscoders to train.
+
+    >>> config = crossdiff.RunConfig(base="org/base", chat="org/chat", dataset=["texts.jsonl"])
+    >>> config.dataset[0].title, list(config.crosscoders)
+    ('texts', ['l1', 'batchtopk'])
+    """
 
     base: str = Field("demo:base", description="Hub name or folder of the base model")
     chat: str = Field("demo:chat", description="Hub name or folder of the model fine-tuned from it")

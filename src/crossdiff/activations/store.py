@@ -59,12 +59,16 @@ def _shard_path(folder: Path, name: Any) -> Path:
 class Store:
     """A harvested store, read through memory maps.
 
+    >>> store = crossdiff.Store("runs/demo/activations")
+    >>> store.sources, store.documents["n_tokens"].sum() == store.n_tokens
+    (('base', 'chat'), True)
+
     Raises:
         UserError: no store there, a wrong format, a shard missing or of the wrong size.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = folder = Path(folder)
         if not (folder / "manifest.json").exists():
             raise UserError(f"{folder} is no activation store: it has no manifest.json; run `crossdiff harvest` first")
         self.manifest: dict[str, Any] = read_json(folder / "manifest.json")

@@ -18,7 +18,7 @@ from torch import nn
 
 from crossdiff.models.access import edited_after
 from crossdiff.shapes import Bool, Float, Int, Tensor
-from crossdiff.text.chat import Flag, chat_prompt, tokenise_chat
+from crossdiff.text.chat import Flag, tokenise_prompt
 
 Tokens = Literal["all", "prompt", "template", "generated"]
 
@@ -72,15 +72,8 @@ def ask(tokenizer: Any, question: str) -> Prompt:
     Raises:
         UserError: no chat template, or one that cannot render it.
     """
-    messages = [{"role": "user", "content": question}]
-    ids = chat_prompt(tokenizer, messages)
-    chat = tokenise_chat(tokenizer, messages)
-    template = [True] * len(ids)
-    for position, (left, right) in enumerate(zip(ids, chat.token_ids.tolist(), strict=False)):
-        if left != right:  # the header of the answer begins before the question's turn is over
-            break
-        template[position] = bool(chat.flags[position] & Flag.TEMPLATE)
-    return Prompt(tuple(ids), tuple(template))
+    chat = tokenise_prompt(tokenizer, [{"role": "user", "content": question}])
+    return Prompt(tuple(chat.token_ids.tolist()), tuple(bool(flags & Flag.TEMPLATE) for flags in chat.flags.tolist()))
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:

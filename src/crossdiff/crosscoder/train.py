@@ -188,7 +188,15 @@ def _shared_pass(trainings: list[_Training], batches: Batches, report: Report) -
 
 
 def train(
-    folder: Path, store: Store, config: CrosscoderConfig, device: torch.device | None = None, report: Report = _ignore
+    folder: str | Path, store: Store, config: CrosscoderConfig, device: torch.device | None = None, report: Report = _ignore
 ) -> Crosscoder:
-    """Train one crosscoder on a store into `folder`; see `train_together`."""
+    """Train one crosscoder on a store into `folder`; see `train_together`.
+
+    >>> store = crossdiff.open("runs/demo").store
+    >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 4}, expansion=2, epochs=1)
+    >>> crossdiff.train("runs/small", store, config).n_latents == 2 * store.d_model
+    True
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return train_together([Job(folder, config, folder)], store, device or torch.device("cpu"), (), report)[0]

@@ -112,7 +112,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         predicts=predicts,
         measures=(*((name, interval(nu), f"{meaning}; 95% interval") for name, nu, meaning in nus), *others),
         fires_on=_fires_on(latent),
-        examples=tuple(_example_view(example, latent) for example in latent.examples),
+        examples=tuple(example_view(example, latent) for example in latent.examples),
     )
 
 
@@ -122,7 +122,8 @@ def _fires_on(latent: Latent) -> str:
     return ", ".join(f"{group} {wording.share(part)}" for part, group in sorted(shares, reverse=True))
 
 
-def _example_view(example: Example, latent: Latent) -> ExampleView:
+def example_view(example: Example, latent: Latent) -> ExampleView:
+    """An example around its maximum, with its origin in words."""
     context = context_of(example)
     kind = "top" if example.quantile is None else f"{example.kind} {wording.number(example.quantile)}"
     parts = [kind, f"maximum {wording.number(example.activation)}"]
@@ -133,6 +134,13 @@ def _example_view(example: Example, latent: Latent) -> ExampleView:
     parts.append(f"position {example.position}")
     highest = latent.max_activation if latent.max_activation > 0 else example.activation
     return ExampleView(" \N{MIDDLE DOT} ".join(parts), _pieces(context, highest), context.cut_before, context.cut_after)
+
+
+def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> ExampleView:
+    """A whole text with one latent's activations; `highest` is the activation of the strongest tint."""
+    peak = max(range(len(tokens)), key=lambda index: tokens[index].activation)
+    marked = peak if tokens[peak].activation > 0 else -1
+    return ExampleView(origin, _pieces(Context(tokens, marked, False, False), highest), False, False)
 
 
 def _pieces(context: Context, highest: float) -> tuple[Piece, ...]:

@@ -4,17 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-import jinja2
 import polars as pl
 from markupsafe import Markup
 from pydantic import JsonValue
 
 from crossdiff.report import figures, wording
 from crossdiff.report.cards import LEVELS, Card, Sign, anchor_of, card_of, sign_of
+from crossdiff.report.environment import environment
+from crossdiff.report.inline import OPEN_EXAMPLES
 from crossdiff.report.model import BehaviourResult, CrosscoderReport, Limits, RunReport
 
-OPEN_EXAMPLES = 3
-"""Examples of a card that are shown without unfolding it."""
 DEAD_LIMIT = 0.2
 """Share of dead latents from which the page warns."""
 LOW_FVE = 0.7
@@ -84,14 +83,9 @@ def write_html(report: RunReport, path: Path) -> None:
 
 def render_html(report: RunReport) -> str:
     """The page's text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("crossdiff.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["script_json"] = _script_json
     others = [coder for coder in report.crosscoders if coder is not report.primary]
     highest = figures.highest_bar(report.crosscoders)
-    return environment.get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         title=_title(report),
         facts=_facts(report),
         answer=wording.answer(report),
@@ -100,7 +94,7 @@ def render_html(report: RunReport) -> str:
         controls=_control_rows(report),
         sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
         detailed=[coder.name for coder in (report.primary, *others)],
-        caveats=_caveats(report),
+        caveats=caveats(report),
         datasets=report.datasets,
         open_examples=OPEN_EXAMPLES,
         levels=range(1, LEVELS + 1),
@@ -109,18 +103,12 @@ def render_html(report: RunReport) -> str:
     )
 
 
-def _script_json(text: str) -> Markup:
-    """JSON as it may stand inside a script element: no character in it can end the element or open a comment."""
-    escaped = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return Markup(escaped)
-
-
 def _title(report: RunReport) -> str:
-    chat, base = _short(report.chat, "the chat model"), _short(report.base, "its base")
+    chat, base = short(report.chat, "the chat model"), short(report.base, "its base")
     return f"What {chat} has and {base} has not"
 
 
-def _short(model: str | None, otherwise: str) -> str:
+def short(model: str | None, otherwise: str) -> str:
     """A model's name; of a local path its last two parts, since the rest says more about a disk than about a model."""
     if model is None:
         return otherwise
@@ -229,7 +217,7 @@ def _section(coder: CrosscoderReport, limits: Limits, highest: int) -> Section:
     results = coder.behaviour_results()
     shown = {latent.latent for latent in (*coder.top.latents, *coder.behaviour_latents)}
     questions = list(dict.fromkeys(result.question for result in results))
-    predicts = _predicted(results)
+    predicts = wording.predicted(results)
     return Section(
         title=coder.title,
         anchor=coder.name,
@@ -243,17 +231,6 @@ def _section(coder: CrosscoderReport, limits: Limits, highest: int) -> Section:
             card_of(coder.name, latent, predicts.get(latent.latent, ())) for latent in coder.behaviour_latents
         ),
     )
-
-
-def _predicted(results: tuple[BehaviourResult, ...]) -> dict[int, tuple[str, ...]]:
-    """Which behaviours each latent predicts best of the specific pool, before the answer."""
-    found: dict[int, tuple[str, ...]] = {}
-    for result in results:
-        score = result.scores.get("chat_specific")
-        if result.question == "before_answer" and score is not None and score.latent is not None:
-            auroc = wording.interval(score.auroc)
-            found[score.latent] = (*found.get(score.latent, ()), f"{wording.words(result.behaviour)}, AUROC {auroc}")
-    return found
 
 
 def _behaviour_table(coder: CrosscoderReport, question: str, shown: set[int]) -> BehaviourTable:
@@ -290,7 +267,7 @@ def _pool_cell(coder: CrosscoderReport, result: BehaviourResult, pool: str, sign
     return PoolCell(sign.name, sign, wording.interval(score.auroc), origin, anchor)
 
 
-def _caveats(report: RunReport) -> list[str]:
+def caveats(report: RunReport) -> list[str]:
     """What in this run weakens the page; what no run's page can show stands in the template."""
     caveats = [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
     notes: dict[str, list[str]] = {}

@@ -196,15 +196,7 @@ class CrosscoderReport:
 
     def behaviour_results(self) -> tuple[BehaviourResult, ...]:
         """The behaviours table, a record per behaviour and question, in the file's order."""
-        if self.behaviours is None:
-            return ()
-        scores: dict[tuple[str, str], dict[str, PoolScore]] = {}
-        for row in self.behaviours.iter_rows(named=True):
-            estimate = Estimate(_number(row["auroc"]), _number(row["auroc_low"]), _number(row["auroc_high"]))
-            scores.setdefault((row["behaviour"], row["question"]), {})[row["pool"]] = PoolScore(
-                row["pool"], row["pool_size"], row["latent"], estimate, row["n_positive"] or 0, row["n_negative"] or 0
-            )
-        return tuple(BehaviourResult(*key, by_pool) for key, by_pool in scores.items())
+        return behaviour_results(self.behaviours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +228,17 @@ class RunReport:
         """The crosscoder that the answer is about: BatchTopK, whose loss lacks L1's artifacts, or else the first."""
         batchtopk = (coder for coder in self.crosscoders if coder.health.architecture == "batchtopk")
         return next(batchtopk, self.crosscoders[0])
+
+
+def behaviour_results(behaviours: pl.DataFrame | None) -> tuple[BehaviourResult, ...]:
+    """A record per behaviour and question of a behaviours table, in its order."""
+    scores: dict[tuple[str, str], dict[str, PoolScore]] = {}
+    for row in () if behaviours is None else behaviours.iter_rows(named=True):
+        estimate = Estimate(_number(row["auroc"]), _number(row["auroc_low"]), _number(row["auroc_high"]))
+        scores.setdefault((row["behaviour"], row["question"]), {})[row["pool"]] = PoolScore(
+            row["pool"], row["pool_size"], row["latent"], estimate, row["n_positive"] or 0, row["n_negative"] or 0
+        )
+    return tuple(BehaviourResult(*key, by_pool) for key, by_pool in scores.items())
 
 
 def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
@@ -277,16 +280,40 @@ def _crosscoder_folders(directory: Path, names: Sequence[str] | None) -> tuple[l
     return analysed, tuple(name for name in trained if name not in analysed)
 
 
+def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
+    """One latent of a crosscoder's folder, with its examples.
+
+    Raises:
+        UserError: there is no such latent, or the folder has no examples.
+    """
+    examples = read_examples(folder / "examples.sqlite", [latent])
+    return _latent(latents.row(by_predicate=pl.col("latent") == latent, named=True), examples[latent])
+
+
+def read_latents(folder: Path) -> pl.DataFrame:
+    """The latent table of a crosscoder's folder.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    return _read_table(folder / "latents.parquet", _LATENT_COLUMNS)
+
+
+def read_behaviours(folder: Path) -> pl.DataFrame | None:
+    """The behaviour table of a crosscoder's folder, where it has one; raises as `read_latents`."""
+    path = folder / "behaviours.parquet"
+    return _read_table(path, _BEHAVIOUR_COLUMNS) if path.is_file() else None
+
+
 def _read_crosscoder(folder: Path) -> CrosscoderReport:
-    health_path, behaviours_path = folder / "health.json", folder / "behaviours.parquet"
+    health_path = folder / "health.json"
     try:
         health = Health.model_validate(_read_record(health_path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{health_path}: {key}: {first['msg']}; run `crossdiff analyze` again") from error
-    latents = _read_table(folder / "latents.parquet", _LATENT_COLUMNS)
-    behaviours = _read_table(behaviours_path, _BEHAVIOUR_COLUMNS) if behaviours_path.is_file() else None
+    latents, behaviours = read_latents(folder), read_behaviours(folder)
     top_rows, n_specific = _top_rows(latents)
     shown = top_rows["latent"].to_list()
     behaviour_rows = latents.filter(pl.col("latent").is_in(_best_specific(behaviours))).filter(~pl.col("latent").is_in(shown))

@@ -1,6 +1,7 @@
 """Numbers and sentences that the page and the terminal summary share."""
 
 import math
+from collections.abc import Sequence
 
 from crossdiff.report.model import (
     CANDIDATE_DELTA_NORM,
@@ -174,6 +175,16 @@ def _behaviour_sentences(coder: CrosscoderReport) -> list[str]:
         f"predicts the behaviour better than the best of the shared pool, by at least {CLEAR_GAIN} AUROC, for "
         f"{len(ahead)} of {len(results)} labelled behaviours{names}."
     ]
+
+
+def predicted(results: Sequence[BehaviourResult]) -> dict[int, tuple[str, ...]]:
+    """Which behaviours each latent predicts best of the specific pool, before the answer, in words."""
+    found: dict[int, tuple[str, ...]] = {}
+    for result in results:
+        score = result.scores.get("chat_specific")
+        if result.question == "before_answer" and score is not None and score.latent is not None:
+            found[score.latent] = (*found.get(score.latent, ()), f"{words(result.behaviour)}, AUROC {interval(score.auroc)}")
+    return found
 
 
 def gain(result: BehaviourResult) -> float:
