@@ -287,7 +287,7 @@ def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
         UserError: there is no such latent, or the folder has no examples.
     """
     examples = read_examples(folder / "examples.sqlite", [latent])
-    return _latent(latents.row(by_predicate=pl.col("latent") == latent, named=True), examples[latent])
+    return latent_of(latents.row(by_predicate=pl.col("latent") == latent, named=True), examples[latent])
 
 
 def read_latents(folder: Path) -> pl.DataFrame:
@@ -319,7 +319,7 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     behaviour_rows = latents.filter(pl.col("latent").is_in(_best_specific(behaviours))).filter(~pl.col("latent").is_in(shown))
     wanted = pl.concat([top_rows, behaviour_rows])
     examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
-    cards = tuple(_latent(row, examples.get(row["latent"], ())) for row in wanted.iter_rows(named=True))
+    cards = tuple(latent_of(row, examples.get(row["latent"], ())) for row in wanted.iter_rows(named=True))
     top = TopLatents(cards[: len(shown)], n_specific)
     return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :])
 
@@ -344,7 +344,9 @@ def _best_specific(behaviours: pl.DataFrame | None) -> list[int]:
     return [int(latent) for latent in rows["latent"].drop_nulls().unique(maintain_order=True)]
 
 
-def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
+def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
+    """The record of one row of the latent table."""
+
     def estimate(nu: str) -> Estimate:
         return Estimate(_number(row[nu]), _number(row[f"{nu}_low"]), _number(row[f"{nu}_high"]))
 
