@@ -317,7 +317,7 @@ def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
     """
     examples = read_examples(folder / "examples.sqlite", [latent])
     row = latents.row(by_predicate=pl.col("latent") == latent, named=True)
-    return _latent(row, examples[latent], read_explanations(folder).get(latent))
+    return latent_of(row, examples[latent], read_explanations(folder).get(latent))
 
 
 def read_latents(folder: Path) -> pl.DataFrame:
@@ -351,7 +351,7 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
     explanations = read_explanations(folder)
     cards = tuple(
-        _latent(row, examples.get(row["latent"], ()), explanations.get(row["latent"])) for row in wanted.iter_rows(named=True)
+        latent_of(row, examples.get(row["latent"], ()), explanations.get(row["latent"])) for row in wanted.iter_rows(named=True)
     )
     top = TopLatents(cards[: len(shown)], n_specific)
     return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :], read_summary(folder))
@@ -377,7 +377,9 @@ def _best_specific(behaviours: pl.DataFrame | None) -> list[int]:
     return [int(latent) for latent in rows["latent"].drop_nulls().unique(maintain_order=True)]
 
 
-def _latent(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: str | None) -> Latent:
+def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: str | None = None) -> Latent:
+    """The record of one row of the latent table."""
+
     def estimate(nu: str) -> Estimate:
         return Estimate(_number(row[nu]), _number(row[f"{nu}_low"]), _number(row[f"{nu}_high"]))
 
