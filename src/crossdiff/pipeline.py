@@ -36,8 +36,8 @@ ANALYSIS = (
 )  # fmt: skip
 CODE_FORMAT = 5
 """Raised when a stage's results change although its settings do not."""
-ANALYSIS_FORMAT = 4
-"""The same for the analysis alone, so that nothing is harvested again for it."""
+TRAINING_FORMAT, ANALYSIS_FORMAT = 6, 4
+"""The same for the training and the analysis alone, so that nothing is harvested again for them."""
 
 
 @contextmanager
@@ -105,7 +105,7 @@ class Pipeline:
     def train_stage(self, name: str) -> Stage:
         """Depends on the store and on this crosscoder's settings."""
         settings = self.config.crosscoders[name].model_dump(exclude={"checkpoint_seconds"})
-        value = {"code": CODE_FORMAT, "harvest": self.harvest_stage().fingerprint, "settings": settings}
+        value = {"code": TRAINING_FORMAT, "harvest": self.harvest_stage().fingerprint, "settings": settings}
         files = ("config.json", "model.safetensors", "train.jsonl")
         return Stage(f"train/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in files))
 
@@ -119,14 +119,14 @@ class Pipeline:
         return Stage(f"analyze/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in ANALYSIS))
 
     def report_stage(self) -> Stage:
-        """Depends on every analysis, on the rates of the null diff where they are known, and on the page's own code and
-        templates: it is quick to make anew."""
+        """Depends on every analysis and interpretation, on the rates of the null diff where they are known, and on the
+        page's own code and templates: it is quick to make anew."""
         from crossdiff.latents.null import FILE
 
-        analyses = {name: self.analyze_stage(name).fingerprint for name in self.names}
+        made = {name: (self.analyze_stage(name).fingerprint, self.run.record(f"interpret/{name}")) for name in self.names}
         null = read_json(self.run.path / FILE) if (self.run.path / FILE).is_file() else None
-        value = {"page": _identify_page(), "analyses": analyses, "null": null}
-        return Stage("report", fingerprint(value), ("report.html",))
+        value = {"page": _identify_page(), "made": made, "null": null}
+        return Stage("report", fingerprint(value), ("report.html", "figures"))
 
     def compare_stage(self) -> Stage:
         """Depends on the crosscoders and on the settings of the comparison."""
@@ -226,13 +226,13 @@ class Pipeline:
         Raises:
             UserError: there is none for these settings.
         """
-        from crossdiff.activations.store import Store
+        from crossdiff.activations.live import open_store
         from crossdiff.models.pair import identify
 
         if not self.run.is_done(self.harvest_stage()):
             self._ask_force(self.harvest_stage())
             raise UserError(f"{self.run.path} has no activations for these settings; run `crossdiff harvest` first")
-        store = Store(self.run.path / "activations")
+        store = open_store(self.run.path / "activations", self.load_pair)
         store.check_pair(identify(self.config.base), identify(self.config.chat), self.config.layer)
         return store
 
@@ -323,9 +323,10 @@ class Pipeline:
         self._say_done(stage)
 
     def report(self) -> None:
-        """Write `report.html` and print the summary."""
+        """Write `report.html` and `figures/`, and print the summary."""
         from crossdiff.report.html import write_html
         from crossdiff.report.model import read_run
+        from crossdiff.report.print import write_figures
         from crossdiff.report.terminal import print_summary
 
         stage = self.report_stage()
@@ -336,6 +337,7 @@ class Pipeline:
         if not self._skip(stage):
             with self.run.working(stage) as folder:
                 write_html(report, folder / "report.html")
+                write_figures(report, folder / "figures")
             self._say_done(stage)
         print_summary(report, self.console)
 
@@ -359,11 +361,12 @@ def print_plan(config: RunConfig, directory: Path, console: Console) -> None:
     layer = pair.check_layer(config.layer)
     found = plan(pair, layer, tuple(_resolve(dataset) for dataset in config.dataset), config.harvest)
     console.print(f"harvest of layer {layer}: about {found.n_tokens:,} tokens", highlight=False)
-    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {config.harvest.dtype}", highlight=False)
+    kept = "tokens alone" if config.harvest.storage == "live" else config.harvest.dtype
+    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {kept}", highlight=False)
     console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB", highlight=False)
     rate = f"{found.tokens_per_second:,.0f} tokens/s"
     console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}", highlight=False)
-    free = found.check_disk(directory, config.harvest.dtype)
+    free = found.check_disk(directory, config.harvest)
     console.print(f"There is room: {free / 1e9:.2f} GB are free", highlight=False)
 
 

@@ -35,12 +35,13 @@ Text = str | Sequence[Mapping[str, Any]]
 class Activations:
     """Activations v of some latents on one text; a notebook shows the text once per latent, tinted.
 
-    >>> run = crossdiff.open("runs/demo")
-    >>> found = run.activations("The sea is cold", latents=[3, 1])
-    >>> found.values.shape == (len(found.tokens), 2)
-    True
-    >>> found.table.columns
-    ['position', 'token', 'role', 'latent_3', 'latent_1']
+    Examples:
+        >>> run = crossdiff.open("runs/demo")
+        >>> found = run.activations("The sea is cold", latents=[3, 1])
+        >>> found.values.shape == (len(found.tokens), 2)
+        True
+        >>> found.table.columns
+        ['position', 'token', 'role', 'latent_3', 'latent_1']
 
     Attributes:
         tokens: the text of each token; roles: bos, template, user, assistant or plain.

@@ -79,10 +79,12 @@ class ScalingAccumulator:
         directions: Float[Tensor, "direction latent d_model"] | None = None,
         means: Float[Tensor, "model d_model"] | None = None,
     ) -> None:
-        assert crosscoder.n_sources > 1 or means is not None
         directions = crosscoder.directions() if directions is None else directions
         self._by_latent = directions.transpose(0, 1).contiguous()
-        self._one_decoder = (crosscoder.scale, means) if crosscoder.n_sources == 1 else None
+        self._one_decoder = None
+        if crosscoder.n_sources == 1:
+            assert means is not None
+            self._one_decoder = (crosscoder.scale, means)
         self._n_models = crosscoder.n_sources if means is None else len(means)
         latents, shape = crosscoder.n_latents, (len(directions), self._n_models, n_blocks, crosscoder.n_latents)
         targets = ("reconstruction", "error") if self._one_decoder is None else OF_ONE_DECODER

@@ -12,6 +12,7 @@ from crossdiff.report import figures, wording
 from crossdiff.report.cards import LEVELS, Card, Sign, anchor_of, card_of, sign_of
 from crossdiff.report.environment import environment
 from crossdiff.report.inline import OPEN_EXAMPLES
+from crossdiff.report.interpretation import score_table
 from crossdiff.report.model import BehaviourResult, CrosscoderReport, Limits, RunReport
 
 DEAD_LIMIT = 0.2
@@ -89,14 +90,15 @@ def render_html(report: RunReport) -> str:
         environment()
         .get_template("report.html.j2")
         .render(
-            title=_title(report),
-            facts=_facts(report),
+            title=title(report),
+            facts=facts(report),
             answer=wording.answer(report),
             crosscoders=[coder.title for coder in report.crosscoders],
-            health=_health_rows(report),
+            health=health_rows(report),
             controls=_control_rows(report),
             sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
             detailed=[coder.name for coder in (report.primary, *others)],
+            interpretation=score_table([(c.title, c.interpretation) for c in report.crosscoders if c.interpretation]),
             caveats=caveats(report),
             datasets=report.datasets,
             open_examples=OPEN_EXAMPLES,
@@ -107,7 +109,7 @@ def render_html(report: RunReport) -> str:
     )
 
 
-def _title(report: RunReport) -> str:
+def title(report: RunReport) -> str:
     chat, base = short(report.chat, "the chat model"), short(report.base, "its base")
     return f"What {chat} has and {base} has not"
 
@@ -120,7 +122,7 @@ def short(model: str | None, otherwise: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() else model
 
 
-def _facts(report: RunReport) -> list[str]:
+def facts(report: RunReport) -> list[str]:
     facts = []
     if report.layer is not None:
         facts.append(f"residual stream after layer {report.layer}")
@@ -133,7 +135,7 @@ def _facts(report: RunReport) -> list[str]:
     return facts
 
 
-def _health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
+def health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
     """Rows of the health table: a name and a value per crosscoder."""
     coders = report.crosscoders
     sources = list(dict.fromkeys(source for coder in coders for source in coder.health.heldout.fve))

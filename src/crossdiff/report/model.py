@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_va
 
 from crossdiff.config import AnalyzeConfig, UserError, read_yaml, validate
 from crossdiff.report.examples import Example, read_examples
+from crossdiff.report.interpretation import Interpretation, read_explanations, read_summary
 from crossdiff.run import read_json
 
 N_TOP_LATENTS = 12
@@ -29,6 +30,7 @@ _LATENT_COLUMNS = (
     "rank_sum", "verdict", "verdict_reason", "chat_specific", "chat_specific_paper", "template_only",
     *(f"share_{group}" for group in TOKEN_GROUPS),
 )  # fmt: skip
+_ALONE = "kl_reduction_response"
 _BEHAVIOUR_COLUMNS = (
     "behaviour", "question", "pool", "pool_size", "latent", "auroc", "auroc_low", "auroc_high", "n_positive",
     "n_negative",
@@ -117,7 +119,10 @@ class Health(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms)."""
+    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms).
+
+    alone: what it takes off the KL to the chat model when patched alone (`crossdiff causal`), in nats.
+    """
 
     latent: int
     verdict: str
@@ -131,9 +136,11 @@ class Latent:
     nu_error: Estimate
     nu_reconstruction: Estimate
     nu_activation: Estimate
+    alone: Estimate
     rank_sum: float
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
+    explanation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +182,7 @@ class CrosscoderReport:
     behaviours: pl.DataFrame | None
     top: TopLatents
     behaviour_latents: tuple[Latent, ...]
+    interpretation: Interpretation | None = None
 
     @property
     def title(self) -> str:
@@ -308,16 +316,17 @@ def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
         UserError: there is no such latent, or the folder has no examples.
     """
     examples = read_examples(folder / "examples.sqlite", [latent])
-    return _latent(latents.row(by_predicate=pl.col("latent") == latent, named=True), examples[latent])
+    row = latents.row(by_predicate=pl.col("latent") == latent, named=True)
+    return latent_of(row, examples[latent], read_explanations(folder).get(latent))
 
 
 def read_latents(folder: Path) -> pl.DataFrame:
-    """The latent table of a crosscoder's folder.
+    """The latent table of a crosscoder's folder, joined with what single latents do where the causal test measured it.
 
     Raises:
         UserError: it is damaged or of another version.
     """
-    return _read_table(folder / "latents.parquet", _LATENT_COLUMNS)
+    return _with_causal(_read_table(folder / "latents.parquet", _LATENT_COLUMNS), folder / "causal_latents.parquet")
 
 
 def read_behaviours(folder: Path) -> pl.DataFrame | None:
@@ -340,9 +349,12 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     behaviour_rows = latents.filter(pl.col("latent").is_in(_best_specific(behaviours))).filter(~pl.col("latent").is_in(shown))
     wanted = pl.concat([top_rows, behaviour_rows])
     examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
-    cards = tuple(_latent(row, examples.get(row["latent"], ())) for row in wanted.iter_rows(named=True))
+    explanations = read_explanations(folder)
+    cards = tuple(
+        latent_of(row, examples.get(row["latent"], ()), explanations.get(row["latent"])) for row in wanted.iter_rows(named=True)
+    )
     top = TopLatents(cards[: len(shown)], n_specific)
-    return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :])
+    return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :], read_summary(folder))
 
 
 def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
@@ -365,7 +377,9 @@ def _best_specific(behaviours: pl.DataFrame | None) -> list[int]:
     return [int(latent) for latent in rows["latent"].drop_nulls().unique(maintain_order=True)]
 
 
-def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
+def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: str | None = None) -> Latent:
+    """The record of one row of the latent table."""
+
     def estimate(nu: str) -> Estimate:
         return Estimate(_number(row[nu]), _number(row[f"{nu}_low"]), _number(row[f"{nu}_high"]))
 
@@ -382,9 +396,11 @@ def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         nu_error=estimate("nu_error"),
         nu_reconstruction=estimate("nu_reconstruction"),
         nu_activation=estimate("nu_activation"),
+        alone=estimate(_ALONE),
         rank_sum=_number(row["rank_sum"]),
         shares={group: _number(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
+        explanation=explanation,
     )
 
 
@@ -404,6 +420,15 @@ def _read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: run its stage again with this version")
     return table
+
+
+def _with_causal(latents: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """The latents with what each does alone, null where that was not measured."""
+    columns = [f"{_ALONE}{end}" for end in ("", "_low", "_high")]
+    if not path.is_file():
+        return latents.with_columns(pl.lit(None, dtype=pl.Float64).alias(column) for column in columns)
+    measured = _read_table(path, ("latent", *columns)).select("latent", *columns).unique("latent", keep="first")
+    return latents.join(measured, on="latent", how="left", maintain_order="left")
 
 
 def _read_limits(path: Path) -> Limits:
