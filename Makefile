@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint package minimum clean
+.PHONY: demo test lint package minimum docs clean
 
 # Installed once; again when the dependencies change.
 .venv/installed: pyproject.toml constraints.txt
@@ -27,6 +27,11 @@ package: .venv/installed
 # The same with the oldest versions that pyproject.toml allows.
 minimum: .venv/installed
 	.ci/package.sh --minimum
+
+# The documentation in build/site; a warning (a broken link, a page that is not in the menu, an example that is gone) fails.
+docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv runs build dist

@@ -19,7 +19,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from crossdiff.causal.generation import Answer, Edit, Sampling, Tokens, answers, ask, end_tokens
+from crossdiff.causal.generation import Answer, Edit, Prompt, Sampling, Tokens, answers, ask, end_tokens
 from crossdiff.config import UserError
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.models.access import next_residual_after
@@ -144,10 +144,15 @@ class Steerer:
         Raises:
             UserError: a latent that cannot be steered with, or a question that the template cannot render.
         """
+        return self.answer_prompts([ask(self.pair.tokenizer, question) for question in questions], steering, sampling, model)
+
+    def answer_prompts(
+        self, prompts: Sequence[Prompt], steering: Steering | None, sampling: Sampling, model: str = "chat"
+    ) -> list[Answer]:
+        """The same for prompts as token ids; raises `UserError` for a latent that cannot be steered with."""
         if steering is not None:
             self.check(steering)
             model = steering.model
-        prompts = [ask(self.pair.tokenizer, question) for question in questions]
         make_edit = None if steering is None else self.edit(steering)
         tokens: Tokens = "all" if steering is None else steering.tokens
         return answers(

@@ -192,10 +192,11 @@ def train(
 ) -> Crosscoder:
     """Train one crosscoder on a store into `folder`; see `train_together`.
 
-    >>> store = crossdiff.open("runs/demo").store
-    >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 4}, expansion=2, epochs=1, warmup_steps=0)
-    >>> crossdiff.train("runs/small", store, config).n_latents == 2 * store.d_model
-    True
+    Examples:
+        >>> store = crossdiff.open("runs/demo").store
+        >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 4}, expansion=2, epochs=1, warmup_steps=0)
+        >>> crossdiff.train("runs/small", store, config).n_latents == 2 * store.d_model
+        True
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
