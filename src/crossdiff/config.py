@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class UserError(ValueError):
@@ -260,7 +269,7 @@ class SteerConfig(Config):
     crosscoder: str | None = Field(None, description="whose latent it is; default: the first of the run")
     latent: int | None = Field(None, description="number of the latent")
     mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or take the contribution out")
-    strength: tuple[float, ...] = Field(
+    strength: tuple[FiniteFloat, ...] = Field(
         (1.0,), min_length=1, description="in units of the latent's mean contribution where active"
     )
     model: Literal["chat", "base"] = Field("chat", description="the model that is steered")

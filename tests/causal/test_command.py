@@ -213,6 +213,8 @@ def test_steering_over_labelled_prompts(run: Path, capsys: pytest.CaptureFixture
         (["--prompt", "hi"], "which latent"),
         (["--latent", "64", "--prompt", "hi"], "there is no latent 64: the crosscoder has 64, 0 to 63"),
         (["--latent", "3", "--crosscoder", "l2"], "there is no crosscoder 'l2' of both models in this run; there are l1"),
+        (["--latent", "3", "--prompt", "hi", "--strength", "nan"], r"strength.0: .*finite.*nan"),
+        (["--latent", "3", "--prompt", "sea " * 3000], r"a prompt of \d+ tokens and 60 new ones are more than the \d+ that"),
         (["--latent", "three"], r"latent: .* \(found 'three'\)"),
         (["--latent", "3", "--tokens", "verbs"], "tokens: .*'all', 'prompt', 'template' or 'generated'"),
     ],

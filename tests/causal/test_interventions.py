@@ -156,6 +156,19 @@ def test_the_list_of_the_package_covers_what_it_promises() -> None:
         ({"comparisons": [{"name": "c", "better": "none", "worse": "nothing"}]}, "names 'nothing', which is no intervention"),
         ({"interventions": [{"name": "none", "tokens": "verbs"}]}, "'all', 'template' or 'content'"),
         ({"interventions": []}, "at least 1 item"),
+        (
+            {
+                "interventions": [
+                    {
+                        "name": "a",
+                        "add": [
+                            {"kind": "latents", "latents": {"kind": "threshold", "ranking": "nu_error", "at": float("nan")}}
+                        ],
+                    }
+                ]
+            },
+            r"at: .*finite.*nan",
+        ),
     ],
 )
 def test_a_wrong_list_names_what_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from crossdiff.config import Config, UserError
 
@@ -55,7 +55,7 @@ class ThresholdLatents(Config):
 
     kind: Literal["threshold"]
     ranking: Ranking
-    at: float
+    at: FiniteFloat
     among: Among = "pool"
 
 
