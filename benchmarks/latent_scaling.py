@@ -62,7 +62,7 @@ class SyntheticStore(Store):
             "n_tokens": n_tokens, "d_model": d_model, "layer": 0, "sources": ["base", "chat"][:n_sources], "leave_out": 1,
             "pair": PAIR, "shards": [{"n_tokens": n_tokens}],
         }  # fmt: skip
-        self.shards = [{"activations": activations, **columns}]
+        self.shards, self.activations = [columns], [activations]
         self.documents = pl.DataFrame({
             "document": range(n_documents), "dataset": ["synthetic"] * n_documents, "label": [None] * n_documents,
             "split": ["heldout" if i % 5 == 0 else "train" for i in range(n_documents)],

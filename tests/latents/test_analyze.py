@@ -121,8 +121,8 @@ def test_a_coder_with_one_decoder_has_a_table_of_its_activations(tmp_path: Path,
 
 def test_a_nan_in_the_store_is_named(tmp_path: Path) -> None:
     activations = planted_activations(3000)[0]
+    coder = crosscoder(make_store(tmp_path / "sound", activations, shard=1000))
+    activations[1234, 1, 3] = torch.nan
     store = make_store(tmp_path / "store", activations, shard=1000)
-    store.shards[1]["activations"] = store.shards[1]["activations"].clone()
-    store.shards[1]["activations"][234, 1, 3] = torch.nan
     with pytest.raises(UserError, match=r"row 234 of shard-00001\.safetensors \(row 1234 of the store\)"):
-        analyze(tmp_path, crosscoder(store), store, None, CONFIG)
+        analyze(tmp_path, coder, store, None, CONFIG)

@@ -67,6 +67,10 @@ class Batches:
         chosen = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
         return buffer.activations[torch.from_numpy(chosen)].float()
 
+    def close(self) -> None:
+        """Give the buffers' memory back and end the reading ahead."""
+        self._buffers.close()
+
     @property
     def _is_whole(self) -> bool:
         return self._per_buffer == self.per_epoch
@@ -129,6 +133,10 @@ class _Ahead:
             if then != key:
                 self._next = (then, self._reader.submit(self._read, then))
         return self._buffer
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+        self._buffer, self._next, self._key = None, None, None
 
 
 def source_indices(store: Store, sources: tuple[str, ...]) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from crossdiff.activations.ranges import SAFETENSORS_NAMES
 from crossdiff.activations.statistics import Moments
 from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.config import UserError
@@ -24,11 +25,6 @@ from crossdiff.shapes import Float, Float32, Int8, Tensor
 
 BLOCK = 1 << 20
 """Bytes that are hashed and written together: they stay in the cache in between."""
-
-SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

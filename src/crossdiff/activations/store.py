@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from crossdiff.activations.ranges import StoredRows
 from crossdiff.activations.statistics import Normalisation
 from crossdiff.config import UserError
 from crossdiff.run import read_json
@@ -58,7 +59,7 @@ def _shard_path(folder: Path, name: Any) -> Path:
 
 
 class Store:
-    """A harvested store, read through memory maps.
+    """A harvested store. Its columns are memory-mapped; of its activations only the rows asked for come into memory.
 
     Examples:
         >>> store = crossdiff.Store("runs/demo/activations")
@@ -150,10 +151,9 @@ class Store:
 
     @cached_property
     def shards(self) -> list[dict[str, Tensor]]:
-        """The per-token tensors of each shard, memory-mapped."""
-        names = list(COLUMNS)
-        if not self.is_live:
-            names += ["activations", *(["activation_scale"] if self.manifest["dtype"] == "int8" else [])]
+        """The columns of each shard, memory-mapped."""
+        scaled = self.manifest["dtype"] == "int8" and not self.is_live
+        names = [*COLUMNS, *(["activation_scale"] if scaled else [])]
         opened = []
         for shard in self.manifest["shards"]:
             path = _shard_path(self.folder, shard["file"])
@@ -168,10 +168,19 @@ class Store:
                         f"shard {path} has {len(tensor)} entries of {name}, the manifest says {shard['n_tokens']}; "
                         "harvest again with --force"
                     )
-            expected = (len(self.sources), self.d_model)
-            if "activations" in tensors and (found := tuple(tensors["activations"].shape[1:])) != expected:
-                raise UserError(f"shard {path} holds activations of shape {found} a token, the manifest says {expected}")
             opened.append(tensors)
+        return opened
+
+    @cached_property
+    def activations(self) -> list[StoredRows]:
+        """The activations of each shard, `[token, source, d_model]`, in the stored dtype."""
+        opened = []
+        for shard, columns in zip(self.manifest["shards"], self.shards, strict=True):
+            rows = StoredRows(_shard_path(self.folder, shard["file"]), "activations")
+            expected = (len(columns["position"]), len(self.sources), self.d_model)
+            if rows.shape != expected:
+                raise UserError(f"shard {rows.path} holds activations of shape {rows.shape}, the manifest says {expected}")
+            opened.append(rows)
         return opened
 
     @cached_property
@@ -214,7 +223,7 @@ class Store:
             part = order[cuts[index] : cuts[index + 1]]
             if len(part):
                 local = torch.from_numpy(rows[part] - self.offsets[index])
-                h = shard["activations"][local].float()
+                h = self.activations[index][local].float()
                 if "activation_scale" in shard:
                     h *= shard["activation_scale"][local].unsqueeze(2)
                 out[torch.from_numpy(part)] = h
