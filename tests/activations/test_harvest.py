@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -309,3 +310,12 @@ def test_two_datasets_of_one_name_are_refused(tmp_path: Path, pair: Pair, tiny_t
     twice = (DatasetConfig(path=str(tiny_texts[0])), DatasetConfig(path=str(tiny_texts[0])))
     with pytest.raises(UserError, match="two datasets are called 'plain'"):
         harvest({1: tmp_path}, pair, twice, SETTINGS)
+
+
+def test_passes_in_two_threads_do_not_catch_each_other(pair: Pair) -> None:
+    batches = [[np.arange(1, 2 + n, dtype=np.int32)] for n in range(40)]
+    expected = [paired_residuals(pair, batch, [0])[0] for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: paired_residuals(pair, batch, [0])[0], batches))
+    for one, other in zip(expected, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float32, Int, Tensor
 
 TokenIds = npt.NDArray[np.int32]
+_ONE_PASS = threading.Lock()
+"""The layers are listened to by hooks, which a model keeps for all threads: two passes at once would catch each other's."""
 
 
 def right_padded(batch: Sequence[TokenIds]) -> tuple[Int[Tensor, "sequence position"], Int[Tensor, " token"] | None]:
@@ -32,7 +35,8 @@ def paired_residuals(
     by_source = []
     for model, read in zip(pair.models, (pair.base_ids(ids), ids), strict=True):
         device = next(model.parameters()).device
-        streams = [stream.flatten(0, 1) for stream in residuals_after(model, read.to(device), layers)]
+        with _ONE_PASS:
+            streams = [stream.flatten(0, 1) for stream in residuals_after(model, read.to(device), layers)]
         if held is not None:
             streams = [stream.index_select(0, held.to(device)) for stream in streams]
         by_source.append([stream.float() for stream in streams])
