@@ -4,7 +4,8 @@
 
 A run without a coder of the difference (a diff-SAE) gets one, with the settings of its BatchTopK crosscoder. The steered latent
 is chosen on training prompts alone: of the chat-specific pool, the latent whose ablation costs most of the log-probability of
-how the chat model's refusals begin. Held-out prompts are asked once, at the end. Killed and started again, it goes on after the last finished stage.
+how the chat model's refusals begin. Held-out prompts are asked once, at the end. Killed and started again, it goes on after
+the last finished stage.
 """
 
 from __future__ import annotations
@@ -206,8 +207,8 @@ def steering_lines(coder: Analysed, costs: dict[int, float], found: pl.DataFrame
     row, norm = coder.table.row(latent, named=True), coder.steerer.typical_norm(latent)
     lines = [f"### Steering {BEHAVIOUR} with latent {latent} of {coder.name}", ""]
     lines += [
-        f"Change of the log-probability of the first {BEGINNING} tokens of refusals on training prompts when ablated, the largest "
-        f"of the pool: {tried}. The first is taken: verdict {row['verdict']}, delta_norm {row['delta_norm']:.2f}, active on "
+        f"Change of the log-probability of the first {BEGINNING} tokens of refusals on training prompts when ablated, the "
+        f"largest of the pool: {tried}. The first is taken: verdict {row['verdict']}, delta_norm {row['delta_norm']:.2f}, active on "
         f"{row['frequency']:.1%} of tokens, where it adds a norm of {norm:.0f} on average. Answers are cut at {MAX_NEW_TOKENS} "
         "tokens.", "",
     ]  # fmt: skip
