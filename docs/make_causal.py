@@ -208,9 +208,9 @@ def steering_lines(coder: Analysed, costs: dict[int, float], found: pl.DataFrame
     lines = [f"### Steering {BEHAVIOUR} with latent {latent} of {coder.name}", ""]
     lines += [
         f"Change of the log-probability of the first {BEGINNING} tokens of refusals on training prompts when ablated, the "
-        f"largest of the pool: {tried}. The first is taken: verdict {row['verdict']}, delta_norm {row['delta_norm']:.2f}, active on "
-        f"{row['frequency']:.1%} of tokens, where it adds a norm of {norm:.0f} on average. Answers are cut at {MAX_NEW_TOKENS} "
-        "tokens.", "",
+        f"largest of the pool: {tried}. The first is taken: verdict {row['verdict']}, delta_norm {row['delta_norm']:.2f}, "
+        f"active on {row['frequency']:.1%} of tokens, where it adds a norm of {norm:.0f} on average. Answers are cut at "
+        f"{MAX_NEW_TOKENS} tokens.", "",
     ]  # fmt: skip
     lines += ["| prompts | condition | latent | n | rate | change | degenerate |", "|---|---|---|---|---|---|---|"]
     for row in found.iter_rows(named=True):
