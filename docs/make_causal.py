@@ -3,9 +3,9 @@
     .venv/bin/python docs/make_causal.py [runs/demo]
 
 A run without a coder of the difference (a diff-SAE) gets one, with the settings of its BatchTopK crosscoder. The steered latent
-is chosen on training prompts alone: of the chat-specific pool, the `CANDIDATES` latents whose ablation costs most of the
-log-probability of how the chat model's refusals begin, and of these the one whose ablation lowers the rate of refusals most.
-Held-out prompts are asked once, at the end. Killed and started again, it goes on after the last finished stage.
+is chosen on training prompts alone: of the chat-specific pool, the latent whose ablation costs most of the log-probability of
+how the chat model's refusals begin. Held-out prompts are asked once, at the end. Killed and started again, it goes on after
+the last finished stage.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from crossdiff.activations.store import Store
 from crossdiff.causal.answers import Rules, read_rules
 from crossdiff.causal.generation import Sampling, ask
 from crossdiff.causal.steering import Steerer
-from crossdiff.causal.steering_table import labelled_prompts, rates, steering_table
+from crossdiff.causal.steering_table import labelled_prompts
 from crossdiff.cli import run_command
 from crossdiff.config import DifferenceConfig, RunConfig, SteerConfig, read_yaml, validate
 from crossdiff.crosscoder.checkpoint import load
@@ -37,11 +37,10 @@ from crossdiff.models.pair import choose_device, load_pair
 from crossdiff.pairs import RULES
 
 DOCS = Path(__file__).parent
-BEHAVIOUR, HARMLESS = "refusal", ("list_format", "helpful")
+BEHAVIOUR, HARMLESS = "refusal", ("list_format",)
 CANDIDATES = 4
-ADD = (1.0, 2.0, 4.0)
-ABLATE = (1.0, 2.0, 4.0)
-PROMPTS, MAX_NEW_TOKENS, BEGINNING = 80, 40, 8
+ADD, ABLATE, CONTROLS = (1.0, 2.0), (1.0, 3.0), 2
+CONVERSATIONS, PROMPTS, MAX_NEW_TOKENS, BEGINNING = 128, 60, 30, 8
 SHOWN = (
     "none", "mean_difference", "mean_difference_by_group", "template_tokens", "content_tokens", "all_latents",
     "chat_reconstruction_base_error", "base_reconstruction_chat_error", "pool", "random_half", "best_half_delta_norm",
@@ -114,32 +113,18 @@ def candidates(coder: Analysed, config: RunConfig, refusals: list[tuple[list[int
     return {latent: cost[latent] for latent in sorted(pool, key=lambda latent: -cost[latent])[:CANDIDATES]}
 
 
-def effect(coder: Analysed, latent: int, rules: Rules) -> float:
-    """How much ablating the latent at twice its contribution changes the rate of the behaviour on training prompts."""
-    config = SteerConfig(
-        latent=latent, mode="ablate", strength=(2.0,), labels=(BEHAVIOUR,), split="train", prompts_per_label=PROMPTS,
-        controls=0, max_new_tokens=MAX_NEW_TOKENS,
-    )  # fmt: skip
-    prompts = labelled_prompts(coder.store, config)
-    found = rates(steering_table(coder.steerer, prompts, config, rules), rules, 0)
-    return float(found.filter((pl.col("behaviour") == BEHAVIOUR) & (pl.col("role") == "latent"))["change"][0])
-
-
-def steer(run: Path, coder: Analysed, config: RunConfig, rules: Rules) -> tuple[dict[int, tuple[float, float]], pl.DataFrame]:
-    """The candidates with what they were chosen by, the chosen one first, and its rates on held-out prompts."""
-    costs = candidates(coder, config, refused(coder, rules))
-    effects = {latent: (costs[latent], effect(coder, latent, rules)) for latent in costs}
-    effects = dict(sorted(effects.items(), key=lambda entry: (entry[1][1], -entry[1][0])))
-    latent, found = next(iter(effects)), []
+def steer(run: Path, coder: Analysed, latent: int) -> pl.DataFrame:
+    """The rates of the behaviour on held-out prompts, with the latent ablated and added."""
+    found = []
     for mode, strengths, labels in (("ablate", ABLATE, (BEHAVIOUR,)), ("add", ADD, HARMLESS)):
         options = {
             "--crosscoder": [coder.name], "--latent": [latent], "--mode": [mode], "--strength": strengths, "--labels": labels,
-            "--prompts_per_label": [PROMPTS], "--max_new_tokens": [MAX_NEW_TOKENS],
+            "--prompts_per_label": [PROMPTS], "--max_new_tokens": [MAX_NEW_TOKENS], "--controls": [CONTROLS],
         }  # fmt: skip
         run_command(["steer", str(run), *(str(word) for key, values in options.items() for word in (key, *values))])
         table = pl.read_parquet(run / "steering" / f"{coder.name}-{latent}-{mode}-chat-rates.parquet")
         found.append(table.filter(pl.col("behaviour") == BEHAVIOUR).with_columns(mode=pl.lit(mode)))
-    return effects, pl.concat(found)
+    return pl.concat(found)
 
 
 # --- the figure -----------------------------------------------------------------------------------------------------------
@@ -215,17 +200,17 @@ def patching_tables(reports: dict[str, Any]) -> list[str]:
     return lines
 
 
-def steering_lines(coder: Analysed, effects: dict[int, tuple[float, float]], found: pl.DataFrame) -> list[str]:
+def steering_lines(coder: Analysed, costs: dict[int, float], found: pl.DataFrame) -> list[str]:
     """Markdown: the rate of the behaviour in every condition."""
-    tried = ", ".join(f"{number} ({-cost:+.2f} nats, {change:+.2f})" for number, (cost, change) in effects.items())
-    latent = next(iter(effects))
+    tried = ", ".join(f"{number} ({-cost:+.3f})" for number, cost in costs.items())
+    latent = next(iter(costs))
     row, norm = coder.table.row(latent, named=True), coder.steerer.typical_norm(latent)
     lines = [f"### Steering {BEHAVIOUR} with latent {latent} of {coder.name}", ""]
     lines += [
-        f"Candidates, with the change of the log-probability of how refusals begin when ablated, and that of the rate on "
-        f"training prompts when ablated at strength 2: {tried}. The first is taken: verdict {row['verdict']}, delta_norm "
-        f"{row['delta_norm']:.2f}, active on {row['frequency']:.1%} of tokens, where it adds a norm of {norm:.0f} on average.",
-        "",
+        f"Change of the log-probability of the first {BEGINNING} tokens of refusals on training prompts when ablated, the "
+        f"largest of the pool: {tried}. The first is taken: verdict {row['verdict']}, delta_norm {row['delta_norm']:.2f}, "
+        f"active on {row['frequency']:.1%} of tokens, where it adds a norm of {norm:.0f} on average. Answers are cut at "
+        f"{MAX_NEW_TOKENS} tokens.", "",
     ]  # fmt: skip
     lines += ["| prompts | condition | latent | n | rate | change | degenerate |", "|---|---|---|---|---|---|---|"]
     for row in found.iter_rows(named=True):
@@ -254,7 +239,7 @@ def main() -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(config.model_dump(mode="json"), file)
         file.flush()
-        run_command(["causal", str(run), "--config", file.name])
+        run_command(["causal", str(run), "--config", file.name, "--causal.max_conversations", str(CONVERSATIONS)])
     found = [name for name, coder in config.crosscoders.items() if coder.inputs.kind != "single"]
     reports = {name: json.loads((run / name / "causal.json").read_text()) for name in found}
     (DOCS / "causal.svg").write_text(figure(reports), encoding="utf-8")
@@ -265,7 +250,8 @@ def main() -> None:
     for name in (name for name in found if config.crosscoders[name].inputs.kind == "paired"):
         table = pl.read_parquet(run / name / "latents.parquet")
         coder = Analysed(name, Steerer(pair, load(run / name), store.layer, table, store.leave_out), table, store)
-        lines += steering_lines(coder, *steer(run, coder, config, rules))
+        costs = candidates(coder, config, refused(coder, rules))
+        lines += steering_lines(coder, costs, steer(run, coder, next(iter(costs))))
     page = DOCS / "causal.md"
     made = "<!-- numbers: made by docs/make_causal.py -->\n\n" + "\n".join(lines) + "\n<!-- end of numbers -->"
     text = page.read_text(encoding="utf-8")
