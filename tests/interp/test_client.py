@@ -241,6 +241,15 @@ def test_a_schema_is_sent_where_the_server_takes_one(cache: Cache) -> None:
     assert "response_format" not in server.calls[1][1]
 
 
+def test_what_a_server_does_not_take_is_left_out(cache: Cache) -> None:
+    with scripted(lambda body, number: GOOD) as server:
+        ask(config(server.url), cache)
+        ask(config(server.url, temperature=None, answer_limit="max_completion_tokens", answer_tokens=77), cache)
+    first, second = (body for _, body in server.calls)
+    assert (first["temperature"], first["max_tokens"]) == (0.0, 1000)
+    assert second["max_completion_tokens"] == 77 and not {"temperature", "max_tokens"} & second.keys()
+
+
 def test_a_dry_run_asks_nobody_and_knows_what_is_cached(cache: Cache) -> None:
     with scripted(lambda body, number: GOOD) as server:
         ask(config(server.url), cache)

@@ -18,6 +18,7 @@ from crossdiff.cli import run_command
 from crossdiff.config import UserError
 from crossdiff.interp.prompts import EXPLAIN, FUZZ
 from crossdiff.interp.table import CONTEXT_SCHEMA, SCHEMA, SCORES, read_latent_table
+from crossdiff.report.model import read_latent, read_latents
 
 KEY = "sk-very-secret-4711"
 FEW = ("--tokens", "2000", "--before", "5", "--after", "2", "--contexts", "6", "--embedding", "none", "--crosscoders", "coder")
@@ -98,6 +99,20 @@ def test_explanations_and_scores_are_written_and_cost_once(
     assert joined.filter(pl.col("explanation").is_not_null())["latent"].to_list() == sorted(map(int, latents))
     for path in run.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
+
+
+def test_the_report_shows_what_was_found(run: Path, latents: list[str]) -> None:
+    run_command(["report", str(run)])
+    assert 'id="interpretation"' not in (run / "report.html").read_text()
+    with scripted(ORACLE) as server:
+        interpret(run, server.url, latents)
+    run_command(["report", str(run)])
+    page = (run / "report.html").read_text()
+    score = json.loads((run / "coder" / "interpretation.json").read_text())["scores"][0]
+    assert 'id="interpretation"' in page and f"{score['mean']:.2f}" in page
+    assert "2 latents, explained and judged by oracle." in page
+    shown = read_latent(run / "coder", read_latents(run / "coder"), int(latents[0]))
+    assert shown.explanation == f"oracle says: sea (detection {row_of(run, latents[0])['detection']:.2f})"
 
 
 def test_later_latents_join_earlier_ones(run: Path, latents: list[str]) -> None:

@@ -101,16 +101,17 @@ class Client:
         return min(LONGEST_PAUSE, doubled if asked is None else max(asked, doubled))
 
     async def _call(self, messages: list[Message], request: Request[Any]) -> Entry:
-        more: dict[str, Any] = {}
-        if self.config.answer_format == "json_schema":
+        config = self.config
+        more: dict[str, Any] = {config.answer_limit: config.answer_tokens}
+        if config.temperature is not None:
+            more["temperature"] = config.temperature
+        if config.answer_format == "json_schema":
             more["response_format"] = {"type": "json_schema", "json_schema": request.schema()}
         self.usage.calls += 1
+        create: Any = self._client.chat.completions.create
         try:
-            async with asyncio.timeout(self.config.timeout):
-                completion = await self._client.chat.completions.create(
-                    model=self._model, messages=messages, temperature=self.config.temperature,  # type: ignore[arg-type]
-                    max_tokens=self.config.answer_tokens, seed=self.config.seed, **more,
-                )  # fmt: skip
+            async with asyncio.timeout(config.timeout):
+                completion = await create(model=self._model, messages=messages, seed=config.seed, **more)
         except (TimeoutError, openai.APITimeoutError):
             raise _Passing(f"no answer within {self.config.timeout:g} s") from None
         except openai.APIStatusError as error:

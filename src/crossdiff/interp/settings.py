@@ -44,7 +44,10 @@ class InterpretConfig(Config):
     timeout: float = Field(120.0, gt=0, description="seconds after which a call is given up and tried again")
     attempts: int = Field(5, ge=1, description="times that a call is made until it is answered")
     answer_tokens: int = Field(1000, ge=16, description="longest answer")
-    temperature: float = Field(0.0, ge=0)
+    answer_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what the server calls the longest answer; OpenAI's reasoning models take the second name"
+    )
+    temperature: float | None = Field(0.0, ge=0, description="null where the server takes none")
     input_price: float = Field(0.0, ge=0, description="price of a million prompt tokens, for the estimate of the cost")
     output_price: float = Field(0.0, ge=0, description="price of a million answer tokens")
     batch_tokens: int = Field(4096, ge=1, description="tokens per step of the search for contexts")
