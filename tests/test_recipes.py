@@ -19,7 +19,7 @@ from crossdiff.run import Run, read_json
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
-SIZES = {"batch_size": 64, "warmup_steps": 5}
+SIZES = {"batch_size": 64, "warmup_steps": 5, "expansion": 3}
 
 
 def save_models(folder: Path, kind: str, n_layers: int) -> tuple[Path, Path]:
@@ -68,7 +68,7 @@ def test_a_recipe_of_the_paper_runs_from_end_to_end(tmp_path: Path, recipe: str,
     assert {dataset.removesuffix(".jsonl") for dataset in store.datasets} == {"plain", "lmsys"}
     for name, rule in (("l1", "l1"), ("batchtopk", "batchtopk")):
         crosscoder = load(run.path / name)
-        assert crosscoder.n_latents == 32 * 16
+        assert crosscoder.n_latents == 3 * 16
         assert crosscoder.origin["settings"]["sparsity"]["kind"] == rule
         assert read_json(run.path / name / "health.json")
     assert (run.path / "report.html").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Fine-tune a small chat model on the embedded pair's conversations, on a CPU, for the real run of docs/smollm2.md.
+"""Fine-tune a small chat model on the embedded pair's conversations, on a CPU.
 
     python recipes/smollm2/tune.py SmolLM2-135M-Instruct.gguf runs/smollm2-tuned
 

@@ -39,8 +39,8 @@ def write_gguf(path: Path, model: Any) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    special = set(tokenizer.all_special_tokens)
-    vocabulary.append("th")  # the format wants a merge
+    special = {*tokenizer.all_special_tokens, "<|endoftext|>"}
+    vocabulary += ["th", "<|endoftext|>"]  # the format wants a merge, and the reader adds the other where it is missing
     padding = [f"<|unused_{i}|>" for i in range(config.vocab_size - len(vocabulary))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
