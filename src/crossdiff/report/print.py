@@ -58,7 +58,9 @@ def _figures_of(coder: CrosscoderReport, report: RunReport, highest: int) -> lis
     ]
     if (frequencies := figures.frequency_histogram(coder)) is not None:
         heldout = coder.health.heldout
-        caption = f"{frequencies.description} {wording.number(heldout.l0)} are active per token, {heldout.n_dead:,} are dead. {about}"
+        caption = (
+            f"{frequencies.description} {wording.number(heldout.l0)} are active per token, {heldout.n_dead:,} are dead. {about}"
+        )
         found.append(("frequency", frequencies, caption))
     if any(result.question == "before_answer" for result in coder.behaviour_results()):
         found.append(("behaviours", figures.behaviour_figure(coder, "before_answer"), f"{_behaviours(coder)} {about}"))
@@ -90,7 +92,9 @@ def _behaviours(coder: CrosscoderReport) -> str:
                 for pool, score in result.scores.items()
             )
             first = next(iter(result.scores.values()))
-            parts.append(f"{wording.words(result.behaviour)} ({first.n_positive:,} with, {first.n_negative:,} without): {scores}")
+            parts.append(
+                f"{wording.words(result.behaviour)} ({first.n_positive:,} with, {first.n_negative:,} without): {scores}"
+            )
     return f"Held-out AUROC of the best of each pool, tokens before the answer, 95% bootstrap intervals. {'; '.join(parts)}."
 
 
@@ -128,7 +132,9 @@ def _markers(axes: Axes, trace: Mapping[str, Any]) -> None:
     marker = trace["marker"]
     x, y = _values(trace["x"]), _values(trace["y"])
     if (error := trace.get("error_x")) is not None:
-        axes.errorbar(x, y, xerr=[_values(error["arrayminus"]), _values(error["array"])], fmt="none", ecolor=error["color"], lw=0.8)
+        axes.errorbar(
+            x, y, xerr=[_values(error["arrayminus"]), _values(error["array"])], fmt="none", ecolor=error["color"], lw=0.8
+        )
     hollow = marker["symbol"].endswith("-open")
     colours = {"facecolors": "none", "edgecolors": marker["color"]} if hollow else {"color": marker["color"]}
     axes.scatter(
@@ -187,5 +193,3 @@ def _annotation(axes: Axes, note: Mapping[str, Any]) -> None:
 def _words(text: str) -> str:
     """Plotly's labels as plain text; a dollar sign would begin mathematics."""
     return text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&").replace("$", r"\$")
-
-
