@@ -16,8 +16,8 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
-	$(BIN)/ruff check src tests recipes
-	$(BIN)/ruff format --check src tests recipes
+	$(BIN)/ruff check src tests recipes docs notebooks .ci
+	$(BIN)/ruff format --check src tests recipes docs notebooks .ci
 	$(BIN)/mypy
 
 # The wheel, installed into an empty environment, diffs the embedded pair.
