@@ -167,7 +167,10 @@ def train_together(
         trainings.append(_Training(job, store, n_steps, device, trackers))
     for (batch_size, seed), batches in passes.items():
         members = [t for t in trainings if (t.job.config.batch_size, t.job.config.seed) == (batch_size, seed)]
-        _shared_pass(members, batches, report)
+        try:
+            _shared_pass(members, batches, report)
+        finally:
+            batches.close()
     return [training.finish() for training in trainings]
 
 
