@@ -324,9 +324,7 @@ class Pipeline:
 
     def report(self) -> None:
         """Write `report.html` and `figures/`, and print the summary."""
-        from crossdiff.report.html import write_html
         from crossdiff.report.model import read_run
-        from crossdiff.report.print import write_figures
         from crossdiff.report.terminal import print_summary
 
         stage = self.report_stage()
@@ -335,6 +333,9 @@ class Pipeline:
                 raise UserError(f"{name} is not analysed with these settings; run `crossdiff analyze` first")
         report = read_run(self.run.path, self.names)
         if not self._skip(stage):
+            from crossdiff.report.html import write_html
+            from crossdiff.report.print import write_figures
+
             with self.run.working(stage) as folder:
                 write_html(report, folder / "report.html")
                 write_figures(report, folder / "figures")

@@ -22,7 +22,7 @@ WIDTH = 3.4
 """Inches: one column of a two-column page."""
 PIXELS_PER_INCH = 115
 """Of the page's figure heights."""
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 8, "font.family": "serif", "mathtext.fontset": "dejavuserif", "axes.linewidth": 0.6, "legend.frameon": False,
     "legend.fontsize": 7, "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "crossdiff", "axes.axisbelow": True,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.spines.top": False, "axes.spines.right": False,
@@ -137,10 +137,9 @@ def _markers(axes: Axes, trace: Mapping[str, Any]) -> None:
         )
     hollow = marker["symbol"].endswith("-open")
     colours = {"facecolors": "none", "edgecolors": marker["color"]} if hollow else {"color": marker["color"]}
-    axes.scatter(
-        x, y, s=(marker["size"] * 0.45) ** 2, marker=MARKERS[marker["symbol"]], alpha=marker.get("opacity", 1.0), linewidths=0.6,
-        label=trace["name"], rasterized=len(x) > 2000, **colours,
-    )  # fmt: skip
+    shape = {"s": (marker["size"] * 0.45) ** 2, "marker": MARKERS[marker["symbol"]], "linewidths": 0.6}
+    opacity = marker.get("opacity", 1.0)
+    axes.scatter(x, y, label=trace["name"], alpha=opacity, rasterized=len(x) > 2000, **shape, **colours)
 
 
 def _values(found: Any) -> Any:
