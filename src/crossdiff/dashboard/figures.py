@@ -55,8 +55,8 @@ def points_note(coder: Coder) -> str:
     outside = defined.filter(pl.any_horizontal(~pl.col(nu).is_between(*NU_RANGE) for nu in _NUS)).height
     low, high = NU_RANGE
     return (
-        f"{defined.height:,} latents; {coder.table.height - defined.height:,} with an undefined nu are not drawn, "
-        f"{outside:,} are moved to the edge at {low:g} or {high:g}."
+        f"{defined.height:,} latents. Not drawn, with an undefined nu: {coder.table.height - defined.height:,}. "
+        f"Moved to the edge at {low:g} or {high:g}: {outside:,}."
     )
 
 
@@ -76,7 +76,7 @@ def norm_overlay(coders: Sequence[Coder]) -> Figure:
         })  # fmt: skip
     layout = {
         "xaxis": {"title": {"text": "delta_norm (0 base-only, 1 chat-only)"}, "range": [0, 1]},
-        "yaxis": {"title": {"text": "share of live latents (log scale)"}, "type": "log", "tickformat": ".1~%"},
+        "yaxis": {"title": {"text": "share of live latents (log scale)"}, "type": "log", "tickformat": ".2~%"},
         "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0},
     }
     names = ", ".join(label(coder) for coder in coders)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import parse_qsl
 
+import polars as pl
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
@@ -15,6 +16,7 @@ from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, Live, Prompt, Reading
 from crossdiff.report.cards import example_view, pieces, prompt_view
 from crossdiff.report.examples import Context, Token, visible
+from crossdiff.report.model import CANDIDATE_DELTA_NORM
 from crossdiff.report.wording import number
 
 if TYPE_CHECKING:
@@ -200,7 +202,8 @@ def read(live: Live, coder: Coder, form: Form) -> Result:
         raise UserError(f"there is no latent {missing[0]}: {coder.title} has {coder.table.height:,}")
     reading = live.read(coder, form.prompt())
     if not chosen:
-        ranks = dict(coder.table.select("latent", "rank_sum").iter_rows())
+        leaning = coder.table.filter(pl.col("delta_norm") >= CANDIDATE_DELTA_NORM)
+        ranks = dict(leaning.select("latent", "rank_sum").iter_rows())
         chosen = reading.strongest("active" if form.order == "active" else "specific", ranks, SHOWN)
     views = tuple((latent, view_of(coder, reading, latent)) for latent in chosen)
     counts = reading.counts()

@@ -81,7 +81,8 @@ def take(directories: Sequence[Path], folder: Path, null: Path | None = None, li
 
 def interesting(coder: Coder) -> int:
     """The latent that pictures show: the most chat-specific one."""
-    ranked = coder.table.sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
+    specific = coder.table.filter("chat_specific")
+    ranked = (specific if specific.height else coder.table).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
     return int(ranked["latent"][0])
 
 
