@@ -86,7 +86,7 @@ def main() -> None:
         n_tokens += sum(len(sequence.token_ids) for sequence in batch)
         if step % 5 == 4:
             spent = time.monotonic() - started
-            print(f"step {step + 1}: loss {float(loss) / n_answers:.3f}, {n_tokens / spent:.0f} tokens/s", flush=True)
+            print(f"step {step + 1}: loss {loss.item() / n_answers:.3f}, {n_tokens / spent:.0f} tokens/s", flush=True)
     print(f"held-out loss after {n_tokens:,} tokens: {heldout_loss(model, held):.3f}", flush=True)
     # What transformers keeps of a GGUF file's quantisation would be saved, although the weights are no longer in it.
     model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
