@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FILES = (
     "config.json", "model.safetensors", "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet",
     "examples.sqlite", "health.json", "behaviours.parquet", "train.jsonl", "causal.json", "causal_latents.parquet",
-    "causal_conversations.parquet",
+    "causal_conversations.parquet", "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
 )  # fmt: skip
 """What is published of each crosscoder, if it is there."""
 WEIGHTS = ("model.safetensors", "cc_weights.pt", "sae_weights.safetensors")

@@ -90,7 +90,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         ("nu_reconstruction", latent.nu_reconstruction, "the chat direction in the base reconstruction"),
         ("nu_activation", latent.nu_activation, "the chat direction in the base activation"),
     )
-    others = (
+    others: tuple[tuple[str, str, str], ...] = (
         ("delta_norm", fixed(latent.delta_norm), "relative decoder norm: 0 base-only, 0.5 shared, 1 chat-only"),
         ("decoder cosine", fixed(latent.decoder_cosine), "cosine of the base and the chat decoder direction"),
         ("active on", f"{wording.share(latent.frequency)} of tokens", f"{latent.n_active:,} of the analysed tokens"),
