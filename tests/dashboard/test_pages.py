@@ -56,7 +56,9 @@ class Elements(HTMLParser):
 
 def latents_of(page: str) -> list[int]:
     """The latents of the table's rows, in their order."""
-    rows = [attributes["data-href"] or "" for tag, attributes in Elements(page).found if tag == "tr" and "data-href" in attributes]
+    rows = [
+        attributes["data-href"] or "" for tag, attributes in Elements(page).found if tag == "tr" and "data-href" in attributes
+    ]
     return [int(href.rpartition("/")[2]) for href in rows]
 
 
@@ -73,7 +75,9 @@ def test_no_text_of_a_run_becomes_markup(client: Any, path: str) -> None:
         if tag == "script":  # scripts come from this server; what is inline is data
             assert attributes.get("src", "").startswith("/static/") or attributes["type"] == "application/json"
         for name in ("src", "href", "action", "hx-get"):
-            assert (attributes.get(name) or "/").startswith(("/", "#", "data:,")) and not (attributes.get(name) or "").startswith("//")
+            assert (attributes.get(name) or "/").startswith(("/", "#", "data:,")) and not (
+                attributes.get(name) or ""
+            ).startswith("//")
     assert "alert(1)" not in page.text.replace("&lt;script&gt;alert(1)", "") and "4011" not in page.text
 
 
@@ -161,7 +165,7 @@ def test_latent_page_links_its_neighbours_and_twins(client: Any) -> None:
     for latent, linked in ((0, (1, 9, 20)), (20, (0, 19, 21))):
         links = {attributes.get("href") for tag, attributes in Elements(client.get(f"{BATCHTOPK}/latent/{latent}").text).found}
         assert {f"{BATCHTOPK}/latent/{other}" for other in linked} <= links
-    assert "rel=\"prev\"" not in client.get(f"{BATCHTOPK}/latent/0").text
+    assert 'rel="prev"' not in client.get(f"{BATCHTOPK}/latent/0").text
 
 
 def test_percentile_among_shared_latents(client: Any, run: Path) -> None:
@@ -179,15 +183,31 @@ def test_white_space_raw_and_as_signs(client: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/run/none/batchtopk", 404), ("/run/a-b-1/none", 404), (f"{BATCHTOPK}/latent/60", 404), (f"{BATCHTOPK}/latent/-1", 404),
-        (f"{BATCHTOPK}/latent/1e3", 422), (f"{BATCHTOPK}/latent/99999999999999999999", 404), ("/run/..%2f..%2fetc/passwd", 404),
-        ("/static/..%2fapp.py", 404), ("/static/../app.py", 404), (f"{BATCHTOPK}/latents.exe", 404), (f"{BATCHTOPK}?sort=nope", 422),
-        (f"{BATCHTOPK}?dir=up", 422), (f"{BATCHTOPK}?page=0", 422), (f"{BATCHTOPK}?page=x", 422), (f"{BATCHTOPK}?f=verdict:1:2", 422),
-        (f"{BATCHTOPK}?f=latent:a:b", 422), (f"{BATCHTOPK}?f=latent:nan:", 422), (f"{BATCHTOPK}?f=latent", 422),
-        (f"{BATCHTOPK}?show=none", 422), (f"{BATCHTOPK}/latent?number=x", 422), (f"{BATCHTOPK}/live/none/token/0", 404),
-        (f"{BATCHTOPK}/latent/3/lens", 422), (f"{BATCHTOPK}/latent/3/sides/99", 404),
+        ("/run/none/batchtopk", 404),
+        ("/run/a-b-1/none", 404),
+        ("/run/..%2f..%2fetc/passwd", 404),
+        ("/static/..%2fapp.py", 404),
+        ("/static/../app.py", 404),
+        (f"{BATCHTOPK}/latent/60", 404),
+        (f"{BATCHTOPK}/latent/-1", 404),
+        (f"{BATCHTOPK}/latent/1e3", 422),
+        (f"{BATCHTOPK}/latent/99999999999999999999", 404),
+        (f"{BATCHTOPK}/latents.exe", 404),
+        (f"{BATCHTOPK}?sort=nope", 422),
+        (f"{BATCHTOPK}?dir=up", 422),
+        (f"{BATCHTOPK}?page=0", 422),
+        (f"{BATCHTOPK}?page=x", 422),
+        (f"{BATCHTOPK}?f=verdict:1:2", 422),
+        (f"{BATCHTOPK}?f=latent:a:b", 422),
+        (f"{BATCHTOPK}?f=latent:nan:", 422),
+        (f"{BATCHTOPK}?f=latent", 422),
+        (f"{BATCHTOPK}?show=none", 422),
+        (f"{BATCHTOPK}/latent?number=x", 422),
+        (f"{BATCHTOPK}/live/none/token/0", 404),
+        (f"{BATCHTOPK}/latent/3/lens", 422),
+        (f"{BATCHTOPK}/latent/3/sides/99", 404),
     ],
-)  # fmt: skip
+)
 def test_malformed_addresses_say_so(client: Any, path: str, status: int) -> None:
     answer = client.get(path)
     assert answer.status_code == status

@@ -86,12 +86,14 @@ def test_a_token_does_not_lead_to_another_host(run: Path, tmp_path: Path) -> Non
 
 def test_on_all_addresses_a_foreign_name_is_refused(run: Path, tmp_path: Path) -> None:
     client = requests_to(run, tmp_path, host="0.0.0.0", token=TOKEN, names=("lab.example",))
-    statuses = [client.get("/", headers={"host": host}).status_code for host in ("10.0.0.7:8321", "lab.example", "evil.example")]
+    statuses = [
+        client.get("/", headers={"host": host}).status_code for host in ("10.0.0.7:8321", "lab.example", "evil.example")
+    ]
     assert statuses == [401, 401, 421]
 
 
 def test_bad_commands_say_what_to_do(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run directory"):
         run_command(["dashboard", str(tmp_path / "none"), "--port", "0"])
-    with pytest.raises(UserError, match="cannot listen on 127.0.0.1:70000"):
+    with pytest.raises(UserError, match=r"cannot listen on .*:70000"):
         run_command(["dashboard", str(run), "--port", "70000"])

@@ -68,7 +68,12 @@ class Site:
 
 
 def create_app(
-    catalogue: Catalogue, live: Live, cache: Path, host: str = "127.0.0.1", token: str | None = None, names: tuple[str, ...] = ()
+    catalogue: Catalogue,
+    live: Live,
+    cache: Path,
+    host: str = "127.0.0.1",
+    token: str | None = None,
+    names: tuple[str, ...] = (),
 ) -> ASGIApp:
     """The application behind its guard.
 

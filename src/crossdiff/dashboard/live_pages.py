@@ -118,7 +118,11 @@ def read_form(pairs: list[tuple[str, str]]) -> Form:
         if last.get(key, choices[0]) not in choices:
             raise UserError(f"{key} is {last[key][:40]!r}; expected one of {', '.join(choices)}")
     turns = tuple(Turn(role, content) for role, content in zip(roles, contents, strict=True)) or (Turn("user", ""),)
-    texts = {key: last[key] for key in ("kind", "text", "system", "order", "chosen", "steer", "mode", "model", "tokens") if key in last}
+    texts = {
+        key: last[key]
+        for key in ("kind", "text", "system", "order", "chosen", "steer", "mode", "model", "tokens")
+        if key in last
+    }
     return Form(turns=turns, strength=_strength(last.get("strength", "1")), length=_length(last.get("length", "60")), **texts)
 
 
@@ -203,7 +207,9 @@ def read(live: Live, coder: Coder, form: Form) -> Result:
         chosen = reading.strongest("active" if form.order == "active" else "specific", ranks, SHOWN)
     views = tuple((latent, view_of(coder, reading, latent)) for latent in chosen)
     counts = reading.counts()
-    tokens = tuple(Token(text, flags, float(count)) for text, flags, count in zip(reading.texts, reading.flags, counts, strict=True))
+    tokens = tuple(
+        Token(text, flags, float(count)) for text, flags, count in zip(reading.texts, reading.flags, counts, strict=True)
+    )
     strip = pieces(Context(tokens, -1, False, False), float(max(counts.max(initial=1), 1)))
     return Result(reading, strip, views)
 
@@ -235,7 +241,9 @@ def add(app: FastAPI, site: Site) -> None:
         return page(coder, Form(order="chosen", chosen=str(latent), steer=str(latent)), Result(), partial=False)
 
     @app.post(ROOT + "/live")
-    def live_act(request: Request, run: str, name: str, pairs: Annotated[list[tuple[str, str]], Depends(posted)]) -> HTMLResponse:
+    def live_act(
+        request: Request, run: str, name: str, pairs: Annotated[list[tuple[str, str]], Depends(posted)]
+    ) -> HTMLResponse:
         coder = site.coder(run, name)
         partial = request.headers.get("hx-request") == "true"
         form = Form()
@@ -255,7 +263,8 @@ def add(app: FastAPI, site: Site) -> None:
         if not 0 <= position < len(reading.texts):
             raise HTTPException(404, f"The text has {len(reading.texts)} tokens, from 0.")
         active = [(latent, v, coder.row(latent)) for latent, v in reading.at(position)]
-        values = {"coder": coder, "text": visible(reading.texts[position]), "position": position, "active": active}
+        values: dict[str, Any] = {"coder": coder, "position": position, "active": active}
+        values["text"] = visible(reading.texts[position])
         partial = request.headers.get("hx-request") == "true"
         return site.page("token.html.j2" if partial else "token_page.html.j2", **values)
 
@@ -263,7 +272,7 @@ def add(app: FastAPI, site: Site) -> None:
     def lens(request: Request, run: str, name: str, latent: int) -> HTMLResponse:
         coder = site.coder(run, name)
         site.row(coder, latent)
-        values = {"coder": coder, "latent": latent, "directions": site.live.lens(coder, latent)}
+        values: dict[str, Any] = {"coder": coder, "latent": latent, "directions": site.live.lens(coder, latent)}
         partial = request.headers.get("hx-request") == "true"
         return site.page("lens.html.j2" if partial else "lens_page.html.j2", **values)
 
@@ -277,13 +286,14 @@ def add(app: FastAPI, site: Site) -> None:
         found = site.live.sides(coder, latent, example.token_ids)
         highest = float(max(found.base.max(), found.chat.max(), 1e-9))
         views = []
-        for model, values in (("base", found.base), ("chat", found.chat)):
-            shown = [Token(token.text, token.flags, float(value)) for token, value in zip(example.tokens, values, strict=True)]
-            side = replace(example, tokens=tuple(shown), activation=float(values[example.position]))
+        for model, parts in (("base", found.base), ("chat", found.chat)):
+            shown = [Token(token.text, token.flags, float(value)) for token, value in zip(example.tokens, parts, strict=True)]
+            side = replace(example, tokens=tuple(shown), activation=float(parts[example.position]))
             view = example_view(side, replace(record, max_activation=highest))
-            origin = f"{model} side: {values[example.position]:+.2f} at the marked token"
+            origin = f"{model} side: {parts[example.position]:+.2f} at the marked token"
             views.append(replace(view, origin=origin))
         partial = request.headers.get("hx-request") == "true"
         at = example.position
-        values = {"coder": coder, "latent": latent, "views": views, "sides": found, "at": at, "v": example.activation}
+        values: dict[str, Any] = {"coder": coder, "latent": latent, "views": views, "sides": found, "at": at}
+        values["v"] = example.activation
         return site.page("sides.html.j2" if partial else "sides_page.html.j2", **values)

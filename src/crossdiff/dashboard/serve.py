@@ -34,7 +34,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _server(
-    directories: Sequence[Path], null: Path | None, host: str, token: str | None, names: tuple[str, ...], live: bool, cache: Path
+    directories: Sequence[Path],
+    null: Path | None,
+    host: str,
+    token: str | None,
+    names: tuple[str, ...],
+    live: bool,
+    cache: Path,
 ) -> uvicorn.Server:
     app = create_app(Catalogue(directories, null), Live(live), cache, host, token, names)
     # The guard checks addresses itself, so no proxy's headers are believed; the log would hold what readers search for.

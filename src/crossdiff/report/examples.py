@@ -78,9 +78,8 @@ class ExampleDatabase:
         with self._reading() as database:
             metadata = dict(database.execute("SELECT key, value FROM metadata"))
             if metadata.get("format") != FORMAT:
-                raise UserError(
-                    f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}: run `crossdiff analyze` again"
-                )
+                found = metadata.get("format")
+                raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}: run `crossdiff analyze` again")
             self.n_latents = int(metadata["n_latents"])
             self.vocabulary: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
 
@@ -110,7 +109,8 @@ class ExampleDatabase:
         """
         if not 0 <= latent < self.n_latents:
             raise UserError(
-                f"there is no latent {latent} in {self.path}: its crosscoder has {self.n_latents}, from 0 to {self.n_latents - 1}"
+                f"there is no latent {latent} in {self.path}: its crosscoder has {self.n_latents}, "
+                f"from 0 to {self.n_latents - 1}"
             )
         with self._reading() as database:
             strongest = database.execute(f"{_SELECT} AND kind = 'top' ORDER BY rank LIMIT ?", (latent, top))

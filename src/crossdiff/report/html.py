@@ -85,21 +85,25 @@ def render_html(report: RunReport) -> str:
     """The page's text."""
     others = [coder for coder in report.crosscoders if coder is not report.primary]
     highest = figures.highest_bar(report.crosscoders)
-    return environment().get_template("report.html.j2").render(
-        title=title(report),
-        facts=facts(report),
-        answer=wording.answer(report),
-        crosscoders=[coder.title for coder in report.crosscoders],
-        health=health_rows(report),
-        controls=_control_rows(report),
-        sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
-        detailed=[coder.name for coder in (report.primary, *others)],
-        caveats=caveats(report),
-        datasets=report.datasets,
-        open_examples=OPEN_EXAMPLES,
-        levels=range(1, LEVELS + 1),
-        whole=wording.whole,
-        plotly=Markup(figures.plotly_script()),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title(report),
+            facts=facts(report),
+            answer=wording.answer(report),
+            crosscoders=[coder.title for coder in report.crosscoders],
+            health=health_rows(report),
+            controls=_control_rows(report),
+            sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
+            detailed=[coder.name for coder in (report.primary, *others)],
+            caveats=caveats(report),
+            datasets=report.datasets,
+            open_examples=OPEN_EXAMPLES,
+            levels=range(1, LEVELS + 1),
+            whole=wording.whole,
+            plotly=Markup(figures.plotly_script()),
+        )
     )
 
 
