@@ -111,8 +111,8 @@ def write_run(folder: Path, n_latents: int, n_examples: int) -> Path:
     pl.DataFrame(near).with_columns(cosine=0.5).write_parquet(coder / "neighbours.parquet")
     pl.DataFrame({
         "latent": np.repeat(np.arange(n_latents), 8), "dataset": ["web", "chat"] * (4 * n_latents), "group": "user",
-        "role": None, "template_index": None, "token": None, "n_tokens": 100_000, "n_active": 500, "frequency": 0.005, "share": 0.125,
-        "mean_activation": 2.0, "max_activation": 6.0,
+        "role": None, "template_index": None, "token": None, "n_tokens": 100_000, "n_active": 500, "frequency": 0.005,
+        "share": 0.125, "mean_activation": 2.0, "max_activation": 6.0,
     }, strict=False).write_parquet(coder / "activity.parquet")  # fmt: skip
     (coder / "examples.sqlite").unlink(missing_ok=True)
     write_examples(coder / "examples.sqlite", n_latents, n_examples)
