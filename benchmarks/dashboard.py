@@ -51,7 +51,11 @@ def latent_table(n: int) -> pl.DataFrame:
     # The real table has some forty further measures.
     for number in range(40):
         columns[f"measure_{number}"] = rng.random(n)
-    columns |= {"rank_sum": rng.permutation(n).astype(float), "verdict": verdict, "verdict_reason": ["nu_error 0.94 over 0.2"] * n}
+    columns |= {
+        "rank_sum": rng.permutation(n).astype(float),
+        "verdict": verdict,
+        "verdict_reason": ["nu_error 0.94 over 0.2"] * n,
+    }
     columns |= {name: specific for name in ("chat_specific", "chat_specific_paper", "template_only")}
     for at, group in enumerate(("plain", "bos", "template", "user", "assistant")):
         columns |= {f"share_{group}": shares[:, at], f"frequency_{group}": shares[:, at] / 100}
@@ -106,13 +110,19 @@ def write_run(folder: Path, n_latents: int, n_examples: int) -> Path:
     near = {"latent": latents, "rank": np.tile(np.arange(5), n_latents), "neighbour": rng.integers(0, n_latents, len(latents))}
     pl.DataFrame(near).with_columns(cosine=0.5).write_parquet(coder / "neighbours.parquet")
     pl.DataFrame({
-        "latent": np.repeat(np.arange(n_latents), 8), "dataset": ["web", "chat"] * (4 * n_latents), "group": "user", "role": None,
-        "template_index": None, "token": None, "n_tokens": 100_000, "n_active": 500, "frequency": 0.005, "share": 0.125,
-        "mean_activation": 2.0, "max_activation": 6.0,
+        "latent": np.repeat(np.arange(n_latents), 8), "dataset": ["web", "chat"] * (4 * n_latents), "group": "user",
+        "role": None, "template_index": None, "token": None, "n_tokens": 100_000, "n_active": 500, "frequency": 0.005,
+        "share": 0.125, "mean_activation": 2.0, "max_activation": 6.0,
     }, strict=False).write_parquet(coder / "activity.parquet")  # fmt: skip
     (coder / "examples.sqlite").unlink(missing_ok=True)
     write_examples(coder / "examples.sqlite", n_latents, n_examples)
-    heldout = {"n_tokens": 1_000_000, "fve": {"base": 0.87, "chat": 0.88, "total": 0.875}, "l0": 100.0, "n_dead": 0, "dead_share": 0.0}
+    heldout = {
+        "n_tokens": 1_000_000,
+        "fve": {"base": 0.87, "chat": 0.88, "total": 0.875},
+        "l0": 100.0,
+        "n_dead": 0,
+        "dead_share": 0.0,
+    }
     health = {"n_latents": n_latents, "d_model": 2304, "layer": 13, "architecture": "batchtopk", "k": 100, "heldout": heldout}
     (coder / "health.json").write_text(json.dumps(health))
     return run
@@ -154,7 +164,11 @@ def get(port: int, path: str) -> tuple[float, int]:
 def memory(pid: int) -> tuple[float, float]:
     """MB in memory now and at most: what is the process's own, without files that are mapped."""
     status = Path(f"/proc/{pid}/status").read_text()
-    sizes = {key: int(value.split()[0]) / 1024 for key, _, value in (line.partition(":") for line in status.splitlines()) if "kB" in value}
+    sizes = {
+        key: int(value.split()[0]) / 1024
+        for key, _, value in (line.partition(":") for line in status.splitlines())
+        if "kB" in value
+    }
     return sizes["RssAnon"], sizes["VmHWM"]
 
 
@@ -172,7 +186,10 @@ def main() -> None:
     start = time.perf_counter()
     run = write_run(args.folder, args.latents, args.examples)
     size = (run / "batchtopk" / "examples.sqlite").stat().st_size / 1e9
-    print(f"{args.latents:,} latents x {args.examples} examples, database {size:.2f} GB ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(
+        f"{args.latents:,} latents x {args.examples} examples, database {size:.2f} GB ({time.perf_counter() - start:.0f} s)",
+        flush=True,
+    )
     start, coder = time.perf_counter(), f"/run/{run.name}/batchtopk"
     drawn = random.Random(0)
     with serving(run) as (port, pid):
@@ -191,7 +208,9 @@ def main() -> None:
         print("search                ", timed(port, [f"{coder}?q=boat{n}" for n in range(100, 120)]))
         paths = [[f"{coder}/latent/{drawn.randrange(args.latents)}" for _ in range(PER_READER)] for _ in range(READERS)]
         with ThreadPoolExecutor(READERS) as pool:
-            times = sorted(seconds for each in pool.map(lambda mine: [get(port, path)[0] for path in mine], paths) for seconds in each)
+            times = sorted(
+                seconds for each in pool.map(lambda mine: [get(port, path)[0] for path in mine], paths) for seconds in each
+            )
         middle, late = times[len(times) // 2] * 1000, times[int(0.95 * len(times))] * 1000
         print(f"{READERS} readers of latents  median {middle:7.1f} ms, 95th percentile {late:7.1f} ms ({len(times)} requests)")
         anonymous, highest = memory(pid)

@@ -13,10 +13,10 @@ import yaml
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 
-from conftest import tiny_config
 from playwright.sync_api import Page, expect, sync_playwright
 from showing import write_links
 
+from conftest import tiny_config
 from crossdiff.cli import run_command
 from crossdiff.dashboard.screenshots import WIDE, find_chromium, launch
 from crossdiff.dashboard.serve import serving
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_chromium() is None, reason="the browser tests need Chromium: install the package chromium"),
 ]
-PATIENCE = 30_000
+PATIENCE = 90_000
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,10 @@ def page(browser: Any, address: str) -> Iterator[Page]:
     problems: list[str] = []
     opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.on("console", lambda message: problems.append(message.text) if _is_problem(message) else None)
-    opened.on("request", lambda request: problems.append(request.url) if not request.url.startswith((address, "data:", "blob:")) else None)
+    opened.on(
+        "request",
+        lambda request: problems.append(request.url) if not request.url.startswith((address, "data:", "blob:")) else None,
+    )
     yield opened
     opened.close()
     assert not problems

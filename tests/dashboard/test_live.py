@@ -15,10 +15,10 @@ import yaml
 
 pytest.importorskip("fastapi")
 
-from conftest import tiny_config
 from showing import ADDRESS, DANGER, requests_to, write_links
 
 import crossdiff.diff
+from conftest import tiny_config
 from crossdiff.cli import run_command
 from crossdiff.config import UserError
 from crossdiff.dashboard import live as live_module

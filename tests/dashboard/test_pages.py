@@ -183,15 +183,31 @@ def test_white_space_raw_and_as_signs(client: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/run/none/batchtopk", 404), ("/run/a-b-1/none", 404), (f"{BATCHTOPK}/latent/60", 404), (f"{BATCHTOPK}/latent/-1", 404),
-        (f"{BATCHTOPK}/latent/1e3", 422), (f"{BATCHTOPK}/latent/99999999999999999999", 404), ("/run/..%2f..%2fetc/passwd", 404),
-        ("/static/..%2fapp.py", 404), ("/static/../app.py", 404), (f"{BATCHTOPK}/latents.exe", 404), (f"{BATCHTOPK}?sort=nope", 422),
-        (f"{BATCHTOPK}?dir=up", 422), (f"{BATCHTOPK}?page=0", 422), (f"{BATCHTOPK}?page=x", 422), (f"{BATCHTOPK}?f=verdict:1:2", 422),
-        (f"{BATCHTOPK}?f=latent:a:b", 422), (f"{BATCHTOPK}?f=latent:nan:", 422), (f"{BATCHTOPK}?f=latent", 422),
-        (f"{BATCHTOPK}?show=none", 422), (f"{BATCHTOPK}/latent?number=x", 422), (f"{BATCHTOPK}/live/none/token/0", 404),
-        (f"{BATCHTOPK}/latent/3/lens", 422), (f"{BATCHTOPK}/latent/3/sides/99", 404),
+        ("/run/none/batchtopk", 404),
+        ("/run/a-b-1/none", 404),
+        ("/run/..%2f..%2fetc/passwd", 404),
+        ("/static/..%2fapp.py", 404),
+        ("/static/../app.py", 404),
+        (f"{BATCHTOPK}/latent/60", 404),
+        (f"{BATCHTOPK}/latent/-1", 404),
+        (f"{BATCHTOPK}/latent/1e3", 422),
+        (f"{BATCHTOPK}/latent/99999999999999999999", 404),
+        (f"{BATCHTOPK}/latents.exe", 404),
+        (f"{BATCHTOPK}?sort=nope", 422),
+        (f"{BATCHTOPK}?dir=up", 422),
+        (f"{BATCHTOPK}?page=0", 422),
+        (f"{BATCHTOPK}?page=x", 422),
+        (f"{BATCHTOPK}?f=verdict:1:2", 422),
+        (f"{BATCHTOPK}?f=latent:a:b", 422),
+        (f"{BATCHTOPK}?f=latent:nan:", 422),
+        (f"{BATCHTOPK}?f=latent", 422),
+        (f"{BATCHTOPK}?show=none", 422),
+        (f"{BATCHTOPK}/latent?number=x", 422),
+        (f"{BATCHTOPK}/live/none/token/0", 404),
+        (f"{BATCHTOPK}/latent/3/lens", 422),
+        (f"{BATCHTOPK}/latent/3/sides/99", 404),
     ],
-)  # fmt: skip
+)
 def test_malformed_addresses_say_so(client: Any, path: str, status: int) -> None:
     answer = client.get(path)
     assert answer.status_code == status

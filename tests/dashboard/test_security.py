@@ -95,5 +95,5 @@ def test_on_all_addresses_a_foreign_name_is_refused(run: Path, tmp_path: Path) -
 def test_bad_commands_say_what_to_do(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run directory"):
         run_command(["dashboard", str(tmp_path / "none"), "--port", "0"])
-    with pytest.raises(UserError, match="cannot listen on 127.0.0.1:70000"):
+    with pytest.raises(UserError, match=r"cannot listen on .*:70000"):
         run_command(["dashboard", str(run), "--port", "70000"])

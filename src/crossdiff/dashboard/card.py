@@ -33,7 +33,7 @@ def export_page(run: Path, crosscoder: str | None, wanted: Sequence[str], path: 
         wanted: numbers, ranges such as 3-9, or verdicts such as chat_specific.
 
     Raises:
-        UserError: a word that is none of these, a latent that does not exist, too many of them, or a path that cannot be written.
+        UserError: a word that is none of these, a latent that does not exist, too many, or a path that cannot be written.
     """
     table = open_run(run, crosscoder).latents
     verdicts = dict(table.select("latent", "verdict").iter_rows())

@@ -96,24 +96,33 @@ class Coder:
 
     def activity(self, latent: int) -> list[dict[str, Any]]:
         """Where it fires: rows of activity.parquet, the largest share first."""
-        return self._rows("activity.parquet", pl.col("latent") == latent).sort("share", descending=True).to_dicts()
+        path = self.folder / "activity.parquet"
+        if not path.is_file():
+            return []
+        # The largest of the side tables, so it is left on disk.
+        return pl.scan_parquet(path).filter(pl.col("latent") == latent).collect().sort("share", descending=True).to_dicts()
 
     def neighbours(self, latent: int) -> list[dict[str, Any]]:
         """The nearest latents by the chat direction."""
-        return self._rows("neighbours.parquet", pl.col("latent") == latent).sort("rank").to_dicts()
+        return self._links["neighbours"].filter(pl.col("latent") == latent).sort("rank").to_dicts()
 
     def twins(self, latent: int) -> list[dict[str, Any]]:
         """Latents that may carry it in the base model, and those that it may carry: rows with `other`."""
-        found = self._rows("twins.parquet", (pl.col("latent") == latent) | (pl.col("twin") == latent))
+        found = self._links["twins"].filter((pl.col("latent") == latent) | (pl.col("twin") == latent))
         other = pl.when(pl.col("latent") == latent).then("twin").otherwise("latent").alias("other")
         return found.with_columns(other).sort("cosine", descending=True).to_dicts()
 
-    def _rows(self, file: str, where: pl.Expr) -> pl.DataFrame:
+    @cached_property
+    def _links(self) -> dict[str, pl.DataFrame]:
+        """The tables of neighbours and twins; empty where the run has none."""
+        return {name: self._side_table(f"{name}.parquet") for name in ("neighbours", "twins")}
+
+    def _side_table(self, file: str) -> pl.DataFrame:
         path = self.folder / file
         if not path.is_file():
-            return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "share", "rank"), pl.Int64))
+            return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "rank"), pl.Int64))
         try:
-            return pl.scan_parquet(path).filter(where).collect()
+            return pl.read_parquet(path)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(f"{path} cannot be read as Parquet ({error}): run `crossdiff analyze` again") from error
 

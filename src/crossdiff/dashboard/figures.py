@@ -86,7 +86,7 @@ def norm_overlay(coders: Sequence[Coder]) -> Figure:
 def kl_bars(coders: Sequence[Coder], span: str = "response") -> Figure | None:
     """KL to the chat model of every intervention with its interval; None where no crosscoder has a causal test."""
     tested = [coder for coder in coders if coder.causal]
-    traces = []
+    traces: list[dict[str, Any]] = []
     for at, coder in enumerate(tested):
         rows = [row for row in coder.causal if row["span"] == span]
         traces.append({

@@ -1,4 +1,4 @@
-"""Prompts that the models read now: activations, answers and steering, with the models loaded once and one request at a time."""
+"""Prompts that the models read now: activations, answers, steering. The models are loaded once; one request runs at a time."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Sides:
-    """One latent on one stored example as each model feeds it: `<x_s, e^s>` per token, and the bias that is added to their sum."""
+    """One latent on one stored example as each model feeds it: `<x_s, e^s>` per token, and the bias added to their sum."""
 
     base: npt.NDArray[np.float32]
     chat: npt.NDArray[np.float32]
@@ -213,7 +213,7 @@ class Live:
             return Sides(base, chat, float(crosscoder.encoder_bias[latent] * scale))
 
     def lens(self, coder: Coder, latent: int, n: int = 10) -> tuple[Promoted, ...]:
-        """Tokens that the base direction promotes in the base model, and the chat direction and the difference in the chat model."""
+        """Tokens that its directions promote: base in the base model, chat and the difference in the chat model."""
         key = coder.path, latent
         if key not in self._lenses:
             with self._models(coder) as diff:
@@ -275,13 +275,15 @@ def _lens(diff: Diff, latent: int, n: int) -> tuple[Promoted, ...]:
     ):
         with torch.no_grad():
             logits = direction_logits(model, direction)
-        tops = [logits.topk(n, largest=largest) for largest in (True, False)]
-        up, down = (
-            tuple((pair.tokenizer.decode([token]), value) for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            for top in tops
-        )  # fmt: skip
+        up, down = (_tokens(pair.tokenizer, logits, n, largest) for largest in (True, False))
         found.append(Promoted(name, up, down))
     return tuple(found)
+
+
+def _tokens(tokenizer: Any, logits: Any, n: int, largest: bool) -> tuple[tuple[str, float], ...]:
+    top = logits.topk(n, largest=largest)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return tuple((tokenizer.decode([token]), value) for token, value in pairs)
 
 
 def direction_logits(model: Any, direction: Any) -> Any:

@@ -263,7 +263,8 @@ def add(app: FastAPI, site: Site) -> None:
         if not 0 <= position < len(reading.texts):
             raise HTTPException(404, f"The text has {len(reading.texts)} tokens, from 0.")
         active = [(latent, v, coder.row(latent)) for latent, v in reading.at(position)]
-        values = {"coder": coder, "text": visible(reading.texts[position]), "position": position, "active": active}
+        values: dict[str, Any] = {"coder": coder, "position": position, "active": active}
+        values["text"] = visible(reading.texts[position])
         partial = request.headers.get("hx-request") == "true"
         return site.page("token.html.j2" if partial else "token_page.html.j2", **values)
 
@@ -271,7 +272,7 @@ def add(app: FastAPI, site: Site) -> None:
     def lens(request: Request, run: str, name: str, latent: int) -> HTMLResponse:
         coder = site.coder(run, name)
         site.row(coder, latent)
-        values = {"coder": coder, "latent": latent, "directions": site.live.lens(coder, latent)}
+        values: dict[str, Any] = {"coder": coder, "latent": latent, "directions": site.live.lens(coder, latent)}
         partial = request.headers.get("hx-request") == "true"
         return site.page("lens.html.j2" if partial else "lens_page.html.j2", **values)
 
@@ -285,13 +286,14 @@ def add(app: FastAPI, site: Site) -> None:
         found = site.live.sides(coder, latent, example.token_ids)
         highest = float(max(found.base.max(), found.chat.max(), 1e-9))
         views = []
-        for model, values in (("base", found.base), ("chat", found.chat)):
-            shown = [Token(token.text, token.flags, float(value)) for token, value in zip(example.tokens, values, strict=True)]
-            side = replace(example, tokens=tuple(shown), activation=float(values[example.position]))
+        for model, parts in (("base", found.base), ("chat", found.chat)):
+            shown = [Token(token.text, token.flags, float(value)) for token, value in zip(example.tokens, parts, strict=True)]
+            side = replace(example, tokens=tuple(shown), activation=float(parts[example.position]))
             view = example_view(side, replace(record, max_activation=highest))
-            origin = f"{model} side: {values[example.position]:+.2f} at the marked token"
+            origin = f"{model} side: {parts[example.position]:+.2f} at the marked token"
             views.append(replace(view, origin=origin))
         partial = request.headers.get("hx-request") == "true"
         at = example.position
-        values = {"coder": coder, "latent": latent, "views": views, "sides": found, "at": at, "v": example.activation}
+        values: dict[str, Any] = {"coder": coder, "latent": latent, "views": views, "sides": found, "at": at}
+        values["v"] = example.activation
         return site.page("sides.html.j2" if partial else "sides_page.html.j2", **values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -124,7 +125,7 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> di
     return {
         "coder": coder,
         "row": row,
-        "card": coder.card(latent),
+        "card": coder.card(replace(latent, examples=())),
         "percentiles": coder.percentiles(row),
         "base_share": row["norm_base"] / norms if norms else None,
         "views": [example_view(example, latent, whole, raw) for example in latent.examples],

@@ -119,7 +119,7 @@ def parse(pairs: Sequence[tuple[str, str]], schema: Mapping[str, Any]) -> Query:
     if direction not in ("asc", "desc"):
         raise UserError(f"dir is {direction!r}; expected asc or desc")
     page = last.get("page", "1")
-    if not (page.isdecimal() and 1 <= int(page[:9]) and len(page) < 10):
+    if not (page.isdecimal() and int(page[:9]) >= 1 and len(page) < 10):
         raise UserError(f"page is {page[:40]!r}; expected a whole number from 1")
     search = last.get("q", "").strip()[:200]
     return Query(search, sort, direction == "desc", tuple(dict.fromkeys(filters)), int(page), show)

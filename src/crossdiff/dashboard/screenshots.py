@@ -1,4 +1,4 @@
-"""Pictures of every page in light and dark, and narrow, so that they can be looked at: `crossdiff dashboard RUN --screenshots DIR`."""
+"""Pictures of every page in light, dark and narrow, to be looked at: `crossdiff dashboard RUN --screenshots DIR`."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ LEVELS = 8
 """Steps of the one hue that shows an activation."""
 
 _CHIPS = ("bos", "template")
+_TEMPLATE, _ASSISTANT = int(Flag.TEMPLATE), int(Flag.ASSISTANT)
 
 GLYPHS = {
     "circle": "\N{BLACK CIRCLE}",
@@ -175,8 +176,8 @@ def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, 
 
 def _begins_turn(token: Token, previous: Token, previous_role: str) -> bool:
     """Whether a token is the first template token after a turn; the token that closes an answer is part of it."""
-    opens = bool(token.flags & Flag.TEMPLATE) and not token.flags & Flag.ASSISTANT
-    return opens and (previous_role not in _CHIPS or bool(previous.flags & Flag.ASSISTANT))
+    opens = bool(token.flags & _TEMPLATE) and not token.flags & _ASSISTANT
+    return opens and (previous_role not in _CHIPS or bool(previous.flags & _ASSISTANT))
 
 
 def _level(activation: float, highest: float) -> int:

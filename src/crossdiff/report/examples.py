@@ -78,9 +78,8 @@ class ExampleDatabase:
         with self._reading() as database:
             metadata = dict(database.execute("SELECT key, value FROM metadata"))
             if metadata.get("format") != FORMAT:
-                raise UserError(
-                    f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}: run `crossdiff analyze` again"
-                )
+                found = metadata.get("format")
+                raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}: run `crossdiff analyze` again")
             self.n_latents = int(metadata["n_latents"])
             self.vocabulary: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
 
@@ -110,7 +109,8 @@ class ExampleDatabase:
         """
         if not 0 <= latent < self.n_latents:
             raise UserError(
-                f"there is no latent {latent} in {self.path}: its crosscoder has {self.n_latents}, from 0 to {self.n_latents - 1}"
+                f"there is no latent {latent} in {self.path}: its crosscoder has {self.n_latents}, "
+                f"from 0 to {self.n_latents - 1}"
             )
         with self._reading() as database:
             strongest = database.execute(f"{_SELECT} AND kind = 'top' ORDER BY rank LIMIT ?", (latent, top))
@@ -174,12 +174,20 @@ def context_of(example: Example, before: int = TOKENS_BEFORE, after: int = TOKEN
     return Context(example.tokens[start:end], example.position - start, start > 0, end < len(example.tokens))
 
 
-def role_of(token: Token) -> str:
-    """What a token is shown as: bos, template, user, assistant or plain; a token with several flags by the first."""
+def _role(flags: int) -> str:
     for role in (Flag.BOS, Flag.TEMPLATE, Flag.USER, Flag.ASSISTANT):
-        if token.flags & role:
+        if flags & role:
             return str(role.name).lower()
     return "plain"
+
+
+_ROLES = tuple(_role(flags) for flags in range(16))
+"""By flags: a page has thousands of tokens, and enumerations are slow."""
+
+
+def role_of(token: Token) -> str:
+    """What a token is shown as: bos, template, user, assistant or plain; a token with several flags by the first."""
+    return _ROLES[token.flags & 15]
 
 
 def visible(text: str) -> str:
