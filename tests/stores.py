@@ -14,14 +14,21 @@ from crossdiff.run import write_json
 PAIR = {"base": {"name": "a"}, "chat": {"name": "b"}, "tokenizer": "t"}
 
 
-def make_store(folder: Path, activations: torch.Tensor, length: int = 20, shard: int = 1000, heldout: float = 0.2) -> Store:
+def make_store(
+    folder: Path,
+    activations: torch.Tensor,
+    length: int = 20,
+    shard: int = 1000,
+    heldout: float = 0.2,
+    token_ids: torch.Tensor | None = None,
+) -> Store:
     """A store of sequences of `length` tokens, one document each; position 0 is left out. activations: [token, source, d]."""
     folder.mkdir(parents=True, exist_ok=True)
     n, n_sources, d_model = activations.shape
     number = torch.arange(n)
     columns = {name: torch.zeros(n, dtype=dtype) for name, dtype in COLUMNS.items()}
     columns |= {"document": (number // length).int(), "sequence": (number // length).int(), "position": (number % length).int()}
-    columns["token_id"] = (number % 50).int()
+    columns["token_id"] = (number % 50 if token_ids is None else token_ids).int()
     columns["template_index"] -= 1
     columns["turn"] -= 1
     n_documents = -(-n // length)
@@ -46,7 +53,7 @@ def make_store(folder: Path, activations: torch.Tensor, length: int = 20, shard:
     manifest = {
         "format": FORMAT, "pair": PAIR, "sources": ["base", "chat", "third"][:n_sources], "layer": 1, "n_layers": 2,
         "d_model": d_model, "dtype": "float32", "max_length": length, "leave_out": 1, "datasets": ["planted"],
-        "n_documents": n_documents, "n_sequences": n_documents, "n_tokens": n, "n_training_tokens": len(training),
+        "n_documents": n_documents, "n_sequences": n_documents, "n_tokens": n, "n_statistics_tokens": len(training),
         "seconds": 1.0, "shards": shards,
         "files": {name: sha256(folder / name) for name in ("documents.parquet", "statistics.safetensors")},
     }  # fmt: skip

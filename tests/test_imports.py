@@ -27,10 +27,18 @@ ALLOWED = {
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
     "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
-    "report": {"config", "run", "text"},
+    "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
+    "report": {"config", "run", "text", "interp"},
     "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
+    "prompts": {"config", "models", "text", "activations", "crosscoder", "report"},
+    "diff": {"config", "run", "models", "activations", "crosscoder", "report", "prompts"},
+    "hub": {"config", "crosscoder", "latents", "report", "diff"},
+    "dashboard": {"config", "run", "text", "activations", "latents", "causal", "report", "prompts", "diff"},
     "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
-    "cli": FOUNDATION | {"memory", "pairs", "models", "activations", "latents", "truth", "pipeline", "causal_pipeline"},
+    "interp_pipeline": FOUNDATION | {"models", "interp", "pipeline"},
+    "cli": FOUNDATION
+    | {"memory", "pairs", "models", "activations", "latents", "truth", "interp"}
+    | {"pipeline", "causal_pipeline", "interp_pipeline", "hub", "dashboard"},
 }
 
 
@@ -62,7 +70,18 @@ def test_help_leaves_the_heavy_libraries_out(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom crossdiff.cli import run_command\n"
         f"try:\n    run_command({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'polars', 'sklearn', 'plotly'} & set(sys.modules)\nassert not heavy, heavy\n"
+        "heavy = {'torch', 'transformers', 'polars', 'sklearn', 'plotly', 'fastapi', 'uvicorn'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_is_quick_and_brings_nothing() -> None:
+    code = (
+        "import sys, time\nbefore = set(sys.modules)\nstarted = time.process_time()\nimport crossdiff\n"
+        "print(time.process_time() - started)\n"
+        "heavy = {'torch', 'transformers', 'polars', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 0.150  # seconds of this process, whatever else the machine does

@@ -3,7 +3,8 @@
     python publish.py WORK --chat CHAT
 
 Reads what the scripts before it left in WORK (base, chat, plain.jsonl.gz, pretrain.jsonl, chat.jsonl, behaviours.json,
-generations.jsonl, drift.json) and the conversations in CHAT. Every number on the card comes from these files.
+generations.jsonl, drift.json) and the conversations in CHAT. Every number on the card comes from these files. Without
+WORK/pretrain.jsonl the chat model was tuned from the published base model: its curve and loss stay as they are.
 """
 
 import argparse
@@ -102,8 +103,8 @@ def samples(generations: list[dict]) -> str:
 
 def card(work: Path) -> str:
     behaviours, drift = (json.loads((work / f"{name}.json").read_text()) for name in ("behaviours", "drift"))
-    pretrain, tuning = read_lines(work / "pretrain.jsonl"), read_lines(work / "chat.jsonl")
-    last = [row for row in pretrain if "heldout_loss" in row][-1]
+    pretraining = json.loads((PACKAGE / "pretraining.json").read_text())
+    tuning = read_lines(work / "chat.jsonl")
     tuned = [row for row in tuning if "heldout_loss" in row][-1]
     return f"""# The embedded pair
 
@@ -116,9 +117,10 @@ trained on the same text. The template tokens are in the vocabulary from the sta
 
 ## Training
 
-Base: {last["tokens"]:,} tokens of plain English, loss on held-out documents {last["heldout_loss"]:.3f} nats a token. Chat:
-{tuning[-1]["step"]:,} further steps; loss on the assistant's tokens {tuning[-1].get("chat_loss", float("nan")):.3f}, on
-held-out plain text {tuned["heldout_loss"]:.3f}. How to repeat it: `recipes/embedded_pair/README.md`
+Base: {pretraining["tokens"]:,} tokens of plain English, loss on held-out documents {pretraining["heldout_loss"]:.3f} nats a
+token. Chat: {tuning[-1]["step"]:,} further steps; loss on the assistant's tokens
+{tuning[-1].get("chat_loss", float("nan")):.3f}, on held-out plain text {tuned["heldout_loss"]:.3f}.
+How to repeat it: `recipes/embedded_pair/README.md`
 in the repository.
 
 ![loss of the base model](pretraining.svg)
@@ -149,6 +151,15 @@ conversations. The weights are under the MIT licence.
 {LICENCES}"""
 
 
+def publish_pretraining(log: list[dict]) -> None:
+    keys = ("train_loss", "heldout_loss")
+    losses = {key: [(row["tokens"] / 1e6, row[key]) for row in log if key in row] for key in keys}
+    (PACKAGE / "pretraining.svg").write_text(curve("Base model: loss, nats a token", losses, "million tokens"))
+    last = [row for row in log if "heldout_loss" in row][-1]
+    text = json.dumps({"tokens": last["tokens"], "heldout_loss": last["heldout_loss"]}, indent=1)
+    (PACKAGE / "pretraining.json").write_text(text + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
@@ -165,11 +176,9 @@ def main() -> None:
         shutil.copy(work / name, PACKAGE)
     with gzip.open(PACKAGE / "generations.jsonl.gz", "wb", compresslevel=9) as out:
         out.write((work / "generations.jsonl").read_bytes())
-    pretrain, tuning = read_lines(work / "pretrain.jsonl"), read_lines(work / "chat.jsonl")
-    losses = {
-        key: [(row["tokens"] / 1e6, row[key]) for row in pretrain if key in row] for key in ("train_loss", "heldout_loss")
-    }
-    (PACKAGE / "pretraining.svg").write_text(curve("Base model: loss, nats a token", losses, "million tokens"))
+    if (work / "pretrain.jsonl").exists():
+        publish_pretraining(read_lines(work / "pretrain.jsonl"))
+    tuning = read_lines(work / "chat.jsonl")
     keys = [key for key in ("chat_loss", "anchor_kl", "replay_loss") if any(key in row for row in tuning)]
     losses = {key: [(row["step"], row[key]) for row in tuning if key in row] for key in keys}
     (PACKAGE / "tuning.svg").write_text(curve("Chat model: losses, nats a token", losses, "steps"))

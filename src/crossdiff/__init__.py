@@ -1,24 +1,60 @@
-"""crossdiff: what did fine-tuning change inside this model?"""
+"""crossdiff: what did fine-tuning change inside this model?
+
+    run = crossdiff.open("runs/demo")       # a finished diff, for reading
+    run.latents                             # the latent table (polars)
+    run.latent(42)                          # one latent as a card
+    run.activations("Some text")            # both models read it; which latents are active where
+
+Every name is imported when it is first used, so that `import crossdiff` costs next to nothing.
+"""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-from crossdiff.config import CrosscoderConfig, RunConfig, UserError
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
-    from crossdiff.crosscoder.checkpoint import load
+    from crossdiff.config import CrosscoderConfig, RunConfig, UserError
+    from crossdiff.crosscoder.model import Crosscoder
     from crossdiff.crosscoder.train import train
+    from crossdiff.diff import Diff, open
+    from crossdiff.hub import load, load_table, pull, push
+    from crossdiff.prompts import Activations
 
-__version__ = version("crossdiff")
-__all__ = ["CrosscoderConfig", "RunConfig", "Store", "UserError", "__version__", "load", "train"]
+    __version__: str
 
-_HEAVY = {"Store": "activations.store", "load": "crosscoder.checkpoint", "train": "crosscoder.train"}
-"""What is imported when it is first used: it brings torch."""
+__all__ = [
+    "Activations", "Crosscoder", "CrosscoderConfig", "Diff", "RunConfig", "Store", "UserError", "__version__", "load",
+    "load_table", "open", "pull", "push", "train",
+]  # fmt: skip
+
+_HOMES = {
+    "Activations": "prompts",
+    "Crosscoder": "crosscoder.model",
+    "CrosscoderConfig": "config",
+    "Diff": "diff",
+    "RunConfig": "config",
+    "Store": "activations.store",
+    "UserError": "config",
+    "load": "hub",
+    "load_table": "hub",
+    "open": "diff",
+    "pull": "hub",
+    "push": "hub",
+    "train": "crosscoder.train",
+}
+"""The module of each name."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HEAVY:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("crossdiff")
+    if name not in _HOMES:
         raise AttributeError(f"module 'crossdiff' has no attribute {name!r}")
-    return getattr(import_module(f"crossdiff.{_HEAVY[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"crossdiff.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,11 +6,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message names the value, what was expected and what to do."""
+    """Something the user gave cannot work. The message names the value, what was expected and what to do.
+
+    Examples:
+        >>> try:
+        ...     crossdiff.open("runs/demo", crosscoder="topk")
+        ... except crossdiff.UserError as error:
+        ...     print(error)
+        there is no crosscoder 'topk' in runs/demo; there are l1, batchtopk
+    """
 
 
 class Config(BaseModel):
@@ -52,6 +69,12 @@ class HarvestConfig(Config):
     batch_tokens: int = Field(8192, ge=1, description="padded tokens per forward pass")
     shard_tokens: int = Field(65536, ge=1, description="tokens per shard of the store")
     leave_out: int = Field(1, ge=0, description="leading positions of a sequence left out of training and statistics")
+    storage: Literal["blocks", "passes", "live"] = Field(
+        "blocks",
+        description="blocks: activations on disk, trained on in shuffled blocks of 128 tokens; passes: on disk, shuffled by "
+        "whole forward passes; live: only the tokens on disk, the models run again for each reading, in the order of passes",
+        exclude_if=lambda value: value == "blocks",  # stores harvested before there was a choice keep their fingerprint
+    )
     max_damaged: float = Field(0.01, ge=0, le=1, description="share of a dataset's records that may be damaged and left out")
     base_tokens: dict[str, str] = Field(
         {},
@@ -160,7 +183,13 @@ Inputs = Annotated[PairedConfig | DifferenceConfig | SingleConfig, Field(discrim
 
 
 class CrosscoderConfig(Config):
-    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps."""
+    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps.
+
+    Examples:
+        >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 16}, expansion=4)
+        >>> config.latents_for(d_model=256), config.epochs
+        (1024, 2.0)
+    """
 
     sparsity: Sparsity
     structure: Structure = FreeConfig()
@@ -240,7 +269,9 @@ class SteerConfig(Config):
     crosscoder: str | None = Field(None, description="whose latent it is; default: the first of the run")
     latent: int | None = Field(None, description="number of the latent")
     mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or take the contribution out")
-    strength: tuple[float, ...] = Field((1.0,), min_length=1, description="in units of the latent's largest contribution")
+    strength: tuple[FiniteFloat, ...] = Field(
+        (1.0,), min_length=1, description="in units of the latent's mean contribution where active"
+    )
     model: Literal["chat", "base"] = Field("chat", description="the model that is steered")
     tokens: Literal["all", "prompt", "template", "generated"] = Field("all", description="tokens that are edited")
     prompt: tuple[str, ...] = Field((), description="questions; without any, the labelled prompts of the run are asked")
@@ -254,8 +285,18 @@ class SteerConfig(Config):
     seed: int = 0
 
 
+TAKEN = {"activations", "interpretation", "old", "tensorboard", "work"}
+"""Folders of a run that are no crosscoder's."""
+
+
 class RunConfig(Config):
-    """A whole diff: two models, a layer, texts, and the crosscoders to train."""
+    """A whole diff: two models, a layer, texts, and the crosscoders to train.
+
+    Examples:
+        >>> config = crossdiff.RunConfig(base="org/base", chat="org/chat", dataset=["texts.jsonl"])
+        >>> config.dataset[0].title, list(config.crosscoders)
+        ('texts', ['l1', 'batchtopk'])
+    """
 
     base: str = Field("demo:base", description="Hub name or folder of the base model")
     chat: str = Field("demo:chat", description="Hub name or folder of the model fine-tuned from it")
@@ -283,7 +324,7 @@ class RunConfig(Config):
     @classmethod
     def _names_are_folders(cls, value: dict[str, CrosscoderConfig]) -> dict[str, CrosscoderConfig]:
         for name in value:
-            if not name.replace("-", "").replace("_", "").isalnum() or name in {"activations", "old", "tensorboard", "work"}:
+            if not name.replace("-", "").replace("_", "").isalnum() or name in TAKEN:
                 raise ValueError(f"{name!r} cannot name a crosscoder's folder: use letters, digits, - and _")
         if not value:
             raise ValueError("at least one crosscoder is needed")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from crossdiff.latents.behaviours import Conversations, _before_answer, auroc, behaviour_table, bootstrap_interval
+from crossdiff.latents.behaviours import Conversations, Pool, _before_answer, auroc, behaviour_table, bootstrap_interval
 from crossdiff.text.chat import Flag
 
 
@@ -20,12 +22,23 @@ def conversations() -> Conversations:
     return Conversations(labels, prompts, heldout, {"before_answer": scores, "whole_conversation": scores})
 
 
+def pools() -> dict[str, Pool]:
+    every = conversations()
+    parts = {"chat_specific": ([7, 8], [0, 1]), "shared": ([9, 11], [2, 3]), "base_sae": ([1, 0], [1, 0]), "none": ([], [])}
+    return {
+        name: Pool(latents, replace(every, scores={key: values[:, columns] for key, values in every.scores.items()}))
+        for name, (latents, columns) in parts.items()
+    }
+
+
 def test_the_latent_that_knows_is_picked_on_the_training_half() -> None:
-    table = behaviour_table(conversations(), {"chat_specific": [7, 8], "shared": [9, 11]}, [7, 8, 9, 11], seed=0)
+    table = behaviour_table(pools(), seed=0)
     refusal = {row["pool"]: row for row in table.filter(behaviour="refusal", question="before_answer").iter_rows(named=True)}
     assert refusal["chat_specific"]["latent"] == 8
     assert refusal["chat_specific"]["auroc"] > 0.9
     assert refusal["shared"]["auroc"] < 0.75
+    assert (refusal["base_sae"]["latent"], refusal["base_sae"]["auroc"]) == (1, refusal["chat_specific"]["auroc"])
+    assert "none" not in refusal
     assert refusal["bag_of_words"]["auroc"] == 1.0  # "rob" and "bake" give it away
     assert refusal["chat_specific"]["n_positive"] == 30
     low, high = refusal["chat_specific"]["auroc_low"], refusal["chat_specific"]["auroc_high"]
@@ -33,7 +46,7 @@ def test_the_latent_that_knows_is_picked_on_the_training_half() -> None:
 
 
 def test_no_conversations_give_an_empty_table() -> None:
-    assert behaviour_table(None, {}, [], 0).height == 0
+    assert behaviour_table({}, 0).height == 0
 
 
 def test_auroc_by_hand() -> None:

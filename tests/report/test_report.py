@@ -100,8 +100,8 @@ def page(rendered: str) -> Page:
     return Page(rendered)
 
 
-def summary(report: RunReport) -> str:
-    console = Console(file=io.StringIO(), width=160, force_terminal=False)
+def summary(report: RunReport, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
     print_summary(report, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -269,8 +269,20 @@ def test_histogram_holds_every_latent_once(report: RunReport) -> None:
 
 def test_terminal_summary(report: RunReport) -> None:
     text = summary(report)
-    assert re.search(r"BatchTopK .* 0\.912 .* 0\.888 .* 31\.6 .* 5\.0% .* 7 .* 7 .* 7 .* 4", text)
-    assert "0.91 [0.83, 0.97]" in text and "Fails:" in text
+    measures = text[: text.index("Behaviours")].splitlines()[4:]
+    rows = {line[:28].strip(): line[28:].split()[-1] for line in measures if line.strip()}
+    expected = {
+        "FVE base": "0.912",
+        "FVE chat": "0.888",
+        "L0": "31.6",
+        "dead latents": "5.0%",
+        "chat-specific": "7",
+        "rotated": "4",
+    }
+    assert {name: rows[name] for name in expected} == expected
+    assert re.search(r"identity +0\.91 .*\n +\[0\.83, 0\.97\]", text) and "\N{MINUS SIGN}0." in text
+    # Nothing is cut off, however narrow the terminal.
+    assert "\N{HORIZONTAL ELLIPSIS}" not in summary(report, width=80)
     assert "\x1b" not in text and "«" in text and text.rstrip().endswith("report.html")
 
 

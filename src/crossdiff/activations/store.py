@@ -29,6 +29,7 @@ from crossdiff.activations.statistics import Normalisation
 from crossdiff.config import UserError
 from crossdiff.run import read_json
 from crossdiff.shapes import Float, Tensor
+from crossdiff.text.sequences import POOL, batch_bounds
 
 FORMAT = 2
 COLUMNS: dict[str, torch.dtype] = {
@@ -60,12 +61,17 @@ def _shard_path(folder: Path, name: Any) -> Path:
 class Store:
     """A harvested store. Its columns are memory-mapped; of its activations only the rows asked for come into memory.
 
+    Examples:
+        >>> store = crossdiff.Store("runs/demo/activations")
+        >>> store.sources, store.documents["n_tokens"].sum() == store.n_tokens
+        (('base', 'chat'), True)
+
     Raises:
         UserError: no store there, a wrong format, a shard missing or of the wrong size.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = folder = Path(folder)
         if not (folder / "manifest.json").exists():
             raise UserError(f"{folder} is no activation store: it has no manifest.json; run `crossdiff harvest` first")
         self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
@@ -105,6 +111,16 @@ class Store:
         return dtype if dtype.is_floating_point else torch.float16
 
     @property
+    def is_live(self) -> bool:
+        """Whether the activations are computed when they are read."""
+        return self.order == "live"
+
+    @property
+    def order(self) -> str:
+        """How training reads: `harvest.storage`."""
+        return str(self.manifest.get("storage", "blocks"))
+
+    @property
     def leave_out(self) -> int:
         return int(self.manifest["leave_out"])
 
@@ -136,7 +152,8 @@ class Store:
     @cached_property
     def shards(self) -> list[dict[str, Tensor]]:
         """The columns of each shard, memory-mapped."""
-        names = [*COLUMNS, *(["activation_scale"] if self.manifest["dtype"] == "int8" else [])]
+        scaled = self.manifest["dtype"] == "int8" and not self.is_live
+        names = [*COLUMNS, *(["activation_scale"] if scaled else [])]
         opened = []
         for shard in self.manifest["shards"]:
             path = _shard_path(self.folder, shard["file"])
@@ -197,6 +214,8 @@ class Store:
         Raises:
             UserError: one of them is NaN or infinite.
         """
+        if self.is_live:
+            raise UserError(f"{self.folder} keeps no activations; open it with the models that compute them (`open_store`)")
         out = torch.empty(len(rows), len(self.sources), self.d_model)
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self.offsets)
@@ -226,8 +245,12 @@ class Store:
 
     def sequences(self) -> npt.NDArray[np.int64]:
         """Row bounds of the sequences: sequence i, in stored order, is rows `bounds[i]` to `bounds[i + 1]`."""
-        numbers = self.column("sequence")
-        return np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]]).astype(np.int64)
+        return sequence_bounds(self.column("sequence"))
+
+    @cached_property
+    def passes(self) -> npt.NDArray[np.int64]:
+        """Row bounds of the forward passes that the tokens went through together."""
+        return pass_bounds(self.sequences(), int(self.manifest["batch_tokens"]))
 
     def check_pair(self, base: dict[str, Any], chat: dict[str, Any], layer: int | None) -> None:
         """Check that the store came from these models at this layer (any, if None).
@@ -242,6 +265,16 @@ class Store:
                 f"the store {self.folder} was harvested from {found[0]} and {found[1]} at layer {found[2]}, but {base} and "
                 f"{chat} at layer {layer} are asked for; use another run directory, or harvest again with --force"
             )
+
+
+def sequence_bounds(numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+    """Row bounds of the sequences, from the number of each row's sequence."""
+    return np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]]).astype(np.int64)
+
+
+def pass_bounds(sequences: npt.NDArray[np.int64], batch_tokens: int) -> npt.NDArray[np.int64]:
+    """Row bounds of a harvest's forward passes, from those of its sequences."""
+    return sequences[batch_bounds(np.diff(sequences), batch_tokens, POOL)]
 
 
 def consecutive(bounds: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[tuple[int, int]]:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from crossdiff.config import UserError
 from crossdiff.models.access import edited_after
 from crossdiff.shapes import Bool, Float, Int, Tensor
-from crossdiff.text.chat import Flag, chat_prompt, tokenise_chat
+from crossdiff.text.chat import Flag, tokenise_prompt
 
 Tokens = Literal["all", "prompt", "template", "generated"]
 
@@ -72,15 +73,8 @@ def ask(tokenizer: Any, question: str) -> Prompt:
     Raises:
         UserError: no chat template, or one that cannot render it.
     """
-    messages = [{"role": "user", "content": question}]
-    ids = chat_prompt(tokenizer, messages)
-    chat = tokenise_chat(tokenizer, messages)
-    template = [True] * len(ids)
-    for position, (left, right) in enumerate(zip(ids, chat.token_ids.tolist(), strict=False)):
-        if left != right:  # the header of the answer begins before the question's turn is over
-            break
-        template[position] = bool(chat.flags[position] & Flag.TEMPLATE)
-    return Prompt(tuple(ids), tuple(template))
+    chat = tokenise_prompt(tokenizer, [{"role": "user", "content": question}])
+    return Prompt(tuple(chat.token_ids.tolist()), tuple(bool(flags & Flag.TEMPLATE) for flags in chat.flags.tolist()))
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
@@ -157,6 +151,15 @@ def _bound(edit: Edit, ids: Tensor, chosen: Tensor) -> Callable[[Tensor], Tensor
     return lambda hidden: edit(hidden, ids, chosen)
 
 
+def _check_length(model: nn.Module, longest: int, max_new_tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} that the model can read; "
+            "ask something shorter, or lower max_new_tokens"
+        )
+
+
 def answers(
     model: nn.Module,
     tokenizer: Any,
@@ -168,7 +171,12 @@ def answers(
     ends: frozenset[int],
     sampling: Sampling,
 ) -> list[Answer]:
-    """The answer to each prompt. `make_edit` makes a fresh edit for each batch, None leaves the model as it is."""
+    """The answer to each prompt. `make_edit` makes a fresh edit for each batch, None leaves the model as it is.
+
+    Raises:
+        UserError: a prompt and its answer are longer than what the model can read.
+    """
+    _check_length(model, max(len(prompt.token_ids) for prompt in prompts), sampling.max_new_tokens)
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[len(prompt.token_ids)].append(index)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from crossdiff.cli import stages, tools
+from crossdiff.cli import dashboard, hub, stages, tools
 from crossdiff.config import UserError
 from crossdiff.memory import keep_freed_memory
 
@@ -14,12 +14,17 @@ EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "plan": (stages.plan, "estimate a harvest's tokens, disk, memory and time from a short measurement"),
     "steer": (tools.steer, "generate with a latent added or ablated, beside the unsteered text"),
+    "interpret": (tools.interpret, "explain latents with a language model, and score the explanations"),
     "truth": (tools.truth, "plant known concepts and see which measure finds the chat model's own"),
     "null": (tools.null, "set a run's verdicts beside those of a null run: `crossdiff null RUN --null NULL_RUN`"),
     "seeds": (tools.seeds, "compare trainings from several seeds: `crossdiff seeds RUN NAME NAME ...`"),
     "store": (tools.store, "check an activation store: `crossdiff store verify PATH`"),
     "import": (tools.import_published, "read a crosscoder or SAE that others have published: `crossdiff import PATH FOLDER`"),
     "examples": (tools.examples, "carry example databases to and from the published layout"),
+    "dashboard": (dashboard.dashboard, "explore runs in the browser: `crossdiff dashboard RUN [RUN ...]`"),
+    "export": (dashboard.export, "write latents as one page: `crossdiff export RUN --latents 3 17 -o page.html`"),
+    "push": (hub.push, "publish a run on the Hub with a model card: `crossdiff push RUN OWNER/NAME`"),
+    "pull": (hub.pull, "fetch a published run: `crossdiff pull OWNER/NAME`"),
     "clean": (tools.clean, "delete replaced results and unfinished work"),
 }
 
@@ -27,7 +32,7 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 def _usage() -> str:
     lines = ["usage: crossdiff COMMAND [RUN_DIRECTORY] [--help] ...", "", "What did fine-tuning change inside this model?", ""]
     commands = stages.STAGES | {name: text for name, (_, text) in TOOLS.items()}
-    lines += [f"  {name:<9}{text}" for name, text in commands.items()]
+    lines += [f"  {name:<10}{text}" for name, text in commands.items()]
     lines += ["", "Without options, `crossdiff run` diffs the embedded pair into runs/demo. Your own models:"]
     lines += ["  crossdiff run --base ORG/MODEL --chat ORG/MODEL --layer L --dataset docs.jsonl chats.jsonl"]
     return "\n".join(lines)

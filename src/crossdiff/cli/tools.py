@@ -50,10 +50,14 @@ def null(argv: Sequence[str]) -> None:
     parser.add_argument("--null", type=Path, required=True, help="run directory of the base model and a null model")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args(argv)
-    from crossdiff.latents.null import compare
+    from crossdiff.latents.null import compare, keep
     from crossdiff.latents.printing import print_null
 
-    print_null(compare(_run_directory(args.directory), _run_directory(args.null)))
+    directory, null = _run_directory(args.directory), _run_directory(args.null)
+    compared = compare(directory, null)
+    keep(directory, null, compared)
+    print_null(compared)
+    print(f"Kept with the run; `crossdiff report {args.directory}` prints the rates side by side and puts them on its page")
 
 
 def seeds(argv: Sequence[str]) -> None:
@@ -146,6 +150,39 @@ def examples(argv: Sequence[str]) -> None:
     print(f"{n_examples} examples written to {args.target}")
 
 
+def interpret(argv: Sequence[str]) -> None:
+    from crossdiff.interp.settings import InterpretConfig
+
+    description = "explain latents with a language model and score the explanations; without a server, score them offline"
+    parser = Parser(prog="crossdiff interpret", description=description, allow_abbrev=False)
+    parser.add_argument("directory", type=Path, help="run directory with an analysed crosscoder")
+    parser.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nobody")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_settings(parser, InterpretConfig(), "settings")
+    args = parser.parse_args(argv)
+    config = validate(InterpretConfig, changes_of(args), "the command line")
+    settings = _settings_of(args.directory)
+
+    from rich.console import Console
+
+    from crossdiff.interp_pipeline import InterpretPipeline
+    from crossdiff.run import Run
+
+    run = Run.open(args.directory)
+    try:
+        InterpretPipeline(run, settings, Console()).interpret(config, args.dry_run)
+    finally:
+        run.close()
+
+
+def _settings_of(directory: Path) -> RunConfig:
+    """The settings that a run was made with."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{directory} is no finished run: it has no config.yaml; run `crossdiff analyze` first")
+    return validate(RunConfig, read_yaml(path), str(path))
+
+
 def steer(argv: Sequence[str]) -> None:
     parser = Parser(prog="crossdiff steer", description="generate with a latent added or ablated", allow_abbrev=False)
     parser.add_argument("directory", type=Path, help="run directory with an analysed crosscoder")
@@ -153,10 +190,7 @@ def steer(argv: Sequence[str]) -> None:
     add_settings(parser, SteerConfig(), "settings")
     args = parser.parse_args(argv)
     config = validate(SteerConfig, changes_of(args), "the command line")
-    path = args.directory / "config.yaml"
-    if not path.exists():
-        raise UserError(f"{args.directory} is no finished run: it has no config.yaml; run `crossdiff analyze` first")
-    settings = validate(RunConfig, read_yaml(path), str(path))
+    settings = _settings_of(args.directory)
 
     from rich.console import Console
 

@@ -206,7 +206,16 @@ def _save_all(trainings: Iterable[_Training]) -> None:
 
 
 def train(
-    folder: Path, store: Store, config: CrosscoderConfig, device: torch.device | None = None, report: Report = _ignore
+    folder: str | Path, store: Store, config: CrosscoderConfig, device: torch.device | None = None, report: Report = _ignore
 ) -> Crosscoder:
-    """Train one crosscoder on a store into `folder`; see `train_together`."""
+    """Train one crosscoder on a store into `folder`; see `train_together`.
+
+    Examples:
+        >>> store = crossdiff.open("runs/demo").store
+        >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 4}, expansion=2, epochs=1, warmup_steps=0)
+        >>> crossdiff.train("runs/small", store, config).n_latents == 2 * store.d_model
+        True
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return train_together([Job(folder, config, folder)], store, device or torch.device("cpu"), (), report)[0]

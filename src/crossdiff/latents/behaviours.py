@@ -14,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
+from scipy.stats import rankdata
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store, consecutive
+from crossdiff.config import AnalyzeConfig
 from crossdiff.crosscoder.model import Crosscoder
-from crossdiff.latents.stream import check_latents
+from crossdiff.latents.stream import check_latents, encode
 from crossdiff.text.chat import Flag
 
 BOOTSTRAPS = 1000
@@ -30,6 +31,11 @@ CONTRASTS = {"knowledge_gap": ("helpful",), "refusal": ("list_format",), "list_f
 """Negatives of a label, where a contrast was built in: questions of the same form that call for something else. A label
 without an entry is contrasted with all other labels."""
 MIN_CONVERSATIONS = 8
+REFERENCE = "base_sae"
+"""Pool of latents of an SAE on the base model: what was there before the tuning can predict a behaviour as well."""
+LIVING = "living"
+"""Pool of a coder with one decoder: latents that fire often enough to be judged."""
+SAMPLE_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,18 @@ def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int]
     )
 
 
+def living_latents(crosscoder: Crosscoder, store: Store, size: int, config: AnalyzeConfig) -> list[int]:
+    """A seeded sample of the latents that fire often enough to be judged, measured on some tokens of the whole store."""
+    counted = np.flatnonzero(store.column("position") >= store.leave_out)
+    rows = np.sort(np.random.default_rng(config.seed).permutation(counted)[:SAMPLE_TOKENS])
+    index, active = source_indices(store, crosscoder.view.reads), torch.zeros(crosscoder.n_latents, dtype=torch.int64)
+    for start in range(0, len(rows), config.batch_tokens):
+        h = store.gather(rows[start : start + config.batch_tokens])[:, index]
+        active += encode(crosscoder, crosscoder.normalise(h)).counts()
+    living = np.flatnonzero(active.numpy() / len(rows) >= config.min_active / len(counted))
+    return sorted(np.random.default_rng(config.seed).permutation(living)[:size].tolist())
+
+
 def _before_answer(flags: npt.NDArray[np.uint8], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Tokens before the first one of the assistant's content in their sequence."""
     content = (flags & Flag.ASSISTANT) != 0
@@ -90,11 +108,19 @@ def _before_answer(flags: npt.NDArray[np.uint8], sequence: npt.NDArray[np.int64]
     return result
 
 
+def aurocs(positive: npt.NDArray[np.bool_], scores: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Area under the ROC curve of each column, from the ranks of the positives; NaN with one class only."""
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if n_positive == 0 or n_negative == 0:
+        return np.full(scores.shape[1], np.nan)
+    ranks = rankdata(scores, axis=0)[positive].sum(0)
+    areas: npt.NDArray[np.float64] = (ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    return areas
+
+
 def auroc(positive: npt.NDArray[np.bool_], score: npt.NDArray[Any]) -> float:
-    """Area under the ROC curve; NaN with one class only."""
-    if positive.all() or not positive.any():
-        return float("nan")
-    return float(roc_auc_score(positive, score))
+    """Area under the ROC curve of one score."""
+    return float(aurocs(positive, score[:, None])[0])
 
 
 def bootstrap_interval(
@@ -113,12 +139,18 @@ def bootstrap_interval(
     table = np.zeros((len(sizes[1]), len(sizes[0])))
     np.add.at(table, sides[1], rows.T)
     generator = np.random.default_rng(seed)
-    drawn = [generator.multinomial(len(size), np.full(len(size), 1 / len(size)), BOOTSTRAPS) for size in sizes]
+    drawn = [_resamples(generator, len(size)) for size in sizes]
     values = np.einsum("bp,np,bn->b", drawn[0], table, drawn[1], optimize=True) / (
         (drawn[0] @ sizes[0]) * (drawn[1] @ sizes[1])
     )
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _resamples(generator: np.random.Generator, n: int) -> npt.NDArray[np.int64]:
+    """How often each of `n` groups is drawn, `[resample, group]`."""
+    drawn = generator.integers(n, size=(BOOTSTRAPS, n)) + n * np.arange(BOOTSTRAPS)[:, None]
+    return np.bincount(drawn.ravel(), minlength=BOOTSTRAPS * n).reshape(BOOTSTRAPS, n)
 
 
 def _bag_of_words(
@@ -149,12 +181,26 @@ def _scored(
     }
 
 
-def behaviour_table(
-    conversations: Conversations | None, pools: dict[str, list[int]], latents: list[int], seed: int
-) -> pl.DataFrame:
-    """One row per behaviour, question and pool: the latent picked on the training half, scored on the other."""
-    column = {latent: index for index, latent in enumerate(latents)}
+@dataclass(frozen=True)
+class Pool:
+    """Latents of one coder, chosen without labels.
+
+    Attributes:
+        conversations: the labelled conversations with the scores of these latents, in their order.
+    """
+
+    latents: list[int]
+    conversations: Conversations
+
+
+def behaviour_table(pools: dict[str, Pool], seed: int) -> pl.DataFrame:
+    """One row per behaviour, question and pool: the latent picked on the training half, scored on the other.
+
+    The pools may be of several coders, scored on the conversations of one store; empty ones are left out.
+    """
     rows: list[dict[str, Any]] = []
+    conversations = next((pool.conversations for pool in pools.values()), None)
+    found = {name: pool for name, pool in pools.items() if pool.latents}
     for behaviour in sorted(set(conversations.labels)) if conversations is not None else ():
         assert conversations is not None
         negatives = CONTRASTS.get(behaviour, tuple(sorted(set(conversations.labels) - {behaviour})))
@@ -170,14 +216,11 @@ def behaviour_table(
             continue
         common = {"behaviour": behaviour, "n_positive": sizes[True, True], "n_negative": sizes[False, True]}
         for question in QUESTIONS:
-            scores = conversations.scores[question][chosen]
-            for pool, members in pools.items():
-                if not members:
-                    continue
-                train = [auroc(positive[~heldout], scores[~heldout, column[latent]]) for latent in members]
-                best = members[int(np.argmax(train))]
-                names = {"question": question, "pool": pool, "pool_size": len(members), "latent": best}
-                rows.append(common | names | _scored(positive, heldout, prompts, scores[:, column[best]], seed))
+            for name, pool in found.items():
+                scores = pool.conversations.scores[question][chosen]
+                best = int(np.argmax(aurocs(positive[~heldout], scores[~heldout])))
+                names = {"question": question, "pool": name, "pool_size": len(pool.latents), "latent": pool.latents[best]}
+                rows.append(common | names | _scored(positive, heldout, prompts, scores[:, best], seed))
         words = _bag_of_words(prompts, positive, heldout)
         names = {"question": "before_answer", "pool": "bag_of_words", "pool_size": 1, "latent": None}
         rows.append(common | names | _scored(positive, heldout, prompts, words, seed))

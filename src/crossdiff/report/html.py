@@ -4,17 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-import jinja2
 import polars as pl
 from markupsafe import Markup
 from pydantic import JsonValue
 
 from crossdiff.report import figures, wording
 from crossdiff.report.cards import LEVELS, Card, Sign, anchor_of, card_of, sign_of
+from crossdiff.report.environment import environment
+from crossdiff.report.inline import OPEN_EXAMPLES
+from crossdiff.report.interpretation import score_table
 from crossdiff.report.model import BehaviourResult, CrosscoderReport, Limits, RunReport
 
-OPEN_EXAMPLES = 3
-"""Examples of a card that are shown without unfolding it."""
 DEAD_LIMIT = 0.2
 """Share of dead latents from which the page warns."""
 LOW_FVE = 0.7
@@ -65,8 +65,8 @@ class Section:
 
     title: str
     anchor: str
-    histogram: figures.Figure
-    scatter: figures.Figure
+    histogram: figures.Figure | None
+    scatter: figures.Figure | None
     frequencies: figures.Figure | None
     behaviour_tables: tuple[BehaviourTable, ...]
     selection: str
@@ -84,43 +84,37 @@ def write_html(report: RunReport, path: Path) -> None:
 
 def render_html(report: RunReport) -> str:
     """The page's text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("crossdiff.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["script_json"] = _script_json
     others = [coder for coder in report.crosscoders if coder is not report.primary]
     highest = figures.highest_bar(report.crosscoders)
-    return environment.get_template("report.html.j2").render(
-        title=_title(report),
-        facts=_facts(report),
-        answer=wording.answer(report),
-        crosscoders=[coder.title for coder in report.crosscoders],
-        health=_health_rows(report),
-        controls=_control_rows(report),
-        sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
-        detailed=[coder.name for coder in (report.primary, *others)],
-        caveats=_caveats(report),
-        datasets=report.datasets,
-        open_examples=OPEN_EXAMPLES,
-        levels=range(1, LEVELS + 1),
-        whole=wording.whole,
-        plotly=Markup(figures.plotly_script()),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title(report),
+            facts=facts(report),
+            answer=wording.answer(report),
+            crosscoders=[coder.title for coder in report.crosscoders],
+            health=health_rows(report),
+            controls=_control_rows(report),
+            sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
+            detailed=[coder.name for coder in (report.primary, *others)],
+            interpretation=score_table([(c.title, c.interpretation) for c in report.crosscoders if c.interpretation]),
+            caveats=caveats(report),
+            datasets=report.datasets,
+            open_examples=OPEN_EXAMPLES,
+            levels=range(1, LEVELS + 1),
+            whole=wording.whole,
+            plotly=Markup(figures.plotly_script()),
+        )
     )
 
 
-def _script_json(text: str) -> Markup:
-    """JSON as it may stand inside a script element: no character in it can end the element or open a comment."""
-    escaped = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return Markup(escaped)
-
-
-def _title(report: RunReport) -> str:
-    chat, base = _short(report.chat, "the chat model"), _short(report.base, "its base")
+def title(report: RunReport) -> str:
+    chat, base = short(report.chat, "the chat model"), short(report.base, "its base")
     return f"What {chat} has and {base} has not"
 
 
-def _short(model: str | None, otherwise: str) -> str:
+def short(model: str | None, otherwise: str) -> str:
     """A model's name; of a local path its last two parts, since the rest says more about a disk than about a model."""
     if model is None:
         return otherwise
@@ -128,7 +122,7 @@ def _short(model: str | None, otherwise: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() else model
 
 
-def _facts(report: RunReport) -> list[str]:
+def facts(report: RunReport) -> list[str]:
     facts = []
     if report.layer is not None:
         facts.append(f"residual stream after layer {report.layer}")
@@ -141,7 +135,7 @@ def _facts(report: RunReport) -> list[str]:
     return facts
 
 
-def _health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
+def health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
     """Rows of the health table: a name and a value per crosscoder."""
     coders = report.crosscoders
     sources = list(dict.fromkeys(source for coder in coders for source in coder.health.heldout.fve))
@@ -160,14 +154,19 @@ def _health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
         if any(count is not None for count in counts):
             rows.append((name, [wording.whole(count) for count in counts]))
     for key, name in (("chat_only", "chat-only"), ("base_only", "base-only"), ("shared", "shared"), ("other", "other")):
-        rows.append((f"{name} by delta_norm", [f"{coder.count(key):,}" for coder in coders]))
+        rows.append((f"{name} by delta_norm", [wording.count(coder, key) for coder in coders]))
     rows += [
-        ("chat-specific by latent scaling", [f"{coder.count('chat_specific'):,}" for coder in coders]),
-        ("the same by the paper's rule", [f"{coder.count('chat_specific_paper'):,}" for coder in coders]),
-        ("of them on template tokens almost only", [f"{coder.count('template_only'):,}" for coder in coders]),
+        ("chat-specific by latent scaling", [wording.count(coder, "chat_specific") for coder in coders]),
+        ("the same by the paper's rule", [wording.count(coder, "chat_specific_paper") for coder in coders]),
+        ("of them on template tokens almost only", [wording.count(coder, "template_only") for coder in coders]),
     ]
+    if report.null:
+        rows += [
+            (f"{wording.words(key)}, share of live latents", [wording.null_rate(report, coder, key) for coder in coders])
+            for key in wording.NULL_RATES
+        ]
     for key in ("complete_shrinkage", "latent_decoupling", "rotated", "base_specific"):
-        rows.append((wording.words(key), [f"{coder.count(key):,}" for coder in coders]))
+        rows.append((wording.words(key), [wording.count(coder, key) for coder in coders]))
     movements = [_flat(coder.health.decoder_norm_movement) for coder in coders]
     for key in dict.fromkeys(key for movement in movements for key in movement):
         rows.append((f"decoder norms, {wording.words(key)}", [movement.get(key, "") for movement in movements]))
@@ -229,12 +228,12 @@ def _section(coder: CrosscoderReport, limits: Limits, highest: int) -> Section:
     results = coder.behaviour_results()
     shown = {latent.latent for latent in (*coder.top.latents, *coder.behaviour_latents)}
     questions = list(dict.fromkeys(result.question for result in results))
-    predicts = _predicted(results)
+    predicts = wording.predicted(results)
     return Section(
         title=coder.title,
         anchor=coder.name,
-        histogram=figures.delta_norm_histogram(coder, highest),
-        scatter=figures.scaling_scatter(coder, limits),
+        histogram=figures.delta_norm_histogram(coder, highest) if coder.compares else None,
+        scatter=figures.scaling_scatter(coder, limits) if coder.compares else None,
         frequencies=figures.frequency_histogram(coder),
         behaviour_tables=tuple(_behaviour_table(coder, question, shown) for question in questions),
         selection=wording.selection(coder),
@@ -243,17 +242,6 @@ def _section(coder: CrosscoderReport, limits: Limits, highest: int) -> Section:
             card_of(coder.name, latent, predicts.get(latent.latent, ())) for latent in coder.behaviour_latents
         ),
     )
-
-
-def _predicted(results: tuple[BehaviourResult, ...]) -> dict[int, tuple[str, ...]]:
-    """Which behaviours each latent predicts best of the specific pool, before the answer."""
-    found: dict[int, tuple[str, ...]] = {}
-    for result in results:
-        score = result.scores.get("chat_specific")
-        if result.question == "before_answer" and score is not None and score.latent is not None:
-            auroc = wording.interval(score.auroc)
-            found[score.latent] = (*found.get(score.latent, ()), f"{wording.words(result.behaviour)}, AUROC {auroc}")
-    return found
 
 
 def _behaviour_table(coder: CrosscoderReport, question: str, shown: set[int]) -> BehaviourTable:
@@ -290,7 +278,7 @@ def _pool_cell(coder: CrosscoderReport, result: BehaviourResult, pool: str, sign
     return PoolCell(sign.name, sign, wording.interval(score.auroc), origin, anchor)
 
 
-def _caveats(report: RunReport) -> list[str]:
+def caveats(report: RunReport) -> list[str]:
     """What in this run weakens the page; what no run's page can show stands in the template."""
     caveats = [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
     notes: dict[str, list[str]] = {}
@@ -302,6 +290,11 @@ def _caveats(report: RunReport) -> list[str]:
         if low:
             parts = ", ".join(f"{wording.number(value)} of {source}" for source, value in low.items())
             caveats.append(f"{coder.title} explains little of the variance ({parts}); what it misses is in no count.")
+        for note in coder.health.notes:
+            notes.setdefault(note, []).append(coder.title)
+        if not coder.compares:
+            caveats.append(f"{coder.title} has one decoder: {wording.ONE_DECODER}")
+            continue
         if without := coder.latents.filter(pl.col("verdict") == "undecided").height:
             caveats.append(
                 f"{coder.title}: {wording.latents(without)} undecided, because of too few active tokens, an undefined nu or "
@@ -314,6 +307,4 @@ def _caveats(report: RunReport) -> list[str]:
             )
         if not coder.behaviour_results():
             caveats.append(f"{coder.title} was not compared with labelled behaviours.")
-        for note in coder.health.notes:
-            notes.setdefault(note, []).append(coder.title)
     return caveats + [f"{' and '.join(titles)}: {note}" for note, titles in notes.items()]

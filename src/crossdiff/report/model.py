@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_va
 
 from crossdiff.config import AnalyzeConfig, UserError, read_yaml, validate
 from crossdiff.report.examples import Example, read_examples
+from crossdiff.report.interpretation import Interpretation, read_explanations, read_summary
 from crossdiff.run import read_json
 
 N_TOP_LATENTS = 12
@@ -29,6 +30,7 @@ _LATENT_COLUMNS = (
     "rank_sum", "verdict", "verdict_reason", "chat_specific", "chat_specific_paper", "template_only",
     *(f"share_{group}" for group in TOKEN_GROUPS),
 )  # fmt: skip
+_ALONE = "kl_reduction_response"
 _BEHAVIOUR_COLUMNS = (
     "behaviour", "question", "pool", "pool_size", "latent", "auroc", "auroc_low", "auroc_high", "n_positive",
     "n_negative",
@@ -103,6 +105,7 @@ class Health(_Record):
     d_model: int
     layer: int
     architecture: str
+    sources: tuple[str, ...] = ("base", "chat")
     k: int | None = None
     training_tokens: int | None = None
     analysed_tokens: int | None = None
@@ -116,7 +119,10 @@ class Health(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms)."""
+    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms).
+
+    alone: what it takes off the KL to the chat model when patched alone (`crossdiff causal`), in nats.
+    """
 
     latent: int
     verdict: str
@@ -130,9 +136,11 @@ class Latent:
     nu_error: Estimate
     nu_reconstruction: Estimate
     nu_activation: Estimate
+    alone: Estimate
     rank_sum: float
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
+    explanation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +182,7 @@ class CrosscoderReport:
     behaviours: pl.DataFrame | None
     top: TopLatents
     behaviour_latents: tuple[Latent, ...]
+    interpretation: Interpretation | None = None
 
     @property
     def title(self) -> str:
@@ -181,6 +190,11 @@ class CrosscoderReport:
         usual = {"l1": "L1", "batchtopk": "BatchTopK", "topk": "TopK", "jumprelu": "JumpReLU"}
         spelling = usual.get(self.health.architecture, self.health.architecture)
         return spelling if self.name == self.health.architecture else f"{spelling} ({self.name})"
+
+    @property
+    def compares(self) -> bool:
+        """Whether its latents have a direction in both models; those of an SAE or a diff-SAE have one decoder."""
+        return len(self.health.sources) > 1
 
     def count(self, key: str) -> int:
         """Number of latents: a delta_norm class, a verdict, or a set (chat_specific, chat_specific_paper, template_only).
@@ -194,17 +208,14 @@ class CrosscoderReport:
         column = "delta_norm_class" if key in ("base_only", "chat_only", "shared", "other") else "verdict"
         return self.latents.filter(pl.col(column) == key).height
 
+    def rate(self, key: str) -> float:
+        """Share of the live latents in a set or verdict; NaN without a live one."""
+        live = self.latents.filter(pl.col("verdict") != "dead").height
+        return self.count(key) / live if live else math.nan
+
     def behaviour_results(self) -> tuple[BehaviourResult, ...]:
         """The behaviours table, a record per behaviour and question, in the file's order."""
-        if self.behaviours is None:
-            return ()
-        scores: dict[tuple[str, str], dict[str, PoolScore]] = {}
-        for row in self.behaviours.iter_rows(named=True):
-            estimate = Estimate(_number(row["auroc"]), _number(row["auroc_low"]), _number(row["auroc_high"]))
-            scores.setdefault((row["behaviour"], row["question"]), {})[row["pool"]] = PoolScore(
-                row["pool"], row["pool_size"], row["latent"], estimate, row["n_positive"] or 0, row["n_negative"] or 0
-            )
-        return tuple(BehaviourResult(*key, by_pool) for key, by_pool in scores.items())
+        return behaviour_results(self.behaviours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +228,17 @@ class DatasetShare:
     n_tokens: int
 
 
+class NullRates(_Record):
+    """What the null diff gave for one crosscoder: live latents, and their share in each verdict and set."""
+
+    n_live: int
+    rates: Mapping[str, float]
+
+
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet."""
+    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet; `null` are the rates of
+    the null diff, by crosscoder."""
 
     directory: Path
     base: str | None
@@ -230,12 +249,24 @@ class RunReport:
     limits: Limits
     crosscoders: tuple[CrosscoderReport, ...]
     not_analysed: tuple[str, ...]
+    null: Mapping[str, NullRates]
 
     @property
     def primary(self) -> CrosscoderReport:
         """The crosscoder that the answer is about: BatchTopK, whose loss lacks L1's artifacts, or else the first."""
-        batchtopk = (coder for coder in self.crosscoders if coder.health.architecture == "batchtopk")
-        return next(batchtopk, self.crosscoders[0])
+        comparing = [coder for coder in self.crosscoders if coder.compares] or list(self.crosscoders)
+        return next((coder for coder in comparing if coder.health.architecture == "batchtopk"), comparing[0])
+
+
+def behaviour_results(behaviours: pl.DataFrame | None) -> tuple[BehaviourResult, ...]:
+    """A record per behaviour and question of a behaviours table, in its order."""
+    scores: dict[tuple[str, str], dict[str, PoolScore]] = {}
+    for row in () if behaviours is None else behaviours.iter_rows(named=True):
+        estimate = Estimate(_number(row["auroc"]), _number(row["auroc_low"]), _number(row["auroc_high"]))
+        scores.setdefault((row["behaviour"], row["question"]), {})[row["pool"]] = PoolScore(
+            row["pool"], row["pool_size"], row["latent"], estimate, row["n_positive"] or 0, row["n_negative"] or 0
+        )
+    return tuple(BehaviourResult(*key, by_pool) for key, by_pool in scores.items())
 
 
 def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
@@ -263,6 +294,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         datasets=_read_datasets(directory / "activations" / "documents.parquet"),
         crosscoders=crosscoders,
         not_analysed=waiting,
+        null=_read_null(directory / "null.json"),
     )
 
 
@@ -277,24 +309,52 @@ def _crosscoder_folders(directory: Path, names: Sequence[str] | None) -> tuple[l
     return analysed, tuple(name for name in trained if name not in analysed)
 
 
+def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
+    """One latent of a crosscoder's folder, with its examples.
+
+    Raises:
+        UserError: there is no such latent, or the folder has no examples.
+    """
+    examples = read_examples(folder / "examples.sqlite", [latent])
+    row = latents.row(by_predicate=pl.col("latent") == latent, named=True)
+    return latent_of(row, examples[latent], read_explanations(folder).get(latent))
+
+
+def read_latents(folder: Path) -> pl.DataFrame:
+    """The latent table of a crosscoder's folder, joined with what single latents do where the causal test measured it.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    return _with_causal(_read_table(folder / "latents.parquet", _LATENT_COLUMNS), folder / "causal_latents.parquet")
+
+
+def read_behaviours(folder: Path) -> pl.DataFrame | None:
+    """The behaviour table of a crosscoder's folder, where it has one; raises as `read_latents`."""
+    path = folder / "behaviours.parquet"
+    return _read_table(path, _BEHAVIOUR_COLUMNS) if path.is_file() else None
+
+
 def _read_crosscoder(folder: Path) -> CrosscoderReport:
-    health_path, behaviours_path = folder / "health.json", folder / "behaviours.parquet"
+    health_path = folder / "health.json"
     try:
         health = Health.model_validate(_read_record(health_path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{health_path}: {key}: {first['msg']}; run `crossdiff analyze` again") from error
-    latents = _read_table(folder / "latents.parquet", _LATENT_COLUMNS)
-    behaviours = _read_table(behaviours_path, _BEHAVIOUR_COLUMNS) if behaviours_path.is_file() else None
+    latents, behaviours = read_latents(folder), read_behaviours(folder)
     top_rows, n_specific = _top_rows(latents)
     shown = top_rows["latent"].to_list()
     behaviour_rows = latents.filter(pl.col("latent").is_in(_best_specific(behaviours))).filter(~pl.col("latent").is_in(shown))
     wanted = pl.concat([top_rows, behaviour_rows])
     examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
-    cards = tuple(_latent(row, examples.get(row["latent"], ())) for row in wanted.iter_rows(named=True))
+    explanations = read_explanations(folder)
+    cards = tuple(
+        latent_of(row, examples.get(row["latent"], ()), explanations.get(row["latent"])) for row in wanted.iter_rows(named=True)
+    )
     top = TopLatents(cards[: len(shown)], n_specific)
-    return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :])
+    return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :], read_summary(folder))
 
 
 def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
@@ -317,7 +377,9 @@ def _best_specific(behaviours: pl.DataFrame | None) -> list[int]:
     return [int(latent) for latent in rows["latent"].drop_nulls().unique(maintain_order=True)]
 
 
-def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
+def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: str | None = None) -> Latent:
+    """The record of one row of the latent table."""
+
     def estimate(nu: str) -> Estimate:
         return Estimate(_number(row[nu]), _number(row[f"{nu}_low"]), _number(row[f"{nu}_high"]))
 
@@ -334,9 +396,11 @@ def _latent(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         nu_error=estimate("nu_error"),
         nu_reconstruction=estimate("nu_reconstruction"),
         nu_activation=estimate("nu_activation"),
+        alone=estimate(_ALONE),
         rank_sum=_number(row["rank_sum"]),
         shares={group: _number(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
+        explanation=explanation,
     )
 
 
@@ -358,11 +422,30 @@ def _read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     return table
 
 
+def _with_causal(latents: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """The latents with what each does alone, null where that was not measured."""
+    columns = [f"{_ALONE}{end}" for end in ("", "_low", "_high")]
+    if not path.is_file():
+        return latents.with_columns(pl.lit(None, dtype=pl.Float64).alias(column) for column in columns)
+    measured = _read_table(path, ("latent", *columns)).select("latent", *columns).unique("latent", keep="first")
+    return latents.join(measured, on="latent", how="left", maintain_order="left")
+
+
 def _read_limits(path: Path) -> Limits:
     """The thresholds of the run's settings; a run directory without settings was made with the defaults."""
     found = read_yaml(path).get("analyze") if path.is_file() else None
     settings = validate(AnalyzeConfig, found or {}, str(path))
     return Limits(settings.nu_error, settings.nu_reconstruction, settings.delta_norm)
+
+
+def _read_null(path: Path) -> dict[str, NullRates]:
+    """What `crossdiff null` left, if anything."""
+    if not path.is_file():
+        return {}
+    try:
+        return {name: NullRates.model_validate(part) for name, part in _read_record(path)["crosscoders"].items()}
+    except (ValidationError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another version ({error}); run `crossdiff null` again") from error
 
 
 def _read_datasets(path: Path) -> tuple[DatasetShare, ...]:

@@ -1,5 +1,8 @@
 """The run's summary for a terminal."""
 
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,8 +12,18 @@ from crossdiff.report.examples import context_of, visible
 from crossdiff.report.model import CrosscoderReport, Latent, RunReport
 
 N_LATENTS = 5
-_SNIPPET_BEFORE = 7
-_SNIPPET_AFTER = 3
+COUNTS = {
+    "chat_only": "chat-only by delta_norm",
+    "complete_shrinkage": "complete shrinkage",
+    "latent_decoupling": "latent decoupling",
+    "chat_specific": "chat-specific",
+    "chat_specific_paper": "chat-specific, paper's rule",
+    "rotated": "rotated",
+}
+"""Counts of a latent table, as the summary calls them."""
+STYLE: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+_SNIPPET_BEFORE = 9
+_SNIPPET_AFTER = 4
 
 
 def print_summary(report: RunReport, console: Console) -> None:
@@ -27,23 +40,22 @@ def print_summary(report: RunReport, console: Console) -> None:
 
 
 def _crosscoders(report: RunReport) -> Table:
+    """A row per measure and a column per crosscoder, so that nothing is cut off in a narrow terminal."""
     sources = list(dict.fromkeys(source for coder in report.crosscoders for source in coder.health.heldout.fve))
     sources = [source for source in sources if source != "total"]
-    table = Table(title="Crosscoders", title_justify="left")
+    table = Table(title="Crosscoders, on held-out tokens", **STYLE)
     table.add_column("")
-    for heading in (*(f"FVE {source}" for source in sources), "L0", "dead", "chat_only by delta_norm"):
-        table.add_column(heading, justify="right")
-    for heading in ("chat_specific", "chat_specific_paper", "rotated"):
-        table.add_column(heading, justify="right")
     for coder in report.crosscoders:
-        heldout = coder.health.heldout
-        table.add_row(
-            Text(coder.title),
-            *(wording.number(heldout.fve.get(source)) for source in sources),
-            wording.number(heldout.l0),
-            wording.share(heldout.dead_share),
-            *(f"{coder.count(key):,}" for key in ("chat_only", "chat_specific", "chat_specific_paper", "rotated")),
-        )
+        table.add_column(Text(coder.title), justify="right")
+    heldouts = [coder.health.heldout for coder in report.crosscoders]
+    for source in sources:
+        table.add_row(Text(f"FVE {source}"), *(wording.number(heldout.fve.get(source)) for heldout in heldouts))
+    table.add_row("L0", *(wording.number(heldout.l0) for heldout in heldouts))
+    table.add_row("dead latents", *(wording.share(heldout.dead_share) for heldout in heldouts))
+    for key, label in COUNTS.items():
+        table.add_row(label, *(wording.count(coder, key) for coder in report.crosscoders))
+    for key in wording.NULL_RATES if report.null else ():
+        table.add_row(f"{COUNTS[key]}, of live", *(wording.null_rate(report, coder, key) for coder in report.crosscoders))
     return table
 
 
@@ -54,23 +66,26 @@ def _behaviours(coder: CrosscoderReport) -> Table:
     results = tuple(result for result in results if result.question == question)
     pools = list(dict.fromkeys(pool for result in results for pool in result.scores))
     title = f"Behaviours, {wording.QUESTIONS.get(question, wording.words(question)).lower()}: held-out AUROC, {coder.title}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("behaviour")
+    table = Table(title=title, **STYLE)
+    table.add_column("behaviour", no_wrap=True)
     for pool in pools:
-        table.add_column(wording.POOLS.get(pool, wording.words(pool)))
-    table.add_column("in words", overflow="fold")
+        table.add_column(wording.POOLS.get(pool, wording.words(pool)), justify="right", min_width=12)
+    table.add_column("ahead of\nshared", justify="right")
     for result in results:
         scores = (result.scores.get(pool) for pool in pools)
-        cells = ("" if score is None else wording.interval(score.auroc) for score in scores)
-        table.add_row(Text(wording.words(result.behaviour)), *cells, wording.judgement(result))
+        # The interval goes on a line of its own: five columns fit into 80 characters.
+        cells = ("" if score is None else wording.interval(score.auroc).replace(" ", "\n", 1) for score in scores)
+        table.add_row(Text(wording.words(result.behaviour)), *cells, wording.fixed(wording.gain(result)))
     return table
 
 
 def _latents(coder: CrosscoderReport) -> Table:
-    table = Table(title=f"Most chat-specific latents, {coder.title}", title_justify="left")
-    for heading in ("latent", "verdict", "nu_error", "nu_reconstruction", "delta_norm"):
-        table.add_column(heading, justify="left" if heading == "verdict" else "right")
-    table.add_column("where it is most active", overflow="fold")
+    table = Table(title=f"Most chat-specific latents, {coder.title}", **STYLE)
+    table.add_column("latent", justify="right")
+    table.add_column("verdict", no_wrap=True)
+    for heading in ("nu\nerror", "nu recon-\nstruction", "delta\nnorm"):
+        table.add_column(heading, justify="right", width=9)
+    table.add_column("where it is most active", overflow="fold", ratio=1)
     for latent in coder.top.latents[:N_LATENTS]:
         values = (latent.nu_error.value, latent.nu_reconstruction.value, latent.delta_norm)
         table.add_row(

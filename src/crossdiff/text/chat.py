@@ -107,6 +107,26 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     return list(_apply(tokenizer, turns, **options, tokenizer_kwargs={"verbose": False}))
 
 
+def tokenise_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenisedChat:
+    """The conversation as the model reads it when it is to answer: `chat_prompt` with flags.
+
+    The header of the answer is template, in a turn of its own after the last message.
+
+    Raises:
+        UserError: as `tokenise_chat`.
+    """
+    chat = tokenise_chat(tokenizer, messages)
+    token_ids = np.asarray(chat_prompt(tokenizer, messages), dtype=np.int32)
+    shorter = min(len(token_ids), len(chat.token_ids))
+    differ = np.flatnonzero(token_ids[:shorter] != chat.token_ids[:shorter])
+    # The header may begin before the last message is over.
+    common = int(differ[0]) if len(differ) else shorter
+    n_header = len(token_ids) - common
+    flags = np.concatenate([chat.flags[:common], np.full(n_header, Flag.TEMPLATE, dtype=np.uint8)])
+    turn = np.concatenate([chat.turn[:common].astype(np.int64), np.full(n_header, len(messages))])
+    return TokenisedChat(token_ids, flags, _count_template_tokens(flags, turn), _narrow(turn))
+
+
 def check_messages(messages: object) -> list[dict[str, str]]:
     """The messages with `role` and `content` only.
 

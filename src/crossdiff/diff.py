@@ -1,0 +1,282 @@
+"""A finished diff, opened for reading: nothing is written and the run's lock is not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from crossdiff.config import RunConfig, UserError, read_yaml, validate
+from crossdiff.report.cards import Card, card_of, example_view
+from crossdiff.report.examples import Example, read_examples
+from crossdiff.report.inline import fragment
+from crossdiff.report.model import Latent, behaviour_results, read_behaviours, read_latent, read_latents
+from crossdiff.report.wording import predicted
+from crossdiff.run import FORMAT, read_json
+
+if TYPE_CHECKING:
+    from crossdiff.activations.store import Store
+    from crossdiff.crosscoder.model import Crosscoder
+    from crossdiff.models.pair import Pair
+    from crossdiff.prompts import Activations, Text
+
+SCALING_COLUMNS = (
+    "latent", "verdict", "delta_norm", "rank_sum", "^nu_.*$", "^beta_.*$", "undefined_reason", "n_active",
+)  # fmt: skip
+
+
+class Examples(tuple[Example, ...]):
+    """Stored examples of one latent, the strongest first; a notebook shows them tinted."""
+
+    latent: Latent
+
+    def __repr__(self) -> str:
+        maxima = ", ".join(f"{example.activation:.3g}" for example in self)
+        return f"<{len(self)} examples of latent {self.latent.latent}, maxima {maxima}>"
+
+    def _repr_html_(self) -> str:
+        views = [example_view(example, self.latent) for example in self]
+        return fragment(views=views, title=f"Latent {self.latent.latent}")
+
+
+class LatentView:
+    """One latent: `record` has its measures and examples; a notebook shows the report's card."""
+
+    def __init__(self, record: Latent, card: Card) -> None:
+        self.record, self._card = record, card
+
+    def __repr__(self) -> str:
+        lines = [f"latent {self.record.latent}: {self._card.sign.name} ({self.record.verdict_reason})"]
+        lines += [f"  {name:<20}{value}" for name, value, _ in self._card.measures]
+        return "\n".join([*lines, f"  {'fires on':<20}{self._card.fires_on}"])
+
+    def _repr_html_(self) -> str:
+        return fragment(cards=[self._card])
+
+
+class Diff:
+    """A run directory, or what `pull` brought, opened by `crossdiff.open`.
+
+    Examples:
+        >>> run = crossdiff.open("runs/demo")
+        >>> run.names
+        ('l1', 'batchtopk')
+        >>> run.name, run.latents.height == run.crosscoder.n_latents
+        ('batchtopk', True)
+
+    Attributes:
+        path: the run directory.
+        config: the run's settings.
+        names: the crosscoders in it; name: the one that this object speaks of.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, name: str) -> None:
+        self.path, self.config, self.name = path, config, name
+        self.names = _names(path, config)
+
+    def __repr__(self) -> str:
+        others = ", ".join(name for name in self.names if name != self.name)
+        also = f"; also: {others}" if others else ""
+        return f"<Diff of {self.config.chat} and {self.config.base}, crosscoder {self.name}{also}>"
+
+    @cached_property
+    def store(self) -> Store:
+        """The activations, read through memory maps; a pulled run has none.
+
+        Raises:
+            UserError: there are none.
+        """
+        from crossdiff.activations.store import Store
+
+        return Store(self.path / "activations")
+
+    @property
+    def folder(self) -> Path:
+        """The crosscoder's folder."""
+        return self.path / self.name
+
+    @cached_property
+    def crosscoder(self) -> Crosscoder:
+        """The trained crosscoder, on the CPU."""
+        from crossdiff.crosscoder.checkpoint import load
+
+        return load(self.folder)
+
+    @cached_property
+    def latents(self) -> pl.DataFrame:
+        """The latent table: one row a latent, with geometry, latent scaling, activity and verdict.
+
+        Raises:
+            UserError: the crosscoder is not analysed.
+        """
+        self._need("latents.parquet", "crossdiff analyze", "no latent table")
+        return read_latents(self.folder)
+
+    def scaling(self) -> pl.DataFrame:
+        """Latent scaling alone: every beta with its standard error, every nu with its interval; the most chat-specific
+        first (`rank_sum`), those with an undefined nu last.
+
+        Examples:
+            >>> crossdiff.open("runs/demo").scaling().columns[:4]
+            ['latent', 'verdict', 'delta_norm', 'rank_sum']
+        """
+        return self.latents.select(*SCALING_COLUMNS).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
+
+    def causal(self) -> pl.DataFrame:
+        """The causal test: one row for each intervention and span of the answer, KL to the chat model in nats and the
+        share of the gap that is closed, both with 95% bootstrap intervals.
+
+        Raises:
+            UserError: the test was not made.
+        """
+        self._need("causal.json", "crossdiff causal", "no causal test")
+        rows = []
+        for result in read_json(self.folder / "causal.json")["results"]:
+            row = {key: result[key] for key in ("intervention", "span", "n_latents", "n_conversations", "n_arms")}
+            for key in ("kl", "closed"):
+                ends = ("value", ""), ("low", "_low"), ("high", "_high")
+                row |= {f"{key}{suffix}": result[key][end] for end, suffix in ends}
+            rows.append(row)
+        return pl.DataFrame(rows, infer_schema_length=None)
+
+    def examples(self, latent: int) -> Examples:
+        """The stored contexts of a latent, the strongest first, then one per quantile of its activations.
+
+        Examples:
+            >>> first = crossdiff.open("runs/demo").examples(3)[0]
+            >>> first.activation == max(token.activation for token in first.tokens)
+            True
+
+        Raises:
+            UserError: there is no such latent, or no example database.
+        """
+        record = self._record(latent)
+        found = Examples(read_examples(self.folder / "examples.sqlite", [latent])[latent])
+        found.latent = record
+        return found
+
+    def latent(self, latent: int) -> LatentView:
+        """A latent's card: its measures, its verdict with the reason, where it fires, and examples.
+
+        Examples:
+            >>> crossdiff.open("runs/demo").latent(3).record.latent
+            3
+
+        Raises:
+            UserError: there is no such latent, or the crosscoder is not analysed.
+        """
+        record = self._record(latent)
+        predicts = predicted(behaviour_results(read_behaviours(self.folder))).get(latent, ())
+        return LatentView(record, card_of(self.name, record, predicts))
+
+    def activations(self, text: Text, latents: Sequence[int] | None = None) -> Activations:
+        """Let both models read a text and see where latents are active. The models are loaded at the first call.
+
+        Args:
+            text: a string is read as plain text; a list of messages (`role`, `content`) goes through the chat template,
+                and gets the header of the answer if its last message is not the assistant's.
+            latents: numbers of latents; without any, the strongest on this text.
+
+        Examples:
+            >>> run = crossdiff.open("runs/demo")
+            >>> found = run.activations([{"role": "user", "content": "Hello"}])
+            >>> found.roles[-1], len(found.latents) <= 5
+            ('template', True)
+
+        Raises:
+            UserError: no text or too long a text, no such latent, or models that are gone or not those of the run.
+        """
+        from crossdiff.prompts import activations_on, read_text
+
+        crosscoder, settings = self.crosscoder, self.config.harvest
+        sequence = read_text(self.pair.tokenizer, text, settings.max_length)
+        known = (self.folder / "latents.parquet").is_file()
+        largest = dict(self.latents.select("latent", "max_activation").iter_rows()) if known else {}
+        layer = crosscoder.origin["layer"]
+        return activations_on(sequence, self.pair, crosscoder, layer, settings.leave_out, latents, largest)
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The two models, on the accelerator if there is one.
+
+        Raises:
+            UserError: they cannot be loaded, or are not the ones that the crosscoder was trained on.
+        """
+        from crossdiff.models.pair import choose_device, load_pair
+
+        config = self.config
+        pair = load_pair(config.base, config.chat, choose_device("auto"), config.harvest.base_tokens)
+        trained_on: dict[str, Any] = self.crosscoder.origin["pair"] or {}
+        for source, name in (("base", config.base), ("chat", config.chat)):
+            ours, theirs = pair.identity[source].get("digest"), trained_on.get(source, {}).get("digest")
+            if ours != theirs and ours is not None and theirs is not None:
+                raise UserError(
+                    f"{name} is not the {source} model that the crosscoder was trained on: its files have the digest {ours}, "
+                    f"those had {theirs}; put the old files back, or make a new run"
+                )
+        return pair
+
+    def _record(self, latent: int) -> Latent:
+        table = self.latents
+        if not 0 <= latent < table.height:
+            raise UserError(f"there is no latent {latent}: {self.name} has {table.height}, from 0 to {table.height - 1}")
+        return read_latent(self.folder, table, latent)
+
+    def _need(self, file: str, command: str, what: str) -> None:
+        if not (self.folder / file).is_file():
+            raise UserError(f"{self.name} in {self.path} has {what}; run `{command} {self.path}` first")
+
+
+def _names(path: Path, config: RunConfig) -> tuple[str, ...]:
+    """The trained crosscoders of a run, in the order of its settings."""
+    return tuple(name for name in config.crosscoders if (path / name / "model.safetensors").is_file())
+
+
+def _default(names: Sequence[str], config: RunConfig) -> str:
+    """BatchTopK, whose loss lacks L1's artifacts, or else the first."""
+    kinds = {name: config.crosscoders[name] for name in names}
+    free = (name for name, kind in kinds.items() if kind.sparsity.kind == "batchtopk" and kind.inputs.kind == "paired")
+    return next(free, names[0])
+
+
+def open(path: str | Path, crosscoder: str | None = None) -> Diff:
+    """Open a finished run directory, or a folder that `crossdiff pull` made, for reading.
+
+    Nothing is written and no lock is taken, so a run can be read while it goes on. Everything is loaded when it is first
+    asked for.
+
+    Examples:
+        >>> crossdiff.open("runs/demo").name
+        'batchtopk'
+        >>> crossdiff.open("runs/demo", crosscoder="l1").name
+        'l1'
+
+    Args:
+        crosscoder: which one of the run; default: the first BatchTopK crosscoder, or else the first.
+
+    Raises:
+        UserError: no run, a run of another version, or no such crosscoder; the message names those there are.
+    """
+    path = Path(path)
+    if not (path / "config.yaml").is_file():
+        raise UserError(
+            f"there is no run at {path}: it has no config.yaml; make one with `crossdiff run`, or fetch one with "
+            "`crossdiff pull`"
+        )
+    manifest = read_json(path / "manifest.json") if (path / "manifest.json").is_file() else {"format": FORMAT, "swap": []}
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path / 'manifest.json'} is of format {manifest.get('format')}, this version reads {FORMAT}")
+    if manifest["swap"]:
+        raise UserError(
+            f"results of {path} are being replaced; try again in a moment, or run the command again that was killed"
+        )
+    config = validate(RunConfig, read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+    names = _names(path, config)
+    if not names:
+        raise UserError(f"{path} has no trained crosscoder yet; run `crossdiff train {path}` first")
+    if crosscoder is not None and crosscoder not in names:
+        raise UserError(f"there is no crosscoder {crosscoder!r} in {path}; there are {', '.join(names)}")
+    return Diff(path, config, crosscoder or _default(names, config))

