@@ -67,6 +67,11 @@ class Batches:
         chosen = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
         return buffer.activations[torch.from_numpy(chosen)].float()
 
+    def place(self, step: int) -> str:
+        """Where in the data a step's batch is, in words."""
+        epoch, index = divmod(step, self.per_epoch)
+        return f"batch {index + 1} of {self.per_epoch} in epoch {epoch + 1} of the order of seed {self.seed}"
+
     def close(self) -> None:
         """Give the buffers' memory back and end the reading ahead."""
         self._buffers.close()

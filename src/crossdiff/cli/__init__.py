@@ -19,6 +19,7 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "null": (tools.null, "set a run's verdicts beside those of a null run: `crossdiff null RUN --null NULL_RUN`"),
     "seeds": (tools.seeds, "compare trainings from several seeds: `crossdiff seeds RUN NAME NAME ...`"),
     "store": (tools.store, "check an activation store: `crossdiff store verify PATH`"),
+    "import": (tools.import_published, "read a crosscoder or SAE that others have published: `crossdiff import PATH FOLDER`"),
     "examples": (tools.examples, "carry example databases to and from the published layout"),
     "dashboard": (dashboard.dashboard, "explore runs in the browser: `crossdiff dashboard RUN [RUN ...]`"),
     "export": (dashboard.export, "write latents as one page: `crossdiff export RUN --latents 3 17 -o page.html`"),
