@@ -117,6 +117,12 @@ class Trainer:
         share = max(1 - settings.threshold_beta, 1 / n_values)
         self.crosscoder.threshold += share * (smallest - self.crosscoder.threshold)
 
+    def check_weights(self) -> None:
+        """Raises `Diverged` when a weight is not finite."""
+        for name, tensor in self.crosscoder.parameters().items():
+            if not torch.isfinite(tensor.sum()):  # one NaN or infinity makes the sum one, too
+                raise Diverged(f"the update made {name} infinite or NaN")
+
     def _adam(self, gradients: dict[str, Tensor], norm: float) -> None:
         """Adam (Kingma & Ba 2015); clipping to the norm of the whole gradient is passed to it as a scale of the gradients."""
         parameters = self.crosscoder.parameters()
