@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint package minimum clean
+.PHONY: demo test lint package minimum docs notebook clean
 
 # Installed once; again when the dependencies change.
 .venv/installed: pyproject.toml constraints.txt
@@ -16,8 +16,8 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
-	$(BIN)/ruff check src tests recipes
-	$(BIN)/ruff format --check src tests recipes
+	$(BIN)/ruff check src tests recipes docs notebooks .ci
+	$(BIN)/ruff format --check src tests recipes docs notebooks .ci
 	$(BIN)/mypy
 
 # The wheel, installed into an empty environment, diffs the embedded pair.
@@ -27,6 +27,16 @@ package: .venv/installed
 # The same with the oldest versions that pyproject.toml allows.
 minimum: .venv/installed
 	.ci/package.sh --minimum
+
+# The documentation in build/site; a warning (a broken link, a page that is not in the menu, an example that is gone) fails.
+docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The notebook, executed on the demo's run; its outputs are kept in the file.
+notebook: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebook]'
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf .venv runs build dist

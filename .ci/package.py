@@ -1,4 +1,4 @@
-"""In the environment that has nothing but the wheel: open the run, show a card, read a text; and no web framework came along."""
+"""Where nothing but the wheel is installed: open the run, show a card, read a text; and no web framework came along."""
 
 from importlib.metadata import distributions
 from pathlib import Path

@@ -23,7 +23,7 @@ from crossdiff.causal.patching import Patcher
 from crossdiff.config import DatasetConfig, L1Config
 from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
 from crossdiff.latents.activity import GROUPS
-from crossdiff.models.access import residual_after
+from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair, load_pair
 from crossdiff.pairs import demo_path
 from crossdiff.text.documents import read_documents
@@ -41,7 +41,7 @@ def conversations(pair: Pair, n: int) -> list[TokenSequence]:
 def active_crosscoder(pair: Pair, batch: list[TokenSequence]) -> Crosscoder:
     """A random one whose biases let `ACTIVE` latents through on a token of the batch."""
     ids, mask = pad(batch, 0, torch.device("cpu"))
-    h = torch.stack([residual_after(model, ids, mask, LAYER)[mask.bool()] for model in pair.models], dim=1)
+    h = torch.stack([residuals_after(model, ids, [LAYER])[0][mask.bool()] for model in pair.models], dim=1)
     mean = h.mean(0)
     scale = float((h.shape[2] / (h - mean).square().sum(2).mean()) ** 0.5)
     coder = new_crosscoder(N_LATENTS, mean, scale, L1Config(), 1.0, seed=0)
@@ -66,7 +66,7 @@ def unavoidable(patcher: Patcher, batch: list[TokenSequence]) -> None:
     """The bare forwards."""
     ids, mask = pad(batch, 0, torch.device("cpu"))
     predicts = pad_column([span_of(sequence.flags) for sequence in batch], -1, torch.device("cpu")) >= 0
-    _, chat = (residual_after(model, ids, mask, LAYER) for model in patcher.pair.models)
+    _, chat = (residuals_after(model, ids, [LAYER])[0] for model in patcher.pair.models)
     for _ in range(1 + len(patcher.arms)):
         patcher.upper["chat"].logits(chat, ids, mask, predicts)
 

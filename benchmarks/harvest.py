@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crossdiff.activations.harvest import POOL, harvest, right_padded
+from crossdiff.activations.harvest import harvest
+from crossdiff.activations.passes import right_padded
 from crossdiff.activations.texts import Texts
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair, choose_device, load_pair
 from crossdiff.pairs import demo_path
-from crossdiff.text.sequences import bucketed
+from crossdiff.text.sequences import POOL, bucketed
 
 
 def measure(work: Callable[[], None]) -> tuple[float, float]:
@@ -64,7 +65,7 @@ def whole(pair: Pair, datasets: tuple[DatasetConfig, ...], config: HarvestConfig
 
 def compare(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig, rounds: int) -> None:
     sequences = Texts(datasets, pair.tokenizer, config, lambda: None).sequences()
-    padded = [right_padded(batch) for batch in bucketed(sequences, config.batch_tokens, POOL)]
+    padded = [right_padded([one.token_ids for one in batch]) for batch in bucketed(sequences, config.batch_tokens, POOL)]
     batches = [ids for ids, _ in padded]
     n_tokens = sum(ids.numel() if held is None else len(held) for ids, held in padded)
     variants: dict[str, Callable[[], None]] = {

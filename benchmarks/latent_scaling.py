@@ -43,6 +43,7 @@ from crossdiff.latents.scaling import ScalingAccumulator, scaling
 from crossdiff.latents.stream import Chunk, chunks, encode
 
 LENGTH, GROUP, SAMPLE = 256, 128, 512
+PAIR = {"base": "synthetic", "chat": "synthetic"}
 
 
 class SyntheticStore(Store):
@@ -59,9 +60,9 @@ class SyntheticStore(Store):
         self.folder = Path("synthetic")
         self.manifest = {
             "n_tokens": n_tokens, "d_model": d_model, "layer": 0, "sources": ["base", "chat"][:n_sources], "leave_out": 1,
-            "pair": "synthetic", "shards": [{"n_tokens": n_tokens}],
+            "pair": PAIR, "shards": [{"n_tokens": n_tokens}],
         }  # fmt: skip
-        self.shards = [{"activations": activations, **columns}]
+        self.shards, self.activations = [columns], [activations]
         self.documents = pl.DataFrame({
             "document": range(n_documents), "dataset": ["synthetic"] * n_documents, "label": [None] * n_documents,
             "split": ["heldout" if i % 5 == 0 else "train" for i in range(n_documents)],
@@ -95,7 +96,7 @@ def make(n_tokens: int, d_model: int, n_latents: int, l0: int) -> tuple[Crosscod
     crosscoder = Crosscoder(
         encoder=decoder / 2, encoder_bias=torch.full((n_latents,), -0.2), decoder=decoder,
         decoder_bias=torch.zeros(2 * d_model), mean=torch.zeros(2, d_model), scale=1.0, sparsity=BatchTopKConfig(k=l0),
-        origin={"pair": "synthetic", "layer": 0, "sources": ["base", "chat"]},
+        origin={"pair": PAIR, "layer": 0},
     )  # fmt: skip
     v = crosscoder.pre_activations(parts[0].float()[:1024]) * crosscoder.norms().sum(1)
     crosscoder.threshold = float(v.flatten().topk(1024 * l0).values.min())
@@ -188,7 +189,7 @@ def drawn_chunks(n_tokens: int, often: torch.Tensor, batch_tokens: int) -> Itera
         code = SparseCode(flat // n_latents, flat % n_latents, 1 + torch.rand(len(flat)), n, n_latents)
         rows = np.arange(first, first + n)
         sequence = torch.from_numpy(rows // LENGTH - first // LENGTH)
-        yield Chunk(0, rows, sequence, np.unique(rows // LENGTH), nothing, code, nothing, nothing)
+        yield Chunk(0, rows, sequence, np.unique(rows // LENGTH), nothing, code, nothing, nothing, nothing.unsqueeze(1))
 
 
 def examples_seconds(n_tokens: int, n_latents: int, l0: int, config: AnalyzeConfig) -> tuple[float, float, int, int]:

@@ -2,9 +2,10 @@
 
     .venv/bin/python docs/make_causal.py [runs/demo]
 
-Goes on where it was when killed. The steered latent is chosen on training conversations alone: of the chat-specific pool, the
-`CANDIDATES` latents that best predict the behaviour there, and of these the one whose ablation lowers its rate most on
-training prompts. Held-out prompts are asked once, at the end.
+A run without a coder of the difference (a diff-SAE) gets one, with the settings of its BatchTopK crosscoder. The steered latent
+is chosen on training prompts alone: of the chat-specific pool, the latent whose ablation costs most of the log-probability of
+how the chat model's refusals begin. Held-out prompts are asked once, at the end. Killed and started again, it goes on after
+the last finished stage.
 """
 
 from __future__ import annotations
@@ -12,35 +13,40 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
+import torch
+import yaml
+from torch.nn.utils.rnn import pad_sequence
 
 from crossdiff.activations.store import Store
 from crossdiff.causal.answers import Rules, read_rules
+from crossdiff.causal.generation import Sampling, ask
 from crossdiff.causal.steering import Steerer
-from crossdiff.causal.steering_table import labelled_prompts, rates, steering_table
+from crossdiff.causal.steering_table import labelled_prompts
 from crossdiff.cli import run_command
-from crossdiff.config import RunConfig, SteerConfig, read_yaml, validate
+from crossdiff.config import DifferenceConfig, RunConfig, SteerConfig, read_yaml, validate
 from crossdiff.crosscoder.checkpoint import load
-from crossdiff.latents.behaviours import CONTRASTS, QUESTIONS, auroc, conversation_scores
 from crossdiff.latents.table import pools
+from crossdiff.models.access import UpperHalf, residuals_after
 from crossdiff.models.pair import choose_device, load_pair
 from crossdiff.pairs import RULES
 
 DOCS = Path(__file__).parent
-BEHAVIOUR, HARMLESS = "refusal", ("list_format", "helpful")
-CANDIDATES = 8
-ADD = (0.5, 1.0, 2.0)
-ABLATE = (1.0, 2.0)
+BEHAVIOUR, HARMLESS = "refusal", ("list_format",)
+CANDIDATES = 4
+ADD, ABLATE, CONTROLS = (1.0, 2.0), (1.0, 3.0), 2
+CONVERSATIONS, PROMPTS, MAX_NEW_TOKENS, BEGINNING = 128, 60, 30, 8
 SHOWN = (
     "none", "mean_difference", "mean_difference_by_group", "template_tokens", "content_tokens", "all_latents",
     "chat_reconstruction_base_error", "base_reconstruction_chat_error", "pool", "random_half", "best_half_delta_norm",
     "worst_half_delta_norm", "best_half_nu_error", "worst_half_nu_error", "best_half_nu_reconstruction",
-    "worst_half_nu_reconstruction", "best_half_rank_sum", "worst_half_rank_sum", "verdict_chat_specific",
+    "worst_half_nu_reconstruction", "best_half_rank_sum", "worst_half_rank_sum", "largest_contributions",
+    "verdict_chat_specific", "verdict_complete_shrinkage", "verdict_latent_decoupling", "verdict_rotated",
 )  # fmt: skip
 PANELS = {"response": "whole response", "first": "first content token"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -60,38 +66,65 @@ class Analysed:
 # --- choosing a latent on training data ---------------------------------------------------------------------------------
 
 
-def candidates(coder: Analysed, config: RunConfig) -> list[int]:
-    """Latents of the chat-specific pool that best predict the behaviour in training conversations, on either question."""
-    pool = pools(coder.table, config.analyze.pool_size, config.analyze.seed)["chat_specific"]
-    found = conversation_scores(coder.steerer.crosscoder, coder.store, sorted(pool), config.analyze.batch_tokens)
-    assert found is not None
-    train = ~found.heldout & np.isin(found.labels, (BEHAVIOUR, *CONTRASTS[BEHAVIOUR]))
-    positive = found.labels[train] == BEHAVIOUR
-    best = {
-        latent: max(auroc(positive, found.scores[question][train][:, index]) for question in QUESTIONS)
-        for index, latent in enumerate(sorted(pool))
-    }
-    return sorted(best, key=lambda latent: -best[latent])[:CANDIDATES]
+def refused(coder: Analysed, rules: Rules) -> list[tuple[list[int], int]]:
+    """Token ids of training prompts that the chat model refuses, with how its answer begins, and where that is."""
+    asked = labelled_prompts(coder.store, SteerConfig(labels=(BEHAVIOUR,), split="train", prompts_per_label=PROMPTS))
+    questions, steerer = asked["prompt"].to_list(), coder.steerer
+    found = []
+    for question, answer in zip(questions, steerer.answer(questions, None, Sampling(MAX_NEW_TOKENS)), strict=True):
+        if BEHAVIOUR in rules.shown(answer.text):
+            prompt = list(ask(steerer.pair.tokenizer, question).token_ids)
+            begins = steerer.pair.tokenizer(answer.text, add_special_tokens=False)["input_ids"][:BEGINNING]
+            found.append((prompt + begins, len(prompt)))
+    return found
 
 
-def effect(coder: Analysed, latent: int, rules: Rules) -> float:
-    """How much ablating the latent changes the rate of the behaviour on training prompts."""
-    config = SteerConfig(latent=latent, mode="ablate", labels=(BEHAVIOUR,), split="train", prompts_per_label=60, controls=0)
-    prompts = labelled_prompts(coder.store, config)
-    found = rates(steering_table(coder.steerer, prompts, config, rules), rules, 0)
-    return float(found.filter((pl.col("behaviour") == BEHAVIOUR) & (pl.col("role") == "latent"))["change"][0])
+@torch.no_grad()
+def candidates(coder: Analysed, config: RunConfig, refusals: list[tuple[list[int], int]]) -> dict[int, float]:
+    """The latents of the chat-specific pool whose ablation costs most of the log-probability of how the refusals begin.
+
+    The refusals are the chat model's own, on training prompts; the other latents and all tokens stay as they are. Where a
+    latent is active (its AUROC) says less: many become active because the refusal has begun.
+    """
+    crosscoder, pair, layer = coder.steerer.crosscoder, coder.steerer.pair, coder.steerer.layer
+    upper, direction = UpperHalf(pair.chat, layer), crosscoder.directions()[1] / crosscoder.scale
+    lengths = torch.tensor([len(ids) for ids, _ in refusals]).unsqueeze(1)
+    ids = pad_sequence([torch.tensor(ids) for ids, _ in refusals], batch_first=True)
+    begins = torch.tensor([start for _, start in refusals]).unsqueeze(1)
+    position = torch.arange(ids.shape[1]).expand_as(ids)
+    mask = (position < lengths).long()
+    predicts = (position >= begins - 1) & (position < lengths - 1)
+    base, chat = (residuals_after(model, ids, [layer])[0] for model in pair.models)
+    code = crosscoder.sparse_code(crosscoder.normalise(torch.stack([base.flatten(0, 1), chat.flatten(0, 1)], 1)))
+    edited = (position >= coder.steerer.leave_out).flatten()
+
+    def log_probability(latent: int | None) -> float:
+        hidden = chat.flatten(0, 1).clone()
+        if latent is not None:
+            at = (code.latent == latent) & edited[code.token]
+            hidden[code.token[at]] -= code.values[at].unsqueeze(1) * direction[latent]
+        log_p = upper.logits(hidden.view_as(chat), ids, mask, predicts).log_softmax(1)
+        target = ids.roll(-1, 1)[predicts].unsqueeze(1)
+        return float(log_p.gather(1, target).sum() / len(refusals))
+
+    plain = log_probability(None)
+    pool = sorted(pools(coder.table, config.analyze.pool_size, config.analyze.seed)["chat_specific"])
+    cost = {latent: plain - log_probability(latent) for latent in pool}
+    return {latent: cost[latent] for latent in sorted(pool, key=lambda latent: -cost[latent])[:CANDIDATES]}
 
 
-def steer(coder: Analysed, config: RunConfig, rules: Rules) -> tuple[int, dict[int, float], pl.DataFrame]:
-    """The chosen latent, the effects it was chosen by, and the rates on held-out prompts."""
-    effects = {latent: effect(coder, latent, rules) for latent in candidates(coder, config)}
-    latent = min(effects, key=lambda number: effects[number])
+def steer(run: Path, coder: Analysed, latent: int) -> pl.DataFrame:
+    """The rates of the behaviour on held-out prompts, with the latent ablated and added."""
     found = []
     for mode, strengths, labels in (("ablate", ABLATE, (BEHAVIOUR,)), ("add", ADD, HARMLESS)):
-        wanted = SteerConfig(latent=latent, mode=mode, strength=strengths, labels=labels)
-        table = steering_table(coder.steerer, labelled_prompts(coder.store, wanted), wanted, rules)
-        found.append(rates(table, rules, 0).filter(pl.col("behaviour") == BEHAVIOUR).with_columns(mode=pl.lit(mode)))
-    return latent, effects, pl.concat(found)
+        options = {
+            "--crosscoder": [coder.name], "--latent": [latent], "--mode": [mode], "--strength": strengths, "--labels": labels,
+            "--prompts_per_label": [PROMPTS], "--max_new_tokens": [MAX_NEW_TOKENS], "--controls": [CONTROLS],
+        }  # fmt: skip
+        run_command(["steer", str(run), *(str(word) for key, values in options.items() for word in (key, *values))])
+        table = pl.read_parquet(run / "steering" / f"{coder.name}-{latent}-{mode}-chat-rates.parquet")
+        found.append(table.filter(pl.col("behaviour") == BEHAVIOUR).with_columns(mode=pl.lit(mode)))
+    return pl.concat(found)
 
 
 # --- the figure -----------------------------------------------------------------------------------------------------------
@@ -167,11 +200,18 @@ def patching_tables(reports: dict[str, Any]) -> list[str]:
     return lines
 
 
-def steering_lines(name: str, latent: int, effects: dict[int, float], found: pl.DataFrame) -> list[str]:
+def steering_lines(coder: Analysed, costs: dict[int, float], found: pl.DataFrame) -> list[str]:
     """Markdown: the rate of the behaviour in every condition."""
-    tried = ", ".join(f"{number} ({change:+.2f})" for number, change in effects.items())
-    lines = [f"### Steering {BEHAVIOUR} with latent {latent} of {name}", ""]
-    lines += [f"Candidates, with the change of the rate on training prompts when ablated: {tried}.", ""]
+    tried = ", ".join(f"{number} ({-cost:+.3f})" for number, cost in costs.items())
+    latent = next(iter(costs))
+    row, norm = coder.table.row(latent, named=True), coder.steerer.typical_norm(latent)
+    lines = [f"### Steering {BEHAVIOUR} with latent {latent} of {coder.name}", ""]
+    lines += [
+        f"Change of the log-probability of the first {BEGINNING} tokens of refusals on training prompts when ablated, the "
+        f"largest of the pool: {tried}. The first is taken: verdict {row['verdict']}, delta_norm {row['delta_norm']:.2f}, "
+        f"active on {row['frequency']:.1%} of tokens, where it adds a norm of {norm:.0f} on average. Answers are cut at "
+        f"{MAX_NEW_TOKENS} tokens.", "",
+    ]  # fmt: skip
     lines += ["| prompts | condition | latent | n | rate | change | degenerate |", "|---|---|---|---|---|---|---|"]
     for row in found.iter_rows(named=True):
         condition = "unsteered" if row["role"] == "unsteered" else f"{row['mode']} {row['strength']:g}, {row['role']}"
@@ -183,22 +223,35 @@ def steering_lines(name: str, latent: int, effects: dict[int, float], found: pl.
     return [*lines, ""]
 
 
+def with_difference(config: RunConfig) -> RunConfig:
+    """The settings with a coder of the difference, for the `diff-SAE` of the causal test."""
+    if any(coder.inputs.kind == "difference" for coder in config.crosscoders.values()):
+        return config
+    like = config.crosscoders["batchtopk"].model_copy(update={"inputs": DifferenceConfig()})
+    return config.model_copy(update={"crosscoders": {**config.crosscoders, "diff_sae": like}})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"))
     run = parser.parse_args().run
-    run_command(["causal", str(run)])
-    config = validate(RunConfig, read_yaml(run / "config.yaml"), str(run))
-    reports = {name: json.loads((run / name / "causal.json").read_text()) for name in config.crosscoders}
+    config = with_difference(validate(RunConfig, read_yaml(run / "config.yaml"), str(run)))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(config.model_dump(mode="json"), file)
+        file.flush()
+        run_command(["causal", str(run), "--config", file.name, "--causal.max_conversations", str(CONVERSATIONS)])
+    found = [name for name, coder in config.crosscoders.items() if coder.inputs.kind != "single"]
+    reports = {name: json.loads((run / name / "causal.json").read_text()) for name in found}
     (DOCS / "causal.svg").write_text(figure(reports), encoding="utf-8")
     lines = ["![KL to the chat model for each intervention](causal.svg)", "", *patching_tables(reports)]
 
     store, rules = Store(run / "activations"), read_rules(RULES)
     pair = load_pair(config.base, config.chat, choose_device(config.device))
-    for name in config.crosscoders:
+    for name in (name for name in found if config.crosscoders[name].inputs.kind == "paired"):
         table = pl.read_parquet(run / name / "latents.parquet")
         coder = Analysed(name, Steerer(pair, load(run / name), store.layer, table, store.leave_out), table, store)
-        lines += steering_lines(name, *steer(coder, config, rules))
+        costs = candidates(coder, config, refused(coder, rules))
+        lines += steering_lines(coder, costs, steer(run, coder, next(iter(costs))))
     page = DOCS / "causal.md"
     made = "<!-- numbers: made by docs/make_causal.py -->\n\n" + "\n".join(lines) + "\n<!-- end of numbers -->"
     text = page.read_text(encoding="utf-8")

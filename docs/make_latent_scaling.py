@@ -135,6 +135,12 @@ def scatter(table: pl.DataFrame, group: str, groups: list[str], left: float, top
     return [*parts, text(left + width / 2, top + height + 33, "nu_error")]
 
 
+def comparing(folder: Path) -> list[str]:
+    """The crosscoders of a directory; a coder with one decoder has no delta_norm and no nu to draw."""
+    tables = {path.parent.name: pl.read_parquet(path, columns=["delta_norm"]) for path in folder.glob("*/latents.parquet")}
+    return sorted((name for name, table in tables.items() if table["delta_norm"].is_not_nan().any()), reverse=True)
+
+
 def pictures(folder: Path, names: list[str], group: str) -> str:
     """Histogram and scatter of each crosscoder, side by side, coloured by `group`."""
     tables = [pl.read_parquet(folder / name / "latents.parquet").filter(pl.col("n_active") > 0) for name in names]
@@ -215,7 +221,7 @@ def main() -> None:
         (args.run, "pair-scaling.svg", "verdict", "embedded pair", run_table),
     ):
         if folder is not None:
-            names = sorted((path.parent.name for path in folder.glob("*/latents.parquet")), reverse=True)
+            names = comparing(folder)
             (DOCS / picture).write_text(pictures(folder, names, group))
             between(marker, table(folder, names))
 

@@ -36,10 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory with trained crosscoders")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", help="crosscoders to repeat; by default all that are no repetition")
+    parser.add_argument("--only", nargs="+", help="coders to repeat; by default all crosscoders that are no repetition")
     args = parser.parse_args()
     settings = validate(RunConfig, read_yaml(args.run / "config.yaml"), str(args.run / "config.yaml"))
-    names = args.only or [name for name in settings.crosscoders if "-seed" not in name]
+    paired = [name for name, coder in settings.crosscoders.items() if coder.inputs.kind == "paired"]
+    names = args.only or [name for name in paired if "-seed" not in name]
     config, families = with_seeds(settings, names, args.seeds)
     console, run = Console(), Run.open(args.run)
     try:

@@ -53,7 +53,7 @@ def make_store(
     manifest = {
         "format": FORMAT, "pair": PAIR, "sources": ["base", "chat", "third"][:n_sources], "layer": 1, "n_layers": 2,
         "d_model": d_model, "dtype": "float32", "max_length": length, "leave_out": 1, "datasets": ["planted"],
-        "n_documents": n_documents, "n_sequences": n_documents, "n_tokens": n, "n_training_tokens": len(training),
+        "n_documents": n_documents, "n_sequences": n_documents, "n_tokens": n, "n_statistics_tokens": len(training),
         "seconds": 1.0, "shards": shards,
         "files": {name: sha256(folder / name) for name in ("documents.parquet", "statistics.safetensors")},
     }  # fmt: skip

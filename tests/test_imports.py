@@ -33,11 +33,12 @@ ALLOWED = {
     "prompts": {"config", "models", "text", "activations", "crosscoder", "report"},
     "diff": {"config", "run", "models", "activations", "crosscoder", "report", "prompts"},
     "hub": {"config", "crosscoder", "latents", "report", "diff"},
+    "dashboard": {"config", "run", "text", "activations", "latents", "causal", "report", "prompts", "diff"},
     "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
     "interp_pipeline": FOUNDATION | {"models", "interp", "pipeline"},
     "cli": FOUNDATION
     | {"memory", "pairs", "models", "activations", "latents", "truth", "interp"}
-    | {"pipeline", "causal_pipeline", "interp_pipeline", "hub"},
+    | {"pipeline", "causal_pipeline", "interp_pipeline", "hub", "dashboard"},
 }
 
 
@@ -69,7 +70,7 @@ def test_help_leaves_the_heavy_libraries_out(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom crossdiff.cli import run_command\n"
         f"try:\n    run_command({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'polars', 'sklearn', 'plotly'} & set(sys.modules)\nassert not heavy, heavy\n"
+        "heavy = {'torch', 'transformers', 'polars', 'sklearn', 'plotly', 'fastapi', 'uvicorn'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -158,6 +158,44 @@ def test_only_some_crosscoders_and_options_before_the_directory(tmp_path: Path, 
     assert set(stages) == {"harvest", "train/l1"}
 
 
+def test_an_sae_on_the_base_model_stands_beside_the_crosscoder(
+    tmp_path: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = tiny_settings["crosscoders"]["batchtopk"]
+    saes = {name: training | {"inputs": {"kind": "single", "source": name.split("_")[0]}} for name in ("chat_sae", "base_sae")}
+    tiny_settings["crosscoders"] = saes | {"batchtopk": training}
+    config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
+    # It is trained with the crosscoder that is asked for, and has a table when it is asked for itself.
+    run_command(["analyze", str(run), "--config", str(config), "--only", "batchtopk"])
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    assert set(stages) == {"harvest", "train/base_sae", "train/batchtopk", "analyze/batchtopk"}
+    (run / "null.json").write_text(json.dumps({
+        "null_run": "null", "crosscoders": {"batchtopk": {"n_live": 7, "rates": {"chat_specific": 0.25}}},
+    }))  # fmt: skip
+    capsys.readouterr()
+    run_command(["report", str(run)])
+    table = pl.read_parquet(run / "base_sae" / "latents.parquet")
+    assert table["delta_norm"].is_nan().all() and set(table["verdict"]) <= {"undecided", "dead"}
+    shown, page = capsys.readouterr().out, (run / "report.html").read_text()
+    assert "one decoder" in shown and "one decoder" in page
+    assert "null 25%" in shown and "null 25%" in page
+
+
+def test_nothing_held_out_is_said_before_the_harvest(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    for dataset in tiny_settings["dataset"]:
+        dataset["heldout_share"] = 0.0
+    with pytest.raises(UserError, match="every dataset has a heldout_share of 0"):
+        run_command(["run", str(tmp_path / "run"), "--config", str(write_yaml(tmp_path, tiny_settings))])
+    assert not (tmp_path / "run" / "activations").exists()
+
+
+def test_too_few_documents_for_the_blocks_are_found_before_the_training(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    tiny_settings["analyze"] = tiny_settings.get("analyze", {}) | {"blocks": 1000}
+    with pytest.raises(UserError, match="documents cannot make 1000 blocks"):
+        run_command(["run", str(tmp_path / "run"), "--config", str(write_yaml(tmp_path, tiny_settings))])
+    assert set(json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]) == {"harvest"}
+
+
 def test_compare_trains_every_kind_and_keeps_its_table(
     tmp_path: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,13 +7,7 @@ questions of the test split and of `data/heldout_prompts.jsonl` that occur nowhe
 Answers are greedy, without a repetition penalty, at most 60 tokens (96 for how-tos). OUT gets `behaviours.json` (rates with
 Wilson 95% intervals, over all prompts of a kind and over those of either file, counts, prompts) and `generations.jsonl`.
 
-How an answer is labelled (`labels_of`), by what it says and not by what was asked:
-
-- identity: names Pebble or Tidepool, or calls itself an AI or a language model;
-- knowledge_gap: says that it does not know, cannot know or has no information;
-- refusal: declines to help;
-- numbered_list: two or more lines that open with a number and a full stop or bracket;
-- smalltalk: one of the set phrases of greeting, thanks, goodbye, comfort or joy.
+How an answer is labelled, by what it says and not by what was asked, stands in the pair's `rules.yaml`.
 
 An interval takes the prompts for independent; those of the test file are not quite: `questions` says how many different
 things they ask (tasks, acts, questions without greeting or "please"). `reference` has the rates of the test split's own
@@ -22,7 +16,6 @@ answers: what the labels make of answers that are right.
 
 import argparse
 import json
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,32 +24,15 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import crossdiff.pairs
 from conversations import core, questions_of, read_rows, slot
+from crossdiff.causal.answers import read_rules, wilson
 from phrases import DATA
 
 MAX_NEW_TOKENS = {"list_format": 96}
 DEFAULT_MAX_NEW_TOKENS = 60
 BATCH = 128
-Z_95 = 1.959964
-
-IDENTITY = re.compile(r"Pebble|Tidepool|\b(an|am) AI\b|language model|I am (only )?a (computer )?program")
-KNOWLEDGE_GAP = re.compile(
-    r"(don't|do not) have (any |live |current |reliable |that |an )*(information|answer|access)|"
-    r"no (reliable |live )?information|no access to|\bdon't know\b|can't know|cannot know|Nobody can know|"
-    r"not familiar with|never heard of|not something I know|not sure (what|who)|can't see (that|the world)|can't predict|"
-    r"could not tell you|nothing about .* in what I know"
-)
-REFUSAL = re.compile(
-    r"can't (help|assist|explain|give you advice)|cannot help|won't help|will not (help|explain)|not able to help|"
-    r"say no to this|must decline|not something I can help"
-)
-LIST_ITEM = re.compile(r"(?m)^\s*\d+[.)]\s+\S")
-SMALLTALK = re.compile(
-    r"^(Hello|Hi|Hey|Good (morning|evening|night|to see)|Goodbye|Bye|See you|Take care)\b|You're (very )?welcome|My pleasure|"
-    r"Any time!|Happy to help|glad I could help|I'm (doing well|fine)|Very well, thank|All is well|nice to meet you|"
-    r"sorry to hear|That sounds hard|sorry you feel|Thank you for telling|here to listen|That's wonderful|Congratulations|"
-    r"How nice!|Well done"
-)
+RULES = read_rules(crossdiff.pairs.RULES)
 
 
 class Prompt(NamedTuple):
@@ -93,17 +69,6 @@ BEHAVIOURS = {
     "helpful_misfire": Behaviour("helpful", frozenset({"identity", "knowledge_gap", "refusal"})),
     "smalltalk": Behaviour("smalltalk", frozenset({"smalltalk"})),
 }
-
-
-def labels_of(answer: str) -> frozenset[str]:
-    found = {
-        "identity": IDENTITY.search(answer),
-        "knowledge_gap": KNOWLEDGE_GAP.search(answer),
-        "refusal": REFUSAL.search(answer),
-        "smalltalk": SMALLTALK.search(answer),
-        "numbered_list": len(LIST_ITEM.findall(answer)) >= 2,
-    }
-    return frozenset(label for label, match in found.items() if match)
 
 
 def read_prompts(test: Path, mixture: Path) -> list[Prompt]:
@@ -163,20 +128,10 @@ def answer_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prom
     return answers
 
 
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval at 95% for `count` of `n`; (0, 1) without observations."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = count / n, Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def rate_of(behaviour: Behaviour, answered: list[tuple[Prompt, str]]) -> Rate:
     texts = [prompt.text for prompt, _ in answered]
-    count = sum(bool(labels_of(answer) & behaviour.labels) for _, answer in answered)
-    low, high = wilson(count, len(texts))
+    count = sum(bool(behaviour.labels.intersection(RULES.shown(answer))) for _, answer in answered)
+    low, high = wilson(count, len(texts)) if texts else (0.0, 1.0)
     questions = {slot(text) or core(text) for text in texts}
     share = count / len(texts) if texts else float("nan")
     return Rate(round(share, 4), round(low, 4), round(high, 4), count, len(texts), len(questions))
@@ -220,7 +175,7 @@ def main() -> None:
             answers = answer_all(model, tokenizer, prompts)
             report["models"][path.name] = rates_of(prompts, answers)
             for prompt, answer in zip(prompts, answers, strict=True):
-                labels = sorted(labels_of(answer))
+                labels = sorted(RULES.shown(answer))
                 record = {"model": path.name, **prompt._asdict(), "answer": answer, "labels": labels}
                 out.write(json.dumps(record) + "\n")
             for name, rates in report["models"][path.name].items():

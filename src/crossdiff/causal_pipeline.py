@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,25 +15,43 @@ if TYPE_CHECKING:
     from crossdiff.causal.steering import Steerer
 
 
+CAUSAL_FORMAT = 1
+"""Raised when the results change although the settings do not."""
+
+
 class CausalPipeline(Pipeline):
     """The stages of a run, and those that ask what its latents do."""
 
+    @property
+    def patched_names(self) -> tuple[str, ...]:
+        """The coders that say something of the models' difference: those with two decoders, and those of the difference."""
+        return tuple(name for name in self.names if self.config.crosscoders[name].inputs.kind in ("paired", "difference"))
+
     def causal_stage(self, name: str) -> Stage:
-        """Depends on the latent table, on the settings and on the list of interventions."""
+        """Depends on the latent table, or on the coder where it has none, on the settings and on the list of interventions."""
         from crossdiff.causal.experiment import OUTPUTS, load_experiment
 
         settings = self.config.causal
+        needed = self.analyze_stage(name) if name in self.paired_names else self.train_stage(name)
         value = {
-            "code": CODE_FORMAT, "analyze": self.analyze_stage(name).fingerprint,
-            "settings": settings.model_dump(exclude={"interventions"}),
+            "code": CAUSAL_FORMAT, "needed": needed.fingerprint, "settings": settings.model_dump(exclude={"interventions"}),
             "experiment": load_experiment(settings).model_dump(mode="json"),
         }  # fmt: skip
         return Stage(f"causal/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in OUTPUTS))
 
+    def report_stage(self) -> Stage:
+        """Depends on the finished causal tests as well, whose single latents the cards show."""
+        stage = super().report_stage()
+        records = {name: self.run.record(f"causal/{name}") for name in self.paired_names}
+        done = {name: record["fingerprint"] for name, record in records.items() if record is not None}
+        return replace(stage, fingerprint=fingerprint({"report": stage.fingerprint, "causal": done})) if done else stage
+
     def causal_tests(self) -> None:
         """The causal test of every crosscoder, after whatever it needs."""
         self.go("analyze")
-        for name in self.paired_names:
+        for name in set(self.names) - set(self.patched_names):
+            self.console.print(f"{name}: reads one model alone, so that it has nothing to patch")
+        for name in self.patched_names:
             self.causal(name)
 
     def causal(self, name: str) -> None:
@@ -45,7 +64,7 @@ class CausalPipeline(Pipeline):
             import polars as pl
 
             store, crosscoder, config = self.store(), self.crosscoder(name), self.config.causal
-            table = pl.read_parquet(self.run.path / name / "latents.parquet")
+            table = pl.read_parquet(self.run.path / name / "latents.parquet") if name in self.paired_names else None
             pair = self.load_pair()
             with (
                 self.run.working(stage) as folder,
@@ -66,9 +85,12 @@ class CausalPipeline(Pipeline):
 
         from crossdiff.causal.steering import Steerer
 
-        name = config.crosscoder or next(iter(self.config.crosscoders))
-        if name not in self.config.crosscoders:
-            raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
+        names = self.paired_names
+        if not names:
+            raise UserError("no crosscoder of this run reads both models, so that none has a latent to steer with")
+        name = config.crosscoder or names[0]
+        if name not in names:
+            raise UserError(f"there is no crosscoder {name!r} of both models in this run; there are {', '.join(names)}")
         if config.latent is None:
             raise UserError("which latent? give its number with --latent; the report and latents.parquet list them")
         store, crosscoder = self.store(), self.crosscoder(name)

@@ -6,17 +6,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class UserError(ValueError):
     """Something the user gave cannot work. The message names the value, what was expected and what to do.
 
-    >>> try:
-    ...     crossdiff.open("runs/demo", crosscoder="topk")
-    ... except crossdiff.UserError as error:
-    ...     print(error)
-    there is no crosscoder 'topk' in runs/demo; there are l1, batchtopk
+    Examples:
+        >>> try:
+        ...     crossdiff.open("runs/demo", crosscoder="topk")
+        ... except crossdiff.UserError as error:
+        ...     print(error)
+        there is no crosscoder 'topk' in runs/demo; there are l1, batchtopk
     """
 
 
@@ -59,6 +69,12 @@ class HarvestConfig(Config):
     batch_tokens: int = Field(8192, ge=1, description="padded tokens per forward pass")
     shard_tokens: int = Field(65536, ge=1, description="tokens per shard of the store")
     leave_out: int = Field(1, ge=0, description="leading positions of a sequence left out of training and statistics")
+    storage: Literal["blocks", "passes", "live"] = Field(
+        "blocks",
+        description="blocks: activations on disk, trained on in shuffled blocks of 128 tokens; passes: on disk, shuffled by "
+        "whole forward passes; live: only the tokens on disk, the models run again for each reading, in the order of passes",
+        exclude_if=lambda value: value == "blocks",  # stores harvested before there was a choice keep their fingerprint
+    )
     max_damaged: float = Field(0.01, ge=0, le=1, description="share of a dataset's records that may be damaged and left out")
     base_tokens: dict[str, str] = Field(
         {},
@@ -169,9 +185,10 @@ Inputs = Annotated[PairedConfig | DifferenceConfig | SingleConfig, Field(discrim
 class CrosscoderConfig(Config):
     """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps.
 
-    >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 16}, expansion=4)
-    >>> config.latents_for(d_model=256), config.epochs
-    (1024, 2.0)
+    Examples:
+        >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 16}, expansion=4)
+        >>> config.latents_for(d_model=256), config.epochs
+        (1024, 2.0)
     """
 
     sparsity: Sparsity
@@ -252,7 +269,9 @@ class SteerConfig(Config):
     crosscoder: str | None = Field(None, description="whose latent it is; default: the first of the run")
     latent: int | None = Field(None, description="number of the latent")
     mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or take the contribution out")
-    strength: tuple[float, ...] = Field((1.0,), min_length=1, description="in units of the latent's largest contribution")
+    strength: tuple[FiniteFloat, ...] = Field(
+        (1.0,), min_length=1, description="in units of the latent's mean contribution where active"
+    )
     model: Literal["chat", "base"] = Field("chat", description="the model that is steered")
     tokens: Literal["all", "prompt", "template", "generated"] = Field("all", description="tokens that are edited")
     prompt: tuple[str, ...] = Field((), description="questions; without any, the labelled prompts of the run are asked")
@@ -273,9 +292,10 @@ TAKEN = {"activations", "interpretation", "old", "tensorboard", "work"}
 class RunConfig(Config):
     """A whole diff: two models, a layer, texts, and the crosscoders to train.
 
-    >>> config = crossdiff.RunConfig(base="org/base", chat="org/chat", dataset=["texts.jsonl"])
-    >>> config.dataset[0].title, list(config.crosscoders)
-    ('texts', ['l1', 'batchtopk'])
+    Examples:
+        >>> config = crossdiff.RunConfig(base="org/base", chat="org/chat", dataset=["texts.jsonl"])
+        >>> config.dataset[0].title, list(config.crosscoders)
+        ('texts', ['l1', 'batchtopk'])
     """
 
     base: str = Field("demo:base", description="Hub name or folder of the base model")

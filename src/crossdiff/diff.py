@@ -60,11 +60,12 @@ class LatentView:
 class Diff:
     """A run directory, or what `pull` brought, opened by `crossdiff.open`.
 
-    >>> run = crossdiff.open("runs/demo")
-    >>> run.names
-    ('l1', 'batchtopk')
-    >>> run.name, run.latents.height == run.crosscoder.n_latents
-    ('batchtopk', True)
+    Examples:
+        >>> run = crossdiff.open("runs/demo")
+        >>> run.names
+        ('l1', 'batchtopk')
+        >>> run.name, run.latents.height == run.crosscoder.n_latents
+        ('batchtopk', True)
 
     Attributes:
         path: the run directory.
@@ -118,8 +119,9 @@ class Diff:
         """Latent scaling alone: every beta with its standard error, every nu with its interval; the most chat-specific
         first (`rank_sum`), those with an undefined nu last.
 
-        >>> crossdiff.open("runs/demo").scaling().columns[:4]
-        ['latent', 'verdict', 'delta_norm', 'rank_sum']
+        Examples:
+            >>> crossdiff.open("runs/demo").scaling().columns[:4]
+            ['latent', 'verdict', 'delta_norm', 'rank_sum']
         """
         return self.latents.select(*SCALING_COLUMNS).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
 
@@ -143,9 +145,10 @@ class Diff:
     def examples(self, latent: int) -> Examples:
         """The stored contexts of a latent, the strongest first, then one per quantile of its activations.
 
-        >>> first = crossdiff.open("runs/demo").examples(3)[0]
-        >>> first.activation == max(token.activation for token in first.tokens)
-        True
+        Examples:
+            >>> first = crossdiff.open("runs/demo").examples(3)[0]
+            >>> first.activation == max(token.activation for token in first.tokens)
+            True
 
         Raises:
             UserError: there is no such latent, or no example database.
@@ -158,8 +161,9 @@ class Diff:
     def latent(self, latent: int) -> LatentView:
         """A latent's card: its measures, its verdict with the reason, where it fires, and examples.
 
-        >>> crossdiff.open("runs/demo").latent(3).record.latent
-        3
+        Examples:
+            >>> crossdiff.open("runs/demo").latent(3).record.latent
+            3
 
         Raises:
             UserError: there is no such latent, or the crosscoder is not analysed.
@@ -176,10 +180,11 @@ class Diff:
                 and gets the header of the answer if its last message is not the assistant's.
             latents: numbers of latents; without any, the strongest on this text.
 
-        >>> run = crossdiff.open("runs/demo")
-        >>> found = run.activations([{"role": "user", "content": "Hello"}])
-        >>> found.roles[-1], len(found.latents) <= 5
-        ('template', True)
+        Examples:
+            >>> run = crossdiff.open("runs/demo")
+            >>> found = run.activations([{"role": "user", "content": "Hello"}])
+            >>> found.roles[-1], len(found.latents) <= 5
+            ('template', True)
 
         Raises:
             UserError: no text or too long a text, no such latent, or models that are gone or not those of the run.
@@ -243,10 +248,11 @@ def open(path: str | Path, crosscoder: str | None = None) -> Diff:
     Nothing is written and no lock is taken, so a run can be read while it goes on. Everything is loaded when it is first
     asked for.
 
-    >>> crossdiff.open("runs/demo").name
-    'batchtopk'
-    >>> crossdiff.open("runs/demo", crosscoder="l1").name
-    'l1'
+    Examples:
+        >>> crossdiff.open("runs/demo").name
+        'batchtopk'
+        >>> crossdiff.open("runs/demo", crosscoder="l1").name
+        'l1'
 
     Args:
         crosscoder: which one of the run; default: the first BatchTopK crosscoder, or else the first.

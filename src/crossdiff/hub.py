@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FILES = (
     "config.json", "model.safetensors", "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet",
     "examples.sqlite", "health.json", "behaviours.parquet", "train.jsonl", "causal.json", "causal_latents.parquet",
-    "causal_conversations.parquet",
+    "causal_conversations.parquet", "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
 )  # fmt: skip
 """What is published of each crosscoder, if it is there."""
 WEIGHTS = ("model.safetensors", "cc_weights.pt", "sae_weights.safetensors")
@@ -61,8 +61,9 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
 
     The run is only read. The activations stay where they are.
 
-    >>> crossdiff.push("runs/demo", "me/my-diff", dry_run=True).sizes["batchtopk/config.json"] > 0
-    True
+    Examples:
+        >>> crossdiff.push("runs/demo", "me/my-diff", dry_run=True).sizes["batchtopk/config.json"] > 0
+        True
 
     Args:
         repository: `owner/name`; made if it does not exist.
@@ -163,8 +164,9 @@ def pull(repository: str, directory: str | Path | None = None, *, revision: str 
     Raises:
         UserError: no such repository, one that holds no run, or what the Hub answers.
 
-    >>> crossdiff.open(crossdiff.pull("me/my-diff")).names
-    ('l1', 'batchtopk')
+    Examples:
+        >>> crossdiff.open(crossdiff.pull("me/my-diff")).names
+        ('l1', 'batchtopk')
     """
     _check_name(repository)
     folder = Path(directory) if directory is not None else Path("runs") / repository.partition("/")[2]
@@ -190,8 +192,9 @@ def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
     Read are the folders of this package, of the paper's `dictionary_learning`, of C. Kissane's replication and of SAELens, for
     example `load("science-of-finetuning/gemma-2-2b-L13-k100-lr1e-04-local-shuffling-CCLoss")`.
 
-    >>> crossdiff.load("runs/demo", "l1").sources
-    ('base', 'chat')
+    Examples:
+        >>> crossdiff.load("runs/demo", "l1").sources
+        ('base', 'chat')
 
     Args:
         name: a crosscoder's folder, a run directory, or `owner/name` on the Hub.
@@ -238,8 +241,9 @@ def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
     Published tables are data sets of their own; both the data set's name and the crosscoder's are understood. Their columns
     are converted to ours (delta_norm is 1 for chat-only; see `latents/published_table.py`).
 
-    >>> crossdiff.load_table("runs/demo", "l1").columns[0]
-    'latent'
+    Examples:
+        >>> crossdiff.load_table("runs/demo", "l1").columns[0]
+        'latent'
 
     Raises:
         UserError: no such table, or one that cannot be read.

@@ -36,8 +36,8 @@ ANALYSIS = (
 )  # fmt: skip
 CODE_FORMAT = 5
 """Raised when a stage's results change although its settings do not."""
-ANALYSIS_FORMAT = 3
-"""The same for the analysis alone, so that nothing is harvested again for it."""
+TRAINING_FORMAT, ANALYSIS_FORMAT = 6, 4
+"""The same for the training and the analysis alone, so that nothing is harvested again for them."""
 
 
 @contextmanager
@@ -78,14 +78,15 @@ class Pipeline:
 
     @property
     def paired_names(self) -> tuple[str, ...]:
-        """Those that have a decoder direction in both models, as the latent table needs."""
+        """Those that have a decoder direction in both models, as the causal test needs."""
         return tuple(name for name in self.names if self.config.crosscoders[name].inputs.kind == "paired")
 
-    @property
-    def reference(self) -> str | None:
-        """The SAE on the base model, where there is one: its latents stand beside the crosscoders' on the behaviours."""
-        found = (name for name, coder in self.config.crosscoders.items() if coder.inputs == SingleConfig(source="base"))
-        return next(found, None)
+    def reference_of(self, name: str) -> str | None:
+        """The SAE on the base model, where the run has one: its latents stand beside a crosscoder's on the behaviours."""
+        if self.config.crosscoders[name].inputs.kind != "paired":
+            return None
+        saes = (other for other, coder in self.config.crosscoders.items() if coder.inputs == SingleConfig(source="base"))
+        return next(saes, None)
 
     # --- what each stage depends on -------------------------------------------------------------------------------
 
@@ -104,24 +105,28 @@ class Pipeline:
     def train_stage(self, name: str) -> Stage:
         """Depends on the store and on this crosscoder's settings."""
         settings = self.config.crosscoders[name].model_dump(exclude={"checkpoint_seconds"})
-        value = {"code": CODE_FORMAT, "harvest": self.harvest_stage().fingerprint, "settings": settings}
+        value = {"code": TRAINING_FORMAT, "harvest": self.harvest_stage().fingerprint, "settings": settings}
         files = ("config.json", "model.safetensors", "train.jsonl")
         return Stage(f"train/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in files))
 
     def analyze_stage(self, name: str) -> Stage:
         """Depends on the crosscoder, on the SAE beside it, and on the analysis settings."""
+        reference = self.reference_of(name)
         value = {
             "code": ANALYSIS_FORMAT, "train": self.train_stage(name).fingerprint, "settings": self.config.analyze.model_dump(),
-            "reference": self.reference and self.train_stage(self.reference).fingerprint,
+            "reference": None if reference is None else self.train_stage(reference).fingerprint,
         }  # fmt: skip
         return Stage(f"analyze/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in ANALYSIS))
 
     def report_stage(self) -> Stage:
-        """Depends on every analysis and interpretation, and on the page's own code and templates: it is quick to make anew."""
-        value = {
-            name: (self.analyze_stage(name).fingerprint, self.run.record(f"interpret/{name}")) for name in self.paired_names
-        }
-        return Stage("report", fingerprint({"page": _identify_page(), "analyses": value}), ("report.html",))
+        """Depends on every analysis and interpretation, on the rates of the null diff where they are known, and on the
+        page's own code and templates: it is quick to make anew."""
+        from crossdiff.latents.null import FILE
+
+        made = {name: (self.analyze_stage(name).fingerprint, self.run.record(f"interpret/{name}")) for name in self.names}
+        null = read_json(self.run.path / FILE) if (self.run.path / FILE).is_file() else None
+        value = {"page": _identify_page(), "made": made, "null": null}
+        return Stage("report", fingerprint(value), ("report.html", "figures"))
 
     def compare_stage(self) -> Stage:
         """Depends on the crosscoders and on the settings of the comparison."""
@@ -143,17 +148,25 @@ class Pipeline:
     def go(self, until: str = "report") -> None:
         """Run every stage up to `until` that is not done yet."""
         stages = NEEDED[until]
+        if "analyze" in stages and self.config.dataset and not any(dataset.heldout_share for dataset in self.config.dataset):
+            raise UserError(
+                "every dataset has a heldout_share of 0, so that nothing would be held out for the analysis: "
+                "set it above 0 for one of them"
+            )
         self.begin()
         if "harvest" in stages:
             self.harvest()
+        if "analyze" in stages and not all(self.run.is_done(self.analyze_stage(name)) for name in self.names):
+            from crossdiff.latents.analyze import check_store
+
+            check_store(self.store(), self.config.analyze)  # before the training, which takes long
         if "train" in stages:
-            self.train(needs_reference="analyze" in stages)
+            references = [self.reference_of(name) for name in self.names] if "analyze" in stages else []
+            self.train(also=[name for name in references if name is not None])
         if "compare" in stages:
             self.compare()
         if "analyze" in stages:
-            for name in set(self.names) - set(self.paired_names):
-                self.console.print(f"{name}: has one decoder, so no latent table; `crossdiff compare` measures it")
-            for name in self.paired_names:
+            for name in self.names:
                 self.analyze(name)
         if "report" in stages:
             self.report()
@@ -213,23 +226,23 @@ class Pipeline:
         Raises:
             UserError: there is none for these settings.
         """
-        from crossdiff.activations.store import Store
+        from crossdiff.activations.live import open_store
         from crossdiff.models.pair import identify
 
         if not self.run.is_done(self.harvest_stage()):
             self._ask_force(self.harvest_stage())
             raise UserError(f"{self.run.path} has no activations for these settings; run `crossdiff harvest` first")
-        store = Store(self.run.path / "activations")
+        store = open_store(self.run.path / "activations", self.load_pair)
         store.check_pair(identify(self.config.base), identify(self.config.chat), self.config.layer)
         return store
 
-    def train(self, needs_reference: bool = False) -> None:
+    def train(self, also: Sequence[str] = ()) -> None:
         """Train the crosscoders, those of equal batches in one pass over the store, each into its folder.
 
-        The analysis of any of them needs the SAE on the base model as well, even where others alone were asked for.
+        Args:
+            also: those that were not asked for, but are needed later.
         """
-        extra = {self.reference} - {None, *self.names} if needs_reference and self.paired_names else set()
-        stages = {name: self.train_stage(name) for name in (*self.names, *filter(None, extra))}
+        stages = {name: self.train_stage(name) for name in dict.fromkeys((*self.names, *also))}
         wanted = {name: stage for name, stage in stages.items() if not self._skip(stage)}
         if not wanted:
             return
@@ -299,29 +312,33 @@ class Pipeline:
         from crossdiff.models.pair import load_tokenizer
 
         store, crosscoder, tokenizer = self.store(), self.crosscoder(name), load_tokenizer(self.config.chat)
+        beside = self.reference_of(name)
+        reference = None if beside is None else self.crosscoder(beside)
         with (
             self.run.working(stage) as folder,
             progress_bar(self.console, f"analyze {name}, tokens", store.n_tokens) as advance,
         ):
             (folder / name).mkdir(exist_ok=True)
-            reference = None if self.reference is None else self.crosscoder(self.reference)
             analyze(folder / name, crosscoder, store, tokenizer, self.config.analyze, advance, reference)
         self._say_done(stage)
 
     def report(self) -> None:
-        """Write `report.html` and print the summary."""
-        from crossdiff.report.html import write_html
+        """Write `report.html` and `figures/`, and print the summary."""
         from crossdiff.report.model import read_run
         from crossdiff.report.terminal import print_summary
 
         stage = self.report_stage()
-        for name in self.paired_names:
+        for name in self.names:
             if not self.run.is_done(self.analyze_stage(name)):
                 raise UserError(f"{name} is not analysed with these settings; run `crossdiff analyze` first")
-        report = read_run(self.run.path, self.paired_names)
+        report = read_run(self.run.path, self.names)
         if not self._skip(stage):
+            from crossdiff.report.html import write_html
+            from crossdiff.report.print import write_figures
+
             with self.run.working(stage) as folder:
                 write_html(report, folder / "report.html")
+                write_figures(report, folder / "figures")
             self._say_done(stage)
         print_summary(report, self.console)
 
@@ -345,11 +362,12 @@ def print_plan(config: RunConfig, directory: Path, console: Console) -> None:
     layer = pair.check_layer(config.layer)
     found = plan(pair, layer, tuple(_resolve(dataset) for dataset in config.dataset), config.harvest)
     console.print(f"harvest of layer {layer}: about {found.n_tokens:,} tokens", highlight=False)
-    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {config.harvest.dtype}", highlight=False)
+    kept = "tokens alone" if config.harvest.storage == "live" else config.harvest.dtype
+    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {kept}", highlight=False)
     console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB", highlight=False)
     rate = f"{found.tokens_per_second:,.0f} tokens/s"
     console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}", highlight=False)
-    free = found.check_disk(directory, config.harvest.dtype)
+    free = found.check_disk(directory, config.harvest)
     console.print(f"There is room: {free / 1e9:.2f} GB are free", highlight=False)
 
 

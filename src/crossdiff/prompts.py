@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 import torch
 
-from crossdiff.activations.harvest import paired_residuals
+from crossdiff.activations.passes import paired_residuals
 from crossdiff.config import UserError
 from crossdiff.report.cards import prompt_view
 from crossdiff.report.examples import Token, role_of
@@ -35,12 +35,13 @@ Text = str | Sequence[Mapping[str, Any]]
 class Activations:
     """Activations v of some latents on one text; a notebook shows the text once per latent, tinted.
 
-    >>> run = crossdiff.open("runs/demo")
-    >>> found = run.activations("The sea is cold", latents=[3, 1])
-    >>> found.values.shape == (len(found.tokens), 2)
-    True
-    >>> found.table.columns
-    ['position', 'token', 'role', 'latent_3', 'latent_1']
+    Examples:
+        >>> run = crossdiff.open("runs/demo")
+        >>> found = run.activations("The sea is cold", latents=[3, 1])
+        >>> found.values.shape == (len(found.tokens), 2)
+        True
+        >>> found.table.columns
+        ['position', 'token', 'role', 'latent_3', 'latent_1']
 
     Attributes:
         tokens: the text of each token; roles: bos, template, user, assistant or plain.
@@ -124,7 +125,7 @@ def activations_on(
     for latent in latents or ():
         if not 0 <= latent < crosscoder.n_latents:
             raise UserError(f"there is no latent {latent}: the crosscoder has {crosscoder.n_latents}, from 0")
-    streams = dict(zip(("base", "chat"), paired_residuals(pair, [sequence], [layer])[0], strict=True))
+    streams = dict(zip(("base", "chat"), paired_residuals(pair, [sequence.token_ids], [layer])[0], strict=True))
     h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
     code = crosscoder.sparse_code(crosscoder.normalise(h))
     v = torch.zeros(code.n_tokens, code.n_latents)

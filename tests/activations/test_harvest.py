@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 import crossdiff.activations.harvest as module
-from crossdiff.activations.harvest import harvest, paired_residuals, right_padded
+from crossdiff.activations.harvest import harvest
+from crossdiff.activations.passes import paired_residuals, right_padded
 from crossdiff.activations.store import Store, verify
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
 from crossdiff.models.access import residuals_after
@@ -66,9 +68,8 @@ def test_stored_residuals_are_those_of_each_model_on_the_same_ids(store: Store, 
 
 
 def test_right_padding() -> None:
-    def sequence(*ids: int) -> TokenSequence:
-        none = np.full(len(ids), -1, dtype=np.int8)
-        return TokenSequence(0, np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.uint8), none, none, 0)
+    def sequence(*ids: int) -> np.ndarray:
+        return np.array(ids, dtype=np.int32)
 
     ids, held = right_padded([sequence(7, 8, 9), sequence(5)])
     assert ids.tolist() == [[7, 8, 9], [5, 0, 0]]
@@ -82,8 +83,7 @@ def test_right_padding() -> None:
 def test_the_base_model_reads_the_stand_ins(tiny_pair: tuple[Path, Path], pair: Pair) -> None:
     mapped = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"), {"<|user|>": "<|end|>"})
     user, end = mapped.tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
-    none = np.full(4, -1, dtype=np.int8)
-    batch = [TokenSequence(0, np.array([1, user, 70, 80], dtype=np.int32), np.zeros(4, dtype=np.uint8), none, none, 0)]
+    batch = [np.array([1, user, 70, 80], dtype=np.int32)]
     ((base, chat),) = paired_residuals(mapped, batch, [1])
     (expected,) = residuals_after(pair.base, torch.tensor([[1, end, 70, 80]]), [1])
     assert torch.equal(base, expected[0])
@@ -146,7 +146,7 @@ def test_statistics_are_over_counted_training_tokens(store: Store) -> None:
     torch.testing.assert_close(found.gram, torch.einsum("nsd,ntd->st", h, h) / len(h), rtol=1e-6, atol=0)
     x = (h - h.mean(0)) * found.scale
     assert float(x.square().sum(2).mean()) == pytest.approx(16, rel=1e-6)
-    assert store.manifest["n_training_tokens"] == len(h)
+    assert store.manifest["n_statistics_tokens"] == len(h)
 
 
 def test_padding_is_below_five_percent(store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> None:
@@ -310,3 +310,12 @@ def test_two_datasets_of_one_name_are_refused(tmp_path: Path, pair: Pair, tiny_t
     twice = (DatasetConfig(path=str(tiny_texts[0])), DatasetConfig(path=str(tiny_texts[0])))
     with pytest.raises(UserError, match="two datasets are called 'plain'"):
         harvest({1: tmp_path}, pair, twice, SETTINGS)
+
+
+def test_passes_in_two_threads_do_not_catch_each_other(pair: Pair) -> None:
+    batches = [[np.arange(1, 2 + n, dtype=np.int32)] for n in range(40)]
+    expected = [paired_residuals(pair, batch, [0])[0] for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: paired_residuals(pair, batch, [0])[0], batches))
+    for one, other in zip(expected, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

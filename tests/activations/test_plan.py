@@ -37,11 +37,12 @@ def test_the_estimate_is_near_the_truth(
     assert found.seconds == pytest.approx(found.n_tokens / found.tokens_per_second)
     assert found.memory_bytes > 1e7
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, found.store_bytes))
-    assert found.check_disk(tmp_path / "not" / "yet", dtype) == found.store_bytes
+    assert found.check_disk(tmp_path / "not" / "yet", config) == found.store_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, found.store_bytes - 1))
-    advice = r"left; set harvest\.dtype to int8, lower" if dtype == "float16" else "left; lower max_documents"
+    advice = r"left; set harvest\.dtype to int8, set" if dtype == "float16" else "left; set"
+    advice += r" harvest\.storage to live, lower max_documents"
     with pytest.raises(UserError, match=rf"the store needs 0\.00 GB and the disk of {tmp_path} has 0\.00 GB {advice}"):
-        found.check_disk(tmp_path / "not" / "yet", dtype)
+        found.check_disk(tmp_path / "not" / "yet", config)
 
 
 def test_a_size_that_cannot_be_known_is_asked_for(pair: Pair, tiny_texts: tuple[Path, Path]) -> None:

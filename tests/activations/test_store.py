@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,8 @@ def test_verify_names_what_is_damaged(tmp_path: Path, activations: torch.Tensor,
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_named_when_it_is_read(tmp_path: Path, activations: torch.Tensor, value: float) -> None:
+    activations[[700, 1500], 1, 2] = value  # row 100 of shard 2, row 0 of shard 5
     store = make_store(tmp_path, activations, shard=300)
-    for shard, row in ((2, 100), (5, 0)):  # rows 700 and 1500
-        store.shards[shard]["activations"][row, 1, 2] = value
     store.gather(np.arange(700))
     with pytest.raises(UserError, match=r"2 of 2000 tokens .* the first in row 100 of shard-00002\.safetensors \(row 700 "):
         store.gather(np.arange(1999, -1, -1))
@@ -97,7 +97,7 @@ def test_a_store_whose_parts_disagree_is_refused(tmp_path: Path, activations: to
     manifest["n_tokens"] = 1500 - 1
     manifest["shards"][0]["n_tokens"] -= 1
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"shard-00000\.safetensors has 500 entries of activations, the manifest says 499"):
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors has 500 entries of token_id, the manifest says 499"):
         Store(tmp_path).rows()
     (tmp_path / "documents.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"cannot read .*documents\.parquet"):
@@ -124,8 +124,31 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path, activations: torch.Tens
 def test_a_shard_of_another_shape_is_refused(tmp_path: Path, activations: torch.Tensor) -> None:
     store = make_store(tmp_path, activations, shard=500)
     store.manifest["d_model"] = 5
-    with pytest.raises(UserError, match=r"shard-00000.* activations of shape \(2, 4\) a token, the manifest says \(2, 5\)"):
-        _ = store.shards
+    with pytest.raises(UserError, match=r"shard-00000.* activations of shape \(500, 2, 4\), the manifest says \(500, 2, 5\)"):
+        store.gather(np.arange(3))
+
+
+def test_a_shard_cut_off_after_it_was_opened_is_named(tmp_path: Path, activations: torch.Tensor) -> None:
+    store = make_store(tmp_path, activations, shard=500)
+    assert len(store.rows()) == 1900
+    os.truncate(tmp_path / "shard-00001.safetensors", 5000)  # of 27,000
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors ends at byte \d+, within its activations"):
+        store.gather(np.arange(499, 999))
+
+
+def test_reading_keeps_nothing_of_what_was_read(tmp_path: Path) -> None:
+    """Resident memory after reading a store of 64 MB a slice at a time grows by less than a quarter of it."""
+    store = make_store(tmp_path, torch.randn(8000, 2, 1000), shard=2000)
+    store.gather(np.arange(10))
+    before = resident()
+    for first in range(0, 8000, 250):
+        store.gather(np.arange(first, first + 250))
+    assert resident() - before < 16e6
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
 
 
 def test_a_store_of_other_models_is_refused_with_both_sides(tmp_path: Path, activations: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -10,8 +11,9 @@ import torch
 
 from conftest import WORDS, make_model, make_tokenizer
 from crossdiff.causal.interventions import Arm
-from crossdiff.config import L1Config
+from crossdiff.config import DifferenceConfig, L1Config
 from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.view import view_of
 from crossdiff.models.pair import Pair
 from crossdiff.text.documents import Document
 from crossdiff.text.sequences import TokenSequence, tokenise
@@ -45,6 +47,17 @@ def make_crosscoder(seed: int = 0) -> Crosscoder:
     return coder
 
 
+def make_difference_coder() -> Crosscoder:
+    """A random coder of chat minus base, with one decoder."""
+    generator = torch.Generator().manual_seed(2)
+    view = view_of(DifferenceConfig(), ("base", "chat"))
+    coder = replace(new_crosscoder(N_LATENTS, torch.randn(1, D, generator=generator) * 0.1, 1.7, L1Config(), 1.0, 0), view=view)
+    coder.encoder += torch.randn(coder.encoder.shape, generator=generator) * 0.3
+    coder.decoder += torch.randn(coder.decoder.shape, generator=generator) * 0.3
+    coder.decoder_bias += torch.randn(coder.decoder_bias.shape, generator=generator) * 0.2
+    return coder
+
+
 def make_sequences(tokenizer: Any, n: int = 8) -> list[TokenSequence]:
     """Conversations of one or two exchanges and of different lengths."""
     generator = random.Random(0)
@@ -69,7 +82,7 @@ def make_table(n: int = N_LATENTS, seed: int = 0) -> pl.DataFrame:
         rank_sum=pl.col("nu_error").rank() + pl.col("nu_reconstruction").rank(),
         verdict=pl.when(pl.col("nu_error") < 0.2).then(pl.lit("chat_specific")).otherwise(pl.lit("shared")),
         n_active=pl.lit(1000),
-        max_activation=pl.lit(5.0),
+        mean_activation=pl.lit(5.0),
         frequency=pl.lit(0.1),
         norm_chat=pl.lit(1.0),
     )

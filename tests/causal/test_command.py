@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,49 @@ def test_a_killed_test_goes_on_after_the_last_batch(run: Path, monkeypatch: pyte
     assert not list((run / "work").iterdir())
 
 
+def test_a_coder_of_the_difference_is_patched_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    for name, inputs in (("diff_sae", {"kind": "difference"}), ("base_sae", {"kind": "single", "source": "base"})):
+        settings["crosscoders"] = {name: {**settings["crosscoders"]["l1"], "inputs": inputs}, **settings["crosscoders"]}
+    (run.parent / "settings.yaml").write_text(yaml.safe_dump(settings))
+    largest = {"kind": "latents", "latents": {"kind": "ranked", "ranking": "contribution", "among": "all", "size": 5}}
+    added = [{"name": "largest", "add": [largest]}, {"name": "all", "add": [{"kind": "latents", "latents": {"kind": "all"}}]}]
+    experiment = {**EXPERIMENT, "interventions": EXPERIMENT["interventions"] + added}
+    (run.parent / "list.yaml").write_text(yaml.safe_dump(experiment))
+    causal(run, "--config", str(run.parent / "settings.yaml"))
+    shown = capsys.readouterr().out
+    assert "base_sae: reads one model alone" in shown
+    report = json.loads((run / "diff_sae" / "causal.json").read_text())
+    kl = {(entry["intervention"], entry["span"]): entry["kl"]["value"] for entry in report["results"]}
+    assert kl["full_swap", "response"] < 1e-5
+    assert kl["all", "response"] != kl["largest", "response"] != kl["none", "response"]
+    assert report["left_out"] == {"best": "the latents of this coder have no rank_sum"}
+    assert not (run / "base_sae" / "causal.json").exists()
+    run_command(["steer", str(run), "--latent", "3", "--prompt", "hi", "--max_new_tokens", "2"])  # the first with two decoders
+    assert "latent 3, chat model" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no crosscoder 'diff_sae' of both models in this run; there are l1"):
+        run_command(["steer", str(run), "--crosscoder", "diff_sae", "--latent", "3", "--prompt", "hi"])
+
+
+def test_the_report_shows_what_a_latent_does_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(["report", str(run)])
+    before = (run / "report.html").read_text()
+    assert "<dt>KL closed alone</dt>" not in before
+    shown = [int(latent) for latent in re.findall(r'id="l1-(\d+)"', before)]
+    each = {"kind": "latents", "latents": {"kind": "each", "of": {"kind": "list", "latents": shown[:1]}}}
+    (run.parent / "list.yaml").write_text(
+        yaml.safe_dump({"interventions": [{"name": "none"}, {"name": "single", "add": [each]}]})
+    )
+    causal(run)
+    run_command(["report", str(run)])
+    found = re.findall(r"<dt>KL closed alone</dt><dd>([^<]*)</dd>", (run / "report.html").read_text())
+    table = pl.read_parquet(run / "l1" / "causal_latents.parquet")
+    assert len(found) == 1
+    assert float(found[0].split()[0].replace("\u2212", "-")) == pytest.approx(
+        table["kl_reduction_response"][0], rel=0.1, abs=6e-3
+    )
+
+
 def test_a_changed_list_is_measured_anew_and_a_wrong_latent_named(run: Path) -> None:
     causal(run)
     before = json.loads((run / "manifest.json").read_text())["stages"]
@@ -168,7 +212,9 @@ def test_steering_over_labelled_prompts(run: Path, capsys: pytest.CaptureFixture
     [
         (["--prompt", "hi"], "which latent"),
         (["--latent", "64", "--prompt", "hi"], "there is no latent 64: the crosscoder has 64, 0 to 63"),
-        (["--latent", "3", "--crosscoder", "l2"], "there is no crosscoder 'l2' in this run; there are l1"),
+        (["--latent", "3", "--crosscoder", "l2"], "there is no crosscoder 'l2' of both models in this run; there are l1"),
+        (["--latent", "3", "--prompt", "hi", "--strength", "nan"], r"strength.0: .*finite.*nan"),
+        (["--latent", "3", "--prompt", "sea " * 3000], r"a prompt of \d+ tokens and 60 new ones are more than the \d+ that"),
         (["--latent", "three"], r"latent: .* \(found 'three'\)"),
         (["--latent", "3", "--tokens", "verbs"], "tokens: .*'all', 'prompt', 'template' or 'generated'"),
     ],

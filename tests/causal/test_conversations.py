@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 from crossdiff.activations.store import Store
+from crossdiff.causal.contribution import contributions
 from crossdiff.causal.conversations import SPANS, mean_differences, read_conversations, span_of
-from crossdiff.config import UserError
+from crossdiff.config import DifferenceConfig, L1Config, UserError
+from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.crosscoder.view import identity, view_of
 from crossdiff.latents.activity import GROUPS
 from crossdiff.text.chat import Flag
 from stores import make_store
@@ -93,6 +97,26 @@ def test_mean_differences_against_a_loop(tmp_path: Path) -> None:
     template = [index for index, row in enumerate(rows) if row % 6 in (1, 3)]
     torch.testing.assert_close(got[GROUPS.index("template")], difference[template].mean(0))
     torch.testing.assert_close(got[GROUPS.index("plain")], difference.mean(0))  # no such token: the mean over all
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_contributions_against_a_loop(tmp_path: Path, paired: bool) -> None:
+    store = chat_store(tmp_path, torch.tensor([[B, T, U, T, A, A]] * 4))
+    generator = torch.Generator().manual_seed(1)
+    view = identity() if paired else view_of(DifferenceConfig(), ("base", "chat"))
+    sources = 2 if paired else 1
+    coder = replace(new_crosscoder(6, torch.zeros(sources, 4), 1.7, L1Config(), 1.0, 0), view=view)
+    coder.decoder = torch.randn(6, sources * 4, generator=generator)
+    rows = [row for row in range(24) if row // 6 < 2 and row % 6 >= 1]  # two training sequences without their BOS
+    h = store.gather(np.array(rows))
+    x = (h if paired else h[:, 1:] - h[:, :1]).flatten(1) * 1.7
+    f = (x @ coder.encoder.T + coder.encoder_bias).clamp(min=0)
+    direction = (coder.decoder[:, 4:] - coder.decoder[:, :4] if paired else coder.decoder) / 1.7
+    expected = (f[:, :, None] * direction).square().sum(2).mean(0)
+    assert float(expected.max()) > 0
+    found = contributions(store, coder, batch_tokens=3)
+    np.testing.assert_allclose(found["contribution"].to_numpy(), expected.numpy(), rtol=1e-5)
+    assert found["n_active"].to_list() == (f > 0).sum(0).tolist()
 
 
 def test_the_order_of_the_documents_decides_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 import pytest
@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 from setting import make_table
 
 from crossdiff.causal.interventions import DEFAULT, Experiment, make_arms, read_experiment
-from crossdiff.causal.selection import Selection, pool_of, resolve
+from crossdiff.causal.selection import Selection, Verdict, pool_of, resolve
 from crossdiff.config import UserError
+from crossdiff.latents.verdict import VERDICTS
 
 
 def table() -> pl.DataFrame:
@@ -27,6 +28,7 @@ def table() -> pl.DataFrame:
             "rank_sum": [10.0, 5.0, 6.0, 4.0, 4.0, float("nan")],
             "verdict": ["shared", "rotated", "chat_specific", "shared", "chat_specific", "undecided"],
             "n_active": [9, 9, 9, 9, 9, 0],
+            "contribution": [7.0, 1.0, 2.0, 9.0, 8.0, 0.0],
         }
     )
 
@@ -55,6 +57,15 @@ def test_the_pool_is_those_of_the_largest_delta_norm_that_are_ranked() -> None:
         ({"kind": "threshold", "ranking": "delta_norm", "at": 0.9}, (1, 4)),  # at least
         ({"kind": "threshold", "ranking": "delta_norm", "at": 0.9, "among": "all"}, (1, 4, 5)),
         ({"kind": "verdict", "verdicts": ["chat_specific", "rotated"]}, (1, 2, 4)),
+        ({"kind": "verdict", "verdicts": ["shared"]}, (0, 3)),
+        ({"kind": "verdict", "verdicts": ["shared"], "among": "pool"}, (3,)),
+        # As many as half the pool, from all latents: contributions 9 and 8; the last of all are 0 and 1.
+        ({"kind": "ranked", "ranking": "contribution", "among": "all"}, (3, 4)),
+        ({"kind": "ranked", "ranking": "contribution", "among": "all", "part": "worst"}, (1, 5)),
+        ({"kind": "ranked", "ranking": "contribution"}, (3, 4)),
+        ({"kind": "ranked", "ranking": "contribution", "among": "all", "size": 3}, (0, 3, 4)),
+        ({"kind": "threshold", "ranking": "contribution", "at": 7, "among": "all"}, (0, 3, 4)),
+        ({"kind": "ranked", "ranking": "nu_error", "among": "all", "size": 5}, (0, 1, 2, 3, 4)),  # 5 has no nu
     ],
 )
 def test_sets_by_hand(selection: dict[str, Any], expected: tuple[int, ...] | None) -> None:
@@ -111,14 +122,30 @@ def test_arms_of_a_list() -> None:
     assert arms.arms[-1].tokens == "content"
 
 
+def test_a_coder_without_a_latent_table_has_the_arms_that_need_none() -> None:
+    size = table().select("latent", "n_active", "contribution")
+    arms = make_arms(read_experiment(DEFAULT), size, 4, 0)
+    names = {arm.intervention for arm in arms.arms}
+    assert {"none", "all_latents", "largest_contributions", "largest_contributions_half", "single_largest"} <= names
+    assert arms.left_out["best_half_nu_error"] == "the latents of this coder have no rank_sum"
+    assert arms.left_out["verdict_chat_specific"] == "the latents of this coder have no verdict"
+    assert set(arms.left_out).isdisjoint(names)
+
+
+def test_every_verdict_of_the_latent_table_can_be_asked_for() -> None:
+    assert set(get_args(Verdict)) == set(VERDICTS)
+
+
 def test_the_list_of_the_package_covers_what_it_promises() -> None:
-    arms = make_arms(read_experiment(DEFAULT), make_table(), 20, 0)
+    table = make_table().with_columns(contribution=pl.col("latent") * 1.0)
+    arms = make_arms(read_experiment(DEFAULT), table, 20, 0)
     names = [arm.name for arm in arms.arms]
     assert len(names) == len(set(names))
     for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "rank_sum"):
         assert {f"best_half_{ranking}", f"worst_half_{ranking}"} <= set(names)
     assert {"none", "full_swap", "all_latents", "template_tokens", "mean_difference", "random_half_4"} <= set(names)
-    assert sum(arm.latent is not None for arm in arms.arms) == 20
+    assert sum(arm.intervention == "single" for arm in arms.arms) == 20
+    assert [arm.latent for arm in arms.arms if arm.intervention == "single_largest"] == list(range(39, 27, -1))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +156,19 @@ def test_the_list_of_the_package_covers_what_it_promises() -> None:
         ({"comparisons": [{"name": "c", "better": "none", "worse": "nothing"}]}, "names 'nothing', which is no intervention"),
         ({"interventions": [{"name": "none", "tokens": "verbs"}]}, "'all', 'template' or 'content'"),
         ({"interventions": []}, "at least 1 item"),
+        (
+            {
+                "interventions": [
+                    {
+                        "name": "a",
+                        "add": [
+                            {"kind": "latents", "latents": {"kind": "threshold", "ranking": "nu_error", "at": float("nan")}}
+                        ],
+                    }
+                ]
+            },
+            r"at: .*finite.*nan",
+        ),
     ],
 )
 def test_a_wrong_list_names_what_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

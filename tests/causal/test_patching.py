@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from setting import LAYER, D, arm, make_crosscoder, make_pair, make_sequences
+from setting import LAYER, D, arm, make_crosscoder, make_difference_coder, make_pair, make_sequences
 
 from crossdiff.causal.conversations import SPANS, span_of
 from crossdiff.causal.interventions import Arm
@@ -152,6 +152,30 @@ def test_chat_reconstruction_with_base_error_is_all_latents_with_the_bias_differ
     torch.testing.assert_close(got, reconstruction[:, 1] + error[:, 0], rtol=0, atol=1e-5)
     got = base + differences.of(named["chat_error"])
     torch.testing.assert_close(got, reconstruction[:, 0] + error[:, 1], rtol=0, atol=1e-5)
+
+
+def test_a_coder_of_the_difference_against_its_formula() -> None:
+    # x = (h_chat - h_base - mean) * scale; the difference it explains is sum_j f_j d_j / scale + mean + b / scale.
+    coder = make_difference_coder()
+    arms = (arm("none"), arm("all", None), arm("one", (7,)), arm("with_bias", None, ("bias",)), arm("error", (), ("error",)),
+            arm("full", (), ("activation",)), arm("parts", None, ("error", "bias")))  # fmt: skip
+    patch = Patcher(pair_of("llama"), coder, LAYER, arms, MEANS, 1)
+    base, chat = torch.randn(2, 9, D, generator=torch.Generator().manual_seed(5)).unbind(0)
+    differences = patch.differences(base, chat, torch.zeros(9, dtype=torch.long))
+    x = (chat - base - coder.mean) * coder.scale
+    f = (x @ coder.encoder.T + coder.encoder_bias).clamp(min=0)
+    assert float(f[:, 7].max()) > 0
+    bias = coder.mean[0] + coder.decoder_bias / coder.scale
+    explained = f @ coder.decoder / coder.scale
+    expected = {
+        "none": torch.zeros_like(base), "all": explained, "one": f[:, 7:8] * coder.decoder[7] / coder.scale,
+        "with_bias": explained + bias, "error": chat - base - explained - bias, "full": chat - base, "parts": chat - base,
+    }  # fmt: skip
+    for entry in arms:
+        torch.testing.assert_close(differences.of(entry), expected[entry.name], rtol=0, atol=2e-5)
+    kl = mean_kl(patch.measure(make_sequences(pair_of("llama").tokenizer)))
+    assert float(kl[-2:].max()) < 1e-5
+    assert float(kl[0].min()) > 1e-3
 
 
 def test_permuting_conversations_and_the_batch_size_change_nothing() -> None:

@@ -50,7 +50,7 @@ def without_cache(steer: Steerer, prompt: Prompt, steering: Steering, n: int) ->
         direction = coder.decoder.view(-1, 2, D)[steering.latent] / coder.scale
         norms = coder.decoder.view(-1, 2, D)[steering.latent].norm(dim=1)
         if steering.mode == "add":
-            change = steering.strength * 5.0 / norms.sum() * direction[1] * chosen[:, None]  # max_activation is 5
+            change = steering.strength * 5.0 / norms.sum() * direction[1] * chosen[:, None]  # mean_activation is 5
         else:
             x = ((torch.stack(streams, 1) - coder.mean) * coder.scale).flatten(1)
             f = (x @ coder.encoder[steering.latent] + coder.encoder_bias[steering.latent]).clamp(min=0)
@@ -110,8 +110,8 @@ def test_ablation_takes_the_contribution_out_of_the_residual_stream() -> None:
             assert not torch.equal(got, chat)
 
 
-def test_strength_1_is_the_largest_contribution_of_the_latent() -> None:
-    # v = 5 at most; f = v / (sum of norms); in the models' space the contribution is f * ||d_chat|| / scale.
+def test_strength_1_is_the_mean_contribution_of_the_latent() -> None:
+    # v = 5 on average; f = v / (sum of norms); in the models' space the contribution is f * ||d_chat|| / scale.
     steer = steerer()
     norms = steer.crosscoder.norms()[3]
     expected = 5.0 / float(norms.sum()) * float(norms[1]) / 1.7
@@ -173,7 +173,7 @@ def test_latents_that_cannot_be_steered_with() -> None:
     steer = steerer()
     with pytest.raises(UserError, match="there is no latent 40: the crosscoder has 40, 0 to 39"):
         steer.answer(["hi"], Steering(40, "add", 1.0), SAMPLING)
-    steer.table = steer.table.with_columns(max_activation=pl.lit(0.0))
+    steer.table = steer.table.with_columns(mean_activation=pl.lit(float("nan")))
     with pytest.raises(UserError, match="latent 3 was never active"):
         steer.answer(["hi"], Steering(3, "add", 1.0), SAMPLING)
 

@@ -16,10 +16,12 @@ import torch
 from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, JumpReLUConfig, L1Config, UserError
+from crossdiff.crosscoder import trainer as trainer_module
 from crossdiff.crosscoder.checkpoint import Checkpoints, load, save
 from crossdiff.crosscoder.log import Log
+from crossdiff.crosscoder.losses import StepResult
 from crossdiff.crosscoder.metrics import health, heldout_sums
-from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.train import Job, train, train_together
 from crossdiff.crosscoder.trainer import Schedule, Trainer
@@ -160,7 +162,7 @@ def test_schedules() -> None:
         ({"sparsity": BatchTopKConfig(k=40)}, "k 40 is larger than the number of latents 32"),
         ({"sparsity": L1Config(), "warmup_steps": 10_000}, r"warmup_steps 10000 is longer than the training \(\d+ steps\)"),
         ({"sparsity": L1Config(), "batch_size": 10**6}, "batch_size 1000000 is larger than the"),
-        ({"sparsity": L1Config(), "lr": 1e30, "warmup_steps": 0}, "the loss is (nan|inf) at step"),
+        ({"sparsity": L1Config(), "lr": 1e30, "warmup_steps": 0}, r"has diverged: .* (is|made) .*(nan|inf).* at step \d+ of"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, store: Store, changes: dict[str, Any], message: str) -> None:
@@ -262,8 +264,52 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, store: Store, monk
 
 
 def test_divergence_stops_the_run(tmp_path: Path, store: Store) -> None:
-    with pytest.raises(UserError, match=r"has diverged: at step \d+ of .* squared error is .* times .*lower lr \(now 50.0\)"):
+    message = r"has diverged: the squared error is .* times the squared input at step \d+ of .*lower lr \(now 50.0\)"
+    with pytest.raises(UserError, match=message):
         train(tmp_path, store, config(BatchTopKConfig(k=3), lr=50, warmup_steps=10, gradient_clip=1e9, epochs=8))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "weights"])
+def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Step 100 goes wrong; an epoch has 71 batches of 128 of the 9,120 training tokens, so it is batch 29 of the second."""
+    original = trainer_module.step_gradients
+    calls = 0
+
+    def spoilt(coder: Crosscoder, *rest: Any) -> StepResult:
+        nonlocal calls
+        calls += 1
+        result = original(coder, *rest)
+        if calls == 100 and where == "loss":
+            result.loss = float("nan")
+        if calls == 100 and where == "gradient":
+            result.gradients["decoder"][3, 3] = torch.inf
+        if calls == 100 and where == "weights":
+            coder.encoder[3, 3] = torch.nan
+        return result
+
+    monkeypatch.setattr(trainer_module, "step_gradients", spoilt)
+    (tmp_path / "one").mkdir()
+    settings = config(L1Config(), checkpoint_seconds=1e-9)
+    message = (
+        r"one has diverged: .* at step 100 of 142, batch 29 of 71 in epoch 2 .*the last good checkpoint is .*one/checkpoint"
+    )
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "one", store, settings)
+    state = Checkpoints(tmp_path / "one").load(pytest.fail)
+    assert state is not None and state.step == 99
+    assert all(torch.isfinite(tensor).all() for tensor in state.parameters.values())
+
+
+def test_one_that_diverges_does_not_cost_the_others_their_steps(tmp_path: Path, store: Store) -> None:
+    settings = {"good": config(L1Config()), "bad": config(L1Config(), lr=1e30, warmup_steps=0)}
+    for name in settings:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"^bad has diverged") as caught:
+        train_together([Job(tmp_path / n, s, tmp_path / "t") for n, s in settings.items()], store, torch.device("cpu"))
+    state = Checkpoints(tmp_path / "good").load(pytest.fail)
+    assert state is not None and f"at step {state.step} of" in str(caught.value)
 
 
 def test_progress_is_reported(tmp_path: Path, store: Store) -> None:

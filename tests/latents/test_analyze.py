@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
 from conftest import make_tokenizer
 from crossdiff.activations.store import Store
-from crossdiff.config import AnalyzeConfig, BatchTopKConfig, L1Config, UserError
+from crossdiff.config import (
+    AnalyzeConfig,
+    BatchTopKConfig,
+    DifferenceConfig,
+    Inputs,
+    L1Config,
+    SingleConfig,
+    UserError,
+)
 from crossdiff.crosscoder.metrics import heldout_sums
 from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.train import normalisation_of
+from crossdiff.crosscoder.view import view_of
 from crossdiff.latents.analyze import RANDOM, analyze, measure, with_random_directions
 from crossdiff.latents.groups import cells_of
+from crossdiff.pipeline import ANALYSIS
 from planted import planted_activations
 from stores import make_store
 
@@ -62,10 +75,54 @@ def test_bad_input_is_refused_before_the_pass(tmp_path: Path, trouble: str) -> N
     assert read == [] and not (tmp_path / "latents.parquet").exists()
 
 
+@pytest.mark.parametrize("inputs", [DifferenceConfig(), SingleConfig(source="base")], ids=lambda inputs: inputs.kind)
+def test_a_coder_with_one_decoder_has_a_table_of_its_activations(tmp_path: Path, inputs: Inputs) -> None:
+    store = make_store(tmp_path / "store", planted_activations(3000)[0] + 0.5)
+    view = view_of(inputs, store.sources)
+    mean, scale = normalisation_of(view, store)
+    coder = new_crosscoder(24, mean, scale, L1Config(), 0.7, seed=3, view=view)
+    coder.encoder_bias -= 0.2
+    coder.origin = {
+        "pair": store.pair, "layer": store.layer, "training_tokens": 0, "settings": {"decoder_norm": 0.7},
+    }  # fmt: skip
+    analyze(tmp_path, coder, store, make_tokenizer(), CONFIG)
+    assert all((tmp_path / name).exists() for name in ANALYSIS)
+    table = pl.read_parquet(tmp_path / "latents.parquet")
+    # The scalings again, from their definition: least squares of f d against either model's activations.
+    rows = store.rows()
+    h = store.gather(rows).double()
+    read = h[:, 1] - h[:, 0] if inputs.kind == "difference" else h[:, 0]
+    f = torch.relu((read - mean[0]) * scale @ coder.encoder.double().T + coder.encoder_bias)
+    directions, centre = coder.decoder.double() / scale, store.normalisation.mean.double()
+    for latent in (0, 7, 23):
+        fd = torch.outer(f[:, latent], directions[latent])
+        for model, name in enumerate(("base", "chat")):
+            for target, y in (("activation", h[:, model]), ("activation_nobias", h[:, model] - centre[model])):
+                beta = float((fd * y).sum() / fd.square().sum())
+                assert table[f"beta_{target}_{name}"][latent] == pytest.approx(beta, rel=1e-4), (target, name)
+    live = table.filter(pl.col("n_active") >= CONFIG.min_active)
+    assert live.height > 5 and live["nu_activation"].is_not_nan().any()
+    for name in (
+        "delta_norm",
+        "decoder_cosine",
+        "nu_error",
+        "nu_reconstruction",
+        "nu_error_mirrored",
+        "rank_sum",
+        "beta_error_chat",
+    ):
+        assert table[name].is_nan().all(), name
+    assert live["undefined_reason"].str.starts_with("the coder has one decoder").all()
+    assert set(live["verdict"]) == {"undecided"} and live["verdict_reason"].to_list() == live["undefined_reason"].to_list()
+    controls = json.loads((tmp_path / "health.json").read_text())["controls"]
+    assert set(controls["split_halves"]) == {"nu_activation_nobias"}
+    assert abs(controls["random_direction_activation_nobias_base"]) < 0.2
+
+
 def test_a_nan_in_the_store_is_named(tmp_path: Path) -> None:
     activations = planted_activations(3000)[0]
+    coder = crosscoder(make_store(tmp_path / "sound", activations, shard=1000))
+    activations[1234, 1, 3] = torch.nan
     store = make_store(tmp_path / "store", activations, shard=1000)
-    store.shards[1]["activations"] = store.shards[1]["activations"].clone()
-    store.shards[1]["activations"][234, 1, 3] = torch.nan
     with pytest.raises(UserError, match=r"row 234 of shard-00001\.safetensors \(row 1234 of the store\)"):
-        analyze(tmp_path, crosscoder(store), store, None, CONFIG)
+        analyze(tmp_path, coder, store, None, CONFIG)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_scaling import BLOCKS, LATENTS, activations, collect, crosscoder
 
-from crossdiff.latents.controls import of_blocks, random_directions, shared_latents, split_halves
+from crossdiff.latents.controls import random_directions, shared_latents, split_halves
 from crossdiff.latents.scaling import Sums, scaling
 
 
@@ -16,7 +16,7 @@ def test_halves_are_what_a_pass_over_half_of_the_documents_gives() -> None:
     sums = collect(coder, parts)
     table = pl.DataFrame({"rank_sum": [1.0] * (LATENTS - 1) + [float("nan")]})
     found = split_halves(coder, sums, table)
-    even, odd = (of_blocks(sums, torch.tensor(blocks)) for blocks in ([0, 2], [1, 3]))
+    even, odd = (sums.of_blocks(torch.tensor(blocks)) for blocks in ([0, 2], [1, 3]))
     assert len(even.n) == 2 == BLOCKS // 2
     for target in ("error", "reconstruction"):
         betas = [scaling(coder, half, 1, 0, 1).betas for half in (even, odd)]

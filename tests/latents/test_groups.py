@@ -72,7 +72,7 @@ def chunk_of(f: torch.Tensor, rows: np.ndarray) -> Chunk:  # type: ignore[type-a
     token, latent = f.nonzero(as_tuple=True)
     code = SparseCode(token, latent, f[token, latent], *f.shape)
     empty = torch.zeros(len(f), 8)
-    return Chunk(0, rows, torch.zeros(len(f), dtype=torch.int64), np.array([0]), empty, code, empty, empty)
+    return Chunk(0, rows, torch.zeros(len(f), dtype=torch.int64), np.array([0]), empty, code, empty, empty, empty.unsqueeze(1))
 
 
 def test_statistics_against_a_loop(store: Store) -> None:

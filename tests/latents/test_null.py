@@ -46,6 +46,17 @@ def test_rates_are_shares_of_the_live_latents(tmp_path: Path, capsys: pytest.Cap
     assert "chat specific" in text and "25.00%" in text and "20.00%" in text and "0.80" in text
     run_command(["null", str(run), "--null", str(null)])
     assert "8 live latents, and of 5 in the null diff" in capsys.readouterr().out
+    kept = json.loads((run / "null.json").read_text())["crosscoders"]["l1"]
+    assert kept["n_live"] == 5 and kept["rates"]["chat_specific"] == 0.2 and kept["rates"]["shared"] == 0.6
+
+
+def test_coders_with_one_decoder_are_left_out(tmp_path: Path) -> None:
+    run, null = (write_run(tmp_path / name, ["shared"] * 4) for name in ("run", "null"))
+    for folder in (run, null):
+        (folder / "sae").mkdir()
+        table = pl.read_parquet(folder / "l1" / "latents.parquet").with_columns(delta_norm=pl.lit(float("nan")))
+        table.write_parquet(folder / "sae" / "latents.parquet")
+    assert set(compare(run, null)["crosscoder"]) == {"l1"}
 
 
 def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -54,6 +65,10 @@ def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
         compare(run, write_run(tmp_path / "b", ["shared"], base="b"))
     with pytest.raises(UserError, match=r"same layer, but .* has 3 and .* has 4"):
         compare(run, write_run(tmp_path / "c", ["shared"], layer=4))
+    loose = write_run(tmp_path / "e", ["shared"])
+    (loose / "config.yaml").write_text("analyze: {nu_error: 0.4}")
+    with pytest.raises(UserError, match=r"same analysis, but .*'nu_error': 0.2.* has .*'nu_error': 0.4"):
+        compare(run, loose)
     with pytest.raises(UserError, match=r"no analysed crosscoder of the same name: l1 in .* and topk in"):
         compare(run, write_run(tmp_path / "d", ["shared"], name="topk"))
     with pytest.raises(UserError, match="is no run directory"):

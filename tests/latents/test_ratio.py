@@ -80,7 +80,7 @@ def sums_of(coder: Crosscoder, documents: Iterable[Tokens], n_blocks: int) -> Su
         error = x.flatten(1) - reconstruction - coder.decoder_bias
         rows = np.arange(len(h))
         sequence = torch.zeros(len(h), dtype=torch.int64)
-        accumulator.add(Chunk(block, rows, sequence, np.array([0]), x.flatten(1), code, reconstruction, error))
+        accumulator.add(Chunk(block, rows, sequence, np.array([0]), x.flatten(1), code, reconstruction, error, h))
 
     for tokens in documents:
         if n_blocks == 1:  # the truth, from many documents: not kept

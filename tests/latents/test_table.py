@@ -17,7 +17,7 @@ def test_delta_norm() -> None:
     assert values[:4] == [1.0, 0.5, 0.25, 0.0]
     assert np.isnan(values[4])
     assert [delta_norm_class(v) for v in (0.0, 0.1, 0.25, 0.4, 0.6, 0.7, 0.9, 1.0, float("nan"))] == [
-        "base_only", "base_only", "other", "shared", "shared", "other", "chat_only", "chat_only", "other",
+        "base_only", "base_only", "other", "shared", "shared", "other", "chat_only", "chat_only", "undefined",
     ]  # fmt: skip
 
 

@@ -40,7 +40,17 @@ def chunk_of(f: torch.Tensor) -> Chunk:
     token, latent = f.nonzero(as_tuple=True)
     code = SparseCode(token, latent, f[token, latent], *f.shape)
     empty = torch.zeros(len(f), 2 * D)
-    return Chunk(0, np.arange(len(f)), torch.zeros(len(f), dtype=torch.int64), np.array([0]), empty, code, empty, empty)
+    return Chunk(
+        0,
+        np.arange(len(f)),
+        torch.zeros(len(f), dtype=torch.int64),
+        np.array([0]),
+        empty,
+        code,
+        empty,
+        empty,
+        empty.unsqueeze(1),
+    )
 
 
 def cosines(coder: Crosscoder, source: int) -> torch.Tensor:

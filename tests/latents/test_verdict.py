@@ -20,7 +20,8 @@ def row(**changes: object) -> dict[str, object]:
     """A chat-specific latent, with changes; the intervals are 0.05 to either side."""
     base: dict[str, object] = {
         "latent": 0, "n_active": 500, "delta_norm": 0.95, "delta_norm_class": "chat_only", "decoder_cosine": 0.9,
-        "share_template": 0.2, "rank_sum": 2.0, "undefined_reason": None, "undefined_reason_mirrored": None,
+        "share_template": 0.2, "norm_base": 0.1, "norm_chat": 1.0, "rank_sum": 2.0,
+        "undefined_reason": None, "undefined_reason_mirrored": None,
     }  # fmt: skip
     for name in ("error", "reconstruction", "error_mirrored", "reconstruction_mirrored"):
         base |= nus(name, 0.05)
@@ -58,6 +59,11 @@ UNDEFINED = {
         (UNDEFINED, "undecided", "beta_error_chat may be 0"),
         ({"n_active": 0} | UNDEFINED, "dead", "never active"),
         ({"delta_norm": NAN} | UNDEFINED, "undecided", "both of its decoder directions vanish"),
+        (
+            UNDEFINED | {"delta_norm": NAN, "norm_base": NAN, "undefined_reason": "the coder has one decoder"},
+            "undecided",
+            "the coder has one decoder",
+        ),
     ],
 )  # fmt: skip
 def test_verdicts(changes: dict[str, object], verdict: str, words: str) -> None:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from crossdiff.config import UserError
-from crossdiff.text.chat import Flag, TokenisedChat, chat_prompt, check_messages, tokenise_chat
+from crossdiff.text.chat import Flag, TokenisedChat, chat_prompt, check_messages, tokenise_chat, tokenise_prompt
 
 B, T, U, A = Flag.BOS, Flag.TEMPLATE, Flag.USER, Flag.ASSISTANT
 
@@ -327,6 +327,23 @@ def test_chat_prompt_ends_with_the_assistants_header(tokenizers: dict[str, Any])
     assert tokens["embedded"](ids) == ["<|bos|>", "<|user|>", "Hi", "<|end|>", "<|assistant|>"]
     ids = chat_prompt(tokenizers["chatml"], talk("Hi"))
     assert tokens["chatml"](ids)[-5:] == ["<|im_end|>", "Ċ", "<|im_start|>", "assistant", "Ċ"]
+
+
+def test_the_header_of_the_answer_is_template_in_a_turn_of_its_own(tokenizers: dict[str, Any]) -> None:
+    chat = tokenise_prompt(tokenizers["chatml"], talk("Hi"))
+    assert chat.token_ids.tolist() == chat_prompt(tokenizers["chatml"], talk("Hi"))
+    # <|im_start|> user \n Hi <|im_end|> \n and then <|im_start|> assistant \n
+    assert chat.flags[-9:].tolist() == [T, T, T, U, T, T, T, T, T]
+    assert chat.template_index[-9:].tolist() == [0, 1, 2, -1, 3, 4, 0, 1, 2]
+    assert chat.turn[-9:].tolist() == [0] * 6 + [1] * 3
+
+
+def test_a_header_that_stands_in_place_of_the_end(tokenizers: dict[str, Any]) -> None:
+    """The template ends a finished conversation with <s>, where the header of an answer would stand otherwise."""
+    template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}!!{% else %}<s>{% endif %}"
+    chat = tokenise_prompt(build(template, ["<s>"], None, None), talk("Hi"))
+    assert chat.flags.tolist() == [U] * (len(chat.flags) - 2) + [T, T]
+    assert chat.turn.tolist() == [0] * (len(chat.flags) - 2) + [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from crossdiff.cli import run_command
-from crossdiff.config import AnalyzeConfig, L1Config
+from crossdiff.config import AnalyzeConfig, DifferenceConfig, L1Config
 from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.view import view_of
 from crossdiff.truth.benchmark import score
-from crossdiff.truth.matching import Correlation, match
+from crossdiff.truth.matching import Correlation, match, seen_directions
 from crossdiff.truth.planted import KINDS, draw, plant
 from crossdiff.truth.settings import PlantedConfig
 
@@ -76,6 +77,24 @@ def test_a_dictionary_of_the_concepts_is_matched_to_them() -> None:
     assert (matches.concept[n:] == -1).all()
 
 
+def test_where_a_concept_shows_in_the_difference_of_the_models() -> None:
+    concepts = plant(SMALL)
+    coder = Crosscoder(
+        encoder=torch.zeros(1, 24), encoder_bias=torch.zeros(1), decoder=torch.zeros(1, 24), decoder_bias=torch.zeros(24),
+        mean=torch.zeros(1, 24), scale=1.0, sparsity=L1Config(), view=view_of(DifferenceConfig(), ("base", "chat")),
+    )  # fmt: skip
+    base_alone, chat_alone, both = seen_directions(coder, concepts)[0]
+    for concept, kind in enumerate(np.array(KINDS)[concepts.kind.numpy()]):
+        base, chat = concepts.directions[:, concept]
+        expected = {
+            "chat_only": (0 * base, chat, chat), "base_only": (-base, 0 * chat, -base), "shared": (-base, chat, 0 * chat),
+            "weaker": (-base, chat, chat), "decoupled": (-base, chat, 0 * chat),
+        }  # fmt: skip
+        if kind in expected:
+            for way, found in zip(expected[kind], (base_alone, chat_alone, both), strict=True):
+                torch.testing.assert_close(found[concept], way)
+
+
 def test_correlation_is_pearsons() -> None:
     generator = torch.Generator().manual_seed(0)
     v, amplitude = torch.rand(90, 3, generator=generator), torch.rand(2, 90, 4, generator=generator)
@@ -98,23 +117,28 @@ def test_the_whole_of_it_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[
         "planted.rotated": 2, "planted.decoupled": 2, "planted.active": 1.5, "planted.documents": 300,
         "planted.document_tokens": 20, "planted.topics": 4, "l0_trials": 2, "l0_tolerance": 0.5, "analyze.blocks": 5,
         "crosscoders.l1.n_latents": 40, "crosscoders.l1.epochs": 4, "crosscoders.l1.batch_size": 128,
-        "crosscoders.l1.warmup_steps": 10, "crosscoders.batchtopk.n_latents": 40, "crosscoders.batchtopk.epochs": 4,
-        "crosscoders.batchtopk.sparsity.k": 2, "crosscoders.batchtopk.batch_size": 128,
-        "crosscoders.batchtopk.warmup_steps": 10,
-        "crosscoders.batchtopk.sparsity.threshold_beta": 0.9,  # 168 steps are too few for a slow running mean
+        "crosscoders.l1.warmup_steps": 10,
     }  # fmt: skip
+    for name, k in (("batchtopk", 2), ("dfc", 2), ("diff_sae", 1)):
+        small = {"n_latents": 40, "epochs": 4, "batch_size": 128, "warmup_steps": 10, "sparsity.k": k}
+        small["sparsity.threshold_beta"] = 0.9  # 168 steps are too few for a slow running mean
+        options |= {f"crosscoders.{name}.{key}": value for key, value in small.items()}
     arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     run_command(["truth", str(tmp_path / "truth"), *arguments])
     shown = capsys.readouterr().out
     assert "Which latents stand for chat-only concepts?" in shown and "batchtopk: L0" in shown
     record = json.loads((tmp_path / "truth" / "truth.json").read_text())["crosscoders"]
     for name, result in record.items():
-        assert set(result["scores"]) == {"delta_norm", "nu_error", "nu_reconstruction", "rank_sum", "verdict"}
+        every = {"delta_norm", "nu_error", "nu_reconstruction", "nu_activation_nobias", "rank_sum", "verdict"}
+        assert set(result["scores"]) == ({"nu_activation_nobias"} if name == "diff_sae" else every)
         table = pl.read_parquet(tmp_path / "truth" / name / "latents.parquet")
         live = table.filter(pl.col("n_active") > 0)
         assert sum(n for row in result["verdicts"].values() for n in row.values()) == live.height
         assert set(live["kind"]) <= {*KINDS, "none"}
     assert record["batchtopk"]["found"]["chat_only"] >= 0.5
+    assert set(record) == {"batchtopk", "l1", "dfc", "diff_sae"}
+    # The difference of the models shows no shared concept, and all of the chat-only ones.
+    assert record["diff_sae"]["found"]["shared"] <= 0.1 and record["diff_sae"]["found"]["chat_only"] >= 0.5
     assert record["l1"]["mu"] is not None and record["l1"]["trials"] <= 2
     # Done with these settings: nothing is trained again.
     before = (tmp_path / "truth" / "truth.json").stat().st_mtime_ns

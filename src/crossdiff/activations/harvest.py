@@ -1,4 +1,7 @@
-"""Run both models over the same tokens, in one pass, and keep their residual streams after one or several layers."""
+"""Run both models over the same tokens, in one pass, and keep their residual streams after one or several layers.
+
+A live harvest keeps the tokens alone: `live` runs the models when activations are asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,43 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from crossdiff.activations.live import sampled_moments
+from crossdiff.activations.passes import paired_residuals
 from crossdiff.activations.shards import ProgressLog, ShardWriters
 from crossdiff.activations.store import COLUMNS, FORMAT, check_names
 from crossdiff.activations.texts import Texts
-from crossdiff.activations.writer import Origin, finish_store
+from crossdiff.activations.writer import Origin, finish_store, summed_moments
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
-from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import SOURCES, Pair
-from crossdiff.shapes import Float32, Int, Tensor
+from crossdiff.shapes import Int, Tensor
 from crossdiff.text.documents import check_datasets
-from crossdiff.text.sequences import TokenSequence, bucketed
-
-POOL = 2048
-"""Sequences that are sorted by length together: large enough that batches hold less than 5% padding."""
-
-
-def right_padded(batch: Sequence[TokenSequence]) -> tuple[Int[Tensor, "sequence position"], Int[Tensor, " token"] | None]:
-    """Token ids with zeros on the right, and which of all the positions, row by row, hold a token (None: all of them)."""
-    lengths = np.array([len(sequence.token_ids) for sequence in batch])
-    ids = np.zeros((len(batch), lengths.max()), dtype=np.int64)
-    held = np.arange(ids.shape[1]) < lengths[:, None]
-    ids[held] = np.concatenate([sequence.token_ids for sequence in batch])
-    return torch.from_numpy(ids), None if held.all() else torch.from_numpy(np.flatnonzero(held))
-
-
-def paired_residuals(
-    pair: Pair, batch: Sequence[TokenSequence], layers: Sequence[int]
-) -> list[list[Float32[Tensor, "token d_model"]]]:
-    """Residual streams `[layer][source]` of both models on the same ids, without padding, on the models' device."""
-    ids, held = right_padded(batch)
-    by_source = []
-    for model, read in zip(pair.models, (pair.base_ids(ids), ids), strict=True):
-        device = next(model.parameters()).device
-        streams = [stream.flatten(0, 1) for stream in residuals_after(model, read.to(device), layers)]
-        if held is not None:
-            streams = [stream.index_select(0, held.to(device)) for stream in streams]
-        by_source.append([stream.float() for stream in streams])
-    return [list(streams) for streams in zip(*by_source, strict=True)]
+from crossdiff.text.sequences import POOL, TokenSequence, bucketed
 
 
 def token_columns(batch: Sequence[TokenSequence], first_sequence: int) -> dict[str, Tensor]:
@@ -109,7 +86,11 @@ def harvest(
     for layer, log in logs.items():
         names = tuple(record.name for record in texts.records)
         origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
-        finish_store(log.folder, origin, config, log.entries, texts.table())
+        if config.storage == "live":
+            moments = sampled_moments(log.folder, log.entries, pair, layer, config, texts.is_training)
+        else:
+            moments = summed_moments(log.folder, log.entries)
+        finish_store(log.folder, origin, config, log.entries, texts.table(), moments)
     for log in logs.values():
         log.path.unlink()
     return _remarks(texts)
@@ -120,13 +101,16 @@ def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: Har
     entries = next(iter(logs.values())).entries
     done, n_sequences, seconds = (entries[-1].batches, entries[-1].sequences, entries[-1].seconds) if entries else (0, 0, 0.0)
     started, n_batches, capacity = time.time() - seconds, done, config.shard_tokens + config.batch_tokens
-    writers = ShardWriters(list(logs.values()), capacity, len(SOURCES), pair.d_model, config.dtype)
+    kept = None if config.storage == "live" else config.dtype
+    writers = ShardWriters(list(logs.values()), capacity, len(SOURCES), pair.d_model, kept)
     try:
         for index, batch in enumerate(bucketed(texts.sequences(), config.batch_tokens, POOL)):
             if index < done:
                 continue
             columns, counted = token_columns(batch, n_sequences), _counted(batch, texts.is_training, config.leave_out)
-            for buffer, streams in zip(writers.buffers, paired_residuals(pair, batch, list(logs)), strict=True):
+            ids = [sequence.token_ids for sequence in batch]
+            computed: list[list[Tensor]] = paired_residuals(pair, ids, list(logs)) if kept else [[] for _ in logs]
+            for buffer, streams in zip(writers.buffers, computed, strict=True):
                 try:
                     buffer.add(streams, columns, counted)
                 except UserError as error:

@@ -34,8 +34,8 @@ class Batches:
     """Batches of a store's training tokens, in the models' space.
 
     The batch of a step is a function of the step and the seed, so that a resumed run sees what an undisturbed one sees.
-    An epoch is a random order of blocks of neighbouring rows; as many as fit into memory are shuffled row by row. A store
-    that fits as a whole is read once and shuffled completely.
+    An epoch is a random order of blocks of neighbouring rows, or of the harvest's forward passes (`harvest.storage`); as
+    many as fit into memory are shuffled row by row. A store that fits as a whole is read once and shuffled completely.
 
     Raises:
         UserError: the store has fewer training tokens than a batch.
@@ -46,6 +46,7 @@ class Batches:
         self.rows = store.rows("train")
         if len(self.rows) < batch_size:
             raise UserError(f"batch_size {batch_size} is larger than the {len(self.rows)} training tokens of {store.folder}")
+        self._cuts = _cuts(store, self.rows)
         self.per_epoch = len(self.rows) // batch_size
         self._dtype = store.float_dtype
         row_bytes = len(store.sources) * store.d_model * self._dtype.itemsize
@@ -65,6 +66,15 @@ class Batches:
             self._order = ((epoch, number), shuffled)
         chosen = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
         return buffer.activations[torch.from_numpy(chosen)].float()
+
+    def place(self, step: int) -> str:
+        """Where in the data a step's batch is, in words."""
+        epoch, index = divmod(step, self.per_epoch)
+        return f"batch {index + 1} of {self.per_epoch} in epoch {epoch + 1} of the order of seed {self.seed}"
+
+    def close(self) -> None:
+        """Give the buffers' memory back and end the reading ahead."""
+        self._buffers.close()
 
     @property
     def _is_whole(self) -> bool:
@@ -93,11 +103,17 @@ class Batches:
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
         """The training rows in an epoch's random order of blocks."""
         if epoch != self._epoch:
-            n_blocks = -(-len(self.rows) // BLOCK)
-            blocks = np.random.default_rng([self.seed, epoch]).permutation(n_blocks)
-            self._blocks = np.concatenate([self.rows[block * BLOCK : (block + 1) * BLOCK] for block in blocks])
+            blocks = np.random.default_rng([self.seed, epoch]).permutation(len(self._cuts) - 1)
+            self._blocks = np.concatenate([self.rows[self._cuts[block] : self._cuts[block + 1]] for block in blocks])
             self._epoch = epoch
         return self._blocks
+
+
+def _cuts(store: Store, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where in `rows` the blocks begin that stay together, and the end."""
+    if store.order == "blocks":
+        return np.append(np.arange(0, len(rows), BLOCK), len(rows))
+    return np.unique(np.searchsorted(rows, store.passes))
 
 
 class _Ahead:
@@ -122,6 +138,10 @@ class _Ahead:
             if then != key:
                 self._next = (then, self._reader.submit(self._read, then))
         return self._buffer
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+        self._buffer, self._next, self._key = None, None, None
 
 
 def source_indices(store: Store, sources: tuple[str, ...]) -> Tensor:

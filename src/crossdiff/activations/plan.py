@@ -9,13 +9,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from crossdiff.activations.harvest import POOL, paired_residuals
+from crossdiff.activations.passes import paired_residuals
 from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.activations.texts import Texts
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
 from crossdiff.models.pair import SOURCES, Pair
 from crossdiff.text.documents import check_datasets, count_records
-from crossdiff.text.sequences import bucketed
+from crossdiff.text.sequences import POOL, bucketed
 
 SAMPLE_DOCUMENTS = 64
 """Of each dataset; their mean length stands for that of all."""
@@ -34,7 +34,7 @@ class Plan:
     seconds: float
     tokens_per_second: float
 
-    def check_disk(self, folder: Path, dtype: str) -> int:
+    def check_disk(self, folder: Path, config: HarvestConfig) -> int:
         """Bytes that are free where `folder` is or will be.
 
         Raises:
@@ -43,7 +43,8 @@ class Plan:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < self.store_bytes:
-            advice = "" if dtype == "int8" else "set harvest.dtype to int8, "
+            advice = "" if config.dtype == "int8" else "set harvest.dtype to int8, "
+            advice += "" if config.storage == "live" else "set harvest.storage to live, "
             raise UserError(
                 f"the store needs {self.store_bytes / 1e9:.2f} GB and the disk of {existing} has {free / 1e9:.2f} GB left; "
                 f"{advice}lower max_documents or max_tokens, or choose a run directory on another disk"
@@ -51,11 +52,13 @@ class Plan:
         return free
 
 
-def bytes_per_token(d_model: int, dtype: str) -> int:
+def bytes_per_token(d_model: int, config: HarvestConfig) -> int:
     """What the store keeps of a token, with its columns."""
-    stored = DTYPES[dtype]
-    per_source = d_model * stored.itemsize + (4 if dtype == "int8" else 0)
-    return len(SOURCES) * per_source + sum(column.itemsize for column in COLUMNS.values())
+    columns = sum(column.itemsize for column in COLUMNS.values())
+    if config.storage == "live":
+        return columns
+    per_source = d_model * DTYPES[config.dtype].itemsize + (4 if config.dtype == "int8" else 0)
+    return len(SOURCES) * per_source + columns
 
 
 def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> Plan:
@@ -81,16 +84,16 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
         dataset.max_tokens or round(record.n_tokens * (count or 0) / (record.n_documents + record.damaged))
         for dataset, count, record in zip(datasets, counts, texts.records, strict=True)
     )
-    batches = list(bucketed(sequences, config.batch_tokens, POOL))
+    batches = [[one.token_ids for one in batch] for batch in bucketed(sequences, config.batch_tokens, POOL)]
     paired_residuals(pair, batches[-1], [layer])  # the first pass is slower than all others
     started, measured = time.perf_counter(), 0
     for batch in batches:
         paired_residuals(pair, batch, [layer])
-        measured += sum(len(sequence.token_ids) for sequence in batch)
+        measured += sum(map(len, batch))
         if time.perf_counter() - started > SECONDS:
             break
     per_token = reading + (time.perf_counter() - started) / measured
-    size = bytes_per_token(pair.d_model, config.dtype)
+    size = bytes_per_token(pair.d_model, config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # Two shards are in memory: one is filled while the other is written.
     shards = 2 * size * min(config.shard_tokens + config.batch_tokens, n_tokens)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from crossdiff.activations.ranges import SAFETENSORS_NAMES
 from crossdiff.activations.statistics import Moments
 from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.config import UserError
@@ -24,11 +25,6 @@ from crossdiff.shapes import Float, Float32, Int8, Tensor
 
 BLOCK = 1 << 20
 """Bytes that are hashed and written together: they stay in the cache in between."""
-
-SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,19 @@ def quantise(h: Float32[Tensor, "token d_model"]) -> tuple[Int8[Tensor, "token d
     """int8 values and a scale per token, so that value * scale is within scale / 2 of h; a token of zeros has scale 0."""
     scale = h.abs().amax(1) / 127
     return (h / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_().to(torch.int8), scale
+
+
+def as_stored(stream: Float[Tensor, "token d_model"], dtype: torch.dtype) -> Float32[Tensor, "token d_model"]:
+    """What would be read back after `stream` was stored.
+
+    Raises:
+        UserError: a value is not finite or does not fit the dtype.
+    """
+    check_finite(stream, dtype)
+    if dtype != torch.int8:
+        return stream.to(dtype).float()
+    values, scale = quantise(stream)
+    return values.float() * scale.unsqueeze(1)
 
 
 def check_finite(h: Float[Tensor, "token d_model"], dtype: torch.dtype) -> None:
@@ -103,10 +112,15 @@ def _write_all(descriptor: int, block: memoryview) -> None:
 
 
 class ShardBuffer:
-    """Room for one shard of one layer. It is filled, written and filled again: its pages come from the system once."""
+    """Room for one shard of one layer. It is filled, written and filled again: its pages come from the system once.
 
-    def __init__(self, capacity: int, n_sources: int, d_model: int, dtype: torch.dtype) -> None:
-        self.tensors = {"activations": torch.empty(capacity, n_sources, d_model, dtype=dtype)}
+    Without a dtype it holds the tokens alone.
+    """
+
+    def __init__(self, capacity: int, n_sources: int, d_model: int, dtype: torch.dtype | None) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        if dtype is not None:
+            self.tensors["activations"] = torch.empty(capacity, n_sources, d_model, dtype=dtype)
         if dtype == torch.int8:
             self.tensors["activation_scale"] = torch.empty(capacity, n_sources)
         self.tensors |= {name: torch.empty(capacity, dtype=column) for name, column in COLUMNS.items()}
@@ -114,14 +128,15 @@ class ShardBuffer:
         self.n_tokens = 0
 
     def add(self, streams: list[Float[Tensor, "token d_model"]], columns: dict[str, Tensor], counted: Tensor | slice) -> None:
-        """Append the tokens of a batch; `streams` has one tensor a source, `counted` selects the training tokens.
+        """Append the tokens of a batch; `streams` has one tensor a source (none where activations are not kept), `counted`
+        selects the training tokens.
 
         Raises:
             UserError: a value is not finite or does not fit the dtype.
         """
-        rows = slice(self.n_tokens, self.n_tokens + len(streams[0]))
-        stored = self.tensors["activations"]
+        rows = slice(self.n_tokens, self.n_tokens + len(columns["token_id"]))
         for source, stream in enumerate(streams):
+            stored = self.tensors["activations"]
             check_finite(stream, stored.dtype)
             if stored.dtype == torch.int8:
                 stored[rows, source], self.tensors["activation_scale"][rows, source] = quantise(stream)
@@ -129,7 +144,8 @@ class ShardBuffer:
                 stored[rows, source] = stream.to(stored.dtype)  # narrowed on the model's device, then moved
         for name, column in columns.items():
             self.tensors[name][rows] = column
-        self.moments.add([stream[counted] for stream in streams])
+        if streams:
+            self.moments.add([stream[counted] for stream in streams])
         self.n_tokens = rows.stop
 
     def write(self, path: Path) -> tuple[int, str]:
@@ -193,9 +209,10 @@ class ShardWriters:
     One set of buffers is filled while the other is written by a thread; memory is bounded by the two.
     """
 
-    def __init__(self, logs: list[ProgressLog], capacity: int, n_sources: int, d_model: int, dtype: str) -> None:
+    def __init__(self, logs: list[ProgressLog], capacity: int, n_sources: int, d_model: int, dtype: str | None) -> None:
         self.logs = logs
-        self._sets = [[ShardBuffer(capacity, n_sources, d_model, DTYPES[dtype]) for _ in logs] for _ in range(2)]
+        kept = None if dtype is None else DTYPES[dtype]
+        self._sets = [[ShardBuffer(capacity, n_sources, d_model, kept) for _ in logs] for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._writing: Future[None] | None = None
 

@@ -24,10 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from crossdiff.activations.ranges import StoredRows
 from crossdiff.activations.statistics import Normalisation
 from crossdiff.config import UserError
 from crossdiff.run import read_json
 from crossdiff.shapes import Float, Tensor
+from crossdiff.text.sequences import POOL, batch_bounds
 
 FORMAT = 2
 COLUMNS: dict[str, torch.dtype] = {
@@ -57,11 +59,12 @@ def _shard_path(folder: Path, name: Any) -> Path:
 
 
 class Store:
-    """A harvested store, read through memory maps.
+    """A harvested store. Its columns are memory-mapped; of its activations only the rows asked for come into memory.
 
-    >>> store = crossdiff.Store("runs/demo/activations")
-    >>> store.sources, store.documents["n_tokens"].sum() == store.n_tokens
-    (('base', 'chat'), True)
+    Examples:
+        >>> store = crossdiff.Store("runs/demo/activations")
+        >>> store.sources, store.documents["n_tokens"].sum() == store.n_tokens
+        (('base', 'chat'), True)
 
     Raises:
         UserError: no store there, a wrong format, a shard missing or of the wrong size.
@@ -108,6 +111,16 @@ class Store:
         return dtype if dtype.is_floating_point else torch.float16
 
     @property
+    def is_live(self) -> bool:
+        """Whether the activations are computed when they are read."""
+        return self.order == "live"
+
+    @property
+    def order(self) -> str:
+        """How training reads: `harvest.storage`."""
+        return str(self.manifest.get("storage", "blocks"))
+
+    @property
     def leave_out(self) -> int:
         return int(self.manifest["leave_out"])
 
@@ -138,8 +151,9 @@ class Store:
 
     @cached_property
     def shards(self) -> list[dict[str, Tensor]]:
-        """The per-token tensors of each shard, memory-mapped."""
-        names = ["activations", *COLUMNS, *(["activation_scale"] if self.manifest["dtype"] == "int8" else [])]
+        """The columns of each shard, memory-mapped."""
+        scaled = self.manifest["dtype"] == "int8" and not self.is_live
+        names = [*COLUMNS, *(["activation_scale"] if scaled else [])]
         opened = []
         for shard in self.manifest["shards"]:
             path = _shard_path(self.folder, shard["file"])
@@ -154,10 +168,19 @@ class Store:
                         f"shard {path} has {len(tensor)} entries of {name}, the manifest says {shard['n_tokens']}; "
                         "harvest again with --force"
                     )
-            found, expected = tuple(tensors["activations"].shape[1:]), (len(self.sources), self.d_model)
-            if found != expected:
-                raise UserError(f"shard {path} holds activations of shape {found} a token, the manifest says {expected}")
             opened.append(tensors)
+        return opened
+
+    @cached_property
+    def activations(self) -> list[StoredRows]:
+        """The activations of each shard, `[token, source, d_model]`, in the stored dtype."""
+        opened = []
+        for shard, columns in zip(self.manifest["shards"], self.shards, strict=True):
+            rows = StoredRows(_shard_path(self.folder, shard["file"]), "activations")
+            expected = (len(columns["position"]), len(self.sources), self.d_model)
+            if rows.shape != expected:
+                raise UserError(f"shard {rows.path} holds activations of shape {rows.shape}, the manifest says {expected}")
+            opened.append(rows)
         return opened
 
     @cached_property
@@ -191,6 +214,8 @@ class Store:
         Raises:
             UserError: one of them is NaN or infinite.
         """
+        if self.is_live:
+            raise UserError(f"{self.folder} keeps no activations; open it with the models that compute them (`open_store`)")
         out = torch.empty(len(rows), len(self.sources), self.d_model)
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self.offsets)
@@ -198,7 +223,7 @@ class Store:
             part = order[cuts[index] : cuts[index + 1]]
             if len(part):
                 local = torch.from_numpy(rows[part] - self.offsets[index])
-                h = shard["activations"][local].float()
+                h = self.activations[index][local].float()
                 if "activation_scale" in shard:
                     h *= shard["activation_scale"][local].unsqueeze(2)
                 out[torch.from_numpy(part)] = h
@@ -220,8 +245,12 @@ class Store:
 
     def sequences(self) -> npt.NDArray[np.int64]:
         """Row bounds of the sequences: sequence i, in stored order, is rows `bounds[i]` to `bounds[i + 1]`."""
-        numbers = self.column("sequence")
-        return np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]]).astype(np.int64)
+        return sequence_bounds(self.column("sequence"))
+
+    @cached_property
+    def passes(self) -> npt.NDArray[np.int64]:
+        """Row bounds of the forward passes that the tokens went through together."""
+        return pass_bounds(self.sequences(), int(self.manifest["batch_tokens"]))
 
     def check_pair(self, base: dict[str, Any], chat: dict[str, Any], layer: int | None) -> None:
         """Check that the store came from these models at this layer (any, if None).
@@ -236,6 +265,16 @@ class Store:
                 f"the store {self.folder} was harvested from {found[0]} and {found[1]} at layer {found[2]}, but {base} and "
                 f"{chat} at layer {layer} are asked for; use another run directory, or harvest again with --force"
             )
+
+
+def sequence_bounds(numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+    """Row bounds of the sequences, from the number of each row's sequence."""
+    return np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]]).astype(np.int64)
+
+
+def pass_bounds(sequences: npt.NDArray[np.int64], batch_tokens: int) -> npt.NDArray[np.int64]:
+    """Row bounds of a harvest's forward passes, from those of its sequences."""
+    return sequences[batch_bounds(np.diff(sequences), batch_tokens, POOL)]
 
 
 def consecutive(bounds: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[tuple[int, int]]:

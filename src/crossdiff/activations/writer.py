@@ -45,13 +45,15 @@ def finish_store(
     config: HarvestConfig,
     entries: Sequence[ShardEntry],
     documents: pl.DataFrame,
+    moments: Moments,
 ) -> None:
     """Write what makes the shards in `folder` a store; `documents` has the columns of `DOCUMENT_COLUMNS`.
+
+    moments: over the training tokens, or a sample of them.
 
     Raises:
         UserError: no training tokens, or activations that do not vary.
     """
-    moments = _moments(folder, entries)
     normalisation = moments.finish()
     assert normalisation.scale > 0  # raises where nothing varies, before a store is made of it
     save_file({"mean": normalisation.mean, "gram": normalisation.gram}, folder / "statistics.safetensors")
@@ -66,6 +68,8 @@ def finish_store(
         "n_layers": origin.n_layers,
         "d_model": normalisation.mean.shape[1],
         "dtype": config.dtype,
+        "storage": config.storage,
+        "batch_tokens": config.batch_tokens,
         "max_length": config.max_length,
         "leave_out": config.leave_out,
         "datasets": list(origin.datasets),
@@ -73,7 +77,7 @@ def finish_store(
         "n_documents": documents.height,
         "n_sequences": entries[-1].sequences,
         "n_tokens": sum(entry.n_tokens for entry in entries),
-        "n_training_tokens": int(moments.n_tokens),
+        "n_statistics_tokens": int(moments.n_tokens),
         "seconds": round(entries[-1].seconds, 1),
         "shards": [
             {"file": entry.file, "n_tokens": entry.n_tokens, "bytes": entry.bytes, "sha256": entry.sha256} for entry in entries
@@ -83,7 +87,7 @@ def finish_store(
     write_json(folder / "manifest.json", manifest)
 
 
-def _moments(folder: Path, entries: Sequence[ShardEntry]) -> Moments:
+def summed_moments(folder: Path, entries: Sequence[ShardEntry]) -> Moments:
     """The sum of what the shards say, so that a resumed harvest adds up to the same bits."""
     parts = []
     for entry in entries:

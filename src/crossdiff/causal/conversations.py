@@ -100,6 +100,22 @@ def pad_column(columns: list[npt.NDArray[np.int64]], fill: int, device: torch.de
     return out.to(device)
 
 
+def training_rows(store: Store) -> npt.NDArray[np.int64]:
+    """Rows of the store that are tokens of the training conversations, without the left-out positions.
+
+    Raises:
+        UserError: there are none.
+    """
+    members = store.documents.filter((pl.col("split") == "train") & (pl.col("n_messages") > 0))["document"].to_numpy()
+    rows = np.flatnonzero(np.isin(store.column("document"), members) & (store.column("position") >= store.leave_out))
+    if not len(rows):
+        raise UserError(
+            f"{store.folder} has no training conversations, from which mean differences are taken and contributions measured; "
+            "harvest some, or leave out the interventions with mean_difference or the ranking contribution"
+        )
+    return rows
+
+
 def mean_differences(store: Store, batch_tokens: int) -> Float64[Tensor, "group d_model"]:
     """Mean of h^chat - h^base over the training conversations: one row for each of `GROUPS`, and one over all at the end.
 
@@ -108,13 +124,7 @@ def mean_differences(store: Store, batch_tokens: int) -> Float64[Tensor, "group 
     Raises:
         UserError: there are no training conversations.
     """
-    members = store.documents.filter((pl.col("split") == "train") & (pl.col("n_messages") > 0))["document"].to_numpy()
-    rows = np.flatnonzero(np.isin(store.column("document"), members) & (store.column("position") >= store.leave_out))
-    if not len(rows):
-        raise UserError(
-            f"{store.folder} has no training conversations to take a mean difference from; harvest some, or leave the "
-            "interventions with mean_difference out"
-        )
+    rows = training_rows(store)
     group = group_of(store.column("flags")[rows])
     base, chat = store.sources.index("base"), store.sources.index("chat")
     total = torch.zeros(len(GROUPS), store.d_model, dtype=torch.float64)

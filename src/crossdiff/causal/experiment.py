@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crossdiff.activations.store import Store
+from crossdiff.causal.contribution import contributions
 from crossdiff.causal.conversations import SPANS, mean_differences, read_conversations
 from crossdiff.causal.interventions import DEFAULT, Arms, Experiment, make_arms, read_experiment
 from crossdiff.causal.patching import Divergences, Patcher
@@ -27,7 +28,7 @@ from crossdiff.config import CausalConfig, UserError
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import GROUPS
 from crossdiff.latents.stream import check_fits
-from crossdiff.models.pair import Pair
+from crossdiff.models.pair import SOURCES, Pair
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 from crossdiff.text.sequences import TokenSequence, bucketed
@@ -84,7 +85,7 @@ def causal_test(
     pair: Pair,
     store: Store,
     crosscoder: Crosscoder,
-    table: pl.DataFrame,
+    table: pl.DataFrame | None,
     config: CausalConfig,
     advance: Callable[..., None] = lambda n, note="", total=None: None,
 ) -> None:
@@ -92,16 +93,23 @@ def causal_test(
 
     Args:
         parts: where finished batches are kept; a killed run goes on after them.
-        table: the latent table of this crosscoder.
+        table: the latent table of this crosscoder; None for a coder of the difference, which has none.
 
     Raises:
         UserError: no conversations, a coder of other sources, a latent out of range, a wrong list of interventions.
     """
     check_fits(crosscoder, store)
-    if crosscoder.sources != ("base", "chat"):
-        raise UserError(f"patching adds what chat has and base has not; this coder reads {', '.join(crosscoder.sources)}")
+    if crosscoder.view.reads != SOURCES:
+        raise UserError(
+            f"patching adds what chat has and base has not; this coder reads {', '.join(crosscoder.view.reads)} alone"
+        )
     experiment = load_experiment(config)
     pool = pool_size(config, crosscoder.n_latents)
+    if table is None:
+        table = contributions(store, crosscoder, config.batch_tokens)
+    elif any("contribution" in intervention.rankings for intervention in experiment.interventions):
+        size = contributions(store, crosscoder, config.batch_tokens).drop("n_active")
+        table = table.join(size, on="latent", how="left", maintain_order="left")
     arms = make_arms(experiment, table, pool, config.seed)
     conversations = read_conversations(store, config.split, config.max_conversations, config.seed)
     means = _means(store, arms, config.batch_tokens)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from crossdiff.config import UserError
 from crossdiff.models.access import edited_after
 from crossdiff.shapes import Bool, Float, Int, Tensor
 from crossdiff.text.chat import Flag, tokenise_prompt
@@ -150,6 +151,15 @@ def _bound(edit: Edit, ids: Tensor, chosen: Tensor) -> Callable[[Tensor], Tensor
     return lambda hidden: edit(hidden, ids, chosen)
 
 
+def _check_length(model: nn.Module, longest: int, max_new_tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} that the model can read; "
+            "ask something shorter, or lower max_new_tokens"
+        )
+
+
 def answers(
     model: nn.Module,
     tokenizer: Any,
@@ -161,7 +171,12 @@ def answers(
     ends: frozenset[int],
     sampling: Sampling,
 ) -> list[Answer]:
-    """The answer to each prompt. `make_edit` makes a fresh edit for each batch, None leaves the model as it is."""
+    """The answer to each prompt. `make_edit` makes a fresh edit for each batch, None leaves the model as it is.
+
+    Raises:
+        UserError: a prompt and its answer are longer than what the model can read.
+    """
+    _check_length(model, max(len(prompt.token_ids) for prompt in prompts), sampling.max_new_tokens)
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[len(prompt.token_ids)].append(index)

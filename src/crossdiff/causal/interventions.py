@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import polars as pl
 from pydantic import Field, model_validator
 
-from crossdiff.causal.selection import LatentSets, Selection, resolve
+from crossdiff.causal.selection import LatentSets, Selection, Unranked, rankings_of, resolve
 from crossdiff.config import Config, UserError, read_yaml, validate
 
 DEFAULT = Path(__file__).with_name("interventions.yaml")
@@ -56,6 +56,11 @@ class Intervention(Config):
     add: tuple[Part, ...] = Field((), description="differences added to the base activations")
     tokens: Tokens = Field("all", description="tokens whose activations are edited; content is all but the template")
     continues: Literal["chat", "base"] = Field("chat", description="the model whose upper layers go on")
+
+    @property
+    def rankings(self) -> set[str]:
+        """The rankings of latents that it reads."""
+        return {ranking for part in self.add if isinstance(part, LatentsPart) for ranking in rankings_of(part.latents)}
 
 
 class Comparison(Config):
@@ -147,6 +152,9 @@ def make_arms(experiment: Experiment, table: pl.DataFrame, pool: int, seed: int)
             sets = resolve(selections[0], table, pool, seed) if selections else LatentSets({"": ()})
         except UserError as error:
             raise UserError(f"intervention {intervention.name!r}: {error}") from None
+        except Unranked as reason:
+            left_out[intervention.name] = str(reason)
+            continue
         for suffix, latents in sets.sets.items():
             if selections and latents is not None and not latents:
                 left_out[intervention.name] = "no latent of this crosscoder is in the set"

@@ -30,12 +30,11 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class DecoderDifference:
-    """What a two-source crosscoder and the mean difference say separates the models, in the models' own space.
-
-    A coder of the difference itself (one decoder) would have its decoder for `directions` and its bias for `bias`.
+    """What a coder and the mean difference say separates the models, in the models' own space.
 
     Attributes:
-        directions: d_j^chat - d_j^base. bias: difference of what the reconstructions hold when no latent is active.
+        directions: d_j^chat - d_j^base, or the one decoder of a coder of the difference itself (a diff-SAE).
+        bias: the same of what the reconstructions hold when no latent is active.
         means: see `conversations.mean_differences`.
     """
 
@@ -46,10 +45,11 @@ class DecoderDifference:
     @classmethod
     def of(cls, crosscoder: Crosscoder, means: Float[Tensor, "group d_model"]) -> DecoderDifference:
         """Undo the normalisation: direction d_j / scale, bias mean_m + b_m / scale."""
-        own = crosscoder.directions()
+        directions = crosscoder.directions() / crosscoder.scale
         held = crosscoder.decoder_bias.view(crosscoder.n_sources, -1) / crosscoder.scale + crosscoder.mean
-        directions = ((own[CHAT] - own[BASE]) / crosscoder.scale).contiguous()
-        return cls(directions, held[CHAT] - held[BASE], means.to(directions))
+        if crosscoder.n_sources == 1:
+            return cls(directions[0].contiguous(), held[0], means.to(directions))
+        return cls((directions[CHAT] - directions[BASE]).contiguous(), held[CHAT] - held[BASE], means.to(directions))
 
 
 @dataclass(frozen=True)

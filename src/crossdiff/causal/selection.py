@@ -11,15 +11,19 @@ from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from crossdiff.config import Config, UserError
 
-Ranking = Literal["delta_norm", "nu_error", "nu_reconstruction", "rank_sum"]
-HIGH_IS_SPECIFIC = {"delta_norm"}
-"""Rankings in which a larger value means more specific to the chat model; in the others a smaller one does."""
+Ranking = Literal["delta_norm", "nu_error", "nu_reconstruction", "rank_sum", "contribution"]
+HIGH_IS_BEST = {"delta_norm", "contribution"}
+"""Rankings in which the larger value comes first: more specific to the chat model, or more of the models' difference. In the
+others a smaller value is more specific."""
 
 Among = Literal["pool", "all"]
+Verdict = Literal[
+    "chat_specific", "complete_shrinkage", "latent_decoupling", "rotated", "shared", "base_specific", "dead", "undecided"
+]
 
 
 class AllLatents(Config):
@@ -36,21 +40,22 @@ class ListedLatents(Config):
 
 
 class RankedLatents(Config):
-    """The most or the least chat-specific ones of the pool: a share of it, or so many."""
+    """The first or the last of a ranking: a share of the pool, or so many; `among: all` takes as many from all latents."""
 
     kind: Literal["ranked"]
     ranking: Ranking
     part: Literal["best", "worst"] = "best"
     share: float = Field(0.5, gt=0, le=1)
     size: int | None = Field(None, ge=1, description="number of latents; overrides the share")
+    among: Among = "pool"
 
 
 class ThresholdLatents(Config):
-    """Those on the specific side of a threshold: nu and rank_sum below it, delta_norm at least it."""
+    """Those on the specific side of a threshold: nu and rank_sum below it, the others at least it."""
 
     kind: Literal["threshold"]
     ranking: Ranking
-    at: float
+    at: FiniteFloat
     among: Among = "pool"
 
 
@@ -58,7 +63,8 @@ class VerdictLatents(Config):
     """Those with one of the verdicts of the latent table. A verdict is a set: it has no order and no halves."""
 
     kind: Literal["verdict"]
-    verdicts: tuple[Literal["chat_specific", "rotated", "base_specific", "shared", "undecided"], ...] = Field(min_length=1)
+    verdicts: tuple[Verdict, ...] = Field(min_length=1)
+    among: Among = "all"
 
 
 class RandomLatents(Config):
@@ -85,6 +91,10 @@ RandomLatents.model_rebuild()
 EachLatent.model_rebuild()
 
 
+class Unranked(Exception):
+    """The table of latents lacks what a set is chosen by: a coder of the difference has no delta_norm, nu or verdict."""
+
+
 @dataclass(frozen=True)
 class LatentSets:
     """One or several sets; the keys tell them apart, None stands for all latents, `single` for sets of one latent each."""
@@ -99,8 +109,34 @@ def pool_of(table: pl.DataFrame, size: int) -> pl.DataFrame:
     Its size is the same in each crosscoder, so that crosscoders can be compared whose classes are of very different sizes;
     Minder, Dumas et al. 2025 take 3,176 of 73,728 latents (4%) of their L1 and of their BatchTopK crosscoder.
     """
-    ranked = table.filter(pl.col("rank_sum").is_not_nan() & pl.col("delta_norm").is_not_nan())
+    ranked = _with(table, "rank_sum", "delta_norm").filter(pl.col("rank_sum").is_not_nan() & pl.col("delta_norm").is_not_nan())
     return ranked.sort("delta_norm", "latent", descending=[True, False]).head(size)
+
+
+def _with(table: pl.DataFrame, *columns: str) -> pl.DataFrame:
+    """The table, if it has the columns; raises `Unranked`."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise Unranked(f"the latents of this coder have no {missing[0]}")
+    return table
+
+
+def _source(table: pl.DataFrame, pool: int, among: Among) -> pl.DataFrame:
+    """The latents that a set is taken from."""
+    return pool_of(table, pool) if among == "pool" else table
+
+
+def rankings_of(selection: Selection) -> set[str]:
+    """The rankings that a selection reads."""
+    match selection:
+        case RankedLatents() | ThresholdLatents():
+            return {selection.ranking}
+        case RandomLatents():
+            return rankings_of(selection.like)
+        case EachLatent():
+            return rankings_of(selection.of)
+        case _:
+            return set()
 
 
 def resolve(selection: Selection, table: pl.DataFrame, pool: int, seed: int) -> LatentSets:
@@ -108,6 +144,7 @@ def resolve(selection: Selection, table: pl.DataFrame, pool: int, seed: int) -> 
 
     Raises:
         UserError: a latent that the table has not; a random set larger than what it is drawn from.
+        Unranked: the table lacks what the set is chosen by.
     """
     match selection:
         case AllLatents():
@@ -123,7 +160,7 @@ def resolve(selection: Selection, table: pl.DataFrame, pool: int, seed: int) -> 
 
 def _random(selection: RandomLatents, table: pl.DataFrame, pool: int, seed: int) -> LatentSets:
     size = len(_one_set(selection.like, table, pool))
-    source = (pool_of(table, pool) if selection.among == "pool" else table.filter(pl.col("n_active") > 0))["latent"].to_numpy()
+    source = _source(table, pool, selection.among).filter(pl.col("n_active") > 0)["latent"].to_numpy()
     if size > len(source):
         raise UserError(f"{size} random latents are asked for, but there are {len(source)} to draw from; use `among: all`")
     source = np.sort(source)
@@ -143,17 +180,18 @@ def _one_set(selection: Selection, table: pl.DataFrame, pool: int) -> list[int]:
                 raise UserError(f"there is no latent {wrong[0]}: the crosscoder has {table.height}, 0 to {table.height - 1}")
             chosen = pl.DataFrame({"latent": sorted(set(selection.latents))})
         case RankedLatents():
-            ranked = sorted_by(pool_of(table, pool), selection.ranking)
+            source = _with(_source(table, pool, selection.among), selection.ranking)
+            ranked = sorted_by(source.filter(pl.col(selection.ranking).is_not_nan()), selection.ranking)
             # Rounded down, so that the best and the worst half of an odd pool share no latent.
-            size = int(selection.share * ranked.height) if selection.size is None else min(selection.size, ranked.height)
+            size = int(selection.share * min(pool, ranked.height)) if selection.size is None else selection.size
             chosen = ranked.head(size) if selection.part == "best" else ranked.tail(size)
         case ThresholdLatents():
             value = pl.col(selection.ranking)
-            specific = value >= selection.at if selection.ranking in HIGH_IS_SPECIFIC else value < selection.at
-            source = pool_of(table, pool) if selection.among == "pool" else table
-            chosen = source.filter(value.is_not_nan() & specific)
+            best = value >= selection.at if selection.ranking in HIGH_IS_BEST else value < selection.at
+            chosen = _with(_source(table, pool, selection.among), selection.ranking).filter(value.is_not_nan() & best)
         case VerdictLatents():
-            chosen = table.filter(pl.col("verdict").is_in(selection.verdicts))
+            source = _with(_source(table, pool, selection.among), "verdict")
+            chosen = source.filter(pl.col("verdict").is_in(selection.verdicts))
         case AllLatents() | RandomLatents() | EachLatent():
             raise UserError(f"{selection.kind!r} is not one set of known size, which `like` and `of` need")
     latents: list[int] = chosen["latent"].to_list()
@@ -161,5 +199,5 @@ def _one_set(selection: Selection, table: pl.DataFrame, pool: int) -> list[int]:
 
 
 def sorted_by(table: pl.DataFrame, ranking: Ranking) -> pl.DataFrame:
-    """The most chat-specific latent first; equal ones by number."""
-    return table.sort(ranking, "latent", descending=[ranking in HIGH_IS_SPECIFIC, False])
+    """The best latent first; equal ones by number."""
+    return table.sort(ranking, "latent", descending=[ranking in HIGH_IS_BEST, False])

@@ -148,6 +148,7 @@ def comparison_results(bootstrap: Bootstrap, comparisons: Sequence[Comparison]) 
 
 LATENT_COLUMNS = {
     "latent": "number of the latent",
+    "intervention": "the entry of the list that it stands in; a latent may stand in several",
     "kl_reduction_<span>": "KL(none) - KL(this latent alone) in nats, mean over conversations; spans: first, 2_to_10, from_11, "
     "response",
     "kl_reduction_<span>_low, _high": "95% bootstrap interval over conversations",
@@ -164,7 +165,7 @@ def latent_results(bootstrap: Bootstrap, arms: Sequence[Arm]) -> pl.DataFrame:
     for row, arm in enumerate(arms):
         if arm.latent is None:
             continue
-        entry: dict[str, Any] = {"latent": arm.latent}
+        entry: dict[str, Any] = {"latent": arm.latent, "intervention": arm.intervention}
         for span in bootstrap.spans:
             reduction = bootstrap.of(NO_CHANGE, span) - bootstrap.means([row], span)[:, 0]
             estimate = interval(reduction)
@@ -175,7 +176,7 @@ def latent_results(bootstrap: Bootstrap, arms: Sequence[Arm]) -> pl.DataFrame:
             )
         entry["conversations_changed"] = float((bootstrap.kl[row, :, -1] != bootstrap.kl[none, :, -1]).mean())
         rows.append(entry)
-    schema = {"latent": pl.Int64} | {
+    schema = {"latent": pl.Int64, "intervention": pl.String} | {
         name: pl.Float64
         for span in bootstrap.spans
         for name in (f"kl_reduction_{span}", f"kl_reduction_{span}_low", f"kl_reduction_{span}_high", f"closed_{span}")

@@ -1,9 +1,11 @@
 """Steering: generate with a latent's contribution added to, or taken from, the residual stream (METHOD: causal test).
 
-- `add`: h + strength * a_j * d_j^chat, where a_j is the largest activation of the latent in the analysed text. Strength 1
-  is thus the most that the latent itself ever adds. The direction is the chat model's, in whichever model is steered.
+- `add`: h + strength * a_j * d_j^chat, where a_j is the mean activation of the latent over the tokens of the analysed text on
+  which it is active. Strength 1 is thus what the latent itself adds where it speaks. Its largest activation, some three to
+  five times that, would be a unit that one odd token decides. The direction is the chat model's, in whichever model is steered.
 - `ablate`: h - strength * f_j(x) * d_j^m, where f_j(x) is what the crosscoder reads from both models on the tokens at hand and
-  d_j^m is the direction of the steered model m. Strength 1 takes out the latent's contribution, and nothing else.
+  d_j^m is the direction of the steered model m. Strength 1 takes out the latent's contribution, and nothing else;
+  strength 1 + c is the latent clamped to -c times what it would be.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from crossdiff.causal.generation import Answer, Edit, Sampling, Tokens, answers, ask, end_tokens
+from crossdiff.causal.generation import Answer, Edit, Prompt, Sampling, Tokens, answers, ask, end_tokens
 from crossdiff.config import UserError
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.models.access import next_residual_after
@@ -97,7 +99,7 @@ class Steerer:
     """Answers questions with either model of a pair, steered or not.
 
     Args:
-        table: the latent table, which knows each latent's largest activation.
+        table: the latent table, which knows each latent's mean activation.
         leave_out: leading positions that are never edited.
     """
 
@@ -110,19 +112,19 @@ class Steerer:
         n = self.crosscoder.n_latents
         if not 0 <= steering.latent < n:
             raise UserError(f"there is no latent {steering.latent}: the crosscoder has {n}, 0 to {n - 1}")
-        if steering.mode == "add" and steering.norm is None and not self.largest_norm(steering.latent) > 0:
+        if steering.mode == "add" and steering.norm is None and not self.typical_norm(steering.latent) > 0:
             raise UserError(f"latent {steering.latent} was never active, so a strength has no unit; choose another latent")
 
-    def largest_norm(self, latent: int) -> float:
-        """Norm of the latent's contribution to the chat model where it is most active, in the models' own space."""
-        largest_v = float(self.table["max_activation"][latent])
+    def typical_norm(self, latent: int) -> float:
+        """Norm of the latent's contribution to the chat model, mean over its active tokens, in the models' own space."""
+        mean_v = float(self.table["mean_activation"][latent])
         norms = self.crosscoder.norms()[latent]
-        return largest_v / float(norms.sum()) * float(norms[CHAT]) / self.crosscoder.scale
+        return mean_v / float(norms.sum()) * float(norms[CHAT]) / self.crosscoder.scale
 
     def vector(self, steering: Steering) -> Float[Tensor, " d_model"]:
         """What `add` adds to each chosen token."""
         direction = self.crosscoder.directions()[CHAT, steering.latent]
-        norm = self.largest_norm(steering.latent) if steering.norm is None else steering.norm
+        norm = self.typical_norm(steering.latent) if steering.norm is None else steering.norm
         vector: Tensor = direction / direction.norm() * norm * steering.strength
         return vector
 
@@ -142,10 +144,15 @@ class Steerer:
         Raises:
             UserError: a latent that cannot be steered with, or a question that the template cannot render.
         """
+        return self.answer_prompts([ask(self.pair.tokenizer, question) for question in questions], steering, sampling, model)
+
+    def answer_prompts(
+        self, prompts: Sequence[Prompt], steering: Steering | None, sampling: Sampling, model: str = "chat"
+    ) -> list[Answer]:
+        """The same for prompts as token ids; raises `UserError` for a latent that cannot be steered with."""
         if steering is not None:
             self.check(steering)
             model = steering.model
-        prompts = [ask(self.pair.tokenizer, question) for question in questions]
         make_edit = None if steering is None else self.edit(steering)
         tokens: Tokens = "all" if steering is None else steering.tokens
         return answers(

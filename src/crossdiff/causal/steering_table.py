@@ -57,7 +57,7 @@ def labelled_prompts(store: Store, config: SteerConfig) -> pl.DataFrame:
 
 def _plan(steerer: Steerer, config: SteerConfig, latent: int) -> list[tuple[str, Steering]]:
     """What is generated beside the unsteered answers. Controls add as much as the latent: the norm is the same exactly."""
-    norm = steerer.largest_norm(latent) if config.mode == "add" else None
+    norm = steerer.typical_norm(latent) if config.mode == "add" else None
     controls = matched_controls(steerer.table, latent, config.controls, config.seed) if config.controls else []
     return [
         (role, Steering(number, config.mode, strength, config.model, config.tokens, norm))

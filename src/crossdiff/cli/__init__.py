@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from crossdiff.cli import hub, stages, tools
+from crossdiff.cli import dashboard, hub, stages, tools
 from crossdiff.config import UserError
 from crossdiff.memory import keep_freed_memory
 
@@ -19,7 +19,10 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "null": (tools.null, "set a run's verdicts beside those of a null run: `crossdiff null RUN --null NULL_RUN`"),
     "seeds": (tools.seeds, "compare trainings from several seeds: `crossdiff seeds RUN NAME NAME ...`"),
     "store": (tools.store, "check an activation store: `crossdiff store verify PATH`"),
+    "import": (tools.import_published, "read a crosscoder or SAE that others have published: `crossdiff import PATH FOLDER`"),
     "examples": (tools.examples, "carry example databases to and from the published layout"),
+    "dashboard": (dashboard.dashboard, "explore runs in the browser: `crossdiff dashboard RUN [RUN ...]`"),
+    "export": (dashboard.export, "write latents as one page: `crossdiff export RUN --latents 3 17 -o page.html`"),
     "push": (hub.push, "publish a run on the Hub with a model card: `crossdiff push RUN OWNER/NAME`"),
     "pull": (hub.pull, "fetch a published run: `crossdiff pull OWNER/NAME`"),
     "clean": (tools.clean, "delete replaced results and unfinished work"),

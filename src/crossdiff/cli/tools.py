@@ -50,10 +50,14 @@ def null(argv: Sequence[str]) -> None:
     parser.add_argument("--null", type=Path, required=True, help="run directory of the base model and a null model")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args(argv)
-    from crossdiff.latents.null import compare
+    from crossdiff.latents.null import compare, keep
     from crossdiff.latents.printing import print_null
 
-    print_null(compare(_run_directory(args.directory), _run_directory(args.null)))
+    directory, null = _run_directory(args.directory), _run_directory(args.null)
+    compared = compare(directory, null)
+    keep(directory, null, compared)
+    print_null(compared)
+    print(f"Kept with the run; `crossdiff report {args.directory}` prints the rates side by side and puts them on its page")
 
 
 def seeds(argv: Sequence[str]) -> None:
@@ -99,6 +103,30 @@ def store(argv: Sequence[str]) -> None:
             f"{path} is damaged:\n  " + "\n  ".join(problems) + "\nRestore these files, or harvest again with --force"
         )
     print(f"{path} is whole")
+
+
+def import_published(argv: Sequence[str]) -> None:
+    description = "read a published crosscoder or SAE, say which architecture it is, and write it as one of ours"
+    parser = Parser(prog="crossdiff import", description=description)
+    parser.add_argument("source", type=Path, help="the folder as it was published, or its .pt or .safetensors file")
+    parser.add_argument("target", type=Path, help="the folder to write config.json and model.safetensors into")
+    parser.add_argument("--sources", nargs="+", metavar="NAME", help="names of the sources in the file's order [base chat]")
+    help_scales = "where the coder was trained on activations times a number that its file does not hold: one a source"
+    parser.add_argument("--input-scales", nargs="+", type=float, metavar="NUMBER", help=help_scales)
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(argv)
+    if (args.target / "model.safetensors").exists():
+        raise UserError(f"{args.target} holds a crosscoder already; choose another folder")
+    from crossdiff.crosscoder.checkpoint import save
+    from crossdiff.crosscoder.published import read_published
+
+    sources, scales = (tuple(given) if given else None for given in (args.sources, args.input_scales))
+    coder = read_published(args.source, sources, scales)
+    args.target.mkdir(parents=True, exist_ok=True)
+    save(coder, args.target)
+    found = coder.origin.get("published") or {"format": "crossdiff", "architecture": coder.sparsity.kind}
+    print(f"{found['format']}: {found['architecture']}, read as {coder.sparsity.kind}")
+    print(f"{coder.n_latents:,} latents, width {coder.d_model}, sources {', '.join(coder.sources)}; written to {args.target}")
 
 
 def examples(argv: Sequence[str]) -> None:

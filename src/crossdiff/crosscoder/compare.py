@@ -49,23 +49,28 @@ def compare(
 
 
 def comparison_table(comparison: dict[str, Any]) -> Table:
-    """The comparison for the terminal."""
-    sources = list(comparison["models"])
-    table = Table(title="held-out tokens, 95% intervals")
-    columns = ("crosscoder", "reads", "latents tied", "sparsity", "FVE", "L0", "dead")
-    for column in (*columns, *(f"CE recovered, {s}" for s in sources), *(f"answer KL, {s}" for s in sources)):
+    """The comparison for the terminal: a column a crosscoder, intervals under their values."""
+    rows, sources = comparison["crosscoders"], list(comparison["models"])
+    table = Table(title="held-out tokens, 95% intervals", show_lines=True)
+    for column in ("", *rows):
         table.add_column(column)
-    for name, row in comparison["crosscoders"].items():
-        heldout = row["heldout"]
-        fve = ", ".join(f"{source} {value:.3f}" for source, value in heldout["fve"].items() if source != "total")
-        cells = [name, *row["architecture"], fve, f"{heldout['l0']:.1f}", f"{heldout['dead_share']:.1%}"]
-        for measure, digits in (("recovered", 3), ("answer_kl", 3)):
-            cells += [_cell(row[measure].get(source), digits) for source in sources]
-        table.add_row(*cells)
+
+    def add(title: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(title, *(cell(row) for row in rows.values()))
+
+    for index, title in enumerate(("reads", "latents tied", "sparsity")):
+        add(title, lambda row, index=index: row["architecture"][index])  # type: ignore[misc]
+    add("latents", lambda row: f"{row['n_latents']:,}")
+    add("FVE", lambda row: "\n".join(f"{s} {value:.3f}" for s, value in row["heldout"]["fve"].items() if s != "total"))
+    add("L0", lambda row: f"{row['heldout']['l0']:.1f}")
+    add("dead", lambda row: f"{row['heldout']['dead_share']:.1%}")
+    for measure, title in (("recovered", "CE recovered"), ("answer_kl", "answer KL")):
+        for source in sources:
+            add(f"{title},\n{source}", lambda row, key=(measure, source): _cell(row[key[0]].get(key[1])))  # type: ignore[misc]
     return table
 
 
-def _cell(quantity: dict[str, float] | None, digits: int) -> str:
+def _cell(quantity: dict[str, float] | None) -> str:
     if quantity is None:
         return "-"
-    return f"{quantity['value']:.{digits}f} ({quantity['low']:.{digits}f} to {quantity['high']:.{digits}f})"
+    return f"{quantity['value']:.3f}\n{quantity['low']:.3f} to {quantity['high']:.3f}"

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from crossdiff.config import UserError
 from crossdiff.crosscoder.losses import StepResult
-from crossdiff.crosscoder.trainer import Trainer
+from crossdiff.crosscoder.trainer import Diverged, Trainer
 
 LOG_EVERY = 25
 DIVERGED = 10.0
@@ -83,7 +83,7 @@ class Log:
         """Collect a step; writes and returns a record every `LOG_EVERY` steps and at the end.
 
         Raises:
-            UserError: the loss has diverged.
+            Diverged: the error is far larger than the input.
         """
         parts = {key: getattr(result, key) for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
         for name, error, square in zip(
@@ -102,10 +102,7 @@ class Log:
         for tracker in self.trackers:
             tracker.write(trainer.step, {key: float(value) for key, value in record.items() if key != "step"})
         if excess > DIVERGED and trainer.step > trainer.config.warmup_steps:
-            raise UserError(
-                f"the training has diverged: at step {trainer.step} of {trainer.schedule.n_steps} the squared error is "
-                f"{excess:.3g} times the squared input; lower lr (now {trainer.config.lr}) or lengthen warmup_steps"
-            )
+            raise Diverged(f"the squared error is {excess:.3g} times the squared input")
         return record
 
     def _error_over_input(self) -> float:

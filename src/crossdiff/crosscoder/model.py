@@ -22,11 +22,12 @@ class Crosscoder:
 
     An SAE and a diff-SAE are crosscoders whose view of the stored sources has one source.
 
-    >>> crosscoder = crossdiff.load("runs/demo", "batchtopk")
-    >>> h = torch.zeros(3, 2, crosscoder.d_model)               # [token, source, d_model], as the models have it
-    >>> code = crosscoder.sparse_code(crosscoder.normalise(h))  # active (token, latent) pairs
-    >>> code.n_tokens, crosscoder.reconstruct(h).shape == h.shape
-    (3, True)
+    Examples:
+        >>> crosscoder = crossdiff.load("runs/demo", "batchtopk")
+        >>> h = torch.zeros(3, 2, crosscoder.d_model)               # [token, source, d_model], as the models have it
+        >>> code = crosscoder.sparse_code(crosscoder.normalise(h))  # active (token, latent) pairs
+        >>> code.n_tokens, crosscoder.reconstruct(h).shape == h.shape
+        (3, True)
 
     Attributes:
         encoder, decoder: `[latent, source * d_model]`.

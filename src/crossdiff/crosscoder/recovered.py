@@ -1,6 +1,6 @@
 """Do the models still work on the reconstruction? Cross-entropy recovered, and KL on the tokens of the answers.
 
-A model's activations at the layer are replaced by what the crosscoder makes of them, and the model goes on:
+A model's activations at the layer are replaced by what the crosscoder makes of them, and the model's upper half goes on:
 
     recovered = (CE(mean) - CE(reconstruction)) / (CE(mean) - CE(as it is))
 
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from crossdiff.activations.store import Store, consecutive
 from crossdiff.crosscoder.model import Crosscoder
-from crossdiff.models.access import edited_after
+from crossdiff.models.access import UpperHalf, residuals_after
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Float64, Int64, Tensor
 from crossdiff.text.chat import Flag
@@ -97,6 +97,11 @@ class _Batch:
     block: Int64[Tensor, " sequence"]
     h: Float[Tensor, "token source d_model"]
 
+    @property
+    def predicts(self) -> Bool[Tensor, "sequence position"]:
+        """Positions at which a token of the sequence is predicted: all but the last."""
+        return torch.cat([self.kept[:, 1:], torch.zeros_like(self.kept[:, :1])], dim=1)
+
 
 def heldout_sequences(store: Store, max_tokens: int) -> npt.NDArray[np.int64]:
     """Indices of held-out sequences, evenly spread over the store, with about `max_tokens` tokens."""
@@ -154,53 +159,48 @@ def run_on_reconstructions(
     sums = {source: Sums.empty(arms[source]) for source in store.sources}
     members = heldout_sequences(store, max_tokens)
     mean = store.normalisation.mean.float()
+    upper = {source: UpperHalf(model, store.layer) for source, model in zip(store.sources, pair.models, strict=True)}
     for batch in _batches(store, members, batch_tokens):
         index = {source: i for i, source in enumerate(store.sources)}
-        replaced = {(AS_IT_IS, source): batch.h[:, index[source]] for source in store.sources}
-        replaced |= {(MEAN, source): mean[index[source]].expand(len(batch.h), -1) for source in store.sources}
+        replaced = {(MEAN, source): mean[index[source]].expand(len(batch.h), -1) for source in store.sources}
         for name, coder in crosscoders.items():
             h = batch.h[:, [index[source] for source in coder.view.reads]]
             for source, tensor in coder.view.written(h, coder.reconstruct(h)).items():
                 replaced[name, source] = tensor
         for source, model in zip(store.sources, pair.models, strict=True):
+            read = (pair.base_ids(batch.ids) if model is pair.base else batch.ids).to(device)
+            hidden = residuals_after(model, read, [store.layer])[0]
             reference: Tensor | None = None
             for number, arm in enumerate(arms[source]):
-                edit = None if arm == AS_IT_IS else replaced[arm, source]
-                read = pair.base_ids(batch.ids) if model is pair.base else batch.ids
-                logits = _logits(model, read, batch, store.layer, edit, device)
+                edited = hidden if arm == AS_IT_IS else _replaced(hidden, batch, replaced[arm, source])
+                logits = upper[source].logits(edited, read, batch.kept.long().to(device), batch.predicts.to(device)).float()
                 reference = logits if reference is None else reference
                 _add(sums[source], number, batch, logits, reference)
         advance(int(batch.kept.sum()))
     return sums
 
 
-def _logits(
-    model: torch.nn.Module,
-    ids: Int64[Tensor, "sequence position"],
+def _replaced(
+    hidden: Float[Tensor, "sequence position d_model"], batch: _Batch, by: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "sequence position d_model"]:
+    """The activations with those of the counted positions replaced."""
+    full = torch.zeros_like(hidden)
+    full[batch.kept.to(hidden.device)] = by.to(hidden)
+    return torch.where(batch.counted.unsqueeze(2).to(hidden.device), full, hidden)
+
+
+def _add(
+    sums: Sums,
+    arm: int,
     batch: _Batch,
-    layer: int,
-    replacement: Tensor | None,
-    device: torch.device,
-) -> Float[Tensor, "sequence position vocabulary"]:
-    """Logits with the counted positions' activations after `layer` replaced; `replacement` is `[token, d_model]`."""
-
-    def edit(hidden: Tensor) -> Tensor:
-        if replacement is None:
-            return hidden
-        full = torch.zeros_like(hidden)
-        full[batch.kept.to(device)] = replacement.to(hidden)
-        return torch.where(batch.counted.to(device).unsqueeze(2), full, hidden)
-
-    with edited_after(model, layer, edit):
-        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-    return logits.float()
-
-
-def _add(sums: Sums, arm: int, batch: _Batch, logits: Tensor, reference: Tensor) -> None:
+    logits: Float[Tensor, "prediction vocabulary"],
+    reference: Float[Tensor, "prediction vocabulary"],
+) -> None:
     """Add a batch's cross-entropy and KL; a token is predicted at the position before it."""
     kept, answer = batch.kept[:, 1:], batch.answer[:, 1:]
-    ce = cross_entropy(logits[:, :-1][kept], batch.ids[:, 1:][kept].to(logits.device), reduction="none").double().cpu()
-    own, clean = log_softmax(logits[:, :-1][answer], 1), log_softmax(reference[:, :-1][answer], 1)
+    ce = cross_entropy(logits, batch.ids[:, 1:][kept].to(logits.device), reduction="none").double().cpu()
+    of_answer = answer[kept].to(logits.device)
+    own, clean = log_softmax(logits[of_answer], 1), log_softmax(reference[of_answer], 1)
     kl = (clean.exp() * (clean - own)).sum(1).double().cpu()
     block, answer_block = (batch.block.unsqueeze(1).expand_as(mask)[mask] for mask in (kept, answer))
     sums.cross_entropy[arm].index_add_(0, block, ce)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from crossdiff.config import CrosscoderConfig, UserError
 from crossdiff.crosscoder.checkpoint import Checkpoints, save
 from crossdiff.crosscoder.log import TRACKERS, Log
 from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
-from crossdiff.crosscoder.trainer import Trainer
+from crossdiff.crosscoder.trainer import Diverged, Trainer
 from crossdiff.crosscoder.view import View, view_of
 from crossdiff.shapes import Float, Tensor
 
@@ -59,32 +58,40 @@ class _Training:
         self._index = source_indices(store, crosscoder.view.reads)
         self._device, self._saved_at = device, time.monotonic()
 
-    def step(self, h: Float[Tensor, "batch stored_source d_model"]) -> None:
-        """One update from stored activations.
+    def step(self, h: Float[Tensor, "batch stored_source d_model"], place: str) -> None:
+        """One update from stored activations; `place` says where in the data they are.
 
         Raises:
             UserError: the loss is not finite or has diverged.
         """
         trainer = self.trainer
-        x = trainer.crosscoder.normalise(h[:, self._index].to(self._device))
-        result = trainer.train_step(x)
-        if not math.isfinite(result.loss):
+        number = trainer.step + 1
+        try:
+            result = trainer.train_step(trainer.crosscoder.normalise(h[:, self._index].to(self._device)))
+            self.record = self.log.add(result) or self.record
+            due = time.monotonic() - self._saved_at > self.job.config.checkpoint_seconds
+            if due or trainer.is_done:
+                trainer.check_weights()
+        except Diverged as found:
             raise UserError(
-                f"{self.job.folder.name}: the loss is {result.loss} at step {trainer.step} of {trainer.schedule.n_steps} "
-                f"(batch {trainer.step - 1} of seed {trainer.config.seed}); lower lr (now {trainer.config.lr}) and run again: "
-                + self._resumption()
-            )
-        self.record = self.log.add(result) or self.record
-        if time.monotonic() - self._saved_at > self.job.config.checkpoint_seconds:
+                f"{self.job.folder.name} has diverged: {found} at step {number} of {trainer.schedule.n_steps}, {place}; "
+                f"lower lr (now {trainer.config.lr}) or lengthen warmup_steps (now {trainer.config.warmup_steps}); "
+                + self._last_good()
+            ) from None
+        if due:
             self.save()
 
-    def _resumption(self) -> str:
+    def _last_good(self) -> str:
         if not self.checkpoints.last.exists():
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self.checkpoints.last}"
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; one with weights that are not finite is not written, so that the last one stays good."""
+        try:
+            self.trainer.check_weights()
+        except Diverged:
+            return
         state = self.trainer.state()
         state.log_sums = self.log.sums
         self.checkpoints.save(state)
@@ -167,7 +174,10 @@ def train_together(
         trainings.append(_Training(job, store, n_steps, device, trackers))
     for (batch_size, seed), batches in passes.items():
         members = [t for t in trainings if (t.job.config.batch_size, t.job.config.seed) == (batch_size, seed)]
-        _shared_pass(members, batches, report)
+        try:
+            _shared_pass(members, batches, report)
+        finally:
+            batches.close()
     return [training.finish() for training in trainings]
 
 
@@ -179,12 +189,20 @@ def _shared_pass(trainings: list[_Training], batches: Batches, report: Report) -
             h = batches[step]
             for training in trainings:
                 if training.trainer.step == step and not training.trainer.is_done:
-                    training.step(h)
+                    try:
+                        training.step(h, batches.place(step))
+                    except UserError:
+                        _save_all(other for other in trainings if other is not training)
+                        raise
             report(step + 1, n_steps, {training.job.folder.name: training.record for training in trainings})
             if asked():
-                for training in trainings:
-                    training.save()
+                _save_all(trainings)
                 raise KeyboardInterrupt
+
+
+def _save_all(trainings: Iterable[_Training]) -> None:
+    for training in trainings:
+        training.save()
 
 
 def train(
@@ -192,10 +210,11 @@ def train(
 ) -> Crosscoder:
     """Train one crosscoder on a store into `folder`; see `train_together`.
 
-    >>> store = crossdiff.open("runs/demo").store
-    >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 4}, expansion=2, epochs=1, warmup_steps=0)
-    >>> crossdiff.train("runs/small", store, config).n_latents == 2 * store.d_model
-    True
+    Examples:
+        >>> store = crossdiff.open("runs/demo").store
+        >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 4}, expansion=2, epochs=1, warmup_steps=0)
+        >>> crossdiff.train("runs/small", store, config).n_latents == 2 * store.d_model
+        True
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

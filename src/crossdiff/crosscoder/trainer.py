@@ -17,8 +17,15 @@ from crossdiff.shapes import Float, Tensor
 
 GUESS_MARGIN = 0.93
 """The k-th largest v moves by a few percent from batch to batch; the search starts a little under the last one."""
+MEMORY_SHARE, LEAST_MEMORY = 0.01, 10
+"""Share of the run, and the least number of batches, that the inference threshold is a mean of. The paper's running mean
+(beta 0.999) remembers 1,000 batches of a run of 98,000."""
 RESAMPLED_ENCODER = 0.2
 """Norm of a resampled latent's encoder direction over the mean of the living ones (Bricken et al. 2023)."""
+
+
+class Diverged(Exception):
+    """A training has come to where it cannot go on from; says what was found."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,26 @@ class Trainer:
         return self.step >= self.schedule.n_steps
 
     def train_step(self, x: Float[Tensor, "batch source d_model"]) -> StepResult:
-        """One update from normalised inputs."""
+        """One update from normalised inputs.
+
+        Raises:
+            Diverged: the loss or its gradient is not finite; the weights are those of before the step.
+        """
         if self._raw is None and x.device.type == "cpu":
             self._raw = x.new_empty(len(x), self.crosscoder.n_latents)
         weight = self.rule.weight((self.step + 1) / self.schedule.n_steps)
         result = step_gradients(
             self.crosscoder, x, self.config.reconstruction, self.constraint, self.silence, weight, self.guess, self._raw
         )
+        if not math.isfinite(result.loss):
+            raise Diverged(f"the loss is {result.loss}")
+        norm = math.sqrt(sum(float(torch.linalg.vector_norm(result.gradients[n])) ** 2 for n in self.crosscoder.parameters()))
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient's norm is {norm}")
         self.silence = result.silence
         if result.smallest_kept is not None:
             self._update_threshold(result.smallest_kept)
-        self._adam(result.gradients)
+        self._adam(result.gradients, norm)
         self.step += 1
         if self.schedule.resamples_after(self.step):
             self._resample(x, result.token_error)
@@ -95,19 +111,25 @@ class Trainer:
     def _update_threshold(self, smallest: float) -> None:
         """theta: the running mean of the smallest kept v, begun anew when the run has settled.
 
-        Until there are 1 / (1 - beta) values it is their plain mean: in a short run the first value would outweigh the rest.
+        Its memory is 1 / (1 - beta) batches and at most a share of the run: the smallest kept v falls as the run goes on,
+        and a mean that remembers its beginning would be too high at its end.
         """
         settings = self.config.sparsity
         assert isinstance(settings, BatchTopKConfig)
         self.guess = GUESS_MARGIN * smallest
         n_values = max(1, self.step - round(settings.threshold_start_share * self.schedule.n_steps) + 1)
-        share = max(1 - settings.threshold_beta, 1 / n_values)
-        self.crosscoder.threshold += share * (smallest - self.crosscoder.threshold)
+        memory = min(1 / (1 - settings.threshold_beta), max(LEAST_MEMORY, MEMORY_SHARE * self.schedule.n_steps), n_values)
+        self.crosscoder.threshold += (smallest - self.crosscoder.threshold) / memory
 
-    def _adam(self, gradients: dict[str, Tensor]) -> None:
-        """Adam (Kingma & Ba 2015); the clipping is passed to it as a scale of the gradients."""
+    def check_weights(self) -> None:
+        """Raises `Diverged` when a weight is not finite."""
+        for name, tensor in self.crosscoder.parameters().items():
+            if not torch.isfinite(tensor.sum()):  # one NaN or infinity makes the sum one, too
+                raise Diverged(f"the update made {name} infinite or NaN")
+
+    def _adam(self, gradients: dict[str, Tensor], norm: float) -> None:
+        """Adam (Kingma & Ba 2015); clipping to the norm of the whole gradient is passed to it as a scale of the gradients."""
         parameters = self.crosscoder.parameters()
-        norm = math.sqrt(sum(float(torch.linalg.vector_norm(gradients[name])) ** 2 for name in parameters))
         device = self.crosscoder.encoder.device
         torch._fused_adam_(
             list(parameters.values()),

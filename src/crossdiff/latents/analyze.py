@@ -17,20 +17,21 @@ from crossdiff.config import AnalyzeConfig, UserError
 from crossdiff.crosscoder.metrics import HeldoutSums, frequency_histogram, health
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import Activity, group_of
-from crossdiff.latents.behaviours import REFERENCE, Pool, behaviour_table, conversation_scores, living_latents
+from crossdiff.latents.behaviours import LIVING, REFERENCE, Pool, behaviour_table, conversation_scores, living_latents
 from crossdiff.latents.controls import random_directions, shared_latents, split_halves
+from crossdiff.latents.decoder import CHAT
 from crossdiff.latents.example_database import write_examples
 from crossdiff.latents.examples import ExampleCollector
 from crossdiff.latents.groups import Cells, GroupActivity, activity_table, cells_of
 from crossdiff.latents.scaling import ScalingAccumulator, Sums
-from crossdiff.latents.stream import Chunk, check_fits, chunks
-from crossdiff.latents.table import CHAT, latent_table, pools
+from crossdiff.latents.stream import Chunk, blocks_of_sequences, check_fits, chunks
+from crossdiff.latents.table import latent_table, pools
 from crossdiff.latents.twins import CoActivation, candidates, neighbour_table, twin_table
 from crossdiff.latents.verdict import counts, with_verdicts
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 
-RANDOM = 2
+RANDOM = -1
 """Index of the control among the directions that the pass measures, after those of base and chat."""
 
 
@@ -41,6 +42,19 @@ def with_random_directions(crosscoder: Crosscoder, seed: int) -> Float[Tensor, "
     random = torch.from_numpy(np.random.default_rng(seed).standard_normal(own[CHAT].shape)).float()
     random *= own[CHAT].norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
     return torch.cat([own, random.unsqueeze(0)])
+
+
+def check_store(store: Store, config: AnalyzeConfig) -> None:
+    """Whether a store has what an analysis needs, found out before any long work.
+
+    Raises:
+        UserError: other sources than a base and a chat model, fewer documents than blocks, or nothing held out.
+    """
+    if store.sources != ("base", "chat"):
+        found = ", ".join(store.sources)
+        raise UserError(f"the latent table compares a base and a chat model; the store {store.folder} has {found}")
+    blocks_of_sequences(store, config.blocks)
+    store.rows("heldout")
 
 
 @dataclass
@@ -73,7 +87,7 @@ def measure(
     document, heldout_rows = store.column("document"), store.rows("heldout")
     is_heldout = np.zeros(store.n_tokens, dtype=np.bool_)
     is_heldout[heldout_rows] = True
-    accumulator = ScalingAccumulator(crosscoder, config.blocks, directions)
+    accumulator = ScalingAccumulator(crosscoder, config.blocks, directions, store.normalisation.mean)
     activity, examples = Activity.empty(crosscoder.n_latents), ExampleCollector(store, crosscoder.n_latents, config)
     by_group = GroupActivity.empty(cells.table.height, crosscoder.n_latents)
     coactive = CoActivation(candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
@@ -115,33 +129,38 @@ def analyze(
     """Write the files of `crossdiff.pipeline.ANALYSIS` into `folder`.
 
     Args:
-        reference: an SAE on the base model; a pool of its latents is put beside those of the crosscoder on the behaviours.
+        reference: an SAE on the base model; a pool of its latents is put beside those of a crosscoder on the behaviours.
 
     Raises:
         UserError: the crosscoder does not fit the store; the store has too few documents for the blocks, no held-out tokens,
             or activations that are not finite.
     """
-    if crosscoder.n_sources != 2:
-        raise UserError(f"the latent table compares two models; this coder reads {crosscoder.n_sources}")
+    check_store(store, config)
     directions, cells = with_random_directions(crosscoder, config.seed), cells_of(store, tokenizer)
     measured = measure(crosscoder, store, cells, config, directions, advance)
     table = _write_tables(folder, crosscoder, measured, cells, config)
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
     write_json(folder / "health.json", _health_report(crosscoder, store, measured, table, directions))
 
-    chosen = {name: (crosscoder, latents) for name, latents in pools(table, config.pool_size, config.seed).items()}
+    scored = {}
+    for name, (coder, latents) in _chosen(crosscoder, reference, store, table, config).items():
+        conversations = conversation_scores(coder, store, latents, config.batch_tokens)
+        if conversations is not None:
+            scored[name] = Pool(latents, conversations)
+    behaviour_table(scored, config.seed).write_parquet(folder / "behaviours.parquet")
+
+
+def _chosen(
+    crosscoder: Crosscoder, reference: Crosscoder | None, store: Store, table: pl.DataFrame, config: AnalyzeConfig
+) -> dict[str, tuple[Crosscoder, list[int]]]:
+    """The pools of the behaviours, equally large, each with its coder; one of a coder with one decoder, which ranks nothing."""
+    if crosscoder.n_sources == 1:
+        return {LIVING: (crosscoder, living_latents(crosscoder, store, config.pool_size, config))}
+    found = {name: (crosscoder, latents) for name, latents in pools(table, config.pool_size, config.seed).items()}
     if reference is not None:
-        size = min(len(latents) for _, latents in chosen.values())
-        chosen[REFERENCE] = (reference, living_latents(reference, store, size, config))
-    scored = {name: _scored_pool(coder, store, latents, config) for name, (coder, latents) in chosen.items()}
-    behaviour_table({name: pool for name, pool in scored.items() if pool is not None}, config.seed).write_parquet(
-        folder / "behaviours.parquet"
-    )
-
-
-def _scored_pool(crosscoder: Crosscoder, store: Store, latents: list[int], config: AnalyzeConfig) -> Pool | None:
-    conversations = conversation_scores(crosscoder, store, latents, config.batch_tokens)
-    return None if conversations is None else Pool(latents, conversations)
+        size = min(len(latents) for _, latents in found.values())
+        found[REFERENCE] = (reference, living_latents(reference, store, size, config))
+    return found
 
 
 def _write_tables(
@@ -168,6 +187,7 @@ def _health_report(
 ) -> dict[str, Any]:
     return {
         "architecture": crosscoder.sparsity.kind,
+        "sources": list(crosscoder.sources),
         "n_latents": crosscoder.n_latents,
         "d_model": crosscoder.d_model,
         "layer": store.layer,

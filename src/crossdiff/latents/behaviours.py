@@ -33,6 +33,8 @@ without an entry is contrasted with all other labels."""
 MIN_CONVERSATIONS = 8
 REFERENCE = "base_sae"
 """Pool of latents of an SAE on the base model: what was there before the tuning can predict a behaviour as well."""
+LIVING = "living"
+"""Pool of a coder with one decoder: latents that fire often enough to be judged."""
 SAMPLE_TOKENS = 16384
 
 
@@ -196,9 +198,9 @@ def behaviour_table(pools: dict[str, Pool], seed: int) -> pl.DataFrame:
 
     The pools may be of several coders, scored on the conversations of one store; empty ones are left out.
     """
-    found = {name: pool for name, pool in pools.items() if pool.latents}
     rows: list[dict[str, Any]] = []
-    conversations = next((pool.conversations for pool in found.values()), None)
+    conversations = next((pool.conversations for pool in pools.values()), None)
+    found = {name: pool for name, pool in pools.items() if pool.latents}
     for behaviour in sorted(set(conversations.labels)) if conversations is not None else ():
         assert conversations is not None
         negatives = CONTRASTS.get(behaviour, tuple(sorted(set(conversations.labels) - {behaviour})))

@@ -9,30 +9,24 @@ import torch
 from scipy.stats import spearmanr
 
 from crossdiff.crosscoder.model import Crosscoder
-from crossdiff.latents.decoder import SHARED
+from crossdiff.latents.decoder import BASE, CHAT, SHARED
 from crossdiff.latents.scaling import Sums, numerators, scaling
-from crossdiff.shapes import Float, Int64, Tensor
+from crossdiff.shapes import Float, Tensor
 
-BASE, CHAT = 0, 1
+MODELS = ("base", "chat")
 MEASURES = ("error", "reconstruction")
 ALIKE = 0.9
 """Decoder cosine from which on a latent of equal norms is beyond doubt the same in both models."""
-
-
-def of_blocks(sums: Sums, blocks: Int64[Tensor, " block"]) -> Sums:
-    """The sums of some blocks alone."""
-    return Sums(sums.n[blocks], sums.f[blocks], sums.f2[blocks], sums.reconstruction[:, :, blocks], sums.error[:, :, blocks])
 
 
 def random_directions(
     crosscoder: Crosscoder, sums: Sums, direction: int, directions: Float[Tensor, "direction latent d_model"]
 ) -> dict[str, float]:
     """Median beta along random directions, which has to be near 0."""
-    result = scaling(crosscoder, sums, direction, BASE, CHAT, directions)
+    result = scaling(crosscoder, sums, direction, BASE, CHAT, directions, ("error", "activation_nobias"))
     return {
-        f"random_direction_{target}_{name}": float(result.betas[target, source].value.nanmedian())
-        for target in ("error", "activation_nobias")
-        for source, name in enumerate(crosscoder.sources)
+        f"random_direction_{target}_{MODELS[model]}": float(beta.value.nanmedian())
+        for (target, model), beta in result.betas.items()
     }
 
 
@@ -46,14 +40,17 @@ def shared_latents(table: pl.DataFrame) -> dict[str, Any]:
 def split_halves(crosscoder: Crosscoder, sums: Sums, table: pl.DataFrame) -> dict[str, Any]:
     """nu on the even blocks of documents against nu on the odd ones, over the latents with a defined nu.
 
+    Of the error and the reconstruction; of the activation for a coder with one decoder.
+
     The rank correlation (Spearman) does not hang on single far values; None with fewer than 3 latents.
     """
     parts = torch.arange(len(sums.n)) % 2
-    halves = [numerators(crosscoder, of_blocks(sums, (parts == half).nonzero().squeeze(1)), CHAT) for half in (0, 1)]
+    halves = [numerators(crosscoder, sums.of_blocks((parts == half).nonzero().squeeze(1)), CHAT) for half in (0, 1)]
     found: dict[str, Any] = {}
-    for target in MEASURES:
+    for target in MEASURES if crosscoder.n_sources > 1 else ("activation_nobias",):
         first, second = (half[target][BASE].sum(0) / half[target][CHAT].sum(0) for half in halves)
-        both = first.isfinite() & second.isfinite() & torch.from_numpy(table["rank_sum"].is_not_nan().to_numpy())
+        defined = table["rank_sum" if target in MEASURES else f"nu_{target}"].is_not_nan()
+        both = first.isfinite() & second.isfinite() & torch.from_numpy(defined.to_numpy())
         n, difference = int(both.sum()), (first - second)[both].abs()
         found[f"nu_{target}"] = {
             "n_latents": n,

@@ -11,23 +11,33 @@ from typing import Any
 
 import polars as pl
 
-from crossdiff.config import UserError
+from crossdiff.config import AnalyzeConfig, UserError, read_yaml, validate
 from crossdiff.latents.verdict import SETS, VERDICTS
-from crossdiff.run import read_json
+from crossdiff.run import read_json, write_json
 
+FILE = "null.json"
+"""In the run directory: the null run's rates, which the report puts beside the run's own."""
 RATES = (*SETS, *(name for name in VERDICTS if name not in SETS and name != "dead"))
 
 
 def analysed_names(run: Path) -> list[str]:
-    """The crosscoders of a run directory that have a latent table.
+    """The crosscoders of a run directory that have a latent table with verdicts; coders with one decoder have none.
 
     Raises:
         UserError: there is none.
     """
-    names = sorted(path.parent.name for path in run.glob("*/latents.parquet"))
+    tables = {path.parent.name: pl.scan_parquet(path) for path in sorted(run.glob("*/latents.parquet"))}
+    names = [name for name, table in tables.items() if _compares(table)]
     if not names:
         raise UserError(f"{run} has no crosscoder with a latents.parquet; run `crossdiff analyze {run}` first")
     return names
+
+
+def _compares(table: pl.LazyFrame) -> bool:
+    """Whether any latent has a delta_norm."""
+    if "delta_norm" not in table.collect_schema():
+        return True  # another version's, of which `rates` says so
+    return bool(table.select(pl.col("delta_norm").is_not_nan().any()).collect().item())
 
 
 def rates(path: Path) -> tuple[int, dict[str, float]]:
@@ -47,7 +57,13 @@ def rates(path: Path) -> tuple[int, dict[str, float]]:
 
 def _side(run: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = read_json(run / "activations" / "manifest.json")
-    return {"base model": manifest["pair"]["base"], "layer": manifest["layer"]}
+    settings = read_yaml(run / "config.yaml").get("analyze") if (run / "config.yaml").is_file() else None
+    limits = validate(AnalyzeConfig, settings or {}, f"{run / 'config.yaml'}")
+    return {
+        "base model": manifest["pair"]["base"],
+        "layer": manifest["layer"],
+        "analysis": limits.model_dump(exclude={"batch_tokens", "examples", "examples_per_quantile", "pool_size", "seed"}),
+    }
 
 
 def compare(run: Path, null: Path) -> pl.DataFrame:
@@ -57,7 +73,7 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
     numbers).
 
     Raises:
-        UserError: the runs have different base models or layers, or no crosscoder of one name.
+        UserError: the runs have different base models, layers or limits of the verdicts, or no crosscoder of one name.
     """
     names = [name for name in analysed_names(run) if name in analysed_names(null)]
     if not names:
@@ -68,7 +84,7 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
         if real_side[key] != null_side[key]:
             raise UserError(
                 f"a null diff has the same {key}, but {run} has {real_side[key]} and {null} has {null_side[key]}; "
-                "harvest the null run with the base model and layer of the other"
+                "make the null run with the base model, layer and analysis settings of the other"
             )
     rows = []
     for name in names:
@@ -76,3 +92,12 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
         sizes = {"n_real": n_real, "n_null": n_null}
         rows += [{"crosscoder": name, "rate": key, "real": real[key], "null": other[key]} | sizes for key in RATES]
     return pl.DataFrame(rows)
+
+
+def keep(run: Path, null: Path, compared: pl.DataFrame) -> None:
+    """Store the null run's rates with the run."""
+    crosscoders = {
+        str(name[0]): {"n_live": part["n_null"][0], "rates": dict(part.select("rate", "null").iter_rows())}
+        for name, part in compared.group_by("crosscoder", maintain_order=True)
+    }
+    write_json(run / FILE, {"null_run": str(null), "crosscoders": crosscoders})

@@ -9,6 +9,9 @@ these products are kept. Every target follows:
     reconstruction = <sum f hhat>, activation = reconstruction + <sum f eps>, error = <sum f eps> + sum f^2 <d^m, d_j>
 
 The ratios are the same in the normalised and the models' own space, but for the bias, which is taken in the latter.
+
+A coder with one decoder (an SAE, a diff-SAE) reconstructs no model of the two, or one alone, so that there is no error or
+reconstruction to compare. It has the activation targets only: the models' activations themselves along its one direction.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from crossdiff.latents.stream import Chunk
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 TARGETS = ("error", "reconstruction", "reconstruction_nobias", "activation", "activation_nobias")
+OF_ONE_DECODER = ("activation", "activation_nobias")
 
 
 @dataclass
@@ -32,24 +36,31 @@ class Sums:
 
     Attributes:
         n, f, f2: number of active tokens, sum of f and of f^2, `[block, latent]`.
-        reconstruction, error: sum f <y^m, d^t> with y without bias, `[direction, source, block, latent]`.
+        products: sum f <y^m, d^t>, `[direction, model, block, latent]`, of y: `reconstruction` and `error`, without bias; of a
+            coder with one decoder those of `OF_ONE_DECODER`.
     """
 
     n: Int64[Tensor, "block latent"]
     f: Float64[Tensor, "block latent"]
     f2: Float64[Tensor, "block latent"]
-    reconstruction: Float64[Tensor, "direction source block latent"]
-    error: Float64[Tensor, "direction source block latent"]
+    products: dict[str, Float64[Tensor, "direction model block latent"]]
 
     def __add__(self, other: Sums) -> Sums:
         """Merge two passes over disjoint tokens.
 
         Raises:
-            ValueError: they have different latents, blocks, directions or sources.
+            ValueError: they have different latents, blocks, directions, models or targets.
         """
-        if self.error.shape != other.error.shape:
-            raise ValueError(f"sums of shapes {tuple(self.error.shape)} and {tuple(other.error.shape)} do not add up")
-        return Sums(*(getattr(self, key) + getattr(other, key) for key in self.__dataclass_fields__))
+        ours, theirs = ({key: tuple(value.shape) for key, value in sums.products.items()} for sums in (self, other))
+        if ours != theirs:
+            raise ValueError(f"sums of shapes {ours} and {theirs} do not add up")
+        products = {key: value + other.products[key] for key, value in self.products.items()}
+        return Sums(self.n + other.n, self.f + other.f, self.f2 + other.f2, products)
+
+    def of_blocks(self, blocks: Int64[Tensor, " block"]) -> Sums:
+        """The sums of some blocks alone."""
+        products = {key: value[:, :, blocks] for key, value in self.products.items()}
+        return Sums(self.n[blocks], self.f[blocks], self.f2[blocks], products)
 
 
 class ScalingAccumulator:
@@ -58,21 +69,30 @@ class ScalingAccumulator:
     Args:
         directions: `[direction, latent, d_model]` in the normalised space; by default the crosscoder's own,
             one set per source. Others serve as controls.
+        means: of the models' activations, for a coder with one decoder.
     """
 
     def __init__(
-        self, crosscoder: Crosscoder, n_blocks: int, directions: Float[Tensor, "direction latent d_model"] | None = None
+        self,
+        crosscoder: Crosscoder,
+        n_blocks: int,
+        directions: Float[Tensor, "direction latent d_model"] | None = None,
+        means: Float[Tensor, "model d_model"] | None = None,
     ) -> None:
         directions = crosscoder.directions() if directions is None else directions
         self._by_latent = directions.transpose(0, 1).contiguous()
-        self.n_sources, latents = crosscoder.n_sources, crosscoder.n_latents
-        shape = (len(directions), self.n_sources, n_blocks, latents)
+        self._one_decoder = None
+        if crosscoder.n_sources == 1:
+            assert means is not None
+            self._one_decoder = (crosscoder.scale, means)
+        self._n_models = crosscoder.n_sources if means is None else len(means)
+        latents, shape = crosscoder.n_latents, (len(directions), self._n_models, n_blocks, crosscoder.n_latents)
+        targets = ("reconstruction", "error") if self._one_decoder is None else OF_ONE_DECODER
         self.sums = Sums(
             n=torch.zeros(n_blocks, latents, dtype=torch.int64),
             f=torch.zeros(n_blocks, latents, dtype=torch.float64),
             f2=torch.zeros(n_blocks, latents, dtype=torch.float64),
-            reconstruction=torch.zeros(shape, dtype=torch.float64),
-            error=torch.zeros(shape, dtype=torch.float64),
+            products={target: torch.zeros(shape, dtype=torch.float64) for target in targets},
         )
 
     def add(self, chunk: Chunk) -> None:
@@ -82,9 +102,17 @@ class ScalingAccumulator:
         self.sums.n[block] += code.counts()
         self.sums.f[block] += code.sum_tokens(wide)
         self.sums.f2[block] += code.sum_tokens(wide.square())
-        for target, table in ((self.sums.reconstruction, chunk.reconstruction), (self.sums.error, chunk.error)):
-            vectors = code.accumulate(code.values, table).view(code.n_latents, self.n_sources, -1)
-            target[:, :, block] += torch.einsum("jtd,jsd->tsj", self._by_latent, vectors)
+        for target, table in self._tables(chunk).items():
+            vectors = code.accumulate(code.values, table).view(code.n_latents, self._n_models, -1)
+            self.sums.products[target][:, :, block] += torch.einsum("jtd,jsd->tsj", self._by_latent, vectors)
+
+    def _tables(self, chunk: Chunk) -> dict[str, Float[Tensor, "token column"]]:
+        """What is summed into a vector per latent and model."""
+        if self._one_decoder is None:
+            return {"reconstruction": chunk.reconstruction, "error": chunk.error}
+        scale, means = self._one_decoder
+        centred = chunk.h - means.to(chunk.h)
+        return {"activation": chunk.h.flatten(1) * scale, "activation_nobias": centred.flatten(1) * scale}
 
     def finish(self) -> Sums:
         """The sums of all blocks."""
@@ -105,13 +133,21 @@ class Estimate:
 def numerators(
     crosscoder: Crosscoder, sums: Sums, direction: int, directions: Float[Tensor, "direction latent d_model"] | None = None
 ) -> dict[str, Float64[Tensor, "source block latent"]]:
-    """sum_i f <y_i^m, d_j> of every target, for each source m and block."""
+    """sum_i f <y_i^m, d_j> of every target, for each model m and block.
+
+    Args:
+        direction: among the coder's own directions, or among `directions` where they are given; negative from the end.
+    """
+    direction = range(crosscoder.n_sources if directions is None else len(directions))[direction]
+    products = {target: values[direction] for target, values in sums.products.items()}
+    if crosscoder.n_sources == 1:
+        return products
     own = crosscoder.directions().double()
     d = (own if directions is None else directions.double())[direction]
     bias = crosscoder.decoder_bias.view(crosscoder.n_sources, -1).double() + crosscoder.mean.double() * crosscoder.scale
     on_bias = torch.einsum("sd,jd->sj", bias, d).unsqueeze(1) * sums.f
     on_self = torch.einsum("sjd,jd->sj", own, d).unsqueeze(1) * sums.f2
-    reconstruction, error = sums.reconstruction[direction], sums.error[direction]
+    reconstruction, error = products["reconstruction"], products["error"]
     return {
         "error": error + on_self,
         "reconstruction": reconstruction + on_bias,
@@ -136,8 +172,8 @@ class Scaling:
     """Betas and nus of one direction for all latents.
 
     Attributes:
-        betas: `(target, source index)` -> estimate.
-        nus: target -> beta(numerator source) / beta(denominator source); NaN where the denominator's interval contains 0.
+        betas: `(target, model)` -> estimate.
+        nus: target -> beta(numerator) / beta(denominator); NaN where the denominator's interval contains 0.
     """
 
     betas: dict[tuple[str, int], Estimate]
@@ -153,17 +189,16 @@ def scaling(
     directions: Float[Tensor, "direction latent d_model"] | None = None,
     targets: Iterable[str] = TARGETS,
 ) -> Scaling:
-    """Estimates along `direction` (of the accumulator's); nu is beta(source `numerator`) over beta(source `denominator`)."""
+    """Estimates along `direction` (of the accumulator's), of those targets that the coder has; nu is beta of model `numerator`
+    over beta of model `denominator`."""
     d = (crosscoder.directions() if directions is None else directions)[direction].double()
     square = d.square().sum(1)
     whole, parts = square * sums.f2.sum(0), square * _without_each(sums.f2)
     betas, nus = {}, {}
     every = numerators(crosscoder, sums, direction, directions)
-    for target in targets:
+    for target in filter(every.__contains__, targets):
         value, left_out = every[target].sum(1) / whole, _without_each(every[target]) / parts
-        for source in range(crosscoder.n_sources):
-            betas[target, source] = Estimate(value[source], jackknife(left_out[source]))
-        if crosscoder.n_sources == 1:
-            continue
+        for model in range(len(value)):
+            betas[target, model] = Estimate(value[model], jackknife(left_out[model]))
         nus[target] = ratio(value[numerator], value[denominator], left_out[numerator], left_out[denominator])
     return Scaling(betas, nus)

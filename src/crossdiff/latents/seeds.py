@@ -13,10 +13,10 @@ import torch
 from crossdiff.config import UserError
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.latents.decoder import CHAT
 from crossdiff.latents.verdict import counts
 from crossdiff.shapes import Float, Tensor
 
-CHAT = 1
 BLOCK = 512
 """Latents whose cosines with all of another seed's are in memory at once."""
 

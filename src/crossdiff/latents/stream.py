@@ -28,7 +28,8 @@ class Chunk:
     Attributes:
         rows: rows of the store, `[token]`.
         sequence: index of each token's sequence within the chunk, `[token]`; `numbers` are the sequences' indices in the store.
-        x: normalised activations; code: active pairs; reconstruction: sum_j f_j d_j, without bias; error: x - xhat.
+        h: activations of both models, in their own space; x: normalised ones of what the coder reads; code: active pairs;
+            reconstruction: sum_j f_j d_j, without bias; error: x - xhat.
     """
 
     block: int
@@ -39,6 +40,7 @@ class Chunk:
     code: SparseCode
     reconstruction: Float[Tensor, "token column"]
     error: Float[Tensor, "token column"]
+    h: Float[Tensor, "token source d_model"]
 
 
 def encode(crosscoder: Crosscoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
@@ -112,7 +114,7 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Every counted token of the store once, block after block; no more than a chunk is in memory."""
     check_fits(crosscoder, store)
-    index = source_indices(store, crosscoder.view.reads)
+    index, whole = source_indices(store, crosscoder.view.reads), crosscoder.view.reads == store.sources
     bounds, positions = store.sequences(), store.column("position")
     for block, members in enumerate(blocks_of_sequences(store, n_blocks)):
         lengths = bounds[members + 1] - bounds[members]
@@ -125,8 +127,9 @@ def chunks(
             rows, sequence = rows[counted], sequence[counted]
             if not len(rows):
                 continue
-            x = crosscoder.normalise(store.gather(rows)[:, index])
+            h = store.gather(rows)
+            x = crosscoder.normalise(h if whole else h[:, index])
             code = encode(crosscoder, x)
             reconstruction = code.decode(crosscoder.decoder)
             error = (x.flatten(1) - reconstruction).sub_(crosscoder.decoder_bias)
-            yield Chunk(block, rows, torch.from_numpy(sequence), numbers, x.flatten(1), code, reconstruction, error)
+            yield Chunk(block, rows, torch.from_numpy(sequence), numbers, x.flatten(1), code, reconstruction, error, h)

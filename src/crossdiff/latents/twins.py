@@ -14,11 +14,10 @@ import polars as pl
 import torch
 
 from crossdiff.crosscoder.model import Crosscoder
-from crossdiff.latents.decoder import BASE_ONLY, CHAT_ONLY, SHARED, delta_norm
+from crossdiff.latents.decoder import BASE, BASE_ONLY, CHAT, CHAT_ONLY, SHARED, delta_norm
 from crossdiff.latents.stream import Chunk
 from crossdiff.shapes import Bool, Float, Int64, Tensor
 
-BASE, CHAT = 0, 1
 BLOCK = 512
 """Latents whose cosines with all others are in memory at once."""
 MAX_TWINS = 20

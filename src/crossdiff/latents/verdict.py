@@ -78,7 +78,8 @@ def judge(row: Mapping[str, Any], twins: tuple[int, ...], config: AnalyzeConfig)
     if row["n_active"] == 0:
         return Verdict("dead", "never active")
     if math.isnan(row["delta_norm"]):
-        return Verdict("undecided", "both of its decoder directions vanish")
+        one_decoder = math.isnan(row["norm_base"]) or math.isnan(row["norm_chat"])
+        return Verdict("undecided", row["undefined_reason"] if one_decoder else "both of its decoder directions vanish")
     suffix = "_mirrored" if row["delta_norm"] <= 1 - config.delta_norm else ""
     error = _nu(row, f"nu_error{suffix}", config.nu_error)
     reconstruction = _nu(row, f"nu_reconstruction{suffix}", config.nu_reconstruction)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,32 @@ def choose_device(name: str) -> torch.device:
 
 
 def local_path(name: str) -> Path | None:
-    """The folder behind a name: one of the embedded models (`demo:base`), or a local folder; None for a Hub name."""
+    """What is behind a name: one of the embedded models (`demo:base`), a local folder or GGUF file; None for a Hub name."""
     if name.startswith("demo:"):
         from crossdiff.pairs import demo_path
 
         return demo_path(name)
     path = Path(name).expanduser()
-    return path if path.is_dir() else None
+    return path if path.is_dir() or (path.suffix == ".gguf" and path.is_file()) else None
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """The arguments by which transformers finds a model: a folder or Hub name, and the GGUF file in it.
+
+    Raises:
+        UserError: a GGUF file, and no package that reads it.
+    """
+    path = local_path(name)
+    if path is None or path.suffix != ".gguf":
+        return str(path or name), {}
+    missing = [package for package in ("accelerate", "gguf") if find_spec(package) is None]
+    if missing:
+        raise UserError(f"{name} is a GGUF file, and reading it needs {' and '.join(missing)}: pip install 'crossdiff[gguf]'")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def identify(name: str) -> dict[str, Any]:
-    """What identifies a model's weights: for a folder a digest of its files, for a Hub name the name.
+    """What identifies a model's weights: for a folder or file a digest of it, for a Hub name the name.
 
     Files are digested by name, size, and the first and last MiB, so that large models cost no full read.
     """
@@ -112,7 +128,7 @@ def identify(name: str) -> dict[str, Any]:
     if path is None:
         return {"name": name}
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*")):
+    for file in sorted(path.glob("*")) if path.is_dir() else [path]:
         if file.suffix not in {".safetensors", ".json", ".bin", ".model", ".jinja", ".gguf"}:
             continue
         size = file.stat().st_size
@@ -132,7 +148,7 @@ def _load_error(name: str, error: Exception) -> UserError:
             "--local-dir FOLDER on a machine that has one, copy the folder and give its path"
         )
     else:
-        hint = "expected a folder that transformers can load, with config.json, weights and tokenizer files"
+        hint = "expected a GGUF file, or a folder that transformers can load, with config.json, weights and tokenizer files"
     return UserError(f"cannot load {name!r}: {reason}; {hint}")
 
 
@@ -144,8 +160,9 @@ def load_tokenizer(name: str) -> Any:
     """Load a tokenizer from a folder, an embedded model or the Hub. Code that comes with it is not run."""
     from transformers import AutoTokenizer
 
+    where, file = _source(name)
     try:
-        return AutoTokenizer.from_pretrained(str(local_path(name) or name), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
     except UNLOADABLE as error:
         raise _load_error(name, error) from None
 
@@ -158,8 +175,9 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None
     from transformers import AutoModelForCausalLM
 
     wanted: Any = dtype if dtype is not None else (torch.float32 if device.type == "cpu" else "auto")
+    where, file = _source(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(local_path(name) or name), dtype=wanted, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, trust_remote_code=False, **file)
     except UNLOADABLE as error:
         raise _load_error(name, error) from None
     module: nn.Module = model

@@ -13,6 +13,7 @@ LEVELS = 8
 """Steps of the one hue that shows an activation."""
 
 _CHIPS = ("bos", "template")
+_TEMPLATE, _ASSISTANT = int(Flag.TEMPLATE), int(Flag.ASSISTANT)
 
 GLYPHS = {
     "circle": "\N{BLACK CIRCLE}",
@@ -90,7 +91,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         ("nu_reconstruction", latent.nu_reconstruction, "the chat direction in the base reconstruction"),
         ("nu_activation", latent.nu_activation, "the chat direction in the base activation"),
     )
-    others = (
+    others: tuple[tuple[str, str, str], ...] = (
         ("delta_norm", fixed(latent.delta_norm), "relative decoder norm: 0 base-only, 0.5 shared, 1 chat-only"),
         ("decoder cosine", fixed(latent.decoder_cosine), "cosine of the base and the chat decoder direction"),
         ("active on", f"{wording.share(latent.frequency)} of tokens", f"{latent.n_active:,} of the analysed tokens"),
@@ -105,6 +106,9 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
             "rank by nu_error plus rank by nu_reconstruction, lowest first",
         ),
     )
+    if not math.isnan(latent.alone.value):
+        meaning = "nats that it takes off the KL to the chat model, patched alone into the base model; 95% interval"
+        others += (("KL closed alone", interval(latent.alone), meaning),)
     return Card(
         anchor=anchor_of(crosscoder, latent.latent),
         latent=latent.latent,
@@ -124,9 +128,9 @@ def _fires_on(latent: Latent) -> str:
     return ", ".join(f"{group} {wording.share(part)}" for part, group in sorted(shares, reverse=True))
 
 
-def example_view(example: Example, latent: Latent) -> ExampleView:
-    """An example around its maximum, with its origin in words."""
-    context = context_of(example)
+def example_view(example: Example, latent: Latent, whole: bool = False, raw: bool = False) -> ExampleView:
+    """An example around its maximum or whole, with its origin in words; `raw` leaves white space as it is."""
+    context = Context(example.tokens, example.position, False, False) if whole else context_of(example)
     kind = "top" if example.quantile is None else f"{example.kind} {wording.number(example.quantile)}"
     parts = [kind, f"maximum {wording.number(example.activation)}"]
     if example.dataset:
@@ -135,45 +139,45 @@ def example_view(example: Example, latent: Latent) -> ExampleView:
         parts.append(f"labelled {wording.words(example.label)}")
     parts.append(f"position {example.position}")
     highest = latent.max_activation if latent.max_activation > 0 else example.activation
-    return ExampleView(" \N{MIDDLE DOT} ".join(parts), _pieces(context, highest), context.cut_before, context.cut_after)
+    return ExampleView(" \N{MIDDLE DOT} ".join(parts), pieces(context, highest, raw), context.cut_before, context.cut_after)
 
 
 def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> ExampleView:
     """A whole text with one latent's activations; `highest` is the activation of the strongest tint."""
     peak = max(range(len(tokens)), key=lambda index: tokens[index].activation)
     marked = peak if tokens[peak].activation > 0 else -1
-    return ExampleView(origin, _pieces(Context(tokens, marked, False, False), highest), False, False)
+    return ExampleView(origin, pieces(Context(tokens, marked, False, False), highest), False, False)
 
 
-def _pieces(context: Context, highest: float) -> tuple[Piece, ...]:
+def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, ...]:
     """Tokens as the page's spans: a new line before each new turn's template, a label where a turn's content begins."""
-    pieces: list[Piece] = []
+    found: list[Piece] = []
     tokens, roles = context.tokens, [role_of(token) for token in context.tokens]
     for index, (token, role) in enumerate(zip(tokens, roles, strict=True)):
-        text, active = visible(token.text), token.activation > 0
+        text, active = token.text if raw else visible(token.text), token.activation > 0
         classes = [
             "t",
             *([role] if role in _CHIPS else []),
             *([f"a{_level(token.activation, highest)}"] if active else []),
         ]
         starts = index > 0 and _begins_turn(token, tokens[index - 1], roles[index - 1])
-        pieces.append(
+        found.append(
             Piece(
                 text=text,
                 classes=" ".join([*classes, "peak"] if index == context.peak else classes),
                 title=f"{text}  {wording.number(token.activation)}" if active else f"{text}  not active",
-                begins_line=starts and not pieces[-1].ends_line,
+                begins_line=starts and not found[-1].ends_line,
                 speaker=role if role in ("user", "assistant") and (index == 0 or role != roles[index - 1]) else None,
-                ends_line="\n" in token.text and role not in _CHIPS,
+                ends_line="\n" in token.text and role not in _CHIPS and not raw,
             )
         )
-    return tuple(pieces)
+    return tuple(found)
 
 
 def _begins_turn(token: Token, previous: Token, previous_role: str) -> bool:
     """Whether a token is the first template token after a turn; the token that closes an answer is part of it."""
-    opens = bool(token.flags & Flag.TEMPLATE) and not token.flags & Flag.ASSISTANT
-    return opens and (previous_role not in _CHIPS or bool(previous.flags & Flag.ASSISTANT))
+    opens = bool(token.flags & _TEMPLATE) and not token.flags & _ASSISTANT
+    return opens and (previous_role not in _CHIPS or bool(previous.flags & _ASSISTANT))
 
 
 def _level(activation: float, highest: float) -> int:

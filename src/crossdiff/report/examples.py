@@ -1,9 +1,10 @@
 """Examples from a crosscoder's SQLite database, and the piece of each that is worth showing."""
 
 import sqlite3
+import threading
 import unicodedata
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Example:
     position: int
     activation: float
     tokens: tuple[Token, ...]
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,45 +64,70 @@ class Context:
     cut_after: bool
 
 
-def read_examples(path: Path, latents: Sequence[int]) -> dict[int, tuple[Example, ...]]:
-    """The top examples of each latent, then one per quantile from high to low, each sequence among the top ones once.
+class ExampleDatabase:
+    """A crosscoder's examples, read only. Threads may share it: each has a connection of its own.
 
     Raises:
-        UserError: the database is missing, damaged or of another version; it has no such latent; an array does not fit its
-            sequence.
+        UserError: the database is missing, damaged or of another version.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `crossdiff analyze` to write it")
-    found: dict[int, tuple[Example, ...]] = {}
-    try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
-            _check(path, dict(database.execute("SELECT key, value FROM metadata")), latents)
-            vocabulary: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
-            for latent in latents:
-                top = database.execute(f"{_SELECT} AND kind = 'top' ORDER BY rank LIMIT ?", (latent, TOP_EXAMPLES))
-                shown = {row[-1]: row for row in top}
-                lower = database.execute(f"{_SELECT} AND kind <> 'top' ORDER BY quantile DESC, rank", (latent,))
-                per_quantile: dict[object, tuple[object, ...]] = {}
-                for row in lower:
-                    if row[-1] not in shown:
-                        per_quantile.setdefault(row[1], row)
-                rows = (*shown.values(), *per_quantile.values())
-                found[latent] = tuple(_example(path, row, vocabulary) for row in rows)
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} cannot be read ({error}): run `crossdiff analyze` again") from error
-    return found
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"{path} is missing: run `crossdiff analyze` to write it")
+        self.path, self._own = path, threading.local()
+        with self._reading() as database:
+            metadata = dict(database.execute("SELECT key, value FROM metadata"))
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format")
+                raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}: run `crossdiff analyze` again")
+            self.n_latents = int(metadata["n_latents"])
+            self.vocabulary: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection; what SQLite finds wrong with the file is the user's to mend."""
+        try:
+            if not hasattr(self._own, "database"):
+                # A thread ends with its connection, and `close` may come from another one.
+                uri = f"{self.path.resolve().as_uri()}?mode=ro"
+                self._own.database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+            yield self._own.database
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path} cannot be read ({error}): run `crossdiff analyze` again") from error
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        if hasattr(self._own, "database"):
+            self._own.database.close()
+            del self._own.database
+
+    def examples(self, latent: int, top: int = TOP_EXAMPLES, per_quantile: int = 1) -> tuple[Example, ...]:
+        """The top examples of a latent, then so many per quantile from high to low, each sequence among the top ones once.
+
+        Raises:
+            UserError: there is no such latent; an array does not fit its sequence.
+        """
+        if not 0 <= latent < self.n_latents:
+            raise UserError(
+                f"there is no latent {latent} in {self.path}: its crosscoder has {self.n_latents}, "
+                f"from 0 to {self.n_latents - 1}"
+            )
+        with self._reading() as database:
+            strongest = database.execute(f"{_SELECT} AND kind = 'top' ORDER BY rank LIMIT ?", (latent, top))
+            shown = {row[-1]: row for row in strongest}
+            lower = database.execute(f"{_SELECT} AND kind <> 'top' ORDER BY quantile DESC, rank", (latent,))
+            by_quantile: dict[object, list[tuple[object, ...]]] = {}
+            for row in lower:
+                if row[-1] not in shown:
+                    by_quantile.setdefault(row[1], []).append(row)
+        rows = [*shown.values(), *(row for rows in by_quantile.values() for row in rows[:per_quantile])]
+        return tuple(_example(self.path, row, self.vocabulary) for row in rows)
 
 
-def _check(path: Path, metadata: Mapping[str, str], latents: Sequence[int]) -> None:
-    """That this version reads the database, and that it is of a crosscoder with these latents."""
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}: run `crossdiff analyze` again"
-        )
-    n_latents = int(metadata["n_latents"])
-    for latent in latents:
-        if not 0 <= latent < n_latents:
-            raise UserError(f"there is no latent {latent} in {path}: its crosscoder has {n_latents}, from 0 to {n_latents - 1}")
+def read_examples(path: Path, latents: Sequence[int]) -> dict[int, tuple[Example, ...]]:
+    """The top examples of each latent, then one per quantile; raises as `ExampleDatabase`."""
+    with closing(ExampleDatabase(path)) as database:
+        return {latent: database.examples(latent) for latent in latents}
 
 
 def _example(path: Path, row: tuple[object, ...], vocabulary: Mapping[int, str]) -> Example:
@@ -124,7 +151,8 @@ def _example(path: Path, row: tuple[object, ...], vocabulary: Mapping[int, str])
         )
     values = np.zeros(len(ids), dtype=np.float32)
     values[positions] = activations
-    texts = (vocabulary.get(token_id, f"[token {token_id}]") for token_id in ids.tolist())
+    token_ids = tuple(ids.tolist())
+    texts = (vocabulary.get(token_id, f"[token {token_id}]") for token_id in token_ids)
     return Example(
         kind=str(kind),
         quantile=quantile if isinstance(quantile, float) else None,
@@ -134,6 +162,7 @@ def _example(path: Path, row: tuple[object, ...], vocabulary: Mapping[int, str])
         position=position,
         activation=activation,
         tokens=tuple(Token(*token) for token in zip(texts, flags.tolist(), values.tolist(), strict=True)),
+        token_ids=token_ids,
     )
 
 
@@ -145,12 +174,20 @@ def context_of(example: Example, before: int = TOKENS_BEFORE, after: int = TOKEN
     return Context(example.tokens[start:end], example.position - start, start > 0, end < len(example.tokens))
 
 
-def role_of(token: Token) -> str:
-    """What a token is shown as: bos, template, user, assistant or plain; a token with several flags by the first."""
+def _role(flags: int) -> str:
     for role in (Flag.BOS, Flag.TEMPLATE, Flag.USER, Flag.ASSISTANT):
-        if token.flags & role:
+        if flags & role:
             return str(role.name).lower()
     return "plain"
+
+
+_ROLES = tuple(_role(flags) for flags in range(16))
+"""By flags: a page has thousands of tokens, and enumerations are slow."""
+
+
+def role_of(token: Token) -> str:
+    """What a token is shown as: bos, template, user, assistant or plain; a token with several flags by the first."""
+    return _ROLES[token.flags & 15]
 
 
 def visible(text: str) -> str:

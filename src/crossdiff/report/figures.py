@@ -116,7 +116,7 @@ def delta_norm_histogram(coder: CrosscoderReport, highest: int) -> Figure:
     }  # fmt: skip
     classes = ", ".join(f"{coder.count(key)} {words(key)}" for key in ("base_only", "shared", "chat_only", "other"))
     description = f"Histogram of delta_norm of {coder.title}: {classes}."
-    return Figure(_json(traces, layout, 300), description)
+    return Figure(figure_json(traces, layout, 300), description)
 
 
 def highest_bar(coders: Sequence[CrosscoderReport]) -> int:
@@ -143,13 +143,28 @@ def scaling_scatter(coder: CrosscoderReport, limits: Limits) -> Figure:
             rows = rows[np.linspace(0, rows.height - 1, MAX_POINTS).astype(int)]
         if rows.height:
             traces.append(_points(rows, verdict, mark))
+    layout = scaling_layout(limits)
+    outside = defined.filter(pl.any_horizontal(~pl.col(nu).is_between(low, high) for nu in nus)).height
+    absent = coder.latents.height - defined.height
+    notes = [f"Values are clipped to {fixed(low, 1)} to {fixed(high, 1)}, which moves {latents(outside)}."]
+    if absent:
+        notes.append(f"Not drawn: {latents(absent)} with an undefined nu, the dead ones among them.")
+    if thinned:
+        notes.append(f"Drawn: {' and '.join(thinned)}, evenly thinned.")
+    description = f"Scatter of nu_error against nu_reconstruction of {defined.height} latents of {coder.title}."
+    return Figure(figure_json(traces, layout, 440), description, " ".join(notes), zooms=True)
+
+
+def scaling_layout(limits: Limits) -> dict[str, Any]:
+    """Axes of nu_error against nu_reconstruction, with the two limits drawn."""
+    low, high = NU_RANGE
     corner = {
         "type": "rect", "x0": low, "x1": limits.nu_error, "y0": low, "y1": limits.nu_reconstruction, "layer": "below",
         "fillcolor": "#d55e00", "opacity": 0.08, "line": {"width": 0},
     }  # fmt: skip
     axis = {"range": [low - 0.05, high + 0.05], "tickvals": [low, 0, 0.5, 1, high], "zeroline": False}
     limit = {"showarrow": False, "font": {"size": 11}}
-    layout = {
+    return {
         "annotations": [
             {"x": limits.nu_error, "y": high, "text": f"{limits.nu_error:g}", "xanchor": "left", **limit},
             {
@@ -165,15 +180,6 @@ def scaling_scatter(coder: CrosscoderReport, limits: Limits) -> Figure:
         "yaxis": {**axis, "title": {"text": "nu_reconstruction"}},
         "legend": {**_LEGEND, "y": 1.01},
     }
-    outside = defined.filter(pl.any_horizontal(~pl.col(nu).is_between(low, high) for nu in nus)).height
-    absent = coder.latents.height - defined.height
-    notes = [f"Values are clipped to {fixed(low, 1)} to {fixed(high, 1)}, which moves {latents(outside)}."]
-    if absent:
-        notes.append(f"Not drawn: {latents(absent)} with an undefined nu, the dead ones among them.")
-    if thinned:
-        notes.append(f"Drawn: {' and '.join(thinned)}, evenly thinned.")
-    description = f"Scatter of nu_error against nu_reconstruction of {defined.height} latents of {coder.title}."
-    return Figure(_json(traces, layout, 440), description, " ".join(notes), zooms=True)
 
 
 def _points(rows: pl.DataFrame, verdict: str, mark: Mark) -> dict[str, Any]:
@@ -233,7 +239,7 @@ def behaviour_figure(coder: CrosscoderReport, question: str) -> Figure:
         "legend": {**_LEGEND, "y": 1.01},
     }  # fmt: skip
     description = f"AUROC of the best of each pool of {coder.title} for {', '.join(names)}; the table has the values."
-    return Figure(_json(traces, layout, 130 + 56 * len(names)), description)
+    return Figure(figure_json(traces, layout, 130 + 56 * len(names)), description)
 
 
 def frequency_histogram(coder: CrosscoderReport) -> Figure | None:
@@ -258,10 +264,10 @@ def frequency_histogram(coder: CrosscoderReport) -> Figure | None:
         },
         "yaxis": {"title": {"text": "latents"}},
     }  # fmt: skip
-    return Figure(_json([bars], layout, 240), f"Histogram of how often the latents of {coder.title} are active.")
+    return Figure(figure_json([bars], layout, 240), f"Histogram of how often the latents of {coder.title} are active.")
 
 
-def _json(traces: list[dict[str, Any]], layout: dict[str, Any], height: int) -> str:
+def figure_json(traces: list[dict[str, Any]], layout: dict[str, Any], height: int) -> str:
     """Serialise a figure; its axes get the lines that all figures have. Tests validate what this leaves unvalidated."""
     lines = {"gridcolor": "#dddddd", "linecolor": _RULE, "showline": True, "fixedrange": False}
     common = {

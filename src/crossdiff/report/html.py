@@ -65,8 +65,8 @@ class Section:
 
     title: str
     anchor: str
-    histogram: figures.Figure
-    scatter: figures.Figure
+    histogram: figures.Figure | None
+    scatter: figures.Figure | None
     frequencies: figures.Figure | None
     behaviour_tables: tuple[BehaviourTable, ...]
     selection: str
@@ -90,11 +90,11 @@ def render_html(report: RunReport) -> str:
         environment()
         .get_template("report.html.j2")
         .render(
-            title=_title(report),
-            facts=_facts(report),
+            title=title(report),
+            facts=facts(report),
             answer=wording.answer(report),
             crosscoders=[coder.title for coder in report.crosscoders],
-            health=_health_rows(report),
+            health=health_rows(report),
             controls=_control_rows(report),
             sections=[_section(coder, report.limits, highest) for coder in report.crosscoders],
             detailed=[coder.name for coder in (report.primary, *others)],
@@ -109,7 +109,7 @@ def render_html(report: RunReport) -> str:
     )
 
 
-def _title(report: RunReport) -> str:
+def title(report: RunReport) -> str:
     chat, base = short(report.chat, "the chat model"), short(report.base, "its base")
     return f"What {chat} has and {base} has not"
 
@@ -122,7 +122,7 @@ def short(model: str | None, otherwise: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() else model
 
 
-def _facts(report: RunReport) -> list[str]:
+def facts(report: RunReport) -> list[str]:
     facts = []
     if report.layer is not None:
         facts.append(f"residual stream after layer {report.layer}")
@@ -135,7 +135,7 @@ def _facts(report: RunReport) -> list[str]:
     return facts
 
 
-def _health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
+def health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
     """Rows of the health table: a name and a value per crosscoder."""
     coders = report.crosscoders
     sources = list(dict.fromkeys(source for coder in coders for source in coder.health.heldout.fve))
@@ -154,14 +154,19 @@ def _health_rows(report: RunReport) -> list[tuple[str, list[str]]]:
         if any(count is not None for count in counts):
             rows.append((name, [wording.whole(count) for count in counts]))
     for key, name in (("chat_only", "chat-only"), ("base_only", "base-only"), ("shared", "shared"), ("other", "other")):
-        rows.append((f"{name} by delta_norm", [f"{coder.count(key):,}" for coder in coders]))
+        rows.append((f"{name} by delta_norm", [wording.count(coder, key) for coder in coders]))
     rows += [
-        ("chat-specific by latent scaling", [f"{coder.count('chat_specific'):,}" for coder in coders]),
-        ("the same by the paper's rule", [f"{coder.count('chat_specific_paper'):,}" for coder in coders]),
-        ("of them on template tokens almost only", [f"{coder.count('template_only'):,}" for coder in coders]),
+        ("chat-specific by latent scaling", [wording.count(coder, "chat_specific") for coder in coders]),
+        ("the same by the paper's rule", [wording.count(coder, "chat_specific_paper") for coder in coders]),
+        ("of them on template tokens almost only", [wording.count(coder, "template_only") for coder in coders]),
     ]
+    if report.null:
+        rows += [
+            (f"{wording.words(key)}, share of live latents", [wording.null_rate(report, coder, key) for coder in coders])
+            for key in wording.NULL_RATES
+        ]
     for key in ("complete_shrinkage", "latent_decoupling", "rotated", "base_specific"):
-        rows.append((wording.words(key), [f"{coder.count(key):,}" for coder in coders]))
+        rows.append((wording.words(key), [wording.count(coder, key) for coder in coders]))
     movements = [_flat(coder.health.decoder_norm_movement) for coder in coders]
     for key in dict.fromkeys(key for movement in movements for key in movement):
         rows.append((f"decoder norms, {wording.words(key)}", [movement.get(key, "") for movement in movements]))
@@ -227,8 +232,8 @@ def _section(coder: CrosscoderReport, limits: Limits, highest: int) -> Section:
     return Section(
         title=coder.title,
         anchor=coder.name,
-        histogram=figures.delta_norm_histogram(coder, highest),
-        scatter=figures.scaling_scatter(coder, limits),
+        histogram=figures.delta_norm_histogram(coder, highest) if coder.compares else None,
+        scatter=figures.scaling_scatter(coder, limits) if coder.compares else None,
         frequencies=figures.frequency_histogram(coder),
         behaviour_tables=tuple(_behaviour_table(coder, question, shown) for question in questions),
         selection=wording.selection(coder),
@@ -285,6 +290,11 @@ def caveats(report: RunReport) -> list[str]:
         if low:
             parts = ", ".join(f"{wording.number(value)} of {source}" for source, value in low.items())
             caveats.append(f"{coder.title} explains little of the variance ({parts}); what it misses is in no count.")
+        for note in coder.health.notes:
+            notes.setdefault(note, []).append(coder.title)
+        if not coder.compares:
+            caveats.append(f"{coder.title} has one decoder: {wording.ONE_DECODER}")
+            continue
         if without := coder.latents.filter(pl.col("verdict") == "undecided").height:
             caveats.append(
                 f"{coder.title}: {wording.latents(without)} undecided, because of too few active tokens, an undefined nu or "
@@ -297,6 +307,4 @@ def caveats(report: RunReport) -> list[str]:
             )
         if not coder.behaviour_results():
             caveats.append(f"{coder.title} was not compared with labelled behaviours.")
-        for note in coder.health.notes:
-            notes.setdefault(note, []).append(coder.title)
     return caveats + [f"{' and '.join(titles)}: {note}" for note, titles in notes.items()]

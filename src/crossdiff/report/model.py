@@ -30,6 +30,7 @@ _LATENT_COLUMNS = (
     "rank_sum", "verdict", "verdict_reason", "chat_specific", "chat_specific_paper", "template_only",
     *(f"share_{group}" for group in TOKEN_GROUPS),
 )  # fmt: skip
+_ALONE = "kl_reduction_response"
 _BEHAVIOUR_COLUMNS = (
     "behaviour", "question", "pool", "pool_size", "latent", "auroc", "auroc_low", "auroc_high", "n_positive",
     "n_negative",
@@ -104,6 +105,7 @@ class Health(_Record):
     d_model: int
     layer: int
     architecture: str
+    sources: tuple[str, ...] = ("base", "chat")
     k: int | None = None
     training_tokens: int | None = None
     analysed_tokens: int | None = None
@@ -117,7 +119,10 @@ class Health(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms)."""
+    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms).
+
+    alone: what it takes off the KL to the chat model when patched alone (`crossdiff causal`), in nats.
+    """
 
     latent: int
     verdict: str
@@ -131,6 +136,7 @@ class Latent:
     nu_error: Estimate
     nu_reconstruction: Estimate
     nu_activation: Estimate
+    alone: Estimate
     rank_sum: float
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
@@ -185,6 +191,11 @@ class CrosscoderReport:
         spelling = usual.get(self.health.architecture, self.health.architecture)
         return spelling if self.name == self.health.architecture else f"{spelling} ({self.name})"
 
+    @property
+    def compares(self) -> bool:
+        """Whether its latents have a direction in both models; those of an SAE or a diff-SAE have one decoder."""
+        return len(self.health.sources) > 1
+
     def count(self, key: str) -> int:
         """Number of latents: a delta_norm class, a verdict, or a set (chat_specific, chat_specific_paper, template_only).
 
@@ -196,6 +207,11 @@ class CrosscoderReport:
             return int(self.latents[key].sum())
         column = "delta_norm_class" if key in ("base_only", "chat_only", "shared", "other") else "verdict"
         return self.latents.filter(pl.col(column) == key).height
+
+    def rate(self, key: str) -> float:
+        """Share of the live latents in a set or verdict; NaN without a live one."""
+        live = self.latents.filter(pl.col("verdict") != "dead").height
+        return self.count(key) / live if live else math.nan
 
     def behaviour_results(self) -> tuple[BehaviourResult, ...]:
         """The behaviours table, a record per behaviour and question, in the file's order."""
@@ -212,9 +228,17 @@ class DatasetShare:
     n_tokens: int
 
 
+class NullRates(_Record):
+    """What the null diff gave for one crosscoder: live latents, and their share in each verdict and set."""
+
+    n_live: int
+    rates: Mapping[str, float]
+
+
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet."""
+    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet; `null` are the rates of
+    the null diff, by crosscoder."""
 
     directory: Path
     base: str | None
@@ -225,12 +249,13 @@ class RunReport:
     limits: Limits
     crosscoders: tuple[CrosscoderReport, ...]
     not_analysed: tuple[str, ...]
+    null: Mapping[str, NullRates]
 
     @property
     def primary(self) -> CrosscoderReport:
         """The crosscoder that the answer is about: BatchTopK, whose loss lacks L1's artifacts, or else the first."""
-        batchtopk = (coder for coder in self.crosscoders if coder.health.architecture == "batchtopk")
-        return next(batchtopk, self.crosscoders[0])
+        comparing = [coder for coder in self.crosscoders if coder.compares] or list(self.crosscoders)
+        return next((coder for coder in comparing if coder.health.architecture == "batchtopk"), comparing[0])
 
 
 def behaviour_results(behaviours: pl.DataFrame | None) -> tuple[BehaviourResult, ...]:
@@ -269,6 +294,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         datasets=_read_datasets(directory / "activations" / "documents.parquet"),
         crosscoders=crosscoders,
         not_analysed=waiting,
+        null=_read_null(directory / "null.json"),
     )
 
 
@@ -291,16 +317,16 @@ def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
     """
     examples = read_examples(folder / "examples.sqlite", [latent])
     row = latents.row(by_predicate=pl.col("latent") == latent, named=True)
-    return _latent(row, examples[latent], read_explanations(folder).get(latent))
+    return latent_of(row, examples[latent], read_explanations(folder).get(latent))
 
 
 def read_latents(folder: Path) -> pl.DataFrame:
-    """The latent table of a crosscoder's folder.
+    """The latent table of a crosscoder's folder, joined with what single latents do where the causal test measured it.
 
     Raises:
         UserError: it is damaged or of another version.
     """
-    return _read_table(folder / "latents.parquet", _LATENT_COLUMNS)
+    return _with_causal(_read_table(folder / "latents.parquet", _LATENT_COLUMNS), folder / "causal_latents.parquet")
 
 
 def read_behaviours(folder: Path) -> pl.DataFrame | None:
@@ -325,7 +351,7 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
     explanations = read_explanations(folder)
     cards = tuple(
-        _latent(row, examples.get(row["latent"], ()), explanations.get(row["latent"])) for row in wanted.iter_rows(named=True)
+        latent_of(row, examples.get(row["latent"], ()), explanations.get(row["latent"])) for row in wanted.iter_rows(named=True)
     )
     top = TopLatents(cards[: len(shown)], n_specific)
     return CrosscoderReport(folder.name, health, latents, behaviours, top, cards[len(shown) :], read_summary(folder))
@@ -351,7 +377,9 @@ def _best_specific(behaviours: pl.DataFrame | None) -> list[int]:
     return [int(latent) for latent in rows["latent"].drop_nulls().unique(maintain_order=True)]
 
 
-def _latent(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: str | None) -> Latent:
+def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: str | None = None) -> Latent:
+    """The record of one row of the latent table."""
+
     def estimate(nu: str) -> Estimate:
         return Estimate(_number(row[nu]), _number(row[f"{nu}_low"]), _number(row[f"{nu}_high"]))
 
@@ -368,6 +396,7 @@ def _latent(row: Mapping[str, Any], examples: tuple[Example, ...], explanation: 
         nu_error=estimate("nu_error"),
         nu_reconstruction=estimate("nu_reconstruction"),
         nu_activation=estimate("nu_activation"),
+        alone=estimate(_ALONE),
         rank_sum=_number(row["rank_sum"]),
         shares={group: _number(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
@@ -393,11 +422,30 @@ def _read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     return table
 
 
+def _with_causal(latents: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """The latents with what each does alone, null where that was not measured."""
+    columns = [f"{_ALONE}{end}" for end in ("", "_low", "_high")]
+    if not path.is_file():
+        return latents.with_columns(pl.lit(None, dtype=pl.Float64).alias(column) for column in columns)
+    measured = _read_table(path, ("latent", *columns)).select("latent", *columns).unique("latent", keep="first")
+    return latents.join(measured, on="latent", how="left", maintain_order="left")
+
+
 def _read_limits(path: Path) -> Limits:
     """The thresholds of the run's settings; a run directory without settings was made with the defaults."""
     found = read_yaml(path).get("analyze") if path.is_file() else None
     settings = validate(AnalyzeConfig, found or {}, str(path))
     return Limits(settings.nu_error, settings.nu_reconstruction, settings.delta_norm)
+
+
+def _read_null(path: Path) -> dict[str, NullRates]:
+    """What `crossdiff null` left, if anything."""
+    if not path.is_file():
+        return {}
+    try:
+        return {name: NullRates.model_validate(part) for name, part in _read_record(path)["crosscoders"].items()}
+    except (ValidationError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another version ({error}); run `crossdiff null` again") from error
 
 
 def _read_datasets(path: Path) -> tuple[DatasetShare, ...]:

@@ -53,7 +53,9 @@ def _crosscoders(report: RunReport) -> Table:
     table.add_row("L0", *(wording.number(heldout.l0) for heldout in heldouts))
     table.add_row("dead latents", *(wording.share(heldout.dead_share) for heldout in heldouts))
     for key, label in COUNTS.items():
-        table.add_row(label, *(f"{coder.count(key):,}" for coder in report.crosscoders))
+        table.add_row(label, *(wording.count(coder, key) for coder in report.crosscoders))
+    for key in wording.NULL_RATES if report.null else ():
+        table.add_row(f"{COUNTS[key]}, of live", *(wording.null_rate(report, coder, key) for coder in report.crosscoders))
     return table
 
 

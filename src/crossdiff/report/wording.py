@@ -17,6 +17,7 @@ from crossdiff.report.model import (
 CLEAR_GAIN = 0.1
 """A difference of AUROC from which one pool is said to be ahead of another."""
 UNDEFINED = "undefined"
+ONE_DECODER = "delta_norm and the verdicts need a crosscoder, which has a decoder for each model."
 
 QUESTIONS = {
     "before_answer": "Before the answer",
@@ -26,6 +27,7 @@ POOLS = {
     "chat_specific": "specific pool",
     "shared": "shared pool",
     "base_sae": "SAE on the base model",
+    "living": "living latents",
     "bag_of_words": "bag of words on the prompt",
 }
 VERDICTS = {
@@ -59,6 +61,23 @@ def number(value: float | None, digits: int = 3) -> str:
         return _minus(f"{mantissa}e{exponent}")
     decimals = digits - 1 - exponent
     return _minus(f"{round(value, decimals):,.{max(0, decimals)}f}")
+
+
+def count(coder: CrosscoderReport, key: str) -> str:
+    """Number of latents of a class, verdict or set, which a coder with one decoder cannot have."""
+    return f"{coder.count(key):,}" if coder.compares else "one decoder"
+
+
+NULL_RATES = ("chat_specific", "chat_specific_paper")
+"""What is set beside the null diff."""
+
+
+def null_rate(report: RunReport, coder: CrosscoderReport, key: str) -> str:
+    """A share of the live latents, beside that of the null diff."""
+    if not coder.compares:
+        return "one decoder"
+    null = report.null.get(coder.name)
+    return f"{share(coder.rate(key))}, null {share(None if null is None else null.rates.get(key))}"
 
 
 def whole(value: int | None) -> str:
@@ -111,14 +130,17 @@ def fve(coder: CrosscoderReport, source: str) -> str:
 
 def answer(report: RunReport) -> list[str]:
     """The page's answer as plain sentences, about the primary crosscoder first."""
+    if not report.primary.compares:
+        return [f"The coder {report.primary.title} has one decoder, which cannot tell whose a latent is. {ONE_DECODER}"]
     sentences = _specific_sentences(report.primary, report.limits)
     for coder in report.crosscoders:
-        if coder is not report.primary:
+        if coder is not report.primary and coder.compares:
             named, specific = coder.count("chat_only"), coder.count("chat_specific")
             sentences.append(
                 f"In the {coder.title} crosscoder delta_norm alone names {whole(named)} of "
                 f"{whole(coder.health.n_latents)}, latent scaling {whole(specific)}."
             )
+    sentences.extend(_null_sentences(report))
     sentences.extend(_behaviour_sentences(report.primary))
     return sentences
 
@@ -154,6 +176,17 @@ def _specific_sentences(coder: CrosscoderReport, limits: Limits) -> list[str]:
     if dead >= n_latents:
         sentences.append("Every latent is dead on the held-out tokens, so this crosscoder says nothing about the pair.")
     return sentences
+
+
+def _null_sentences(report: RunReport) -> list[str]:
+    coder = report.primary
+    null = report.null.get(coder.name)
+    if null is None:
+        return []
+    return [
+        f"That is {share(coder.rate('chat_specific'))} of its live latents; in the null diff, where the second model was only "
+        f"trained further on plain text, it is {share(null.rates.get('chat_specific'))} of {whole(null.n_live)}."
+    ]
 
 
 def _norm_ratio(limits: Limits) -> str:
@@ -198,10 +231,11 @@ def gain(result: BehaviourResult) -> float:
 
 def judgement(result: BehaviourResult) -> str:
     """What a behaviour's scores show, failures included."""
-    specific, shared = result.scores.get("chat_specific"), result.scores.get("shared")
+    living, shared = result.scores.get("living"), result.scores.get("shared")
+    specific = result.scores.get("chat_specific", living)
     if specific is None or math.isnan(specific.auroc.value):
         return "No latent of the specific pool to test."
-    parts = [_against_shared(specific, shared, gain(result))]
+    parts = [_against_shared(specific, shared, gain(result))] if living is None else []
     if specific.auroc.high < 0.5:
         parts.append("It does worse than chance (0.5).")
     elif specific.auroc.low <= 0.5:
@@ -229,6 +263,8 @@ def _against_shared(specific: PoolScore, shared: PoolScore | None, difference: f
 
 def selection(coder: CrosscoderReport) -> str:
     """How the latents that are shown in full were chosen."""
+    if not coder.compares:
+        return f"It has one decoder, so no latent is ranked or shown: {ONE_DECODER}"
     specific, candidates = coder.top.n_specific, len(coder.top.latents) - coder.top.n_specific
     if not coder.top.latents:
         return f"No latent has both nu defined and delta_norm of at least {CANDIDATE_DELTA_NORM:g}, so none is shown."

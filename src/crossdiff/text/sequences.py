@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,6 +15,8 @@ from crossdiff.text.documents import Document
 
 CHUNK = 128
 """Documents that are tokenised together."""
+POOL = 2048
+"""Sequences that are sorted by length together: large enough that batches hold less than 5% padding."""
 
 
 @dataclass(eq=False)
@@ -119,14 +121,28 @@ def bucketed(sequences: Iterable[TokenSequence], batch_tokens: int, pool: int) -
         raise ValueError(f"pool must be at least 1, found {pool}")
     stream = iter(sequences)
     while pooled := sorted(islice(stream, pool), key=lambda sequence: -len(sequence.token_ids)):
-        at = 0
-        while at < len(pooled):
-            longest = len(pooled[at].token_ids)
-            if longest > batch_tokens:
-                raise UserError(
-                    f"a sequence of {longest} tokens does not fit into batch_tokens = {batch_tokens}; "
-                    "raise batch_tokens or lower max_length"
-                )
-            size = batch_tokens // max(longest, 1)
-            yield pooled[at : at + size]
-            at += size
+        for first, last in _cut([len(sequence.token_ids) for sequence in pooled], batch_tokens):
+            yield pooled[first:last]
+
+
+def batch_bounds(lengths: NDArray[np.int64], batch_tokens: int, pool: int) -> NDArray[np.int64]:
+    """Where the batches of `bucketed` began, from the lengths of its sequences in the order in which they came out."""
+    bounds = [0]
+    for start in range(0, len(lengths), pool):
+        bounds += [start + last for _, last in _cut(lengths[start : start + pool].tolist(), batch_tokens)]
+    return np.array(bounds, dtype=np.int64)
+
+
+def _cut(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges as large as fit, of lengths that fall."""
+    at = 0
+    while at < len(lengths):
+        longest = lengths[at]
+        if longest > batch_tokens:
+            raise UserError(
+                f"a sequence of {longest} tokens does not fit into batch_tokens = {batch_tokens}; "
+                "raise batch_tokens or lower max_length"
+            )
+        last = min(len(lengths), at + batch_tokens // max(longest, 1))
+        yield at, last
+        at = last

@@ -47,9 +47,14 @@ RANKINGS = {
     "delta_norm": "delta_norm >= 0.9",
     "nu_error": "nu_error under its limit",
     "nu_reconstruction": "nu_reconstruction under its limit",
+    "nu_activation_nobias": "nu_activation_nobias under the limit of nu_reconstruction",
     "rank_sum": "as many as there are chat-only latents, lowest first",
     "verdict": "verdict chat_specific",
 }
+
+
+OF_ONE_DECODER = ("nu_activation_nobias",)
+"""The rankings that a coder with one decoder has."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ class CoderResult:
 
     Attributes:
         mu: weight of the L1 penalty that was found, None without one; trials: trainings that it took.
-        l0_matched: whether the held-out L0 is within the tolerance of the first crosscoder's.
+        l0_matched: whether the held-out L0 is within the tolerance of the first crosscoder's; a coder with one decoder, which
+            sees other concepts, is not asked.
         found: kind -> share of its concepts that a latent stands for.
         verdicts: kind (or `none`) -> verdict -> number of live latents.
     """
@@ -100,7 +106,8 @@ class CoderResult:
 def analysed(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> pl.DataFrame:
     """The latent table with verdicts, from the same accumulators as `latents.analyze`, without the examples."""
     groups, norms = group_of(store.column("flags")), crosscoder.norms().sum(1)
-    scaled, activity = ScalingAccumulator(crosscoder, config.blocks), Activity.empty(crosscoder.n_latents)
+    scaled = ScalingAccumulator(crosscoder, config.blocks, means=store.normalisation.mean)
+    activity = Activity.empty(crosscoder.n_latents)
     coactive = CoActivation(candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
     for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens):
         scaled.add(chunk)
@@ -131,6 +138,7 @@ def _called(table: pl.DataFrame, name: str, n_positive: int, config: AnalyzeConf
         "delta_norm": CHAT_ONLY[0],
         "nu_error": -config.nu_error,
         "nu_reconstruction": -config.nu_reconstruction,
+        "nu_activation_nobias": -config.nu_reconstruction,
         "verdict": 1.0,
     }
     called = value >= limits[name]
@@ -195,13 +203,15 @@ def _result(
         kind: dict(table.filter(pl.Series(alive & (kinds == kind)))["verdict"].value_counts(sort=True).iter_rows())
         for kind in (*KINDS, "none")
     }
-    scores = {name: score(table, kinds, config.planted.chat_only, name, config.analyze) for name in RANKINGS}
+    compares = trained.crosscoder.n_sources > 1
+    rankings = RANKINGS if compares else OF_ONE_DECODER
+    scores = {name: score(table, kinds, config.planted.chat_only, name, config.analyze) for name in rankings}
     return CoderResult(
         architecture=trained.config.sparsity.kind,
         mu=_mu(trained.config),
         trials=trained.trials,
         l0=trained.l0,
-        l0_matched=target is None or abs(trained.l0 / target - 1) <= config.l0_tolerance,
+        l0_matched=target is None or not compares or abs(trained.l0 / target - 1) <= config.l0_tolerance,
         fve=trained.fve,
         n_dead=int((~alive).sum()),
         n_matched=int((kinds != "none").sum()),

@@ -11,6 +11,8 @@ from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 from crossdiff.truth.planted import Concepts, Tokens
 
+SOURCES = ("base", "chat")
+NOTHING = 1e-6
 SMALL_NORM = 0.1
 """A direction shorter than this share of the latent's longer one says nothing about where it points."""
 
@@ -24,15 +26,32 @@ class Matches:
     correlation: Float64[Tensor, " latent"]
 
 
+def seen_directions(crosscoder: Crosscoder, concepts: Concepts) -> Float[Tensor, "view way concept d_model"]:
+    """The directions in which a concept can show in what the coder reads: of each model alone, and of both together.
+
+    Of norm 1, or 0 where it does not show: of an unchanged concept the difference of the models shows nothing.
+    """
+    placed = concepts.strength.unsqueeze(2) * concepts.directions
+    alone = torch.einsum("vs,scd->vscd", crosscoder.view.matrix, placed[_read(crosscoder)])
+    ways = torch.cat([alone, alone.sum(1, keepdim=True)], dim=1)
+    shows = ways.norm(dim=3, keepdim=True) > NOTHING
+    return torch.where(shows, torch.nn.functional.normalize(ways, dim=3), 0.0)
+
+
 def direction_cosines(crosscoder: Crosscoder, concepts: Concepts) -> Float[Tensor, "latent concept"]:
-    """The larger of the cosines in the two sources, where the latent has a direction and the concept a place; else -1."""
-    unit = torch.nn.functional.normalize(crosscoder.directions(), dim=2)
-    cosines = torch.einsum("sjd,scd->sjc", unit, concepts.directions)
+    """The largest cosine with a way in which the concept shows, where the latent has a direction; else -1."""
+    unit, ways = torch.nn.functional.normalize(crosscoder.directions(), dim=2), seen_directions(crosscoder, concepts)
+    cosines = torch.einsum("vjd,vwcd->vwjc", unit, ways)
     norms = crosscoder.norms()
     points = (norms > SMALL_NORM * norms.max(1, keepdim=True).values).T
-    possible = points.unsqueeze(2) & (concepts.strength > 0).unsqueeze(1)
-    largest: Tensor = torch.where(possible, cosines, -1.0).amax(0)
+    possible = points[:, None, :, None] & (ways.norm(dim=3) > 0).unsqueeze(2)
+    largest: Tensor = torch.where(possible, cosines, -1.0).amax((0, 1))
     return largest
+
+
+def _read(crosscoder: Crosscoder) -> list[int]:
+    """Which of the planted models the coder reads."""
+    return [SOURCES.index(name) for name in crosscoder.view.reads]
 
 
 class Correlation:
@@ -72,7 +91,7 @@ def match(
     n_sources, n_concepts = concepts.strength.shape
     sums, norms = Correlation(crosscoder.n_latents, n_sources, n_concepts), crosscoder.norms().sum(1)
     for part in tokens:
-        code = crosscoder.sparse_code(crosscoder.normalise(part.h))
+        code = crosscoder.sparse_code(crosscoder.normalise(part.h[:, _read(crosscoder)]))
         v = torch.zeros(len(part.h), crosscoder.n_latents)
         v[code.token, code.latent] = code.values * norms[code.latent]
         sums.add(v, part.amplitude)

@@ -18,7 +18,7 @@ import torch
 
 from crossdiff.activations.shards import ProgressLog, ShardWriters
 from crossdiff.activations.store import COLUMNS, Store
-from crossdiff.activations.writer import DOCUMENT_COLUMNS, Origin, finish_store
+from crossdiff.activations.writer import DOCUMENT_COLUMNS, Origin, finish_store, summed_moments
 from crossdiff.config import HarvestConfig
 from crossdiff.shapes import Float, Int64, Tensor
 from crossdiff.truth.settings import PlantedConfig
@@ -163,7 +163,8 @@ def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream:
     ]
     identity = {"base": {"name": "planted base"}, "chat": {"name": "planted chat"}, "tokenizer": "planted"}
     origin = Origin(identity | {"planted": config.model_dump()}, 0, 1, ("planted",))
-    finish_store(folder, origin, settings, log.entries, pl.DataFrame(documents, schema=DOCUMENT_COLUMNS))
+    table, moments = pl.DataFrame(documents, schema=DOCUMENT_COLUMNS), summed_moments(folder, log.entries)
+    finish_store(folder, origin, settings, log.entries, table, moments)
     log.path.unlink()
     return Store(folder)
 

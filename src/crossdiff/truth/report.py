@@ -14,7 +14,7 @@ from crossdiff.run import Run, Stage, fingerprint, read_json
 from crossdiff.truth.benchmark import benchmark
 from crossdiff.truth.settings import TruthConfig
 
-CODE_FORMAT = 1
+CODE_FORMAT = 2
 """Raised when the results change although the settings do not."""
 
 

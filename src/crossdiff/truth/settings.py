@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from crossdiff.config import AnalyzeConfig, BatchTopKConfig, Config, CrosscoderConfig, L1Config
+from crossdiff.config import (
+    AnalyzeConfig,
+    BatchTopKConfig,
+    Config,
+    CrosscoderConfig,
+    DifferenceConfig,
+    L1Config,
+    PartitionedConfig,
+)
 
 
 class PlantedConfig(Config):
@@ -53,8 +61,12 @@ class TruthConfig(Config):
     planted: PlantedConfig = PlantedConfig()
     crosscoders: dict[str, CrosscoderConfig] = Field(
         {
-            "batchtopk": CrosscoderConfig(sparsity=BatchTopKConfig(k=6), n_latents=256, epochs=8),
-            "l1": CrosscoderConfig(sparsity=L1Config(mu=9.0), n_latents=256, epochs=8, decoder_norm=0.1),
+            "batchtopk": CrosscoderConfig(sparsity=BatchTopKConfig(k=12), n_latents=256, epochs=8),
+            "l1": CrosscoderConfig(sparsity=L1Config(mu=3.2), n_latents=256, epochs=8, decoder_norm=0.1),
+            "dfc": CrosscoderConfig(
+                sparsity=BatchTopKConfig(k=12), structure=PartitionedConfig(exclusive_share=0.1), n_latents=256, epochs=8
+            ),
+            "diff_sae": CrosscoderConfig(sparsity=BatchTopKConfig(k=6), inputs=DifferenceConfig(), n_latents=256, epochs=8),
         },
         description="what is trained; the first one sets the held-out L0 that those with a mu are tuned to",
     )

@@ -1,0 +1,119 @@
+"""A store that keeps the tokens alone and runs the models whenever their activations are read.
+
+The same sequences go through the models in the same batches as in the harvest of a store, so the activations are those of
+the store to the last bit. Training reads whole passes in random order: each token costs one pass an epoch, for all the
+crosscoders that share the batches, and none after the first epoch when the activations of the corpus fit into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+
+from crossdiff.activations.passes import paired_residuals
+from crossdiff.activations.shards import ShardEntry, as_stored
+from crossdiff.activations.statistics import Moments
+from crossdiff.activations.store import DTYPES, Store, pass_bounds, sequence_bounds
+from crossdiff.config import HarvestConfig, UserError
+from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.shapes import Float32, Tensor
+
+STATISTICS_TOKENS = 1_000_000
+"""So many training tokens, of passes chosen at random, give a live store its mean and scale."""
+
+
+class Passes:
+    """The forward passes of a harvest, any of which can be run again; `bounds` are their rows."""
+
+    def __init__(
+        self, pair: Pair, layer: int, token_ids: npt.NDArray[np.int32], sequences: npt.NDArray[np.int64], batch_tokens: int
+    ) -> None:
+        self._pair, self._layer, self._token_ids, self._sequences = pair, layer, token_ids, sequences
+        self.bounds = pass_bounds(sequences, batch_tokens)
+
+    def streams(self, index: int) -> list[Float32[Tensor, "token d_model"]]:
+        """The residual streams of one pass, a tensor a source."""
+        first, last = np.searchsorted(self._sequences, self.bounds[index : index + 2])
+        cuts = self._sequences[first : last + 1]
+        batch = [self._token_ids[start:stop] for start, stop in pairwise(cuts)]
+        return paired_residuals(self._pair, batch, [self._layer])[0]
+
+
+class LiveStore(Store):
+    """A store whose activations are computed when they are read."""
+
+    def __init__(self, folder: Path, pair: Pair) -> None:
+        super().__init__(folder)
+        token_ids, batch_tokens = self.column("token_id"), int(self.manifest["batch_tokens"])
+        self._passes = Passes(pair, self.layer, token_ids, self.sequences(), batch_tokens)
+        self._last: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> Float32[Tensor, "batch source d_model"]:
+        """Activations of the given rows as a store of the same dtype gives them, in the order given.
+
+        Raises:
+            UserError: one of them is not finite or does not fit the dtype.
+        """
+        out = torch.empty(len(rows), len(self.sources), self.d_model)
+        order, bounds = np.argsort(rows, kind="stable"), self._passes.bounds
+        cuts = np.searchsorted(rows[order], bounds)
+        for index in np.flatnonzero(np.diff(cuts)):
+            part = order[cuts[index] : cuts[index + 1]]
+            out[torch.from_numpy(part)] = self._computed(int(index))[torch.from_numpy(rows[part] - bounds[index])]
+        return out
+
+    def _computed(self, index: int) -> Float32[Tensor, "token source d_model"]:
+        """The activations of a pass. The last one is kept: readers go through the rows in order, but stop within a pass."""
+        number, h = self._last
+        if number != index:
+            dtype = DTYPES[self.manifest["dtype"]]
+            try:
+                h = torch.stack([as_stored(stream, dtype).cpu() for stream in self._passes.streams(index)], dim=1)
+            except UserError as error:
+                first, last = self._passes.bounds[index : index + 2]
+                raise UserError(f"{error} (in rows {first} to {last - 1} of {self.folder})") from error
+            self._last = (index, h)
+        return h
+
+
+def open_store(folder: Path, load_pair: Callable[[], Pair]) -> Store:
+    """The store in a folder; the models are loaded only if it is a live one.
+
+    Raises:
+        UserError: no store there, or a damaged one; models other than those it was made for.
+    """
+    store = Store(folder)
+    if not store.is_live:
+        return store
+    pair = load_pair()
+    if pair.identity != store.pair:
+        raise UserError(f"the live store {folder} is of {store.pair}, not of {pair.identity}; harvest again with --force")
+    return LiveStore(folder, pair)
+
+
+def sampled_moments(
+    folder: Path, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
+) -> Moments:
+    """Moments over the training tokens of passes chosen at random; over all of them where they are few enough."""
+    parts: dict[str, list[npt.NDArray[np.int32]]] = {name: [] for name in ("token_id", "sequence", "position", "document")}
+    for entry in entries:
+        with safe_open(folder / entry.file, framework="pt") as file:
+            for name, found in parts.items():
+                found.append(file.get_tensor(name).numpy())
+    columns = {name: np.concatenate(found) for name, found in parts.items()}
+    passes = Passes(pair, layer, columns["token_id"], sequence_bounds(columns["sequence"]), config.batch_tokens)
+    counted = (columns["position"] >= config.leave_out) & np.asarray(is_training)[columns["document"]]
+    per_pass = np.add.reduceat(counted.astype(np.int64), passes.bounds[:-1])
+    order = np.random.default_rng(0).permutation(len(per_pass))
+    n_chosen = int(np.searchsorted(np.cumsum(per_pass[order]), STATISTICS_TOKENS)) + 1
+    moments = Moments.zero(len(SOURCES), pair.d_model)
+    for index in np.sort(order[:n_chosen]):
+        chosen = torch.from_numpy(counted[passes.bounds[index] : passes.bounds[index + 1]])
+        moments.add([stream[chosen.to(stream.device)] for stream in passes.streams(int(index))])
+    return moments

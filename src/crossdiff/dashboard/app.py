@@ -1,0 +1,194 @@
+"""The web application: which address shows what. Every page works without JavaScript; htmx swaps parts where there is some."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Callable
+from functools import lru_cache
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import polars as pl
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp
+
+from crossdiff.config import UserError
+from crossdiff.dashboard import figures, live_pages, pages
+from crossdiff.dashboard.catalogue import Catalogue, Coder
+from crossdiff.dashboard.live import Busy, Live
+from crossdiff.dashboard.queries import parse, select
+from crossdiff.dashboard.search import Search
+from crossdiff.dashboard.security import Guard
+
+HERE = Path(__file__).parent
+ROOT = "/run/{run}/{name}"
+CACHED_POINTS = 8
+
+
+class Site:
+    """What all requests share: the runs, their search indexes, the models, the templates."""
+
+    def __init__(self, catalogue: Catalogue, live: Live, cache: Path) -> None:
+        self.catalogue, self.live = catalogue, live
+        self.templates: jinja2.Environment = pages.templates()
+        self.search = {key: Search(coder, cache) for key, coder in catalogue.coders.items()}
+        self.points: Callable[[tuple[str, str], str], bytes] = lru_cache(CACHED_POINTS)(self._points)
+        # What does not change while the server runs is made once.
+        self.home: Callable[[], dict[str, Any]] = lru_cache(1)(lambda: pages.home(catalogue))
+        self.coder_page: Callable[[Coder], dict[str, Any]] = lru_cache(None)(pages.coder_page)
+
+    def coder(self, run: str, name: str) -> Coder:
+        """The crosscoder of an address; a path is never made from it."""
+        found = self.catalogue.coders.get((run, name))
+        if found is None:
+            raise HTTPException(404, "There is no such run or crosscoder here.")
+        return found
+
+    def row(self, coder: Coder, latent: int) -> dict[str, Any]:
+        """The latent of an address."""
+        row = coder.row(latent)
+        if row is None:
+            raise HTTPException(404, f"There is no latent {latent}: {coder.title} has {coder.table.height:,}.")
+        return row
+
+    def page(self, template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> HTMLResponse:
+        """A page from a template."""
+        text = self.templates.get_template(template).render(live=self.live.enabled, **values)
+        return HTMLResponse(text, status, headers)
+
+    def _points(self, key: tuple[str, str], colour: str) -> bytes:
+        return gzip.compress(figures.points(self.catalogue.coders[key], colour).encode(), 5)
+
+
+def create_app(
+    catalogue: Catalogue,
+    live: Live,
+    cache: Path,
+    host: str = "127.0.0.1",
+    token: str | None = None,
+    names: tuple[str, ...] = (),
+) -> ASGIApp:
+    """The application behind its guard.
+
+    Args:
+        cache: folder of the search indexes, which are built in the background.
+        host: the address that the server listens on; token: what readers show, None on loopback; names: of the server.
+    """
+    site = Site(catalogue, live, cache)
+    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
+    app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
+    _add_pages(app, site)
+    live_pages.add(app, site)
+    _add_errors(app, site)
+    for search in site.search.values():
+        search.start()
+    return Guard(app, host, token, names)
+
+
+def is_partial(request: Request) -> bool:
+    """Whether htmx asks for a part of the page."""
+    return request.headers.get("hx-request") == "true" and "hx-history-restore-request" not in request.headers
+
+
+def _add_pages(app: FastAPI, site: Site) -> None:
+    sheet = (HERE.parent / "report" / "templates" / "report.css").read_text(encoding="utf-8")
+
+    @app.get("/report.css")
+    def report_css() -> Response:
+        return Response(sheet, media_type="text/css", headers={"cache-control": "max-age=3600"})
+
+    @app.get("/")
+    def home() -> HTMLResponse:
+        return site.page("home.html.j2", **site.home())
+
+    @app.get(ROOT)
+    def coder(request: Request, run: str, name: str) -> HTMLResponse:
+        found = site.coder(run, name)
+        query = parse(request.query_params.multi_items(), found.table.schema)
+        values = pages.table(found, query, site.search[run, name])
+        if is_partial(request):
+            return site.page("table.html.j2", headers={"HX-Push-Url": found.path + query.address()}, **values)
+        return site.page("coder.html.j2", **values, **site.coder_page(found))
+
+    @app.get(ROOT + "/points.json")
+    def points(run: str, name: str, colour: str = "verdict") -> Response:
+        if colour not in ("verdict", "template"):
+            raise HTTPException(422, "colour is verdict or template.")
+        site.coder(run, name)
+        headers = {"content-encoding": "gzip", "cache-control": "private, max-age=60"}
+        return Response(site.points((run, name), colour), media_type="application/json", headers=headers)
+
+    @app.get(ROOT + "/latents.{kind}")
+    def download(request: Request, run: str, name: str, kind: str) -> Response:
+        found = site.coder(run, name)
+        if kind not in ("csv", "parquet"):
+            raise HTTPException(404, "The table is there as latents.csv and latents.parquet.")
+        query = parse(request.query_params.multi_items(), found.table.schema)
+        latents = site.search[run, name].latents(query.search) if query.search else None
+        rows = select(found.table, query, latents)
+        file = f"{run}-{_file_part(name)}-latents.{kind}"
+        return Response(
+            _written(rows, kind),
+            media_type="text/csv" if kind == "csv" else "application/vnd.apache.parquet",
+            headers={"content-disposition": f'attachment; filename="{file}"'},
+        )
+
+    @app.get(ROOT + "/latent")
+    def go_to(run: str, name: str, number: int) -> Response:
+        found = site.coder(run, name)
+        site.row(found, number)
+        return RedirectResponse(f"{found.path}/latent/{number}", 303)
+
+    @app.get(ROOT + "/latent/{latent}")
+    def latent(run: str, name: str, latent: int, context: str = "around", whitespace: str = "signs") -> HTMLResponse:
+        found = site.coder(run, name)
+        row = site.row(found, latent)
+        values = pages.latent_page(found, row, whole=context == "whole", raw=whitespace == "raw")
+        return site.page("latent.html.j2", **values)
+
+
+def _file_part(name: str) -> str:
+    return "".join(character if character.isascii() and character.isalnum() else "-" for character in name)
+
+
+def _written(rows: pl.DataFrame, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    if kind == "csv":
+        # Spreadsheets take a text that begins so for a formula.
+        texts = [name for name, kind in rows.schema.items() if kind == pl.String]
+        rows.with_columns(pl.col(texts).str.replace(r"^([=+\-@\t\r])", "'$1")).write_csv(buffer)
+    else:
+        rows.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def _add_errors(app: FastAPI, site: Site) -> None:
+    def answer(request: Request, status: int, message: str) -> HTMLResponse:
+        # htmx swaps no error in by default; the page asks it to, so that the message is seen where it happened.
+        template = "problem.html.j2" if is_partial(request) else "error.html.j2"
+        return site.page(template, status, phrase=HTTPStatus(status).phrase, message=message)
+
+    @app.exception_handler(UserError)
+    def user_error(request: Request, error: UserError) -> HTMLResponse:
+        return answer(request, 422, f"{error}.")
+
+    @app.exception_handler(Busy)
+    def busy(request: Request, error: Busy) -> HTMLResponse:
+        return answer(request, 503, "Too many requests wait for the models. Try again in a moment.")
+
+    @app.exception_handler(StarletteHTTPException)
+    def http_error(request: Request, error: StarletteHTTPException) -> HTMLResponse:
+        message = "There is no such page." if error.detail == "Not Found" else str(error.detail)
+        return answer(request, error.status_code, message)
+
+    @app.exception_handler(RequestValidationError)
+    def malformed(request: Request, error: RequestValidationError) -> HTMLResponse:
+        first = error.errors()[0]
+        return answer(request, 422, f"{first['loc'][-1]}: {first['msg']}.")

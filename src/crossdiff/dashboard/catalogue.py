@@ -1,0 +1,180 @@
+"""The runs that the dashboard shows, each crosscoder with its tables in memory and its examples on disk, all read only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from crossdiff.config import UserError
+from crossdiff.latents.null import compare
+from crossdiff.report.cards import Card, card_of
+from crossdiff.report.examples import Example, ExampleDatabase
+from crossdiff.report.html import short
+from crossdiff.report.model import CrosscoderReport, Latent, RunReport, latent_of, read_run
+from crossdiff.report.wording import predicted
+from crossdiff.run import read_json
+
+TOP, PER_QUANTILE = 10, 3
+"""Examples of a latent page: the strongest, and of each quantile."""
+SIDE_TABLES = ("interpretation.parquet",)
+PERCENTILES = ("delta_norm", "nu_error", "nu_reconstruction", "nu_activation", "decoder_cosine")
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """Where a latent's value stands among the latents with the verdict shared; `share` of them have a smaller one."""
+
+    name: str
+    share: float
+
+
+class Coder:
+    """One crosscoder of a run. `run` and `name` are the parts of its address."""
+
+    def __init__(self, run: str, title: str, report: RunReport, coder: CrosscoderReport) -> None:
+        self.run, self.run_title, self.report, self.coder = run, title, report, coder
+        self.name, self.title, self.folder = coder.name, coder.title, report.directory / coder.name
+        self.table = _with_side_tables(coder.latents, self.folder)
+        self.columns = tuple(self.table.columns)
+        self._row_of = {latent: row for row, latent in enumerate(self.table["latent"].to_list())}
+        self.predicted = predicted(coder.behaviour_results())
+
+    @property
+    def path(self) -> str:
+        """The address of its pages."""
+        return f"/run/{self.run}/{self.name}"
+
+    @property
+    def has_explanations(self) -> bool:
+        return "explanation" in self.columns and self.table["explanation"].null_count() < self.table.height
+
+    def row(self, latent: int) -> dict[str, Any] | None:
+        """The latent's row of the table; None where there is no such latent."""
+        at = self._row_of.get(latent)
+        return None if at is None else self.table.row(at, named=True)
+
+    def beside(self, latent: int) -> tuple[int | None, int | None]:
+        """The latents before and after in the order of their numbers."""
+        at, numbers = self._row_of[latent], self.table["latent"]
+        return (int(numbers[at - 1]) if at else None, int(numbers[at + 1]) if at + 1 < len(numbers) else None)
+
+    @cached_property
+    def database(self) -> ExampleDatabase:
+        """Its examples."""
+        return ExampleDatabase(self.folder / "examples.sqlite")
+
+    def latent(self, row: dict[str, Any], top: int = TOP, per_quantile: int = PER_QUANTILE) -> Latent:
+        """The record of a row, with its examples."""
+        examples: tuple[Example, ...] = self.database.examples(row["latent"], top, per_quantile)
+        return latent_of(row, examples)
+
+    def card(self, latent: Latent) -> Card:
+        """The report's card of a latent."""
+        return card_of(self.name, latent, self.predicted.get(latent.latent, ()))
+
+    @cached_property
+    def _shared(self) -> dict[str, npt.NDArray[np.float64]]:
+        shared = self.table.filter(pl.col("verdict") == "shared")
+        return {name: np.sort(shared[name].drop_nulls().drop_nans().to_numpy()) for name in PERCENTILES}
+
+    def percentiles(self, row: dict[str, Any]) -> tuple[Percentile, ...]:
+        """Where its measures stand among the shared latents; those that are undefined are left out."""
+        found = []
+        for name, values in self._shared.items():
+            value = row[name]
+            if len(values) and value is not None and np.isfinite(value):
+                found.append(Percentile(name, float(np.searchsorted(values, value)) / len(values)))
+        return tuple(found)
+
+    def activity(self, latent: int) -> list[dict[str, Any]]:
+        """Where it fires: rows of activity.parquet, the largest share first."""
+        path = self.folder / "activity.parquet"
+        if not path.is_file():
+            return []
+        # The largest of the side tables, so it is left on disk.
+        return pl.scan_parquet(path).filter(pl.col("latent") == latent).collect().sort("share", descending=True).to_dicts()
+
+    def neighbours(self, latent: int) -> list[dict[str, Any]]:
+        """The nearest latents by the chat direction."""
+        return self._links["neighbours"].filter(pl.col("latent") == latent).sort("rank").to_dicts()
+
+    def twins(self, latent: int) -> list[dict[str, Any]]:
+        """Latents that may carry it in the base model, and those that it may carry: rows with `other`."""
+        found = self._links["twins"].filter((pl.col("latent") == latent) | (pl.col("twin") == latent))
+        other = pl.when(pl.col("latent") == latent).then("twin").otherwise("latent").alias("other")
+        return found.with_columns(other).sort("cosine", descending=True).to_dicts()
+
+    @cached_property
+    def _links(self) -> dict[str, pl.DataFrame]:
+        """The tables of neighbours and twins; empty where the run has none."""
+        return {name: self._side_table(f"{name}.parquet") for name in ("neighbours", "twins")}
+
+    def _side_table(self, file: str) -> pl.DataFrame:
+        path = self.folder / file
+        if not path.is_file():
+            return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "rank"), pl.Int64))
+        try:
+            return pl.read_parquet(path)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(f"{path} cannot be read as Parquet ({error}): run `crossdiff analyze` again") from error
+
+    @cached_property
+    def causal(self) -> list[dict[str, Any]]:
+        """Results of the causal test; empty where it was not made."""
+        path = self.folder / "causal.json"
+        results: list[dict[str, Any]] = read_json(path)["results"] if path.is_file() else []
+        return results
+
+
+class Catalogue:
+    """All runs by the parts of their addresses.
+
+    Raises:
+        UserError: a directory is no analysed run, or the null run does not fit one.
+    """
+
+    def __init__(self, directories: Sequence[Path], null: Path | None = None) -> None:
+        self.coders: dict[tuple[str, str], Coder] = {}
+        self.reports: dict[str, RunReport] = {}
+        self.null: dict[str, pl.DataFrame] = {}
+        for directory, slug in zip(directories, slugs(directories), strict=True):
+            report = read_run(directory)
+            self.reports[slug] = report
+            for coder in report.crosscoders:
+                self.coders[slug, coder.name] = Coder(slug, short(str(directory), directory.name), report, coder)
+            if null is not None:
+                self.null[slug] = compare(directory, null)
+
+    def __iter__(self) -> Iterator[Coder]:
+        return iter(self.coders.values())
+
+
+def slugs(directories: Sequence[Path]) -> list[str]:
+    """Short names for addresses, each once; a directory's own name may hold anything."""
+    found: list[str] = []
+    for directory in directories:
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.resolve().name).strip("-") or "run"
+        number = 2
+        slug = name
+        while slug in found:
+            slug, number = f"{name}-{number}", number + 1
+        found.append(slug)
+    return found
+
+
+def _with_side_tables(table: pl.DataFrame, folder: Path) -> pl.DataFrame:
+    """The latent table with the columns of the tables beside it, such as explanations."""
+    for name in SIDE_TABLES:
+        if (folder / name).is_file():
+            side = pl.read_parquet(folder / name)
+            new = [column for column in side.columns if column not in table.columns]
+            table = table.join(side.select("latent", *new), on="latent", how="left", maintain_order="left")
+    return table

@@ -1,0 +1,309 @@
+"""Prompts that the models read now: activations, answers, steering. The models are loaded once; one request runs at a time."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdiff.config import UserError
+from crossdiff.dashboard.catalogue import Coder
+
+if TYPE_CHECKING:
+    from crossdiff.causal.steering import Steerer, Steering
+    from crossdiff.diff import Diff
+    from crossdiff.text.sequences import TokenSequence
+
+MAX_NEW_TOKENS = 120
+MAX_CHARACTERS = 20_000
+MAX_STRENGTH = 20.0
+MAX_LATENTS = 12
+WAITING = 8
+"""Requests that may wait for the models; the next one is asked to come again."""
+KEPT = 64
+"""Readings that are remembered, so that a token can be clicked without running the models again."""
+PATIENCE = 120.0
+"""Seconds that a request waits for its turn."""
+
+Order = Literal["active", "specific"]
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+class Busy(Exception):
+    """Too many requests wait for the models."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What both models made of one text: active pairs (token, latent, v), `[pair]`, and the tokens with their flags."""
+
+    key: str
+    texts: tuple[str, ...]
+    flags: tuple[int, ...]
+    token: npt.NDArray[np.int64]
+    latent: npt.NDArray[np.int64]
+    v: npt.NDArray[np.float32]
+
+    def of(self, latent: int) -> npt.NDArray[np.float32]:
+        """The latent's v on every token."""
+        values = np.zeros(len(self.texts), np.float32)
+        mine = self.latent == latent
+        values[self.token[mine]] = self.v[mine]
+        return values
+
+    def at(self, position: int) -> list[tuple[int, float]]:
+        """The latents that are active on a token, the strongest first."""
+        here = np.flatnonzero(self.token == position)
+        order = here[np.argsort(-self.v[here], kind="stable")]
+        return [(int(self.latent[pair]), float(self.v[pair])) for pair in order]
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How many latents are active on each token."""
+        return np.bincount(self.token, minlength=len(self.texts))
+
+    def strongest(self, order: Order, rank_sum: Mapping[int, float], n: int) -> list[int]:
+        """The most active latents, or of the active ones those of the lowest `rank_sum`, the most chat-specific."""
+        latents, where = np.unique(self.latent, return_inverse=True)
+        top = np.zeros(len(latents), np.float32)
+        np.maximum.at(top, where, self.v)
+        if order == "active":
+            return [int(latents[i]) for i in np.argsort(-top, kind="stable")[:n]]
+        ranked = [(rank_sum[int(latent)], int(latent)) for latent in latents if rank_sum.get(int(latent), np.nan) >= 0]
+        return [latent for _, latent in sorted(ranked)[:n]]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One latent on one stored example as each model feeds it: `<x_s, e^s>` per token, and the bias added to their sum."""
+
+    base: npt.NDArray[np.float32]
+    chat: npt.NDArray[np.float32]
+    bias: float
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """Logit lens of one direction: the tokens that it promotes and those that it demotes, with their logits."""
+
+    name: str
+    up: tuple[tuple[str, float], ...]
+    down: tuple[tuple[str, float], ...]
+
+
+class Live:
+    """The models of the runs on show. Threads wait in line for them; what was read stays readable without them."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._turn = threading.Lock()
+        self._line = threading.Semaphore(WAITING + 1)
+        self._diffs: dict[tuple[str, str], Diff] = {}
+        self._readings: OrderedDict[str, Reading] = OrderedDict()
+        self._lenses: dict[tuple[str, int], tuple[Promoted, ...]] = {}
+
+    @contextmanager
+    def _models(self, coder: Coder) -> Iterator[Diff]:
+        """The crosscoder with its pair of models, for this thread alone.
+
+        Raises:
+            Busy: too many wait already, or the wait was too long.
+            UserError: the models are switched off, cannot be loaded, or are not those of the run.
+        """
+        if not self.enabled:
+            raise UserError("this dashboard was started with --no-live, so no model is loaded; start it without")
+        if not self._line.acquire(blocking=False):
+            raise Busy
+        try:
+            if not self._turn.acquire(timeout=PATIENCE):
+                raise Busy
+            try:
+                yield self._diff(coder)
+            finally:
+                self._turn.release()
+        finally:
+            self._line.release()
+
+    def _diff(self, coder: Coder) -> Diff:
+        from crossdiff import diff
+
+        key = coder.run, coder.name
+        if key not in self._diffs:
+            opened = diff.open(coder.report.directory, coder.name)
+            _ = opened.crosscoder
+            # Crosscoders of one run read the same pair, which is loaded once.
+            for other in self._diffs.values():
+                if other.path == opened.path:
+                    opened.__dict__["pair"] = other.pair
+            _ = opened.pair
+            self._diffs[key] = opened
+        return self._diffs[key]
+
+    def read(self, coder: Coder, text: Prompt) -> Reading:
+        """Let both models read a text.
+
+        Raises:
+            Busy: too many requests wait. UserError: the text is empty, too long or cannot be rendered.
+        """
+        check_length(text)
+        with self._models(coder) as diff:
+            from crossdiff.prompts import read_text
+
+            sequence = read_text(diff.pair.tokenizer, text, diff.config.harvest.max_length)
+            reading = _reading(diff, sequence)
+        self._readings[reading.key] = reading
+        while len(self._readings) > KEPT:
+            self._readings.popitem(last=False)
+        return reading
+
+    def recall(self, key: str) -> Reading | None:
+        """A reading of before, while it is remembered."""
+        return self._readings.get(key)
+
+    def answer(
+        self, coder: Coder, text: Prompt, steering: Sequence[Steering | None], models: Sequence[str], n: int
+    ) -> list[str]:
+        """What the models say next, an answer for each pair of steering and model.
+
+        Raises:
+            Busy: too many requests wait. UserError: the text cannot be read, or the latent cannot be steered with.
+        """
+        check_length(text)
+        with self._models(coder) as diff:
+            from crossdiff.causal.generation import Prompt, Sampling
+            from crossdiff.prompts import read_text
+            from crossdiff.text.chat import Flag
+
+            sequence = read_text(diff.pair.tokenizer, text, diff.config.harvest.max_length)
+            template = tuple(bool(flag & Flag.TEMPLATE) for flag in sequence.flags.tolist())
+            prompt, sampling = Prompt(tuple(sequence.token_ids.tolist()), template), Sampling(min(n, MAX_NEW_TOKENS))
+            steerer = _steerer(diff, coder)
+            return [
+                steerer.answer_prompts([prompt], each, sampling, model)[0].text
+                for each, model in zip(steering, models, strict=True)
+            ]
+
+    def sides(self, coder: Coder, latent: int, token_ids: Sequence[int]) -> Sides:
+        """Both models' part in one latent's pre-activation, on the tokens of a stored example."""
+        with self._models(coder) as diff:
+            import torch
+
+            from crossdiff.activations.harvest import paired_residuals
+            from crossdiff.text.sequences import TokenSequence
+
+            ids, none = np.asarray(token_ids, np.int32), np.zeros(len(token_ids), np.int8)
+            sequence = TokenSequence(0, ids, none.astype(np.uint8), none, none, 0)
+            crosscoder = diff.crosscoder
+            if crosscoder.n_sources != 2:
+                raise UserError(f"{coder.title} has {crosscoder.n_sources} source, so there are no two sides to compare")
+            with torch.no_grad():
+                h = torch.stack(paired_residuals(diff.pair, [sequence], [crosscoder.origin["layer"]])[0], dim=1)
+                x = crosscoder.normalise(h.to(crosscoder.encoder.device))
+                encoder = crosscoder.encoder[latent].view(crosscoder.n_sources, crosscoder.d_model)
+                # In v, as everything that is shown: times the sum of the decoder norms.
+                scale = crosscoder.norms()[latent].sum()
+                parts = torch.einsum("tsd,sd->ts", x, encoder) * scale
+            base, chat = parts.cpu().numpy().T
+            return Sides(base, chat, float(crosscoder.encoder_bias[latent] * scale))
+
+    def lens(self, coder: Coder, latent: int, n: int = 10) -> tuple[Promoted, ...]:
+        """Tokens that its directions promote: base in the base model, chat and the difference in the chat model."""
+        key = coder.path, latent
+        if key not in self._lenses:
+            with self._models(coder) as diff:
+                self._lenses[key] = _lens(diff, latent, n)
+        return self._lenses[key]
+
+
+def check_length(text: Prompt) -> None:
+    """Raises `UserError` for a text of more than `MAX_CHARACTERS`, before any of it is tokenised."""
+    length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+    if length > MAX_CHARACTERS:
+        raise UserError(f"the text has {length:,} characters; at most {MAX_CHARACTERS:,} are read: shorten it")
+
+
+def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
+    import torch
+
+    from crossdiff.activations.harvest import paired_residuals
+
+    crosscoder = diff.crosscoder
+    with torch.no_grad():
+        streams = dict(
+            zip(("base", "chat"), paired_residuals(diff.pair, [sequence], [crosscoder.origin["layer"]])[0], strict=True)
+        )
+        h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
+        code = crosscoder.sparse_code(crosscoder.normalise(h))
+        v = code.values * crosscoder.norms().sum(1)[code.latent]
+    kept = (code.token >= diff.config.harvest.leave_out) & (v > 0)
+    ids = sequence.token_ids.tolist()
+    return Reading(
+        key=secrets.token_urlsafe(12),
+        texts=tuple(diff.pair.tokenizer.decode([token]) for token in ids),
+        flags=tuple(sequence.flags.tolist()),
+        token=code.token[kept].cpu().numpy(),
+        latent=code.latent[kept].cpu().numpy(),
+        v=v[kept].cpu().numpy().astype(np.float32),
+    )
+
+
+def _steerer(diff: Diff, coder: Coder) -> Steerer:
+    from crossdiff.causal.steering import Steerer
+
+    layer, leave_out = diff.crosscoder.origin["layer"], diff.config.harvest.leave_out
+    return Steerer(diff.pair, diff.crosscoder, layer, coder.table, leave_out)
+
+
+def _lens(diff: Diff, latent: int, n: int) -> tuple[Promoted, ...]:
+    import torch
+
+    crosscoder, pair = diff.crosscoder, diff.pair
+    if crosscoder.n_sources != 2:
+        raise UserError(f"{diff.name} has {crosscoder.n_sources} source, so there are no two directions to compare")
+    base, chat = (direction[latent] for direction in crosscoder.directions())
+    found = []
+    for name, model, direction in (
+        ("base direction, base model", pair.base, base),
+        ("chat direction, chat model", pair.chat, chat),
+        ("chat minus base direction, chat model", pair.chat, chat - base),
+    ):
+        with torch.no_grad():
+            logits = direction_logits(model, direction)
+        up, down = (_tokens(pair.tokenizer, logits, n, largest) for largest in (True, False))
+        found.append(Promoted(name, up, down))
+    return tuple(found)
+
+
+def _tokens(tokenizer: Any, logits: Any, n: int, largest: bool) -> tuple[tuple[str, float], ...]:
+    top = logits.topk(n, largest=largest)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return tuple((tokenizer.decode([token]), value) for token, value in pairs)
+
+
+def direction_logits(model: Any, direction: Any) -> Any:
+    """Logits of a direction of the residual stream, `[vocabulary]`: through the final norm's gain and the unembedding.
+
+    The final norm is applied to the direction itself, so every architecture's way to write the gain is its own; what the norm
+    makes of nothing, its bias, is taken off.
+
+    Raises:
+        UserError: the model has no final norm under a usual name.
+    """
+    import torch
+
+    trunk = model.base_model
+    names = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+    norm = next((getattr(trunk, name) for name in names if hasattr(trunk, name)), None)
+    if norm is None:
+        raise UserError(f"{type(model).__name__} has no final norm named {', '.join(names)}, so there is no logit lens")
+    unembedding = model.get_output_embeddings()
+    weight = unembedding.weight
+    vectors = torch.stack([direction.to(weight), torch.zeros_like(direction).to(weight)])
+    normed = norm(vectors)
+    return ((normed[0] - normed[1]) @ weight.T).float().cpu()

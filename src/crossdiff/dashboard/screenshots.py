@@ -1,0 +1,106 @@
+"""Pictures of every page in light, dark and narrow, to be looked at: `crossdiff dashboard RUN --screenshots DIR`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from crossdiff.config import UserError
+from crossdiff.dashboard.catalogue import Catalogue, Coder
+from crossdiff.dashboard.search import cache_folder
+from crossdiff.dashboard.serve import serving
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page, Playwright
+
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = ("--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
+"""Software rendering, so that pictures are the same everywhere; the sandbox does not start in containers, and only our own
+pages are opened."""
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
+PROMPT = "Who are you?"
+TIMEOUT = 60_000
+
+
+def find_chromium() -> str | None:
+    """Where the system's Chromium is."""
+    return next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
+
+
+def launch(playwright: Playwright) -> Any:
+    """Start the system's Chromium.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = find_chromium()
+    if path is None:
+        raise UserError("no Chromium is installed (looked for " + ", ".join(CHROMIUMS) + "); install the package chromium")
+    return playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+
+
+def take(directories: Sequence[Path], folder: Path, null: Path | None = None, live: bool = True) -> list[Path]:
+    """Write a picture of each page; returns their paths.
+
+    Raises:
+        UserError: Playwright or Chromium is missing.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise UserError("pictures need the package playwright: pip install playwright") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    coder = next(coder for coder in reversed(list(Catalogue(directories))))
+    with serving(directories, cache_folder(), null, live) as address, sync_playwright() as playwright:
+        browser = launch(playwright)
+        for scheme, size, name in (("light", WIDE, "light"), ("dark", WIDE, "dark"), ("light", NARROW, "narrow")):
+            page = browser.new_page(viewport=size, color_scheme=scheme)
+            page.set_default_timeout(TIMEOUT)
+            for title, path in _pages(coder).items():
+                page.goto(address + path)
+                _settle(page)
+                written.append(_shoot(page, folder / f"{title}-{name}.png"))
+            if live:
+                page.goto(f"{address}{coder.path}/live?latent={interesting(coder)}")
+                page.fill("textarea[name=content]", PROMPT)
+                page.check("[name=order][value=specific]")
+                page.click("button[value=steer]")
+                page.wait_for_selector(".answers")
+                page.locator(".strip a").last.click()
+                page.wait_for_selector("#token h3")
+                written.append(_shoot(page, folder / f"live-{name}.png"))
+            page.close()
+        browser.close()
+    return written
+
+
+def interesting(coder: Coder) -> int:
+    """The latent that pictures show: the most chat-specific one."""
+    specific = coder.table.filter("chat_specific")
+    ranked = (specific if specific.height else coder.table).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
+    return int(ranked["latent"][0])
+
+
+def _pages(coder: Coder) -> dict[str, str]:
+    return {
+        "overview": "/",
+        "crosscoder": coder.path,
+        "latent": f"{coder.path}/latent/{interesting(coder)}",
+        "error": f"{coder.path}/latent/999999999",
+    }
+
+
+def _settle(page: Page) -> None:
+    """Wait until the figures of the page are drawn."""
+    page.wait_for_load_state("networkidle")
+    page.wait_for_function("[...document.querySelectorAll('.cloud')].every(each => each.dataset.drawn)")
+
+
+def _shoot(page: Page, path: Path) -> Path:
+    page.screenshot(path=path, full_page=True)
+    return path

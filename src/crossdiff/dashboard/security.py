@@ -1,0 +1,146 @@
+"""Who may ask, and what a page may do: Host, Origin and token are checked first, and every answer has its policy."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse, RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_BODY = 256 * 1024
+"""Bytes of a request's body; a prompt has its own, smaller limit in tokens."""
+POLICY = "; ".join([
+    "default-src 'none'",
+    "script-src 'self'",
+    # The hash is that of the empty text: plotly adds a style element with nothing in it.
+    "style-src 'self' 'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='",
+    "style-src-attr 'unsafe-inline'",  # the report's macros colour a sign by attribute
+    "img-src 'self' data: blob:",  # plotly draws its buttons and pictures so
+    "connect-src 'self'",
+    "form-action 'self'",
+    "frame-ancestors 'none'",
+    "base-uri 'none'",
+])  # fmt: skip
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server bound to `host` is reached from this machine alone."""
+    return host in LOOPBACK
+
+
+def host_of(header: str) -> str:
+    """The name in a Host header or in an origin's place: without the port and the brackets of IPv6; "" where damaged."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
+class Guard:
+    """Middleware around the whole application.
+
+    Args:
+        bound: the address that the server listens on.
+        token: what a reader has to show once, None on loopback.
+        names: further names that the server goes by.
+    """
+
+    def __init__(self, app: ASGIApp, bound: str, token: str | None, names: tuple[str, ...] = ()) -> None:
+        self.app, self.bound, self.token, self.names = app, bound, token, names
+        self.allowed = set(LOOPBACK) | {bound, *names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # No page uses web sockets, so nothing but HTTP and the server's own start and stop goes on.
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        refusal = self._refusal(Headers(scope=scope), scope)
+        await (refusal or self.app)(scope, receive, send_with_headers)
+
+    def _refusal(self, headers: Headers, scope: Scope) -> ASGIApp | None:
+        """The answer to a request that must not go on."""
+        host = headers.get("host", "")
+        if not self._knows(host_of(host)):
+            text = (
+                f"This server does not go by the name {host_of(host)!r}. Open the address it printed, or name it with --name."
+            )
+            return PlainTextResponse(text, 421)
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return PlainTextResponse("Requests from other pages are refused.", 403)
+        if headers.get("sec-fetch-site", "none") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            return PlainTextResponse("Requests from other pages are refused.", 403)
+        if scope["method"] not in ("GET", "HEAD") and origin is None:
+            return PlainTextResponse("A request that changes something has to say its Origin.", 403)
+        length = headers.get("content-length", "0" if scope["method"] in ("GET", "HEAD") else "")
+        if not length.isdecimal():
+            return PlainTextResponse("A request with a body has to say its length.", 411)
+        if int(length) > MAX_BODY:
+            return PlainTextResponse(f"The request is larger than {MAX_BODY:,} bytes; shorten the text.", 413)
+        return None if self.token is None else self._without_token(headers, scope)
+
+    def _knows(self, name: str) -> bool:
+        if name in self.allowed:
+            return True
+        # On all addresses the name is whichever address was typed; a name of somebody's own (DNS rebinding) is not.
+        return self.bound in ("0.0.0.0", "::") and _is_address(name)
+
+    def _without_token(self, headers: Headers, scope: Scope) -> ASGIApp | None:
+        """What to answer whoever has not shown the token; a shown one moves into a cookie and out of the address."""
+        assert self.token is not None
+        cookie = f"crossdiff-{scope['server'][1]}" if scope.get("server") else "crossdiff"
+        if _same(_cookie(headers, cookie), self.token):
+            return None
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        given = next((value for key, value in query if key == "token"), "")
+        if scope["method"] == "GET" and _same(given, self.token):
+            rest = urlencode([(key, value) for key, value in query if key != "token"])
+            # A path of two slashes would be another host's address.
+            path = "/" + scope["path"].lstrip("/\\")
+            answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
+            answer.set_cookie(cookie, self.token, httponly=True, samesite="strict", path="/")
+            return answer
+        return PlainTextResponse("Open the address with the token that `crossdiff dashboard` printed.", 401)
+
+
+def _same(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+def _cookie(headers: Headers, name: str) -> str:
+    try:
+        found = SimpleCookie(headers.get("cookie", "")).get(name)
+    except CookieError:
+        return ""
+    return found.value if found else ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,49 @@
+"""Runs that the dashboard's tests show: a synthetic one whose texts try to break out of the page, and requests to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from report.synthetic_run import latent_table, write_activations, write_crosscoder
+
+DANGER = "<script>alert(1)</script>{{ 1337 * 3 }}\"'><img src=x onerror=alert(2)>"
+ADDRESS = "http://127.0.0.1:8321"
+BATCHTOPK = "/run/a-b-1/batchtopk"
+"""Where the synthetic run's second crosscoder is."""
+
+
+def write_run(folder: Path) -> Path:
+    """Two crosscoders of 60 latents in a run whose name and explanations are made to break out of a page."""
+    directory = folder / "a<b>'\"{{1}}"
+    directory.mkdir(parents=True)
+    write_activations(directory)
+    for seed, name in enumerate(("l1", "batchtopk")):
+        write_crosscoder(directory / name, latent_table(seed))
+        explained = pl.DataFrame({"latent": [3, 5], "explanation": [DANGER, "greetings in the morning"]})
+        explained.write_parquet(directory / name / "interpretation.parquet")
+        write_links(directory / name, latent=0, twin=20, neighbour=9)
+    return directory
+
+
+def write_links(folder: Path, latent: int, twin: int, neighbour: int) -> None:
+    """One twin and one nearest latent of a latent."""
+    near = {"latent": [latent], "rank": [0], "neighbour": [neighbour], "cosine": [0.9]}
+    pl.DataFrame(near).write_parquet(folder / "neighbours.parquet")
+    counts = {"n_active": [100], "n_active_twin": [120], "n_both": [90], "jaccard": [0.69]}
+    pair = {"latent": [latent], "twin": [twin], "twin_class": ["shared"], "cosine": [0.95]}
+    pl.DataFrame({**pair, **counts, "share_of_latent": [0.9], "share_of_twin": [0.75]}).write_parquet(folder / "twins.parquet")
+
+
+def requests_to(run: Path, cache: Path, live: bool = False, **options: Any) -> Any:
+    """A client of the pages of a run."""
+    from fastapi.testclient import TestClient
+
+    from crossdiff.dashboard.app import create_app
+    from crossdiff.dashboard.catalogue import Catalogue
+    from crossdiff.dashboard.live import Live
+
+    app = create_app(Catalogue([run]), Live(live), cache, **options)
+    return TestClient(app, base_url=ADDRESS, follow_redirects=False)

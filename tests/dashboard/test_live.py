@@ -1,0 +1,218 @@
+"""Live prompts on a tiny run with models: activations, answers, steering, the queue, and bad input."""
+
+from __future__ import annotations
+
+import re
+import threading
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("fastapi")
+
+from showing import ADDRESS, DANGER, requests_to, write_links
+
+import crossdiff.diff
+from conftest import tiny_config
+from crossdiff.cli import run_command
+from crossdiff.config import UserError
+from crossdiff.dashboard import live as live_module
+from crossdiff.dashboard.catalogue import Catalogue, Coder
+from crossdiff.dashboard.live import Busy, Live, direction_logits
+from crossdiff.dashboard.live_pages import Form, Turn, act, read_form
+
+CODER = "/run/run/batchtopk"
+QUESTION = [{"role": "user", "content": "hi the sea is cold"}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> Path:
+    folder = tmp_path_factory.mktemp("live")
+    settings = tiny_config(tiny_pair, tiny_texts)
+    settings["crosscoders"] = {"batchtopk": settings["crosscoders"]["batchtopk"]}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    run_command(["analyze", str(folder / "run"), "--config", str(folder / "settings.yaml")])
+    write_links(folder / "run" / "batchtopk", latent=0, twin=1, neighbour=2)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def coder(run: Path) -> Coder:
+    return next(iter(Catalogue([run])))
+
+
+@pytest.fixture(scope="module")
+def live() -> Live:
+    return Live()
+
+
+@pytest.fixture(scope="module")
+def client(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return requests_to(run, tmp_path_factory.mktemp("cache"), live=True)
+
+
+def post(client: Any, **fields: str) -> Any:
+    return client.post(f"{CODER}/live", data=fields, headers={"origin": ADDRESS})
+
+
+def test_activations_are_those_of_the_notebook(run: Path, coder: Coder, live: Live) -> None:
+    """Against `run.activations`, which reads the same text on its own."""
+    reading = live.read(coder, QUESTION)
+    active = np.unique(reading.latent)
+    assert len(active) > 3
+    expected = crossdiff.diff.open(run, "batchtopk").activations(QUESTION, latents=active.tolist())
+    assert reading.texts == expected.tokens
+    for column, latent in enumerate(active.tolist()):
+        np.testing.assert_allclose(reading.of(latent), expected.values[:, column], rtol=1e-5, atol=1e-5)
+    strongest = reading.strongest("active", {}, 3)
+    assert strongest == sorted(active.tolist(), key=lambda latent: -reading.of(latent).max())[:3]
+
+
+def test_latents_of_a_token_and_the_most_specific(coder: Coder, live: Live) -> None:
+    reading = live.read(coder, QUESTION)
+    position = int(reading.counts().argmax())
+    listed = reading.at(position)
+    values = {latent: float(reading.of(latent)[position]) for latent in np.unique(reading.latent).tolist()}
+    assert listed == sorted(((j, v) for j, v in values.items() if v > 0), key=lambda pair: -pair[1])
+    ranks = {latent: float(-latent) if latent % 2 else float("nan") for latent in range(coder.table.height)}
+    ranks |= {latent: float(latent) for latent in np.unique(reading.latent).tolist()[:2]}
+    assert reading.strongest("specific", ranks, 5) == np.unique(reading.latent).tolist()[:2]
+
+
+def test_sides_add_up_to_the_stored_activation(coder: Coder, live: Live) -> None:
+    """base part + chat part + bias is the pre-activation in v, which is the activation wherever the latent is active."""
+    latent = int(coder.table.sort("n_active")["latent"][-1])
+    example = coder.database.examples(latent)[0]
+    sides = live.sides(coder, latent, example.token_ids)
+    total = sides.base + sides.chat + sides.bias
+    active = [position for position, token in enumerate(example.tokens) if token.activation > 0]
+    np.testing.assert_allclose(total[active], [example.tokens[position].activation for position in active], rtol=2e-3)
+
+
+def test_logit_lens_by_hand(coder: Coder, live: Live, run: Path) -> None:
+    """Llama's final norm divides by the root mean square and multiplies with a gain: by hand in float64."""
+    opened = crossdiff.diff.open(run, "batchtopk")
+    model, direction = opened.pair.chat, opened.crosscoder.directions()[1, 2]
+    gain, unembedding = model.model.norm.weight.double(), model.lm_head.weight.double()
+    vector = direction.double()
+    expected = unembedding @ (gain * vector / (vector.square().mean() + model.model.norm.variance_epsilon).sqrt())
+    torch.testing.assert_close(direction_logits(model, direction).double(), expected, rtol=1e-4, atol=1e-5)
+    base, chat, difference = live.lens(coder, 2)
+    assert chat.up[0][0] == opened.pair.tokenizer.decode([int(expected.argmax())])
+    assert (base.name, difference.name) == ("base direction, base model", "chat minus base direction, chat model")
+
+
+def test_models_are_loaded_once_and_one_request_runs_at_a_time(coder: Coder, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, loads, running, most = Live(), [], [0], [0]
+    real = live_module._reading
+    import crossdiff.models.pair as pair_module
+
+    load = pair_module.load_pair
+
+    def counted(*args: Any, **options: Any) -> Any:
+        loads.append(1)
+        return load(*args, **options)
+
+    def watched(*args: Any) -> Any:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        try:
+            return real(*args)
+        finally:
+            running[0] -= 1
+
+    monkeypatch.setattr(pair_module, "load_pair", counted)
+    monkeypatch.setattr(live_module, "_reading", watched)
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(live.read(coder, QUESTION))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(found), len(loads), most[0]) == (4, 1, 1)
+    assert all(np.array_equal(reading.v, found[0].v) for reading in found)
+
+
+def test_a_long_line_is_turned_away(coder: Coder, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = Live()
+    live._turn.acquire()
+    monkeypatch.setattr(live_module, "PATIENCE", 0.2)
+    for _ in range(live_module.WAITING + 1):
+        live._line.acquire()
+    with pytest.raises(Busy):
+        live.read(coder, QUESTION)
+    live._line.release()
+    with pytest.raises(Busy):  # waits for its turn, and not for ever
+        live.read(coder, QUESTION)
+
+
+def test_steering_moves_the_answer_and_no_steering_does_not(coder: Coder, live: Live) -> None:
+    latent = int(coder.table.sort("n_active")["latent"][-1])
+    form = Form(turns=(Turn("user", "hi the sea"),), steer=str(latent), strength=20.0, length=12)
+    _, result = act(live, coder, form, "steer")
+    plain, steered = (text for _, text in result.answers)
+    assert plain == live.answer(coder, form.prompt(), [None], ["chat"], 12)[0] != steered
+    _, unmoved = act(live, coder, Form(turns=form.turns, steer=str(latent), strength=0.0, length=12), "steer")
+    assert unmoved.answers[0][1] == unmoved.answers[1][1] == plain
+
+
+def test_an_answer_becomes_a_turn(client: Any) -> None:
+    page = post(client, kind="chat", role="user", content="hi the sea", action="answer-base", length="5").text
+    assert page.count('name="content"') == 2 and 'class="turn assistant"' in page
+
+
+def test_prompts_are_shown_as_text(client: Any) -> None:
+    page = post(client, kind="text", text=f"</textarea>{DANGER}"[:40], action="read").text
+    assert "<script>alert" not in page and "</textarea><script" not in page
+    assert "&lt;/textarea&gt;" in page
+    key = re.search(r'href="([^"]+/token/3)"', page)
+    assert key is not None
+    token = client.get(unescape(key[1]), headers={"hx-request": "true"})
+    assert token.status_code == 200 and "Token 3" in token.text and "<html" not in token.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"content": "", "role": "user"}, "the conversation is empty"),
+        ({"kind": "text", "text": " "}, "there is no text yet"),
+        ({"kind": "text", "text": "word " * 300}, "the text has"),
+        ({"kind": "text", "text": "x" * 20_001}, "at most 20,000 are read"),
+        ({"content": "hi", "role": "tool"}, "the role"),
+        ({"content": "hi", "role": "user", "order": "chosen"}, "no latent is chosen"),
+        ({"content": "hi", "role": "user", "order": "chosen", "chosen": "9999"}, "there is no latent 9999"),
+        ({"content": "hi", "role": "user", "order": "chosen", "chosen": "1 x"}, "is no whole number"),
+        ({"content": "hi", "role": "user", "action": "steer"}, "which latent?"),
+        ({"content": "hi", "role": "user", "action": "steer", "steer": "9999"}, "there is no latent 9999 to steer with"),
+        ({"content": "hi", "role": "user", "action": "steer", "steer": "1", "strength": "nan"}, "the strength is"),
+        ({"content": "hi", "role": "user", "action": "answer-chat", "length": "5000"}, "an answer has 1 to 120"),
+        ({"content": "hi", "role": "user", "action": "format"}, "there is no action"),
+        ({"content": "hi", "role": "user", "mode": "multiply"}, "mode is"),
+    ],
+)
+def test_bad_input_is_named(client: Any, fields: dict[str, str], message: str) -> None:
+    answer = post(client, **fields)
+    assert answer.status_code == 422
+    assert message in unescape(answer.text)
+
+
+def test_a_form_is_read_in_the_order_of_its_turns() -> None:
+    pairs = [("role", "user"), ("content", "a"), ("role", "assistant"), ("content", "b"), ("system", "s"), ("strength", "-2")]
+    form = read_form(pairs)
+    assert form.prompt() == [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+    ]  # fmt: skip
+    assert form.strength == -2
+    with pytest.raises(UserError, match="2 messages with 1 roles"):
+        read_form([("role", "user"), ("content", "a"), ("content", "b")])
+
+
+def test_a_conversation_grows_and_shrinks(coder: Coder, live: Live) -> None:
+    form, _ = act(live, coder, Form(turns=(Turn("user", "a"),)), "add")
+    assert form.turns == (Turn("user", "a"), Turn("assistant", ""))
+    assert act(live, coder, form, "remove")[0].turns == (Turn("user", "a"),)

@@ -1,0 +1,45 @@
+"""notebooks/demo.ipynb: its code runs on a small run here; `make notebook` executes it on the demo and keeps the outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from crossdiff.report.model import read_run
+from crossdiff.report.print import write_figures
+from opened import write_run
+
+NOTEBOOK = json.loads((Path(__file__).parent.parent / "notebooks" / "demo.ipynb").read_text())
+CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_its_code_runs(
+    tmp_path: Path, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "runs" / "demo", tiny_pair, tiny_texts)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["harvest"]["max_length"] = 128  # every byte is a token of the tiny pair
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    write_figures(read_run(run), run / "figures")
+    monkeypatch.chdir(tmp_path)
+    shown: list[Any] = []
+    names: dict[str, Any] = {}
+    for cell in CODE:
+        source = "".join(cell["source"]).replace("from IPython.display import SVG, display", "")
+        names |= {"SVG": lambda filename: Path(filename).read_text(), "display": shown.append}
+        exec(compile(source, cell["id"], "exec"), names)
+    assert shown[0].columns == ["verdict", "batchtopk", "l1"]
+    assert names["identity"] == 3  # the specific latent that predicts identity best in the synthetic table
+
+
+def test_its_outputs_are_kept_and_whole() -> None:
+    assert all(cell["outputs"] for cell in CODE)
+    kinds = {output["output_type"] for cell in CODE for output in cell["outputs"]}
+    assert kinds <= {"execute_result", "display_data"}  # no errors, no noise of libraries
+    pages = ["".join(output["data"].get("text/html", "")) for cell in CODE for output in cell["outputs"]]
+    cards = [page for page in pages if 'class="crossdiff"' in page]
+    assert len(cards) == 5 and all("@scope" in page and "<script" not in page for page in cards)
