@@ -29,9 +29,10 @@ from crossdiff.text.documents import read_documents
 from crossdiff.text.sequences import tokenise
 from stores import PAIR, make_store
 
+pytestmark = pytest.mark.slow
 BEHAVIOURS = ("identity", "knowledge_gap", "refusal")
 PATTERNS = {name: rule.pattern for name, rule in read_rules(RULES).behaviours.items() if name in BEHAVIOURS}
-LENGTH, N_NOISE, N_DOCUMENTS = 48, 5, 900
+LENGTH, N_NOISE, N_DOCUMENTS, N_CONTEXTS = 40, 5, 1200, 12
 D = len(BEHAVIOURS) + N_NOISE
 
 
@@ -61,6 +62,7 @@ def planted_crosscoder() -> Crosscoder:
     coder.encoder_bias = torch.full((D,), -1.5)
     coder.decoder_bias = torch.zeros(2 * D)
     coder.origin = {"sources": ["base", "chat"], "pair": PAIR, "layer": 1}
+    coder.origin |= {"training_tokens": 1, "settings": {"decoder_norm": 1.0}}
     return coder
 
 
@@ -68,8 +70,9 @@ def planted_crosscoder() -> Crosscoder:
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Subject], Renderer, InterpretConfig]:
     folder = tmp_path_factory.mktemp("oracle")
     tokenizer = load_tokenizer("demo:chat")
-    path = DatasetConfig(path=str(demo_path("demo:chat_test")), max_documents=N_DOCUMENTS)
-    sequences = [tokenise(document, tokenizer, LENGTH)[0].token_ids for document in read_documents([path])]
+    files = [demo_path(name) for name in ("demo:chat_test", "demo:chat_train")]
+    datasets = [DatasetConfig(path=str(file), max_documents=N_DOCUMENTS) for file in files]
+    sequences = [tokenise(document, tokenizer, LENGTH)[0].token_ids for document in read_documents(datasets)]
     ids = [sequence.tolist() for sequence in sequences if len(sequence) == LENGTH]
     tokens = torch.tensor(ids).flatten()
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +81,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Subject], Re
     for noise in range(N_NOISE):
         activations[:, :, len(BEHAVIOURS) + noise] += 3 * (tokens % 40 == noise).float().unsqueeze(1)
     store = make_store(folder / "store", activations, LENGTH, 20 * LENGTH, 0.5, tokens)
-    coder, config = planted_crosscoder(), InterpretConfig(latents=("0",), embedding="none")
+    coder, config = planted_crosscoder(), InterpretConfig(contexts=N_CONTEXTS, embedding="none")
     analyze(folder, coder, store, tokenizer, AnalyzeConfig(blocks=5, min_active=20))
     table = pl.read_parquet(folder / "latents.parquet")
     latents = list(range(len(BEHAVIOURS)))
@@ -118,11 +121,11 @@ def test_a_right_explanation_scores_high_and_a_wrong_one_half(
     for score in ("detection", "fuzzing"):
         assert right[score].min() > 0.9
         assert right[f"{score}_low"].min() > 0.75
-        assert wrong[score].is_between(0.4, 0.6).all()
+        assert wrong[f"{score}_random"].is_between(0.4, 0.6).all()
         assert (wrong[f"{score}_high"] < right[f"{score}_low"]).all()
-        for kind in ("random", "similar"):
-            assert right[f"{score}_{kind}"].min() > 0.9
-            assert wrong[f"{score}_{kind}"].max() < 0.6
+        assert right[f"{score}_random"].min() > 0.9 and right[f"{score}_similar"].min() > 0.9
+        # The nearest latents are those of the other behaviours, so a wrong pattern picks just their contexts.
+        assert wrong[f"{score}_similar"].max() < 0.55
 
 
 def test_words_predict_latents_that_are_words(planted: tuple[list[Subject], Renderer, InterpretConfig]) -> None:
@@ -135,11 +138,7 @@ def test_words_predict_latents_that_are_words(planted: tuple[list[Subject], Rend
         fitted = {window.document for _, window in subject.train.items()}
         scored = {window.document for _, window in subject.test.items()}
         assert scored and not scored & shown and not scored & fitted
-        assert {kind: len(windows) for kind, windows in subject.test.kinds.items()} == {
-            "active": 20,
-            "similar": 20,
-            "random": 20,
-        }
+        assert {len(windows) for windows in subject.test.kinds.values()} == {N_CONTEXTS}
     column = pl.col("text").str.contains(PATTERNS["identity"])
     identity = contexts.filter(pl.col("latent") == 0)
     assert identity.filter(pl.col("kind") == "active").select(column).to_series().mean() > 0.9
