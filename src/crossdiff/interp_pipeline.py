@@ -19,7 +19,8 @@ INTERPRET_FORMAT = 1
 """Raised when the results of the stage change although its settings do not."""
 CACHE = "interpretation/answers.sqlite"
 UNSEEN = {
-    "crosscoders", "key_variable", "concurrency", "timeout", "attempts", "input_price", "output_price", "batch_tokens", "answer_limit"
+    "crosscoders", "key_variable", "concurrency", "timeout", "attempts", "input_price", "output_price", "batch_tokens",
+    "answer_limit",
 }  # fmt: skip
 """Settings that change no result."""
 
