@@ -70,7 +70,8 @@ def test_help_leaves_the_heavy_libraries_out(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom crossdiff.cli import run_command\n"
         f"try:\n    run_command({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'polars', 'sklearn', 'plotly', 'fastapi', 'uvicorn'} & set(sys.modules)\nassert not heavy, heavy\n"
+        "heavy = {'torch', 'transformers', 'polars', 'sklearn', 'plotly', 'fastapi', 'uvicorn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

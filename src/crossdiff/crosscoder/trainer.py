@@ -17,9 +17,6 @@ from crossdiff.shapes import Float, Tensor
 
 GUESS_MARGIN = 0.93
 """The k-th largest v moves by a few percent from batch to batch; the search starts a little under the last one."""
-MEMORY_SHARE, LEAST_MEMORY = 0.01, 10
-"""Share of the run, and the least number of batches, that the inference threshold is a mean of. The paper's running mean
-(beta 0.999) remembers 1,000 batches of a run of 98,000."""
 RESAMPLED_ENCODER = 0.2
 """Norm of a resampled latent's encoder direction over the mean of the living ones (Bricken et al. 2023)."""
 
@@ -111,15 +108,14 @@ class Trainer:
     def _update_threshold(self, smallest: float) -> None:
         """theta: the running mean of the smallest kept v, begun anew when the run has settled.
 
-        Its memory is 1 / (1 - beta) batches and at most a share of the run: the smallest kept v falls as the run goes on,
-        and a mean that remembers its beginning would be too high at its end.
+        Until there are 1 / (1 - beta) values it is their plain mean: in a short run the first value would outweigh the rest.
         """
         settings = self.config.sparsity
         assert isinstance(settings, BatchTopKConfig)
         self.guess = GUESS_MARGIN * smallest
         n_values = max(1, self.step - round(settings.threshold_start_share * self.schedule.n_steps) + 1)
-        memory = min(1 / (1 - settings.threshold_beta), max(LEAST_MEMORY, MEMORY_SHARE * self.schedule.n_steps), n_values)
-        self.crosscoder.threshold += (smallest - self.crosscoder.threshold) / memory
+        share = max(1 - settings.threshold_beta, 1 / n_values)
+        self.crosscoder.threshold += share * (smallest - self.crosscoder.threshold)
 
     def check_weights(self) -> None:
         """Raises `Diverged` when a weight is not finite."""

@@ -194,16 +194,14 @@ class Live:
         with self._models(coder) as diff:
             import torch
 
-            from crossdiff.activations.harvest import paired_residuals
-            from crossdiff.text.sequences import TokenSequence
+            from crossdiff.activations.passes import paired_residuals
 
-            ids, none = np.asarray(token_ids, np.int32), np.zeros(len(token_ids), np.int8)
-            sequence = TokenSequence(0, ids, none.astype(np.uint8), none, none, 0)
+            ids = np.asarray(token_ids, np.int32)
             crosscoder = diff.crosscoder
             if crosscoder.n_sources != 2:
                 raise UserError(f"{coder.title} has {crosscoder.n_sources} source, so there are no two sides to compare")
             with torch.no_grad():
-                h = torch.stack(paired_residuals(diff.pair, [sequence], [crosscoder.origin["layer"]])[0], dim=1)
+                h = torch.stack(paired_residuals(diff.pair, [ids], [crosscoder.origin["layer"]])[0], dim=1)
                 x = crosscoder.normalise(h.to(crosscoder.encoder.device))
                 encoder = crosscoder.encoder[latent].view(crosscoder.n_sources, crosscoder.d_model)
                 # In v, as everything that is shown: times the sum of the decoder norms.
@@ -231,12 +229,16 @@ def check_length(text: Prompt) -> None:
 def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
     import torch
 
-    from crossdiff.activations.harvest import paired_residuals
+    from crossdiff.activations.passes import paired_residuals
 
     crosscoder = diff.crosscoder
     with torch.no_grad():
         streams = dict(
-            zip(("base", "chat"), paired_residuals(diff.pair, [sequence], [crosscoder.origin["layer"]])[0], strict=True)
+            zip(
+                ("base", "chat"),
+                paired_residuals(diff.pair, [sequence.token_ids], [crosscoder.origin["layer"]])[0],
+                strict=True,
+            )
         )
         h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
         code = crosscoder.sparse_code(crosscoder.normalise(h))
