@@ -37,7 +37,7 @@ ALLOWED = {
     "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
     "interp_pipeline": FOUNDATION | {"models", "interp", "pipeline"},
     "cli": FOUNDATION
-    | {"memory", "pairs", "models", "activations", "latents", "truth", "interp"}
+    | {"memory", "pairs", "models", "activations", "crosscoder", "latents", "truth", "interp"}
     | {"pipeline", "causal_pipeline", "interp_pipeline", "hub", "dashboard"},
 }
 
