@@ -17,8 +17,9 @@ MAX_BODY = 256 * 1024
 POLICY = "; ".join([
     "default-src 'none'",
     "script-src 'self'",
-    # The hash is that of the empty text: plotly adds a style element with nothing in it.
-    "style-src 'self' 'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='",
+    # Plotly adds two style elements when it starts, an empty one and the rules of its maps; the hashes allow these texts alone.
+    "style-src 'self' 'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' "
+    "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='",
     "style-src-attr 'unsafe-inline'",  # the report's macros colour a sign by attribute
     "img-src 'self' data: blob:",  # plotly draws its buttons and pictures so
     "connect-src 'self'",
