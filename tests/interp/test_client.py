@@ -134,7 +134,7 @@ def test_a_wrong_answer_is_corrected_in_the_conversation(cache: Cache) -> None:
     with scripted(then_good(Reply('{"active": [true]}'))) as server:
         ask(config(server.url), cache)
     messages = server.calls[1][1]["messages"]
-    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
     assert "it has 1 values for 2 excerpts" in messages[-1]["content"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
-from oracle import answer_by_pattern
+from oracle import answer_by_pattern, task_of
 from scripted import Reply, scripted
 
 from conftest import tiny_config
@@ -101,6 +101,7 @@ def test_explanations_and_scores_are_written_and_cost_once(
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_was_found(run: Path, latents: list[str]) -> None:
     run_command(["report", str(run)])
     assert 'id="interpretation"' not in (run / "report.html").read_text()
@@ -148,11 +149,11 @@ def test_a_latent_that_fails_is_marked_and_the_run_goes_on(
     failing: set[str] = set()
 
     def answer(body: dict[str, Any], number: int) -> Reply:
-        user = body["messages"][1]["content"]
-        if body["messages"][0]["content"] == EXPLAIN and not failing:
+        task, user = task_of(body)
+        if task == EXPLAIN and not failing:
             failing.add(user)
         first = user in failing or user.startswith("Explanation: first")
-        if body["messages"][0]["content"] == broken and first and not healthy:
+        if task == broken and first and not healthy:
             return Reply(None, refusal="no")
         return answer_by_pattern(lambda text: "first|sea" if text in failing else "sea")(body, number)
 

@@ -88,6 +88,11 @@ class Request(Generic[A]):
         return {"name": self.answer.__name__.lower(), "schema": schema, "strict": True}
 
 
+def _asked(task: str, content: str) -> tuple[Message, ...]:
+    """One message of the user's: many chat templates know no system message."""
+    return ({"role": "user", "content": f"{task}\n\n{content}"},)
+
+
 def explain_request(excerpts: Sequence[tuple[str, str]], facts: str) -> Request[Explanation]:
     """Ask for an explanation.
 
@@ -95,9 +100,8 @@ def explain_request(excerpts: Sequence[tuple[str, str]], facts: str) -> Request[
         excerpts: marked text and its listed activations, the strongest first; facts: what is known of the latent.
     """
     shown = "\n\n".join(f"Excerpt {n}: {text}\n  {listed}" for n, (text, listed) in enumerate(excerpts, 1))
-    messages = ({"role": "system", "content": EXPLAIN}, {"role": "user", "content": f"{facts}\n\n{shown}"})
     typical = Explanation(explanation="x" * 160)
-    return Request(messages, Explanation, lambda answer: None, typical)
+    return Request(_asked(EXPLAIN, f"{facts}\n\n{shown}"), Explanation, lambda answer: None, typical)
 
 
 def judge_request(task: str, explanation: str, excerpts: Sequence[str]) -> Request[Judgement]:
@@ -108,8 +112,7 @@ def judge_request(task: str, explanation: str, excerpts: Sequence[str]) -> Reque
             raise ValueError(f"it has {len(answer.active)} values for {len(excerpts)} excerpts")
 
     shown = "\n".join(f"{n}. {text}" for n, text in enumerate(excerpts, 1))
-    content = f"Explanation: {explanation}\n\n{shown}"
-    messages = ({"role": "system", "content": task}, {"role": "user", "content": content})
+    messages = _asked(task, f"Explanation: {explanation}\n\n{shown}")
     return Request(messages, Judgement, check, Judgement(active=[False] * len(excerpts)))
 
 
