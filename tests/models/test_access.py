@@ -132,7 +132,8 @@ def test_an_unreadable_folder_says_what_was_expected(tmp_path: Path, damage: str
     else:
         for path in base.iterdir():
             path.unlink()
-    with pytest.raises(UserError, match=r"cannot load '.*base': .*; expected a GGUF file, or a folder that transformers can load"):
+    expected = r"cannot load '.*base': .*; expected a GGUF file, or a folder that transformers can load"
+    with pytest.raises(UserError, match=expected):
         load_pair(str(base), str(base), torch.device("cpu"))
 
 
