@@ -379,6 +379,7 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
     for pipeline in waiting:
         pipeline._ask_force(pipeline.harvest_stage())
     from crossdiff.activations.harvest import harvest
+    from crossdiff.crosscoder.structure import check_sizes
     from crossdiff.text.documents import count_records
 
     config, console = waiting[0].config, waiting[0].console
@@ -386,6 +387,8 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
     counts = [count_records(dataset) for dataset in datasets]
     pair = waiting[0].load_pair()
     layers = [pair.check_layer(pipeline.config.layer) for pipeline in waiting]
+    for crosscoder in config.crosscoders.values():
+        check_sizes(crosscoder, pair.d_model, len(pair.models))
     folders = {}
     with ExitStack() as stack:
         for layer, pipeline in zip(layers, waiting, strict=True):

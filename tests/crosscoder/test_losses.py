@@ -20,7 +20,7 @@ from crossdiff.config import (
     PartitionedConfig,
     TopKConfig,
 )
-from crossdiff.crosscoder.kernels import DenseCode
+from crossdiff.crosscoder.kernels import DenseCode, SparseCode
 from crossdiff.crosscoder.losses import Silence, StepResult, step_gradients
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.structure import Constraint, constraint_of
@@ -132,6 +132,26 @@ def test_fewer_positive_than_k_and_latents_that_never_fire() -> None:
     mask = crosscoder.pre_activations(x) > 0
     assert int(mask.sum()) < 12 * 8
     check(crosscoder, x, mask, "squared", oracles.Terms())
+
+
+@pytest.mark.parametrize("n_sources", [1, 2, 3])
+@pytest.mark.parametrize("trouble", ["ties", "nothing positive", "a decoder direction of 0"])
+def test_the_gradients_are_those_of_the_selection_that_was_made(n_sources: int, trouble: str) -> None:
+    crosscoder, x, dead = make(n_sources, BatchTopKConfig(k=2, aux=AuxConfig(k=3, weight=0.5))), inputs(16, n_sources), (3,)
+    if trouble == "ties":  # each token four times, latent 1 equal to latent 0
+        x = x[:4].repeat(4, 1, 1)
+        for parameter in (crosscoder.encoder, crosscoder.encoder_bias, crosscoder.decoder):
+            parameter[1] = parameter[0]
+    elif trouble == "nothing positive":
+        crosscoder.encoder_bias -= 100
+    else:
+        crosscoder.decoder[3] = 0
+    code, _ = crosscoder.rule.select(crosscoder.encode(x, crosscoder.norms().sum(1)))
+    assert isinstance(code, SparseCode)
+    mask = torch.zeros(16, N_LATENTS)
+    mask[code.token, code.latent] = 1
+    assert int(mask.sum()) == (0 if trouble == "nothing positive" else 32)
+    check(crosscoder, x, mask, "squared", oracles.Terms(aux_k=3, aux_weight=0.5), dead)
 
 
 @pytest.mark.parametrize("n_sources", [1, 2, 3])

@@ -30,7 +30,7 @@ from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.kernels import Code, Encoded
 from crossdiff.crosscoder.metrics import health, heldout_sums
 from crossdiff.crosscoder.sparsity import Rule
-from crossdiff.crosscoder.structure import constraint_of
+from crossdiff.crosscoder.structure import check_sizes, constraint_of
 from crossdiff.crosscoder.train import train
 from crossdiff.crosscoder.view import identity, view_of
 from planted import CHAT_ONLY, planted_activations
@@ -130,6 +130,16 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     values = {"sparsity": {"kind": "l1"}, "structure": {"kind": "partitioned"}, "inputs": {"kind": "difference"}}
     with pytest.raises(UserError, match="ties latents between sources; inputs difference has one"):
         validate(CrosscoderConfig, values, "here")
+
+
+def test_sizes_that_do_not_fit_are_refused_before_there_is_a_store() -> None:
+    check_sizes(config(BatchTopKConfig(k=32)), 16, 2)  # 32 latents
+    with pytest.raises(UserError, match="k 33 is larger than the number of latents 32"):
+        check_sizes(config(BatchTopKConfig(k=33)), 16, 2)
+    with pytest.raises(UserError, match="k 33 is larger than the number of latents 32"):
+        check_sizes(config(TopKConfig(k=33), n_latents=None, expansion=2), 16, 2)
+    with pytest.raises(UserError, match=r"exclusive_share 0.4 makes a group of 13 latents; from 1 to 10"):
+        check_sizes(config(L1Config(), structure=PartitionedConfig(exclusive_share=0.4)), 16, 3)
 
 
 class HalvesConfig(Kind):

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from crossdiff.config import DesignatedConfig, FreeConfig, PartitionedConfig, Structure, UserError
+from crossdiff.config import (
+    CrosscoderConfig,
+    DesignatedConfig,
+    FreeConfig,
+    PairedConfig,
+    PartitionedConfig,
+    Structure,
+    UserError,
+)
+from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.shapes import Bool, Float, Tensor
 
 
@@ -79,6 +88,17 @@ def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constr
     else:
         assert isinstance(settings, FreeConfig)
     return Constraint(tied, present, shares)
+
+
+def check_sizes(config: CrosscoderConfig, d_model: int, n_sources: int) -> None:
+    """Check what a crosscoder's settings ask of its size, before anything is harvested for it.
+
+    Raises:
+        UserError: more active latents than there are, or groups of latents that do not fit.
+    """
+    n_latents = config.latents_for(d_model)
+    rule_of(config.sparsity).check(n_latents)
+    constraint_of(config.structure, n_latents, n_sources if isinstance(config.inputs, PairedConfig) else 1)
 
 
 def _check_group(n_group: int, most: int, what: str) -> None:
