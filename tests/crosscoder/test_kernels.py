@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import oracles
+from crossdiff.crosscoder import kernels
 from crossdiff.crosscoder.kernels import DenseCode, Encoded, SparseCode
 
 
@@ -39,6 +40,15 @@ def test_products() -> None:
     assert torch.equal(code.of_raw(full), full[f > 0])
     assert torch.equal(dense.of_raw(full), full * (f > 0))
     assert torch.equal(code.of_latents(weights[:, 0]), weights[:, 0].expand(9, 7)[f > 0])
+
+
+@pytest.mark.parametrize("n_columns", [64, 65, 150])
+def test_products_in_slices(n_columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CACHED", 0)  # slices of the least width, 64 columns
+    f, code = random_code()
+    weights, table = (torch.randn(n, n_columns, dtype=torch.float64) for n in (7, 9))
+    torch.testing.assert_close(code.decode(weights), f @ weights)
+    torch.testing.assert_close(code.accumulate(code.values, table), f.T @ table)
 
 
 def test_pairs_of_value_zero_are_in_the_products_but_not_active() -> None:
