@@ -34,6 +34,7 @@ from crossdiff.memory import keep_freed_memory
 from crossdiff.run import write_json
 
 D_MODEL, N_LATENTS, BATCH, LENGTH, SHARD = 576, 8192, 2048, 256, 65536
+TRAINED = 170  # more than three of the buffers, so that the change from one to the next is in it
 
 
 def make(folder: Path, gigabytes: float) -> None:
@@ -121,14 +122,14 @@ WORK = {"reading alone": read_alone, "training": train}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, default=None, help="batches [a whole epoch alone, 40 in training]")
+    parser.add_argument("--steps", type=int, default=None, help="batches [a whole epoch alone, 170 in training]")
     parser.add_argument("--folder", type=Path, help="where the store is made and deleted again [the system's temporary one]")
     parser.add_argument("--inside", nargs=2, metavar=("WORK", "STORE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     keep_freed_memory()
     if args.inside:
         name, store = args.inside[0], Store(Path(args.inside[1]))
-        steps = args.steps or (store.n_tokens * (LENGTH - 1) // LENGTH // BATCH if name == "reading alone" else 40)
+        steps = args.steps or (store.n_tokens * (LENGTH - 1) // LENGTH // BATCH if name == "reading alone" else TRAINED)
         with Peaks() as peaks:
             numbers = WORK[name](store, steps)
         print(json.dumps({"steps": steps, **numbers, **peaks.values}))
