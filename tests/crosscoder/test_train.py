@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, JumpReLUConfig, L1Config, UserError
+from crossdiff.crosscoder import checkpoint as checkpoint_module
 from crossdiff.crosscoder import trainer as trainer_module
 from crossdiff.crosscoder.checkpoint import Checkpoints, load, save
 from crossdiff.crosscoder.log import Log
@@ -261,6 +263,31 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, store: Store, monk
     with pytest.raises(UserError, match=r"has 0 MB left, and the training writes up to"):
         train(tmp_path, store, config(L1Config()))
     assert not (tmp_path / "train.jsonl").exists()
+
+
+def test_a_disk_that_fills_during_training_is_named_and_costs_nothing(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(L1Config(), checkpoint_seconds=1e-9)
+    whole = train(tmp_path, store, settings)
+    cut, writes, original = tmp_path / "cut", 0, checkpoint_module.save_file
+    cut.mkdir()
+
+    def fill(tensors: Any, path: Path, **more: Any) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 30:
+            path.write_bytes(b"half a file")
+            raise SafetensorError("I/O error: No space left on device")
+        original(tensors, path, **more)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", fill)
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint\.partial: .*No space left .*run the same command again"):
+        train(cut, store, settings)
+    assert not (cut / "checkpoint.partial").exists()
+    state = Checkpoints(cut).load(pytest.fail)
+    assert state is not None and state.step == 29
+    assert torch.equal(train(cut, store, settings).encoder, whole.encoder)
 
 
 def test_divergence_stops_the_run(tmp_path: Path, store: Store) -> None:

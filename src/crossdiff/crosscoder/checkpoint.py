@@ -59,8 +59,24 @@ def save(crosscoder: Crosscoder, folder: Path) -> None:
         "origin": crosscoder.origin,
     }
     written = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(written, folder / "model.safetensors", metadata={OWN: json.dumps(own)})
+    _write(written, folder / "model.safetensors", {OWN: json.dumps(own)})
     write_json(folder / "config.json", _published_config(crosscoder))
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        UserError: the disk has become full, or the folder can no longer be written.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error}; make room or make it writable, and run the same command again: it goes on from the "
+            "last checkpoint"
+        ) from None
 
 
 def _published_normalisation(crosscoder: Crosscoder) -> dict[str, Tensor]:
@@ -169,11 +185,11 @@ class Checkpoints:
         self.last, self.before = folder / "checkpoint.safetensors", folder / "checkpoint-before.safetensors"
 
     def save(self, state: TrainingState) -> None:
-        """Write atomically: temporary file, sync, rename."""
+        """Write atomically: temporary file, sync, rename; raises as `_write`, and then the last checkpoint is still there."""
         tensors = state.tensors()
         numbers = {key: getattr(state, key) for key in ("step", "threshold", "guess", "log_sums")}
         temporary = self.last.with_suffix(".partial")
-        save_file(tensors, temporary, metadata={"state": json.dumps(numbers), "crc32": str(_crc32(tensors))})
+        _write(tensors, temporary, {"state": json.dumps(numbers), "crc32": str(_crc32(tensors))})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if self.last.exists():
