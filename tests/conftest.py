@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from jaxtyping import install_import_hook
 
 install_import_hook("crossdiff", "beartype.beartype")
@@ -161,3 +162,16 @@ def tiny_config(pair: tuple[Path, Path], texts: tuple[Path, Path], **changes: An
 def tiny_settings(tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> dict[str, Any]:
     """Settings of a tiny run on the tiny pair."""
     return tiny_config(tiny_pair, tiny_texts)
+
+
+@pytest.fixture(scope="session")
+def analysed_run(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> Path:
+    """A run of the tiny pair with one analysed crosscoder, `batchtopk`. Whoever changes it takes a copy."""
+    from crossdiff.cli import run_command
+
+    folder = tmp_path_factory.mktemp("analysed")
+    settings = tiny_config(tiny_pair, tiny_texts)
+    settings["crosscoders"] = {"batchtopk": settings["crosscoders"]["batchtopk"]}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    run_command(["analyze", str(folder / "run"), "--config", str(folder / "settings.yaml")])
+    return folder / "run"

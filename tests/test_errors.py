@@ -106,7 +106,7 @@ def test_a_read_only_folder(tmp_path: Path, tiny_settings: dict[str, Any]) -> No
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
-    from crossdiff.pipeline import explain_disk_error
+    from crossdiff.run import explain_disk_error
 
     try:
         with Path("/dev/full").open("w") as file:

@@ -29,16 +29,20 @@ ALLOWED = {
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
     "report": {"config", "run", "text", "interp"},
-    "pipeline": FOUNDATION | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
+    "progress": set(),
+    "corpus": {"config", "pairs", "models", "activations"},
+    "pipeline": FOUNDATION
+    | {"corpus", "progress"}
+    | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
     "prompts": {"config", "models", "text", "activations", "crosscoder", "report"},
     "diff": {"config", "run", "models", "activations", "crosscoder", "report", "prompts"},
     "hub": {"config", "crosscoder", "latents", "report", "diff"},
     "dashboard": {"config", "run", "text", "activations", "latents", "causal", "report", "prompts", "diff"},
-    "causal_pipeline": FOUNDATION | {"pairs", "models", "activations", "causal", "pipeline"},
-    "interp_pipeline": FOUNDATION | {"models", "interp", "pipeline"},
+    "causal_pipeline": FOUNDATION | {"progress", "pairs", "models", "activations", "causal", "pipeline"},
+    "interp_pipeline": FOUNDATION | {"progress", "models", "interp", "pipeline"},
     "cli": FOUNDATION
     | {"memory", "pairs", "models", "activations", "crosscoder", "latents", "truth", "interp"}
-    | {"pipeline", "causal_pipeline", "interp_pipeline", "hub", "dashboard"},
+    | {"corpus", "pipeline", "causal_pipeline", "interp_pipeline", "hub", "dashboard"},
 }
 
 

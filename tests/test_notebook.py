@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from crossdiff.report.model import read_run
 from crossdiff.report.print import write_figures
+from crossdiff.report.reading import read_run
 from opened import write_run
 
 NOTEBOOK = json.loads((Path(__file__).parent.parent / "notebooks" / "demo.ipynb").read_text())

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossdiff.config import SteerConfig, UserError
-from crossdiff.pipeline import CODE_FORMAT, Pipeline, progress_bar
+from crossdiff.pipeline import CODE_FORMAT, Pipeline
+from crossdiff.progress import progress_bar
 from crossdiff.run import Stage, fingerprint, read_json
 
 if TYPE_CHECKING:

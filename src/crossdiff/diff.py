@@ -13,7 +13,8 @@ from crossdiff.config import RunConfig, UserError, read_yaml, validate
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.examples import Example, read_examples
 from crossdiff.report.inline import fragment
-from crossdiff.report.model import Latent, behaviour_results, read_behaviours, read_latent, read_latents
+from crossdiff.report.model import Latent, behaviour_results
+from crossdiff.report.reading import read_behaviours, read_latent, read_latents
 from crossdiff.report.wording import predicted
 from crossdiff.run import FORMAT, read_json
 
@@ -195,8 +196,7 @@ class Diff:
         sequence = read_text(self.pair.tokenizer, text, settings.max_length)
         known = (self.folder / "latents.parquet").is_file()
         largest = dict(self.latents.select("latent", "max_activation").iter_rows()) if known else {}
-        layer = crosscoder.origin["layer"]
-        return activations_on(sequence, self.pair, crosscoder, layer, settings.leave_out, latents, largest)
+        return activations_on(sequence, self.pair, crosscoder, settings.leave_out, latents, largest)
 
     @cached_property
     def pair(self) -> Pair:

@@ -74,8 +74,8 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
     Raises:
         UserError: no finished run, a wrong name, or what the Hub answers.
     """
-    from crossdiff.report.model import read_run
     from crossdiff.report.model_card import model_card
+    from crossdiff.report.reading import read_run
 
     _check_name(repository)
     path = open_run(run).path

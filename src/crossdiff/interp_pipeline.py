@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from crossdiff.config import UserError
 from crossdiff.interp.settings import InterpretConfig
-from crossdiff.pipeline import Pipeline, progress_bar
+from crossdiff.pipeline import Pipeline
+from crossdiff.progress import progress_bar
 from crossdiff.run import Stage, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:

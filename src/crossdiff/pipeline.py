@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crossdiff.config import DatasetConfig, RunConfig, SingleConfig, UserError
+from crossdiff.config import RunConfig, SingleConfig, UserError
+from crossdiff.corpus import check_texts, identify_dataset, resolve
+from crossdiff.progress import progress_bar
 from crossdiff.run import Run, Stage, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
@@ -38,24 +37,6 @@ CODE_FORMAT = 5
 """Raised when a stage's results change although its settings do not."""
 TRAINING_FORMAT, ANALYSIS_FORMAT = 7, 4
 """The same for the training and the analysis alone, so that nothing is harvested again for them."""
-
-
-@contextmanager
-def progress_bar(console: Console, title: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A bar with elapsed and remaining time; yields `advance(n=1, note="", total=None)`."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task, shown = progress.add_task(title, total=total, note=""), ""
-
-        def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
-            nonlocal shown
-            shown = note or shown
-            progress.update(task, advance=n, total=total, note=shown)
-
-        yield advance
 
 
 @dataclass
@@ -95,7 +76,7 @@ class Pipeline:
         from crossdiff.models.pair import identify
 
         config = self.config
-        texts = [_identify_dataset(dataset) for dataset in config.dataset]
+        texts = [identify_dataset(dataset) for dataset in config.dataset]
         value = {
             "code": CODE_FORMAT, "base": identify(config.base), "chat": identify(config.chat), "layer": config.layer,
             "texts": texts, "settings": config.harvest.model_dump(),
@@ -142,7 +123,7 @@ class Pipeline:
         Raises:
             UserError: they name no texts.
         """
-        _check_texts(self.config)
+        check_texts(self.config)
         self.run.write_config(self.config.model_dump(mode="json"))
 
     def go(self, until: str = "report") -> None:
@@ -324,7 +305,7 @@ class Pipeline:
 
     def report(self) -> None:
         """Write `report.html` and `figures/`, and print the summary."""
-        from crossdiff.report.model import read_run
+        from crossdiff.report.reading import read_run
         from crossdiff.report.terminal import print_summary
 
         stage = self.report_stage()
@@ -343,34 +324,6 @@ class Pipeline:
         print_summary(report, self.console)
 
 
-def _check_texts(config: RunConfig) -> None:
-    if not config.dataset:
-        raise UserError("no texts: name at least one --dataset (a .jsonl, .jsonl.gz, .parquet or .txt file, or a Hub dataset)")
-
-
-def print_plan(config: RunConfig, directory: Path, console: Console) -> None:
-    """Say what the harvest of these settings will take.
-
-    Raises:
-        UserError: there is no room for the store, or its size cannot be known beforehand.
-    """
-    from crossdiff.activations.plan import plan
-    from crossdiff.models.pair import choose_device, load_pair
-
-    _check_texts(config)
-    pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
-    layer = pair.check_layer(config.layer)
-    found = plan(pair, layer, tuple(_resolve(dataset) for dataset in config.dataset), config.harvest)
-    console.print(f"harvest of layer {layer}: about {found.n_tokens:,} tokens", highlight=False)
-    kept = "tokens alone" if config.harvest.storage == "live" else config.harvest.dtype
-    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {kept}", highlight=False)
-    console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB", highlight=False)
-    rate = f"{found.tokens_per_second:,.0f} tokens/s"
-    console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}", highlight=False)
-    free = found.check_disk(directory, config.harvest)
-    console.print(f"There is room: {free / 1e9:.2f} GB are free", highlight=False)
-
-
 def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
     """Harvest runs that differ in nothing but the layer, in one pass over the texts; finished ones are left alone."""
     waiting = [pipeline for pipeline in pipelines if not pipeline._skip(pipeline.harvest_stage())]
@@ -383,7 +336,7 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
     from crossdiff.text.documents import count_records
 
     config, console = waiting[0].config, waiting[0].console
-    datasets = tuple(_resolve(dataset) for dataset in config.dataset)
+    datasets = tuple(resolve(dataset) for dataset in config.dataset)
     counts = [count_records(dataset) for dataset in datasets]
     pair = waiting[0].load_pair()
     layers = [pair.check_layer(pipeline.config.layer) for pipeline in waiting]
@@ -414,25 +367,6 @@ def _training_note(records: dict[str, Any]) -> str:
     return "; ".join(notes)
 
 
-def _resolve(dataset: DatasetConfig) -> DatasetConfig:
-    """The dataset with the file behind a `demo:` name, keeping its title."""
-    if not dataset.path.startswith("demo:"):
-        return dataset
-    from crossdiff.pairs import demo_path
-
-    return dataset.model_copy(update={"path": str(demo_path(dataset.path)), "name": dataset.title})
-
-
-def _identify_dataset(dataset: DatasetConfig) -> dict[str, Any]:
-    """Settings and, for a local file, a digest of its content: what tells whether the text is still the same."""
-    from crossdiff.activations.store import sha256
-
-    path = Path(_resolve(dataset).path)
-    if not path.is_file():
-        return dataset.model_dump()
-    return dataset.model_dump(exclude={"path"}) | {"title": dataset.title, "sha256": sha256(path)}
-
-
 def _identify_page() -> dict[str, str]:
     """A digest of every file that the report is made by."""
     from crossdiff.activations.store import sha256
@@ -440,13 +374,3 @@ def _identify_page() -> dict[str, str]:
     folder = Path(__file__).with_name("report")
     files = sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     return {str(file.relative_to(folder)): sha256(file) for file in files}
-
-
-def explain_disk_error(error: OSError, path: Path) -> UserError | None:
-    """A full or read-only disk, in words; None when the error is something else."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free = shutil.disk_usage(path).free / 1e6 if path.exists() else 0.0
-        return UserError(f"the disk of {path} is full ({free:.0f} MB left); free some space and run the same command again")
-    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
-        return UserError(f"cannot write {error.filename or path}: {error.strerror}; choose a folder you may write to")
-    return None

@@ -13,6 +13,7 @@ import torch
 
 from crossdiff.activations.passes import paired_residuals
 from crossdiff.config import UserError
+from crossdiff.models.pair import SOURCES
 from crossdiff.report.cards import prompt_view
 from crossdiff.report.examples import Token, role_of
 from crossdiff.report.inline import fragment
@@ -102,17 +103,40 @@ def read_text(tokenizer: Any, text: Text, max_length: int) -> TokenSequence:
     return sequence
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Where latents are active on a text: `token`, `latent` and their activation `v`, `[pair]`."""
+
+    token: npt.NDArray[np.int64]
+    latent: npt.NDArray[np.int64]
+    v: npt.NDArray[np.float32]
+
+
 @torch.no_grad()
+def active_pairs(pair: Pair, crosscoder: Crosscoder, sequence: TokenSequence, leave_out: int) -> Pairs:
+    """Run both models over a text and read the crosscoder.
+
+    Args:
+        leave_out: positions at the start that no latent is read on, as in training.
+    """
+    layer = crosscoder.origin["layer"]
+    streams = dict(zip(SOURCES, paired_residuals(pair, [sequence.token_ids], [layer])[0], strict=True))
+    h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
+    code = crosscoder.sparse_code(crosscoder.normalise(h))
+    v = code.values * crosscoder.norms().sum(1)[code.latent]
+    kept = (code.token >= leave_out) & (v > 0)
+    return Pairs(*(values[kept].cpu().numpy() for values in (code.token, code.latent, v.float())))
+
+
 def activations_on(
     sequence: TokenSequence,
     pair: Pair,
     crosscoder: Crosscoder,
-    layer: int,
     leave_out: int,
     latents: Sequence[int] | None,
     largest: Mapping[int, float],
 ) -> Activations:
-    """Run both models over a text and read the crosscoder.
+    """The activations of latents on a text.
 
     Args:
         leave_out: positions at the start that no latent is read on, as in training.
@@ -125,15 +149,12 @@ def activations_on(
     for latent in latents or ():
         if not 0 <= latent < crosscoder.n_latents:
             raise UserError(f"there is no latent {latent}: the crosscoder has {crosscoder.n_latents}, from 0")
-    streams = dict(zip(("base", "chat"), paired_residuals(pair, [sequence.token_ids], [layer])[0], strict=True))
-    h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
-    code = crosscoder.sparse_code(crosscoder.normalise(h))
-    v = torch.zeros(code.n_tokens, code.n_latents)
-    v[code.token, code.latent] = (code.values * crosscoder.norms().sum(1)[code.latent]).cpu()
-    v[:leave_out] = 0
+    found = active_pairs(pair, crosscoder, sequence, leave_out)
+    v = np.zeros((len(sequence.token_ids), crosscoder.n_latents), np.float32)
+    v[found.token, found.latent] = found.v
     if latents is None:
-        top = v.amax(0).topk(min(STRONGEST, crosscoder.n_latents))
-        latents = [int(latent) for latent, value in zip(top.indices, top.values, strict=True) if value > 0]
+        top = v.max(0)
+        latents = [int(latent) for latent in np.argsort(-top, kind="stable")[:STRONGEST] if top[latent] > 0]
     ids, flags = sequence.token_ids.tolist(), tuple(sequence.flags.tolist())
     texts = tuple(pair.tokenizer.decode([token]) for token in ids)
     return Activations(
@@ -141,6 +162,6 @@ def activations_on(
         roles=tuple(role_of(Token(text, flag, 0.0)) for text, flag in zip(texts, flags, strict=True)),
         flags=flags,
         latents=tuple(latents),
-        values=v[:, list(latents)].numpy(),
+        values=v[:, list(latents)],
         highest=tuple(largest.get(latent, 0.0) for latent in latents),
     )

@@ -7,6 +7,7 @@ the first one is made, so that a kill between two of them is repaired when the r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -181,3 +182,13 @@ class Run:
                 freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 shutil.rmtree(folder)
         return freed
+
+
+def explain_disk_error(error: OSError, path: Path) -> UserError | None:
+    """A full or read-only disk, in words; None when the error is something else."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        free = shutil.disk_usage(path).free / 1e6 if path.exists() else 0.0
+        return UserError(f"the disk of {path} is full ({free:.0f} MB left); free some space and run the same command again")
+    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        return UserError(f"cannot write {error.filename or path}: {error.strerror}; choose a folder you may write to")
+    return None

@@ -7,6 +7,8 @@ from typing import Any
 
 import polars as pl
 
+from crossdiff.interp.table import FILE, SCHEMA
+from crossdiff.run import FORMAT, write_json
 from report.synthetic_run import latent_table, write_activations, write_crosscoder
 
 DANGER = "<script>alert(1)</script>{{ 1337 * 3 }}\"'><img src=x onerror=alert(2)>"
@@ -20,10 +22,17 @@ def write_run(folder: Path) -> Path:
     directory = folder / "a<b>'\"{{1}}"
     directory.mkdir(parents=True)
     write_activations(directory)
+    stages = {f"train/{name}": {"fingerprint": name} for name in ("l1", "batchtopk")}
+    write_json(directory / "manifest.json", {"format": FORMAT, "stages": stages, "swap": []})
     for seed, name in enumerate(("l1", "batchtopk")):
         write_crosscoder(directory / name, latent_table(seed))
-        explained = pl.DataFrame({"latent": [3, 5], "explanation": [DANGER, "greetings in the morning"]})
-        explained.write_parquet(directory / name / "interpretation.parquet")
+        # The last row is of a crosscoder that stood here before.
+        explained = [
+            {"latent": 3, "explanation": DANGER, "explainer": "model", "crosscoder": name},
+            {"latent": 5, "explanation": "greetings in the morning", "explainer": "model", "crosscoder": name},
+            {"latent": 7, "explanation": "outdated", "explainer": "model", "crosscoder": "another training"},
+        ]
+        pl.DataFrame(explained, schema=SCHEMA).write_parquet(directory / name / FILE)
         write_links(directory / name, latent=0, twin=20, neighbour=9)
     return directory
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-import yaml
 
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
@@ -16,8 +16,6 @@ pytest.importorskip("playwright", reason="the browser tests need the package pla
 from playwright.sync_api import Page, expect, sync_playwright
 from showing import write_links
 
-from conftest import tiny_config
-from crossdiff.cli import run_command
 from crossdiff.dashboard.screenshots import WIDE, find_chromium, launch
 from crossdiff.dashboard.serve import serving
 
@@ -29,22 +27,14 @@ PATIENCE = 90_000
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> Path:
-    folder = tmp_path_factory.mktemp("browser")
-    settings = tiny_config(tiny_pair, tiny_texts)
-    settings["crosscoders"] = {"batchtopk": settings["crosscoders"]["batchtopk"]}
-    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    run_command(["analyze", str(folder / "run"), "--config", str(folder / "settings.yaml")])
-    for number in range(64):
-        write_links(folder / "run" / "batchtopk", latent=number, twin=(number + 1) % 64, neighbour=(number + 2) % 64)
-    twins = pl.concat([
-        pl.read_parquet(folder / "run" / "batchtopk" / "twins.parquet").with_columns(
-            latent=pl.lit(number, pl.Int64), twin=pl.lit((number + 1) % 64, pl.Int64)
-        )
-        for number in range(64)
-    ])  # fmt: skip
-    twins.write_parquet(folder / "run" / "batchtopk" / "twins.parquet")
-    return folder / "run"
+def run(tmp_path_factory: pytest.TempPathFactory, analysed_run: Path) -> Path:
+    folder = shutil.copytree(analysed_run, tmp_path_factory.mktemp("browser") / "run")
+    write_links(folder / "batchtopk", latent=0, twin=1, neighbour=2)
+    pair = pl.read_parquet(folder / "batchtopk" / "twins.parquet")
+    numbers = [{"latent": number, "twin": (number + 1) % 64} for number in range(64)]
+    twins = pl.concat([pair.with_columns(**{name: pl.lit(n, pl.Int64) for name, n in each.items()}) for each in numbers])
+    twins.write_parquet(folder / "batchtopk" / "twins.parquet")
+    return folder
 
 
 @pytest.fixture(scope="module")

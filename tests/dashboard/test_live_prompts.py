@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 from html import unescape
 from pathlib import Path
@@ -11,15 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 pytest.importorskip("fastapi")
 
 from showing import ADDRESS, DANGER, requests_to, write_links
 
 import crossdiff.diff
-from conftest import tiny_config
-from crossdiff.cli import run_command
 from crossdiff.config import UserError
 from crossdiff.dashboard import live as live_module
 from crossdiff.dashboard.catalogue import Catalogue, Coder
@@ -31,14 +29,10 @@ QUESTION = [{"role": "user", "content": "hi the sea is cold"}]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> Path:
-    folder = tmp_path_factory.mktemp("live")
-    settings = tiny_config(tiny_pair, tiny_texts)
-    settings["crosscoders"] = {"batchtopk": settings["crosscoders"]["batchtopk"]}
-    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    run_command(["analyze", str(folder / "run"), "--config", str(folder / "settings.yaml")])
-    write_links(folder / "run" / "batchtopk", latent=0, twin=1, neighbour=2)
-    return folder / "run"
+def run(tmp_path_factory: pytest.TempPathFactory, analysed_run: Path) -> Path:
+    folder = shutil.copytree(analysed_run, tmp_path_factory.mktemp("live") / "run")
+    write_links(folder / "batchtopk", latent=0, twin=1, neighbour=2)
+    return folder
 
 
 @pytest.fixture(scope="module")

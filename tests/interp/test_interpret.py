@@ -9,42 +9,30 @@ from typing import Any
 
 import polars as pl
 import pytest
-import yaml
 from oracle import answer_by_pattern, task_of
 from scripted import Reply, scripted
 
-from conftest import tiny_config
 from crossdiff.cli import run_command
 from crossdiff.config import UserError
 from crossdiff.interp.prompts import EXPLAIN, FUZZ
 from crossdiff.interp.table import CONTEXT_SCHEMA, SCHEMA, SCORES, read_latent_table
-from crossdiff.report.model import read_latent, read_latents
+from crossdiff.report.reading import read_latent, read_latents
 
 KEY = "sk-very-secret-4711"
-FEW = ("--tokens", "2000", "--before", "5", "--after", "2", "--contexts", "6", "--embedding", "none", "--crosscoders", "coder")
+FEW = ("--tokens", "2000", "--before", "5", "--after", "2", "--contexts", "6", "--embedding", "none")
 ORACLE = answer_by_pattern(lambda user: "sea")
 
 
-@pytest.fixture(scope="module")
-def analysed(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> Path:
-    folder = tmp_path_factory.mktemp("interp")
-    settings = tiny_config(tiny_pair, tiny_texts)
-    settings["crosscoders"] = {"coder": settings["crosscoders"]["batchtopk"]}
-    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    run_command(["analyze", str(folder / "run"), "--config", str(folder / "settings.yaml")])
-    return folder / "run"
-
-
 @pytest.fixture
-def run(analysed: Path, tmp_path: Path) -> Path:
-    shutil.copytree(analysed, tmp_path / "run")
+def run(analysed_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(analysed_run, tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture
-def latents(analysed: Path) -> list[str]:
+def latents(analysed_run: Path) -> list[str]:
     """Two latents with many contexts, in which others are silent."""
-    table = pl.read_parquet(analysed / "coder" / "latents.parquet").filter(pl.col("frequency").is_between(0.01, 0.06))
+    table = pl.read_parquet(analysed_run / "batchtopk" / "latents.parquet").filter(pl.col("frequency").is_between(0.01, 0.06))
     return [str(latent) for latent in table.sort("frequency", descending=True)["latent"].head(2)]
 
 
@@ -54,7 +42,7 @@ def interpret(run: Path, url: str | None, latents: list[str], *options: str) -> 
 
 
 def row_of(run: Path, latent: str) -> dict[str, Any]:
-    table = pl.read_parquet(run / "coder" / "interpretation.parquet")
+    table = pl.read_parquet(run / "batchtopk" / "interpretation.parquet")
     assert table.schema == SCHEMA
     return table.row(by_predicate=pl.col("latent") == int(latent), named=True)
 
@@ -63,7 +51,7 @@ def test_explanations_and_scores_are_written_and_cost_once(
     run: Path, latents: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    before = (run / "coder" / "latents.parquet").read_bytes()
+    before = (run / "batchtopk" / "latents.parquet").read_bytes()
     with scripted(ORACLE) as server:
         interpret(run, server.url, latents)
         n_calls = len(server.calls)
@@ -72,7 +60,7 @@ def test_explanations_and_scores_are_written_and_cost_once(
         row = row_of(run, latents[0])
         assert row["explanation"] == "sea" and row["explainer"] == "oracle" and row["interpretation_reason"] is None
         assert (row["contexts_active"], row["contexts_random"], row["contexts_similar"]) == (6, 6, 6)
-        contexts = pl.read_parquet(run / "coder" / "interpretation_contexts.parquet").filter(
+        contexts = pl.read_parquet(run / "batchtopk" / "interpretation_contexts.parquet").filter(
             pl.col("latent") == int(latents[0])
         )
         assert contexts.schema == CONTEXT_SCHEMA and contexts.height == 18
@@ -87,15 +75,15 @@ def test_explanations_and_scores_are_written_and_cost_once(
         assert "done already" in capsys.readouterr().out
         interpret(run, server.url, latents[:1])
         assert len(server.calls) == n_calls
-    summary = json.loads((run / "coder" / "interpretation.json").read_text())
+    summary = json.loads((run / "batchtopk" / "interpretation.json").read_text())
     assert summary["n_latents"] == 2 and {entry["score"] for entry in summary["scores"]} == {
         "detection",
         "fuzzing",
         "bag_of_words",
     }
-    assert (run / "coder" / "latents.parquet").read_bytes() == before
-    joined = read_latent_table(run / "coder")
-    assert joined.height == pl.read_parquet(run / "coder" / "latents.parquet").height
+    assert (run / "batchtopk" / "latents.parquet").read_bytes() == before
+    joined = read_latent_table(run / "batchtopk")
+    assert joined.height == pl.read_parquet(run / "batchtopk" / "latents.parquet").height
     assert joined.filter(pl.col("explanation").is_not_null())["latent"].to_list() == sorted(map(int, latents))
     for path in run.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
@@ -109,10 +97,10 @@ def test_the_report_shows_what_was_found(run: Path, latents: list[str]) -> None:
         interpret(run, server.url, latents)
     run_command(["report", str(run)])
     page = (run / "report.html").read_text()
-    score = json.loads((run / "coder" / "interpretation.json").read_text())["scores"][0]
+    score = json.loads((run / "batchtopk" / "interpretation.json").read_text())["scores"][0]
     assert 'id="interpretation"' in page and f"{score['mean']:.2f}" in page
     assert "2 latents, explained and judged by oracle." in page
-    shown = read_latent(run / "coder", read_latents(run / "coder"), int(latents[0]))
+    shown = read_latent(run / "batchtopk", read_latents(run / "batchtopk"), int(latents[0]))
     assert shown.explanation == f"oracle says: sea (detection {row_of(run, latents[0])['detection']:.2f})"
 
 
@@ -120,9 +108,9 @@ def test_later_latents_join_earlier_ones(run: Path, latents: list[str]) -> None:
     interpret(run, None, latents[:1])
     first = row_of(run, latents[0])
     interpret(run, None, latents[1:])
-    assert pl.read_parquet(run / "coder" / "interpretation.parquet")["latent"].to_list() == sorted(map(int, latents))
+    assert pl.read_parquet(run / "batchtopk" / "interpretation.parquet")["latent"].to_list() == sorted(map(int, latents))
     assert str(row_of(run, latents[0])) == str(first)
-    contexts = pl.read_parquet(run / "coder" / "interpretation_contexts.parquet")
+    contexts = pl.read_parquet(run / "batchtopk" / "interpretation_contexts.parquet")
     assert contexts.group_by("latent").len()["len"].to_list() == [18, 18]
 
 
@@ -177,7 +165,7 @@ def test_a_run_that_ends_early_goes_on_where_it_was(run: Path, latents: list[str
     with scripted(ORACLE) as whole:
         interpret(run, whole.url, latents)
     shutil.rmtree(run / "interpretation")
-    (run / "coder" / "interpretation.parquet").unlink()
+    (run / "batchtopk" / "interpretation.parquet").unlink()
     up = False
 
     def answer(body: dict[str, Any], number: int) -> Reply:
@@ -186,7 +174,7 @@ def test_a_run_that_ends_early_goes_on_where_it_was(run: Path, latents: list[str
     with scripted(answer) as server:
         with pytest.raises(UserError, match="refuses calls without a key"):
             interpret(run, server.url, latents, "--concurrency", "1", "--key_variable", "NO_SUCH_KEY")
-        assert not (run / "coder" / "interpretation.parquet").exists()
+        assert not (run / "batchtopk" / "interpretation.parquet").exists()
         up = True
         interpret(run, server.url, latents)
         assert len(server.calls) == len(whole.calls) + 1  # the refused one
@@ -199,7 +187,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
         interpret(run, server.url, latents, "--dry-run", "--input_price", "1000", "--output_price", "1000")
         out = capsys.readouterr().out
         assert "10 calls to make, about" in out and ", cost " in out and "unknown" not in out
-        assert not server.calls and not (run / "coder" / "interpretation.parquet").exists()
+        assert not server.calls and not (run / "batchtopk" / "interpretation.parquet").exists()
         interpret(run, server.url, latents)
         capsys.readouterr()
         interpret(run, server.url, latents, "--dry-run")
@@ -210,9 +198,9 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
 def test_another_training_in_its_place_has_no_interpretation(run: Path, latents: list[str]) -> None:
     interpret(run, None, latents)
     manifest = json.loads((run / "manifest.json").read_text())
-    manifest["stages"]["train/coder"]["fingerprint"] = "another"
+    manifest["stages"]["train/batchtopk"]["fingerprint"] = "another"
     (run / "manifest.json").write_text(json.dumps(manifest))
-    assert read_latent_table(run / "coder")["n_shown"].null_count() == read_latent_table(run / "coder").height
+    assert read_latent_table(run / "batchtopk")["n_shown"].null_count() == read_latent_table(run / "batchtopk").height
 
 
 @pytest.mark.parametrize(
@@ -229,9 +217,9 @@ def test_another_training_in_its_place_has_no_interpretation(run: Path, latents:
         (("--contexts", "1"), "contexts: Input should be greater than or equal to 5"),
     ],
 )
-def test_bad_input_is_named(options: tuple[str, ...], message: str, analysed: Path) -> None:
+def test_bad_input_is_named(options: tuple[str, ...], message: str, analysed_run: Path) -> None:
     with pytest.raises(UserError, match=message):
-        run_command(["interpret", str(analysed), *options])
+        run_command(["interpret", str(analysed_run), *options])
 
 
 def test_a_verdict_that_no_latent_has_is_no_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +229,6 @@ def test_a_verdict_that_no_latent_has_is_no_error(run: Path, capsys: pytest.Capt
 
 
 def test_missing_files_are_named(run: Path, latents: list[str]) -> None:
-    (run / "coder" / "neighbours.parquet").write_bytes(b"junk")
+    (run / "batchtopk" / "neighbours.parquet").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"neighbours.parquet cannot be read"):
         interpret(run, None, latents)

@@ -4,6 +4,7 @@ nothing, so every latent has to end marked with the reason, and the run has to e
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,9 +17,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import yaml
 
-from conftest import tiny_config
 from crossdiff.cli import run_command
 
 SECONDS_TO_START = 120
@@ -65,23 +64,19 @@ def _answers(port: int) -> bool:
 def test_a_real_server_is_asked_and_its_nonsense_is_marked(
     served: str,
     tiny_pair: tuple[Path, Path],
-    tiny_texts: tuple[Path, Path],
+    analysed_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = tiny_config(tiny_pair, tiny_texts)
-    settings["crosscoders"] = {"coder": settings["crosscoders"]["batchtopk"]}
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
-    run = tmp_path / "run"
-    run_command(["analyze", str(run), "--config", str(tmp_path / "settings.yaml")])
-    table = pl.read_parquet(run / "coder" / "latents.parquet").filter(pl.col("frequency").is_between(0.01, 0.06))
+    run = shutil.copytree(analysed_run, tmp_path / "run")
+    table = pl.read_parquet(run / "batchtopk" / "latents.parquet").filter(pl.col("frequency").is_between(0.01, 0.06))
     latents = [str(latent) for latent in table["latent"].head(2)]
     options = ["--tokens", "2000", "--before", "5", "--after", "2", "--contexts", "5", "--embedding", "none"]
     asked = ["--server", served, "--model", str(tiny_pair[1]), "--attempts", "2", "--answer_tokens", "16"]
     capsys.readouterr()
     run_command(["interpret", str(run), "--latents", *latents, *options, *asked])
     assert "4 calls made, " in capsys.readouterr().out
-    rows = pl.read_parquet(run / "coder" / "interpretation.parquet")
+    rows = pl.read_parquet(run / "batchtopk" / "interpretation.parquet")
     assert rows["latent"].to_list() == sorted(map(int, latents))
     assert rows["interpretation_reason"].str.contains("explanation: .*after 2 attempts").all()
     assert rows["explanation"].is_null().all() and rows["bag_of_words"].is_not_nan().all()

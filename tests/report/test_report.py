@@ -33,7 +33,8 @@ from crossdiff.report import wording
 from crossdiff.report.examples import Example, Token, context_of, visible
 from crossdiff.report.figures import delta_norm_histogram, plotly_script, scaling_scatter
 from crossdiff.report.html import render_html, write_html
-from crossdiff.report.model import Estimate, RunReport, read_run
+from crossdiff.report.model import Estimate, RunReport
+from crossdiff.report.reading import read_run
 from crossdiff.report.terminal import print_summary
 
 

@@ -12,7 +12,6 @@ from crossdiff.config import UserError
 def dashboard(argv: Sequence[str]) -> None:
     parser = Parser(prog="crossdiff dashboard", description="explore finished runs in the browser", allow_abbrev=False)
     parser.add_argument("directories", nargs="+", type=Path, metavar="RUN", help="run directories with an analysed crosscoder")
-    parser.add_argument("--null", type=Path, metavar="RUN", help="run directory of the base model and a null model, to compare")
     parser.add_argument("--port", type=int, default=8321, help="port to listen on; 0 takes a free one [8321]")
     text = "address to listen on; any but loopback asks readers for a token [127.0.0.1]"
     parser.add_argument("--host", default="127.0.0.1", help=text)
@@ -25,12 +24,12 @@ def dashboard(argv: Sequence[str]) -> None:
     if args.screenshots is not None:
         from crossdiff.dashboard.screenshots import take
 
-        for path in take(args.directories, args.screenshots, args.null, not args.no_live):
+        for path in take(args.directories, args.screenshots, not args.no_live):
             print(path)
         return
     from crossdiff.dashboard.serve import serve
 
-    serve(args.directories, args.null, args.host, args.port, tuple(args.name), not args.no_live)
+    serve(args.directories, args.host, args.port, tuple(args.name), not args.no_live)
 
 
 def _need_packages() -> None:

@@ -59,8 +59,8 @@ def stage(command: str, argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from crossdiff.causal_pipeline import CausalPipeline
-    from crossdiff.pipeline import explain_disk_error, harvest_layers
-    from crossdiff.run import Run
+    from crossdiff.pipeline import harvest_layers
+    from crossdiff.run import Run, explain_disk_error
 
     settings = {directory / f"layer-{layer}": config.model_copy(update={"layer": layer}) for layer in args.layers}
     with ExitStack() as stack:
@@ -90,6 +90,6 @@ def plan(argv: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from crossdiff.pipeline import print_plan
+    from crossdiff.corpus import print_plan
 
     print_plan(config, directory, Console())

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crossdiff.cli.options import Parser, add_settings, changes_of, scan
 from crossdiff.config import RunConfig, SteerConfig, UserError, merge, read_yaml, validate
+
+if TYPE_CHECKING:
+    from crossdiff.run import Run
 
 
 def truth(argv: Sequence[str]) -> None:
@@ -161,26 +166,28 @@ def interpret(argv: Sequence[str]) -> None:
     add_settings(parser, InterpretConfig(), "settings")
     args = parser.parse_args(argv)
     config = validate(InterpretConfig, changes_of(args), "the command line")
-    settings = _settings_of(args.directory)
-
     from rich.console import Console
 
     from crossdiff.interp_pipeline import InterpretPipeline
+
+    with _made_before(args.directory) as (run, settings):
+        InterpretPipeline(run, settings, Console()).interpret(config, args.dry_run)
+
+
+@contextmanager
+def _made_before(directory: Path) -> Iterator[tuple[Run, RunConfig]]:
+    """A finished run, held by this process, and the settings that it was made with."""
     from crossdiff.run import Run
 
-    run = Run.open(args.directory)
-    try:
-        InterpretPipeline(run, settings, Console()).interpret(config, args.dry_run)
-    finally:
-        run.close()
-
-
-def _settings_of(directory: Path) -> RunConfig:
-    """The settings that a run was made with."""
     path = directory / "config.yaml"
     if not path.exists():
         raise UserError(f"{directory} is no finished run: it has no config.yaml; run `crossdiff analyze` first")
-    return validate(RunConfig, read_yaml(path), str(path))
+    settings = validate(RunConfig, read_yaml(path), str(path))
+    run = Run.open(directory)
+    try:
+        yield run, settings
+    finally:
+        run.close()
 
 
 def steer(argv: Sequence[str]) -> None:
@@ -190,15 +197,9 @@ def steer(argv: Sequence[str]) -> None:
     add_settings(parser, SteerConfig(), "settings")
     args = parser.parse_args(argv)
     config = validate(SteerConfig, changes_of(args), "the command line")
-    settings = _settings_of(args.directory)
-
     from rich.console import Console
 
     from crossdiff.causal_pipeline import CausalPipeline
-    from crossdiff.run import Run
 
-    run = Run.open(args.directory)
-    try:
+    with _made_before(args.directory) as (run, settings):
         CausalPipeline(run, settings, Console()).steer(config)
-    finally:
-        run.close()

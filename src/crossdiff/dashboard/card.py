@@ -11,7 +11,8 @@ from crossdiff.diff import open as open_run
 from crossdiff.report.cards import LEVELS, Card, card_of
 from crossdiff.report.environment import environment
 from crossdiff.report.inline import OPEN_EXAMPLES, fragment
-from crossdiff.report.model import behaviour_results, read_behaviours
+from crossdiff.report.model import behaviour_results
+from crossdiff.report.reading import read_behaviours
 from crossdiff.report.wording import predicted
 
 MAX_EXPORTED = 500

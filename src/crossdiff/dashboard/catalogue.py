@@ -14,17 +14,16 @@ import numpy.typing as npt
 import polars as pl
 
 from crossdiff.config import UserError
-from crossdiff.latents.null import compare
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.examples import Example, ExampleDatabase
 from crossdiff.report.html import short
-from crossdiff.report.model import CrosscoderReport, Latent, RunReport, latent_of, read_run
+from crossdiff.report.model import CrosscoderReport, Latent, RunReport
+from crossdiff.report.reading import latent_of, read_run
 from crossdiff.report.wording import predicted
 from crossdiff.run import read_json
 
 TOP, PER_QUANTILE = 10, 3
 """Examples of a latent page: the strongest, and of each quantile."""
-SIDE_TABLES = ("interpretation.parquet",)
 PERCENTILES = ("delta_norm", "nu_error", "nu_reconstruction", "nu_activation", "decoder_cosine")
 
 
@@ -42,7 +41,7 @@ class Coder:
     def __init__(self, run: str, title: str, report: RunReport, coder: CrosscoderReport) -> None:
         self.run, self.run_title, self.report, self.coder = run, title, report, coder
         self.name, self.title, self.folder = coder.name, coder.title, report.directory / coder.name
-        self.table = _with_side_tables(coder.latents, self.folder)
+        self.table = coder.latents
         self.columns = tuple(self.table.columns)
         self._row_of = {latent: row for row, latent in enumerate(self.table["latent"].to_list())}
         self.predicted = predicted(coder.behaviour_results())
@@ -54,7 +53,7 @@ class Coder:
 
     @property
     def has_explanations(self) -> bool:
-        return "explanation" in self.columns and self.table["explanation"].null_count() < self.table.height
+        return self.table["explanation"].null_count() < self.table.height
 
     def row(self, latent: int) -> dict[str, Any] | None:
         """The latent's row of the table; None where there is no such latent."""
@@ -138,20 +137,17 @@ class Catalogue:
     """All runs by the parts of their addresses.
 
     Raises:
-        UserError: a directory is no analysed run, or the null run does not fit one.
+        UserError: a directory is no analysed run.
     """
 
-    def __init__(self, directories: Sequence[Path], null: Path | None = None) -> None:
+    def __init__(self, directories: Sequence[Path]) -> None:
         self.coders: dict[tuple[str, str], Coder] = {}
         self.reports: dict[str, RunReport] = {}
-        self.null: dict[str, pl.DataFrame] = {}
         for directory, slug in zip(directories, slugs(directories), strict=True):
             report = read_run(directory)
             self.reports[slug] = report
             for coder in report.crosscoders:
                 self.coders[slug, coder.name] = Coder(slug, short(str(directory), directory.name), report, coder)
-            if null is not None:
-                self.null[slug] = compare(directory, null)
 
     def __iter__(self) -> Iterator[Coder]:
         return iter(self.coders.values())
@@ -168,13 +164,3 @@ def slugs(directories: Sequence[Path]) -> list[str]:
             slug, number = f"{name}-{number}", number + 1
         found.append(slug)
     return found
-
-
-def _with_side_tables(table: pl.DataFrame, folder: Path) -> pl.DataFrame:
-    """The latent table with the columns of the tables beside it, such as explanations."""
-    for name in SIDE_TABLES:
-        if (folder / name).is_file():
-            side = pl.read_parquet(folder / name)
-            new = [column for column in side.columns if column not in table.columns]
-            table = table.join(side.select("latent", *new), on="latent", how="left", maintain_order="left")
-    return table

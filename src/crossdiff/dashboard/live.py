@@ -227,31 +227,16 @@ def check_length(text: Prompt) -> None:
 
 
 def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
-    import torch
+    from crossdiff.prompts import active_pairs
 
-    from crossdiff.activations.passes import paired_residuals
-
-    crosscoder = diff.crosscoder
-    with torch.no_grad():
-        streams = dict(
-            zip(
-                ("base", "chat"),
-                paired_residuals(diff.pair, [sequence.token_ids], [crosscoder.origin["layer"]])[0],
-                strict=True,
-            )
-        )
-        h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
-        code = crosscoder.sparse_code(crosscoder.normalise(h))
-        v = code.values * crosscoder.norms().sum(1)[code.latent]
-    kept = (code.token >= diff.config.harvest.leave_out) & (v > 0)
-    ids = sequence.token_ids.tolist()
+    found = active_pairs(diff.pair, diff.crosscoder, sequence, diff.config.harvest.leave_out)
     return Reading(
         key=secrets.token_urlsafe(12),
-        texts=tuple(diff.pair.tokenizer.decode([token]) for token in ids),
+        texts=tuple(diff.pair.tokenizer.decode([token]) for token in sequence.token_ids.tolist()),
         flags=tuple(sequence.flags.tolist()),
-        token=code.token[kept].cpu().numpy(),
-        latent=code.latent[kept].cpu().numpy(),
-        v=v[kept].cpu().numpy().astype(np.float32),
+        token=found.token,
+        latent=found.latent,
+        v=found.v,
     )
 
 

@@ -16,7 +16,7 @@ from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, Live, Prompt, Reading
 from crossdiff.report.cards import example_view, pieces, prompt_view
 from crossdiff.report.examples import Context, Token, visible
-from crossdiff.report.model import CANDIDATE_DELTA_NORM
+from crossdiff.report.reading import CANDIDATE_DELTA_NORM
 from crossdiff.report.wording import number
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import jinja2
-import polars as pl
 
 from crossdiff.dashboard import figures
 from crossdiff.dashboard.catalogue import Catalogue, Coder
@@ -60,7 +59,7 @@ def cell(value: Any, column: str) -> str:
 
 
 def home(catalogue: Catalogue) -> dict[str, Any]:
-    """All runs: their health side by side, their norms laid over one another, KL, and the null rate."""
+    """All runs: their health side by side, their norms laid over one another, and KL."""
     coders = list(catalogue)
     runs = [
         {
@@ -72,18 +71,11 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
             "health": html.health_rows(report),
             "coders": [coder for coder in coders if coder.run == slug],
             "caveats": html.caveats(report),
-            "null": _null_rows(catalogue.null.get(slug)),
+            "has_null": bool(report.null),
         }
         for slug, report in catalogue.reports.items()
     ]
     return {"runs": runs, "overlay": figures.norm_overlay(coders), "kl": figures.kl_bars(coders)}
-
-
-def _null_rows(table: pl.DataFrame | None) -> list[dict[str, Any]]:
-    if table is None:
-        return []
-    kept = table.filter(pl.col("rate").is_in(["chat_specific", "chat_specific_paper", "rotated", "base_specific"]))
-    return kept.to_dicts()
 
 
 def table(coder: Coder, query: Query, search: Search) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def launch(playwright: Playwright) -> Any:
     return playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
 
 
-def take(directories: Sequence[Path], folder: Path, null: Path | None = None, live: bool = True) -> list[Path]:
+def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[Path]:
     """Write a picture of each page; returns their paths.
 
     Raises:
@@ -56,7 +56,7 @@ def take(directories: Sequence[Path], folder: Path, null: Path | None = None, li
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     coder = next(coder for coder in reversed(list(Catalogue(directories))))
-    with serving(directories, cache_folder(), null, live) as address, sync_playwright() as playwright:
+    with serving(directories, cache_folder(), live) as address, sync_playwright() as playwright:
         browser = launch(playwright)
         for scheme, size, name in (("light", WIDE, "light"), ("dark", WIDE, "dark"), ("light", NARROW, "narrow")):
             page = browser.new_page(viewport=size, color_scheme=scheme)

@@ -35,21 +35,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _server(
     directories: Sequence[Path],
-    null: Path | None,
     host: str,
     token: str | None,
     names: tuple[str, ...],
     live: bool,
     cache: Path,
 ) -> uvicorn.Server:
-    app = create_app(Catalogue(directories, null), Live(live), cache, host, token, names)
+    app = create_app(Catalogue(directories), Live(live), cache, host, token, names)
     # The guard checks addresses itself, so no proxy's headers are believed; the log would hold what readers search for.
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False, server_header=False))
 
 
-def serve(
-    directories: Sequence[Path], null: Path | None, host: str, port: int, names: tuple[str, ...] = (), live: bool = True
-) -> None:
+def serve(directories: Sequence[Path], host: str, port: int, names: tuple[str, ...] = (), live: bool = True) -> None:
     """Serve until interrupted. Beyond loopback readers have to show a token, which the printed address holds.
 
     Raises:
@@ -57,7 +54,7 @@ def serve(
     """
     listening = listen(host, port)
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    server = _server(directories, null, host, token, names, live, cache_folder())
+    server = _server(directories, host, token, names, live, cache_folder())
     shown = names[0] if names else host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listening.getsockname()[1]}/"
     print(f"The dashboard is at {address}{f'?token={token}' if token else ''}  (Ctrl+C ends it)", flush=True)
@@ -65,10 +62,10 @@ def serve(
 
 
 @contextmanager
-def serving(directories: Sequence[Path], cache: Path, null: Path | None = None, live: bool = True) -> Iterator[str]:
+def serving(directories: Sequence[Path], cache: Path, live: bool = True) -> Iterator[str]:
     """A server on a free port of loopback while the block runs; gives its address."""
     with listen("127.0.0.1", 0) as listening:
-        server = _server(directories, null, "127.0.0.1", None, (), live, cache)
+        server = _server(directories, "127.0.0.1", None, (), live, cache)
         thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
         thread.start()
         try:

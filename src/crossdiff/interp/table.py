@@ -83,11 +83,19 @@ def read_interpretation(folder: Path) -> pl.DataFrame:
     return _read(path, SCHEMA).filter(pl.col("crosscoder") == training)
 
 
-def read_latent_table(folder: Path) -> pl.DataFrame:
-    """The latent table with the columns of the interpretation, null where a latent is not interpreted."""
-    table = pl.read_parquet(folder / "latents.parquet").with_columns(pl.col("latent").cast(pl.Int64))
+def with_interpretation(latents: pl.DataFrame, folder: Path) -> pl.DataFrame:
+    """The latent table of a crosscoder's folder with the columns of the interpretation, null where a latent has none.
+
+    Raises:
+        UserError: as `read_interpretation`.
+    """
     found = read_interpretation(folder).drop("crosscoder")
-    return table.join(found, on="latent", how="left", maintain_order="left")
+    return latents.with_columns(pl.col("latent").cast(pl.Int64)).join(found, on="latent", how="left", maintain_order="left")
+
+
+def read_latent_table(folder: Path) -> pl.DataFrame:
+    """The latent table with the columns of the interpretation."""
+    return with_interpretation(pl.read_parquet(folder / "latents.parquet"), folder)
 
 
 def write_tables(target: Path, rows: pl.DataFrame, contexts: pl.DataFrame, earlier: Path) -> pl.DataFrame:

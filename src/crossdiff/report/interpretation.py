@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from crossdiff.config import UserError
 from crossdiff.interp.table import SCORES, SUMMARY_FILE, read_interpretation
-from crossdiff.run import read_json
+from crossdiff.report.record import Record
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class ScoreSummary(_Record):
+class ScoreSummary(Record):
     """A score over the latents of a verdict; `low` and `high` are the ends of the mean's 95% interval."""
 
     score: str
@@ -30,7 +24,7 @@ class ScoreSummary(_Record):
     high: float | None = None
 
 
-class Difference(_Record):
+class Difference(Record):
     """Mean score of the chat-specific latents minus that of the shared ones."""
 
     score: str
@@ -39,7 +33,7 @@ class Difference(_Record):
     high: float
 
 
-class Interpretation(_Record):
+class Interpretation(Record):
     """What `interpretation.json` says of one crosscoder."""
 
     n_latents: int
@@ -58,23 +52,16 @@ def read_summary(folder: Path) -> Interpretation | None:
     path = folder / SUMMARY_FILE
     if not path.is_file() or not read_interpretation(folder).height:
         return None
-    try:
-        return Interpretation.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {key}: {first['msg']}; run `crossdiff interpret` again") from error
+    return Interpretation.read(path, "crossdiff interpret")
 
 
-def read_explanations(folder: Path) -> dict[int, str]:
-    """What each explained latent of the folder is said to respond to, by whom, and how well that does."""
-    explanations = {}
-    columns = ("latent", "explanation", "explainer", "detection")
-    for latent, text, explainer, score in read_interpretation(folder).select(columns).iter_rows():
-        if text is not None:
-            judged = "" if score is None or math.isnan(score) else f" (detection {score:.2f})"
-            explanations[latent] = f"{explainer} says: {text}{judged}"
-    return explanations
+def explained(row: Mapping[str, Any]) -> str | None:
+    """What a row of the latent table says that the latent responds to, by whom, and how well that does."""
+    if row["explanation"] is None:
+        return None
+    score = row["detection"]
+    judged = "" if score is None or math.isnan(score) else f" (detection {score:.2f})"
+    return f"{row['explainer']} says: {row['explanation']}{judged}"
 
 
 @dataclass(frozen=True, slots=True)

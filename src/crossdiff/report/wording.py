@@ -3,16 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from crossdiff.report.model import (
-    CANDIDATE_DELTA_NORM,
-    FEW_SPECIFIC,
-    BehaviourResult,
-    CrosscoderReport,
-    Estimate,
-    Limits,
-    PoolScore,
-    RunReport,
-)
+from crossdiff.report.model import BehaviourResult, CrosscoderReport, Estimate, Limits, PoolScore, RunReport
+from crossdiff.report.reading import CANDIDATE_DELTA_NORM, FEW_SPECIFIC
 
 CLEAR_GAIN = 0.1
 """A difference of AUROC from which one pool is said to be ahead of another."""
