@@ -149,10 +149,11 @@ def pictures(folder: Path, names: list[str], group: str) -> str:
     for index, (name, table) in enumerate(zip(names, tables, strict=True)):
         left = 60 + 440 * index
         parts += histogram(table, group, groups, left, 40, name) + scatter(table, group, groups, left, 250)
-    for index, name in enumerate(groups):
-        x = 60 + 120 * index
+    x = 60
+    for name in groups:
         parts.append(f'<rect x="{x}" y="565" width="12" height="12" fill="{COLOURS[name]}"/>')
         parts.append(text(x + 17, 576, name.replace("_", " "), anchor="start"))
+        x += 40 + 7 * len(name)  # a letter is at most about so wide
     return svg(40 + 440 * len(names), 590, parts)
 
 
