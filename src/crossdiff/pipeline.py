@@ -246,7 +246,8 @@ class Pipeline:
                 advance(max(0, step - last), _training_note(records), n_steps)
                 last = step
 
-            train_together(jobs, store, choose_device(self.config.device), self.config.trackers, report)
+            device, ranks = choose_device(self.config.device), self.run.ranks
+            train_together(jobs, store, device, self.config.trackers, report, ranks, self.config.latent_ranks)
         for stage in wanted.values():
             self._say_done(stage)
 
@@ -281,7 +282,8 @@ class Pipeline:
             self.run.working(stage) as folder,
             progress_bar(self.console, "compare, tokens", config.max_tokens) as advance,
         ):
-            write_json(folder / "comparison.json", compare(crosscoders, store, pair, config, advance))
+            if self.run.ranks.is_first:
+                write_json(folder / "comparison.json", compare(crosscoders, store, pair, config, advance))
         self._say_done(stage)
 
     def analyze(self, name: str) -> None:
@@ -300,7 +302,7 @@ class Pipeline:
             progress_bar(self.console, f"analyze {name}, tokens", store.n_tokens) as advance,
         ):
             (folder / name).mkdir(exist_ok=True)
-            analyze(folder / name, crosscoder, store, tokenizer, self.config.analyze, advance, reference)
+            analyze(folder / name, crosscoder, store, tokenizer, self.config.analyze, advance, reference, self.run.ranks)
         self._say_done(stage)
 
     def report(self) -> None:
@@ -318,8 +320,9 @@ class Pipeline:
             from crossdiff.report.print import write_figures
 
             with self.run.working(stage) as folder:
-                write_html(report, folder / "report.html")
-                write_figures(report, folder / "figures")
+                if self.run.ranks.is_first:
+                    write_html(report, folder / "report.html")
+                    write_figures(report, folder / "figures")
             self._say_done(stage)
         print_summary(report, self.console)
 
@@ -350,7 +353,7 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
         title = f"harvest, layer{'s' * (len(layers) > 1)} {' '.join(map(str, layers))}, documents"
         total = None if None in counts else sum(filter(None, counts))
         advance = stack.enter_context(progress_bar(console, title, total))
-        remarks = harvest(folders, pair, datasets, config.harvest, advance)
+        remarks = harvest(folders, pair, datasets, config.harvest, advance, waiting[0].run.ranks)
     for remark in remarks:
         console.print(f"[yellow]{escape(remark)}[/yellow]")
     for pipeline in waiting:

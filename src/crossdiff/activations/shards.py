@@ -1,7 +1,8 @@
 """Writing a store's shards: tokens fill a buffer, the buffer becomes a file, and a line of a log says that it is whole.
 
-A file is hashed while it is written, synced, and renamed into place; then `progress.jsonl` gets its line. So a killed
-harvest finds there what it need not do again, and a line that was cut off in the middle is not one.
+A file is hashed while it is written, synced, and renamed into place; then the log gets its line. So a killed harvest finds
+there what it need not do again, and a line that was cut off in the middle is not one. Which tokens a shard holds depends on the
+texts and the settings alone, so that any rank can make any shard; each writes a log of its own and reads those of all.
 """
 
 from __future__ import annotations
@@ -29,15 +30,19 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A whole shard in the progress log. batches, sequences, seconds: of the harvest until its end."""
+    """A whole shard in a log. sequences: in it. seconds: since the shard before it, over the number of ranks at work."""
 
     file: str
     n_tokens: int
     bytes: int
     sha256: str
-    batches: int
     sequences: int
     seconds: float
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"shard-{number:05d}.safetensors"
 
 
 def quantise(h: Float32[Tensor, "token d_model"]) -> tuple[Int8[Tensor, "token d_model"], Float32[Tensor, " token"]]:
@@ -158,42 +163,51 @@ class ShardBuffer:
 
 
 class ProgressLog:
-    """`progress.jsonl`: what is harvested, then a line for each whole shard."""
+    """`progress-RANK.jsonl`: what is harvested, then a line for each whole shard that the rank has made."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Read the log of `folder`, or begin it.
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
+        """Begin this rank's log in `folder`, or go on with it."""
+        self.folder, self.path, self._settings = folder, folder / f"progress-{rank}.jsonl", settings
+        self._repair()
+
+    def entries(self) -> list[ShardEntry]:
+        """The shards that are whole, whichever rank made them, in order.
 
         Raises:
-            UserError: it has shards of a harvest with other settings.
+            UserError: they are of a harvest with other settings.
         """
-        self.folder, self.path = folder, folder / "progress.jsonl"
-        self.entries: list[ShardEntry] = []
-        head, *lines = _whole_lines(self.path) or [settings]
-        if lines and head != settings:
-            raise UserError(f"{folder} holds an unfinished harvest with other settings; delete it or choose another folder")
-        for line in lines:
-            entry = ShardEntry(**line)
-            path = folder / entry.file
-            if not path.exists() or path.stat().st_size != entry.bytes:
-                break
-            self.entries.append(entry)
-        self._settings = settings
-        self.keep(len(self.entries))
+        found: dict[str, ShardEntry] = {}
+        for path in sorted(self.folder.glob("progress-*.jsonl")):
+            head, *lines = _whole_lines(path) or [self._settings]
+            if lines and head != self._settings:
+                raise UserError(
+                    f"{self.folder} holds an unfinished harvest with other settings; delete it or choose another folder"
+                )
+            found |= {line["file"]: ShardEntry(**line) for line in lines}
+        return [entry for _, entry in sorted(found.items()) if self._is_whole(entry)]
 
-    def keep(self, n_shards: int) -> None:
-        """Forget the shards after the first `n_shards`."""
-        self.entries = self.entries[:n_shards]
-        lines = [self._settings, *map(asdict, self.entries)]
+    def _is_whole(self, entry: ShardEntry) -> bool:
+        path = self.folder / entry.file
+        return path.exists() and path.stat().st_size == entry.bytes
+
+    def _repair(self) -> None:
+        """Begin the log, or take the end off that a kill left half written."""
+        lines = _whole_lines(self.path)
+        lines = lines if len(lines) > 1 else [self._settings]
         temporary = self.path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         temporary.replace(self.path)
 
     def append(self, entry: ShardEntry) -> None:
-        self.entries.append(entry)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(entry)) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Delete the logs of all ranks, once the store is finished."""
+        for path in self.folder.glob("progress-*.jsonl"):
+            path.unlink()
 
 
 def _whole_lines(path: Path) -> list[Any]:
@@ -226,15 +240,15 @@ class ShardWriters:
         """What to fill, a buffer a layer."""
         return self._sets[0]
 
-    def flush(self, batches: int, sequences: int, seconds: float) -> None:
-        """Begin to write what is buffered, once the shard before it is written. The arguments are those of its entry.
+    def flush(self, number: int, sequences: int, seconds: float) -> None:
+        """Begin to write what is buffered as the shard of a number, once the one before is written; see `ShardEntry`.
 
         Raises:
             OSError: the shard before it could not be written.
         """
         self.wait()
         full, empty = self._sets
-        self._writing = self._thread.submit(self._write, full, batches, sequences, seconds)
+        self._writing = self._thread.submit(self._write, full, number, sequences, seconds)
         self._sets = [empty, full]
 
     def wait(self) -> None:
@@ -245,8 +259,9 @@ class ShardWriters:
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _write(self, buffers: list[ShardBuffer], batches: int, sequences: int, seconds: float) -> None:
+    def _write(self, buffers: list[ShardBuffer], number: int, sequences: int, seconds: float) -> None:
+        name = shard_name(number)
         for log, buffer in zip(self.logs, buffers, strict=True):
-            name, n_tokens = f"shard-{len(log.entries):05d}.safetensors", buffer.n_tokens
+            n_tokens = buffer.n_tokens
             size, digest = buffer.write(log.folder / name)
-            log.append(ShardEntry(name, n_tokens, size, digest, batches, sequences, seconds))
+            log.append(ShardEntry(name, n_tokens, size, digest, sequences, seconds))
