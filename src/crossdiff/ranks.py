@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from crossdiff.config import UserError
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -118,12 +120,39 @@ ALONE = Ranks()
 
 
 def current() -> Ranks:
-    """The processes that `torchrun` started, joined the first time this is asked; one alone without it."""
+    """The processes that `torchrun` started, joined the first time this is asked; one alone without it.
+
+    Raises:
+        UserError: they could not join again after a restart.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return ALONE
-    import torch
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        _join()
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+
+
+def _join() -> None:
+    """Form the process group.
+
+    torchrun's own store outlives the processes that it restarts (pytorch issue 135712), and what those have left there must not
+    be taken for news. Each restart gets a prefix of its own; but several machines count their restarts each for itself.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        elif os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UserError(
+                "torchrun on several machines can restart nothing while its processes share its store; set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or leave --max-restarts away"
+            )
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
