@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from crossdiff.config import DatasetConfig, RunConfig, UserError
+from crossdiff.config import CrosscoderConfig, DatasetConfig, PairedConfig, RunConfig, UserError
+
+if TYPE_CHECKING:
+    from crossdiff.models.pair import Pair
+
+TYPICAL_ACTIVE = 64
+"""Active latents on a token, for a kind of sparsity whose settings do not say: an L1 crosscoder ends there or thereabouts."""
 
 
 def check_texts(config: RunConfig) -> None:
@@ -36,7 +42,7 @@ def identify_dataset(dataset: DatasetConfig) -> dict[str, Any]:
 
 
 def print_plan(config: RunConfig, directory: Path, console: Console) -> None:
-    """Say what the harvest of these settings will take.
+    """Say what the harvest and the trainings of these settings will take.
 
     Raises:
         UserError: there is no room for the store, or its size cannot be known beforehand.
@@ -54,5 +60,24 @@ def print_plan(config: RunConfig, directory: Path, console: Console) -> None:
     console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB", highlight=False)
     rate = f"{found.tokens_per_second:,.0f} tokens/s"
     console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}", highlight=False)
+    for name, crosscoder in config.crosscoders.items():
+        _print_training(name, crosscoder, found.n_tokens, pair, console)
     free = found.check_disk(directory, config.harvest)
     console.print(f"There is room: {free / 1e9:.2f} GB are free", highlight=False)
+
+
+def _print_training(name: str, config: CrosscoderConfig, n_tokens: int, pair: Pair, console: Console) -> None:
+    from crossdiff.crosscoder.cost import Size, calibrate
+
+    n_sources = len(pair.models) if isinstance(config.inputs, PairedConfig) else 1
+    active, n_latents = getattr(config.sparsity, "k", TYPICAL_ACTIVE), config.latents_for(pair.d_model)
+    size = Size(pair.d_model, n_latents, active, config.batch_size, n_sources)
+    n_steps = round(config.epochs * n_tokens / config.batch_size)
+    seconds = calibrate(size, pair.device).seconds(size)
+    console.print(
+        f"training of {name}: {n_steps:,} steps of {config.batch_size:,} tokens, {n_latents:,} latents", highlight=False
+    )
+    console.print(f"  memory  {size.memory_bytes() / 1e9:.2f} GB", highlight=False)
+    console.print(
+        f"  time    {n_steps * seconds / 60:.1f} min, {seconds * 1e3:.0f} ms a step on {pair.device}", highlight=False
+    )

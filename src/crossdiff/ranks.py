@@ -119,6 +119,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def leads() -> bool:
+    """Whether this is the first process that `torchrun` started, or the only one; known without joining the others."""
+    return os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def current() -> Ranks:
     """The processes that `torchrun` started, joined the first time this is asked; one alone without it.
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-import torch
 import yaml
+from polars.testing import assert_frame_equal
+from torch.distributed import TCPStore
 
 from crossdiff.activations.store import Store
 from crossdiff.cli import run_command
+from crossdiff.config import UserError
 from crossdiff.crosscoder.checkpoint import load
+from crossdiff.ranks import current
 from planted import planted_activations
 from stores import make_store
 
@@ -109,20 +116,92 @@ def test_another_number_of_ranks_goes_on(tmp_path: Path, store: Store, alone: Pa
     close(alone, tmp_path, 2e-3)
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_ranks_share_a_run(tmp_path: Path, tiny_settings: dict[str, Any], n: int) -> None:
-    path = tmp_path / "settings.yaml"
+def test_ranks_share_a_harvest_which_one_goes_on_with(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    path, one, shared = tmp_path / "settings.yaml", tmp_path / "one", tmp_path / "shared"
+    tiny_settings["harvest"]["shard_tokens"] = 1500
     path.write_text(yaml.safe_dump(tiny_settings))
-    one, shared = tmp_path / "one", tmp_path / "shared"
-    run_command(["run", str(one), "--config", str(path)])
-    done(torchrun(n, "-m", "crossdiff", "run", str(shared), "--config", str(path)))
-    assert Store(one / "activations").manifest["shards"] == Store(shared / "activations").manifest["shards"]
-    assert len(Store(one / "activations").manifest["shards"]) >= n
-    assert (one / "report.html").exists() and not list((shared / "work").iterdir())
-    for coder in ("l1", "batchtopk"):
-        # The trainings differ by rounding; the analysis of the same crosscoder does not.
-        ours, theirs = load(one / coder), load(shared / coder)
-        torch.testing.assert_close(ours.encoder, theirs.encoder, rtol=1e-2, atol=1e-3)
-    again = tmp_path / "again"
-    done(torchrun(n, "-m", "crossdiff", "run", str(again), "--config", str(path), "--latent_ranks", "1"))
-    assert (again / "report.html").exists()
+    run_command(["harvest", str(one), "--config", str(path)])
+    expected = Store(one / "activations").manifest["shards"]
+    assert len(expected) > 4
+    process = torchrun(2, "-m", "crossdiff", "harvest", str(shared), "--config", str(path))
+    while process.poll() is None and len(list(shared.glob("work/*/activations/shard-*.safetensors"))) < 3:
+        time.sleep(0.002)
+    for child in children(process.pid):
+        os.kill(child, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert not (shared / "activations").exists(), "it was killed in time"
+    run_command(["harvest", str(shared), "--config", str(path)])
+    assert Store(shared / "activations").manifest["shards"] == expected, "bit for bit, whoever made them"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_ranks_share_an_analysis_and_a_whole_run(tmp_path: Path, analysed_run: Path) -> None:
+    shared, coder = tmp_path / "run", tmp_path / "run" / "batchtopk"
+    shutil.copytree(analysed_run, shared)
+    (coder / "health.json").unlink()  # so that it is analysed again
+    done(torchrun(2, "-m", "crossdiff", "run", str(shared)))
+    for name in ("latents", "twins", "neighbours", "activity", "behaviours"):
+        ours, theirs = (pl.read_parquet(run / "batchtopk" / f"{name}.parquet") for run in (analysed_run, shared))
+        assert_frame_equal(ours, theirs, rel_tol=1e-9, abs_tol=1e-9)
+    assert rows_of(analysed_run / "batchtopk" / "examples.sqlite") == rows_of(coder / "examples.sqlite")
+    healths = [json.loads((run / "batchtopk" / "health.json").read_text()) for run in (analysed_run, shared)]
+    assert healths[0]["heldout"]["fve"] == pytest.approx(healths[1]["heldout"]["fve"], rel=1e-9)
+    assert "<html" in (shared / "report.html").read_text()
+    assert not list((shared / "work").iterdir())
+
+
+def rows_of(path: Path) -> list[Any]:
+    with sqlite3.connect(path) as database:
+        return database.execute("SELECT * FROM examples ORDER BY latent, kind, quantile, rank").fetchall()
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces with an address each: (namespace, interface, address)."""
+    name = f"crossdiff{os.getpid()}"
+    ends = [(f"{name}{i}", f"veth{os.getpid()}{i}", f"10.199.77.{i + 1}") for i in range(2)]
+    ip = shutil.which("ip")
+    if ip is None or os.geteuid() or subprocess.run([ip, "netns", "add", ends[0][0]], capture_output=True).returncode:
+        pytest.skip("network namespaces cannot be made here")
+    try:
+        commands = [f"netns add {ends[1][0]}", f"link add {ends[0][1]} type veth peer name {ends[1][1]}"]
+        for space, interface, address in ends:
+            commands += [f"link set {interface} netns {space}", f"-n {space} addr add {address}/24 dev {interface}"]
+            commands += [f"-n {space} link set {interface} up", f"-n {space} link set lo up"]
+        for command in commands:
+            subprocess.run([ip, *command.split()], check=True)
+        yield ends
+    finally:
+        for space, _, _ in ends:
+            subprocess.run([ip, "netns", "delete", space], check=False, capture_output=True)
+
+
+def test_ranks_on_two_hosts(tmp_path: Path, store: Store, alone: Path, hosts: list[tuple[str, str, str]]) -> None:
+    processes = []
+    for number, (space, interface, address) in enumerate(hosts):
+        flags = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}", f"--local-addr={address}"]
+        flags += [f"--master-addr={hosts[0][2]}", "--master-port=29777"]
+        command = ["ip", "netns", "exec", space, sys.executable, "-m", "torch.distributed.run", *flags]
+        processes.append(
+            subprocess.Popen(
+                [*command, WORKER, "training", str(tmp_path), str(store.folder), "2"],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": interface}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )  # fmt: skip
+    for process in processes:
+        done(process)
+    close(alone, tmp_path, 2e-3)
+
+
+def test_machines_that_share_a_store_cannot_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "GROUP_WORLD_SIZE": "2"}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "0"}
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (told | {"MASTER_PORT": str(server.port)}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        current()

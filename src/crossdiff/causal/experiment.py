@@ -29,6 +29,7 @@ from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import GROUPS
 from crossdiff.latents.stream import check_fits
 from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.ranks import ALONE, Ranks
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 from crossdiff.text.sequences import TokenSequence, bucketed
@@ -64,6 +65,10 @@ def _means(store: Store, arms: Arms, batch_tokens: int) -> Float[Tensor, "group 
     return torch.zeros(len(GROUPS) + 1, store.d_model)
 
 
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"batch-{number:05d}.safetensors"
+
+
 def _measured(path: Path, patcher: Patcher, batch: list[TokenSequence]) -> Divergences:
     """The divergences of a batch, from `path` if an earlier run wrote them there."""
     if path.exists():
@@ -88,12 +93,14 @@ def causal_test(
     table: pl.DataFrame | None,
     config: CausalConfig,
     advance: Callable[..., None] = lambda n, note="", total=None: None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write causal.json, causal_conversations.parquet and causal_latents.parquet into `folder`.
 
     Args:
         parts: where finished batches are kept; a killed run goes on after them.
         table: the latent table of this crosscoder; None for a coder of the difference, which has none.
+        ranks: the processes that share the batches, all of which see the folders; the first writes the results.
 
     Raises:
         UserError: no conversations, a coder of other sources, a latent out of range, a wrong list of interventions.
@@ -119,12 +126,18 @@ def causal_test(
     total = np.zeros((len(arms.arms), len(place), len(SPANS)))
     n = np.zeros((len(place), len(SPANS)), dtype=np.int64)
     parts.mkdir(exist_ok=True)
-    batches = bucketed(conversations.sequences, config.batch_tokens, pool=len(place))
-    for number, batch in enumerate(batches):
-        divergences = _measured(parts / f"batch-{number:05d}.safetensors", patcher, batch)
+    batches = list(enumerate(bucketed(conversations.sequences, config.batch_tokens, pool=len(place))))
+    for number, batch in batches:
+        if ranks.has(number):
+            _measured(_part(parts, number), patcher, batch)
+        advance(len(batch), total=len(place))
+    ranks.wait()
+    if not ranks.is_first:
+        return
+    for number, batch in batches:
+        divergences = _measured(_part(parts, number), patcher, batch)
         where = [place[sequence.document] for sequence in batch]
         total[:, where], n[where] = divergences.total.numpy(), divergences.n.numpy()
-        advance(len(batch), total=len(place))
 
     names = [arm.intervention for arm in arms.arms]
     bootstrap = Bootstrap(total, n, names, config.resamples, config.seed)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from crossdiff.cli import dashboard, hub, stages, tools
 from crossdiff.config import UserError
 from crossdiff.memory import keep_freed_memory
+from crossdiff.ranks import leads
 
 EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -56,7 +57,8 @@ def run_command(argv: Sequence[str]) -> None:
     if command in stages.STAGES:
         stages.stage(command, rest)
     elif command in TOOLS:
-        TOOLS[command][0](rest)
+        if leads():  # the stages alone are shared
+            TOOLS[command][0](rest)
     else:
         raise UserError(f"there is no command {command!r}; there are {', '.join([*stages.STAGES, *TOOLS])}")
 

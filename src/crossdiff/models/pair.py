@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -78,16 +79,16 @@ class Pair:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator if there is one, else the CPU.
+    """`auto` is the accelerator if there is one, else the CPU; of several on a machine, that of the process' rank there.
 
     Raises:
         UserError: torch does not know or cannot use the device.
     """
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator if accelerator is not None else torch.device("cpu")
     try:
-        device = torch.device(name)
+        accelerator = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else torch.device(name)
+        device = torch.device("cpu") if accelerator is None else accelerator
+        if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try auto or cpu") from None

@@ -1,0 +1,99 @@
+"""The cost model of a training step: fitted on three sizes, held against three others, and what it says of larger ones.
+
+    python benchmarks/scaling.py
+
+Prints the timed and the modelled seconds of each size, the peak memory of a process that trains it beside the model's, and the
+projection to three trainings on a machine that is not at hand: an accelerator whose rates are taken to be such shares of its
+data sheet as this machine reaches of its own measured peaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+from crossdiff.crosscoder.cost import Rates, Size, fit, time_step
+from crossdiff.memory import keep_freed_memory
+
+FITTED = (Size(256, 4096, 32, 1024), Size(576, 2048, 100, 1024), Size(1024, 8192, 16, 256))
+CHECKED = (Size(384, 6144, 50, 1024), Size(576, 8192, 50, 2048), Size(2304, 8192, 100, 512))
+PROJECTED = {
+    "Gemma-2-2B, F = 73,728, 100M tokens": (Size(2304, 73_728, 100, 2048), 100e6, 1),
+    "Llama-3.1-8B, F = 131,072, 1B tokens": (Size(4096, 131_072, 100, 4096), 1e9, 8),
+    "Llama-3.1-8B, F = 1M, 1B tokens": (Size(4096, 1_048_576, 100, 4096), 1e9, 32),
+}
+ACCELERATOR = {"products": 989e12 / 2, "bytes": 3.35e12, "link": 450e9}
+"""An H100 SXM by its data sheet: multiply-adds in bfloat16, memory bytes, NVLink bytes a second in one direction."""
+
+
+def peak_memory(size: Size) -> int:
+    """Bytes that a process of its own needs over what it has after the imports."""
+    command = [sys.executable, __file__, "--memory", *map(str, (size.d_model, size.n_latents, size.active, size.batch))]
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def product_peak() -> float:
+    """Multiply-adds a second of a large float32 product."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = min(_seconds(lambda: a @ b) for _ in range(8))
+    return 2048**3 / best
+
+
+def copy_peak() -> float:
+    """Bytes read and written a second when a large tensor is copied."""
+    a, b = torch.randn(1 << 26), torch.empty(1 << 26)
+    return 2 * a.nbytes / min(_seconds(lambda: b.copy_(a)) for _ in range(5))
+
+
+def _seconds(work: object) -> float:
+    assert callable(work)
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", type=int, nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    keep_freed_memory()
+    if args.memory:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        time_step(Size(*args.memory), torch.device("cpu"), steps=1)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        return
+    device = torch.device("cpu")
+    timed = {size: time_step(size, device, steps=9) for size in (*FITTED, *CHECKED)}
+    rates = fit([(size, timed[size]) for size in FITTED])
+    products, copied = product_peak(), copy_peak()
+    print(f"{torch.get_num_threads()} threads; peak {products / 1e9:.0f} G multiply-adds/s, copy {copied / 1e9:.1f} GB/s")
+    print(f"fitted: dense {rates.dense / 1e9:.1f} G multiply-adds/s, pairs {rates.pairs / 1e9:.2f} G multiply-adds/s, "
+          f"parameters {rates.parameters / 1e9:.2f} G/s\n")  # fmt: skip
+    print("| size (d, F, k, batch) | | ms | model ms | error | MB | model MB |\n|---|---|---|---|---|---|---|")
+    for size, seconds in timed.items():
+        model, kind = rates.seconds(size), "fitted" if size in FITTED else "checked"
+        print(f"| {size.d_model}, {size.n_latents:,}, {size.active}, {size.batch} | {kind} | {seconds * 1e3:.0f} | "
+              f"{model * 1e3:.0f} | {model / seconds - 1:+.0%} | {peak_memory(size) / 1e6:.0f} | "
+              f"{size.memory_bytes() / 1e6:.0f} |", flush=True)  # fmt: skip
+    far = Rates(
+        dense=ACCELERATOR["products"] * min(1.0, rates.dense / products),
+        pairs=ACCELERATOR["bytes"] * rates.pairs / copied,
+        parameters=ACCELERATOR["bytes"] * rates.parameters / copied,
+    )
+    print("\n| training | ranks | step ms | traffic ms | hours | memory GB a rank | store TB (bf16) | int8 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (size, tokens, ranks) in PROJECTED.items():
+        step, sent = far.seconds(size, ranks), size.traffic_bytes(ranks, 1) / ACCELERATOR["link"]
+        store = tokens * size.columns
+        print(f"| {name} | {ranks} | {step * 1e3:.0f} | {sent * 1e3:.1f} | {(step + sent) * tokens / size.batch / 3600:.1f} | "
+              f"{size.memory_bytes(ranks) / 1e9:.1f} | {2 * store / 1e12:.2f} | {store / 1e12:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

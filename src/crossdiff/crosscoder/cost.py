@@ -1,0 +1,123 @@
+"""What a training step costs: time from three kinds of work, memory and traffic from the sizes alone.
+
+    seconds = a * (encoder's product) + b * (products over active pairs) + c * (update of the weights)
+
+The rates 1/a, 1/b and 1/c belong to a machine; they are fitted to a few small steps that are timed there (`calibrate`), or
+written down for one that is not at hand.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from crossdiff.config import BatchTopKConfig, CrosscoderConfig
+from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.crosscoder.trainer import Trainer
+
+WARMUP, TIMED = 3, 5
+"""Steps that are not counted, and steps whose median is."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A training step: so many latents of so many sources of width d_model, `active` of them on each token of the batch."""
+
+    d_model: int
+    n_latents: int
+    active: int
+    batch: int
+    n_sources: int = 2
+
+    @property
+    def columns(self) -> int:
+        return self.n_sources * self.d_model
+
+    @property
+    def n_parameters(self) -> int:
+        """Of encoder and decoder."""
+        return 2 * self.n_latents * self.columns
+
+    def work(self, latent_ranks: int = 1) -> tuple[float, float, float]:
+        """Of each rank: multiply-adds of the encoder's product; of decoding and the three gradients over active pairs;
+        parameters that are updated."""
+        pairs = self.batch * self.active / latent_ranks
+        dense = self.batch * self.n_latents * self.columns / latent_ranks
+        return dense, 4 * pairs * self.columns, self.n_parameters / latent_ranks
+
+    def memory_bytes(self, latent_ranks: int = 1) -> float:
+        """Of each rank: weights, gradient and Adam's two moments in float32; the pre-activations with the selection's mask;
+        inputs, error, its gradient and the reconstruction."""
+        return (
+            16 * self.n_parameters / latent_ranks
+            + 6 * self.batch * self.n_latents / latent_ranks
+            + 20 * self.batch * self.columns
+        )
+
+    def traffic_bytes(self, latent_ranks: int, data_ranks: int) -> float:
+        """What each rank sends a step, in a ring: the reconstruction among those that share the latents, the gradients among
+        those that share the batch, candidates of the selection among all."""
+        own_batch = self.batch / data_ranks
+        reconstruction = 2 * (latent_ranks - 1) / latent_ranks * 4 * own_batch * self.columns
+        gradients = 2 * (data_ranks - 1) / data_ranks * 4 * self.n_parameters / latent_ranks
+        ranks = latent_ranks * data_ranks
+        return reconstruction + gradients + (ranks - 1) / ranks * 4 * 1.1 * self.batch * self.active
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a machine: multiply-adds a second in dense products and over active pairs, parameters updated a second."""
+
+    dense: float
+    pairs: float
+    parameters: float
+
+    def seconds(self, size: Size, latent_ranks: int = 1, data_ranks: int = 1) -> float:
+        """Of a step, without what the ranks send each other."""
+        own = replace(size, batch=size.batch // data_ranks)
+        return sum(
+            amount / rate
+            for amount, rate in zip(own.work(latent_ranks), (self.dense, self.pairs, self.parameters), strict=True)
+        )
+
+
+def fit(timed: Sequence[tuple[Size, float]]) -> Rates:
+    """The rates that come nearest to timed steps, relative to each; three sizes at least, which differ in kind."""
+    weighed = np.array([np.array(size.work()) / seconds for size, seconds in timed])
+    scale = weighed.max(0)
+    costs, _ = nnls(weighed / scale, np.ones(len(timed)))
+    dense, pairs, parameters = (float("inf") if cost == 0 else float(of / cost) for cost, of in zip(costs, scale, strict=True))
+    return Rates(dense, pairs, parameters)
+
+
+def time_step(size: Size, device: torch.device, steps: int = TIMED) -> float:
+    """Median seconds of a BatchTopK step of this size on random inputs."""
+    config = CrosscoderConfig(
+        sparsity=BatchTopKConfig(k=size.active), n_latents=size.n_latents, expansion=None, batch_size=size.batch, warmup_steps=0
+    )
+    mean = torch.zeros(size.n_sources, size.d_model)
+    coder = new_crosscoder(size.n_latents, mean, 1.0, config.sparsity, 1.0, seed=0).to(device)
+    trainer = Trainer(config, coder, n_steps=10_000)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size.batch, size.n_sources, size.d_model, generator=generator).to(device)
+    seconds = []
+    for _ in range(WARMUP + steps):
+        started = time.perf_counter()
+        trainer.train_step(x)  # ends with numbers on the host, so that a device has finished
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[WARMUP:])
+
+
+def calibrate(size: Size, device: torch.device) -> Rates:
+    """Time three steps that are small beside `size` and like it, and fit."""
+    n_latents, batch = max(512, size.n_latents // 8), max(128, size.batch // 4)
+    active = max(1, min(size.active, n_latents // 8))
+    small = Size(size.d_model, n_latents, active, batch, size.n_sources)
+    sizes = (small, replace(small, batch=batch // 4), replace(small, active=min(4 * active, n_latents // 4)))
+    return fit([(each, time_step(each, device)) for each in sizes])
