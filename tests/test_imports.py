@@ -13,12 +13,13 @@ import crossdiff
 
 SOURCE = Path(crossdiff.__file__).parent
 # What a package may import of ours. Data flows the other way: pair -> store -> crosscoder -> latents -> causal -> report.
-FOUNDATION = {"config", "shapes", "run"}
+FOUNDATION = {"config", "shapes", "ranks", "run"}
 ALLOWED = {
     "config": set(),
     "shapes": set(),
     "memory": set(),
-    "run": {"config"},
+    "ranks": {"config", "shapes"},
+    "run": {"config", "ranks"},
     "pairs": {"config"},
     "models": FOUNDATION | {"pairs"},
     "text": {"config", "shapes"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
     "report": {"config", "run", "text", "interp"},
     "progress": set(),
-    "corpus": {"config", "pairs", "models", "activations"},
+    "corpus": {"config", "pairs", "models", "activations", "crosscoder"},
     "pipeline": FOUNDATION
     | {"corpus", "progress"}
     | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},

@@ -84,6 +84,14 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def total(self, number: float) -> float:
+        """The sum of every rank's number; exact for whole ones."""
+        if self.size == 1:
+            return number
+        import torch
+
+        return float(self.sum(torch.tensor(number, dtype=torch.float64)))
+
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over the ranks, in place."""
         return self.sum(tensor).div_(self.size) if self.size > 1 else tensor

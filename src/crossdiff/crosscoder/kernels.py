@@ -223,7 +223,7 @@ class Encoded:
         guess, safe = self.guess, self.norms.clamp(min=torch.finfo(self.norms.dtype).tiny)
         while True:
             flat = true_positions(self.raw > guess / safe - self.bias)
-            if guess == 0.0 or sum(ranks.gather(len(flat))) >= n_keep:
+            if guess == 0.0 or ranks.total(len(flat)) >= n_keep:
                 break
             guess = guess * 0.7 if guess > 1e-6 else 0.0
         token, latent, f = self._pairs(flat)

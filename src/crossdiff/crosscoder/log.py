@@ -118,7 +118,7 @@ class Log:
         record: dict[str, Any] = {"step": trainer.step, "tokens": trainer.step * trainer.config.batch_size}
         record |= {key: sums[key] / sums["n"] for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
         record |= {f"fve_{name}": 1 - sums[f"error_{name}"] / sums[f"square_{name}"] for name in trainer.crosscoder.sources}
-        n_dead = sum(trainer.mesh.latent.gather(len(trainer.silence.dead())))
+        n_dead = trainer.mesh.latent.total(len(trainer.silence.dead()))
         record |= {"dead_share": n_dead / trainer.n_latents, "rate": trainer.schedule.rate(trainer.step - 1)}
         record["threshold"] = trainer.crosscoder.threshold
         return record

@@ -234,7 +234,7 @@ def aux_loss(b: Backward, settings: AuxConfig) -> float:
     weight * mean_i ||r_i - sum_(j in the k largest v of the dead) f_ij d_j||^2 / mean_i ||r_i - mean r||^2, with the
     residual r = x - xhat detached and no bias.
     """
-    n_dead = sum(b.mesh.latent.gather(len(b.dead))) if settings.weight else 0
+    n_dead = b.mesh.latent.total(len(b.dead)) if settings.weight else 0
     if not n_dead:
         return 0.0
     n_tokens, decoder, data = len(b.x), b.decoder[b.dead], b.mesh.data

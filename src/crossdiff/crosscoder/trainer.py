@@ -129,7 +129,7 @@ class Trainer:
         """Of the whole gradient."""
         squares = {name: float(torch.linalg.vector_norm(gradients[name])) ** 2 for name in self.crosscoder.parameters()}
         on_bias = squares.pop(EVERYWHERE)
-        return math.sqrt(sum(self.mesh.latent.gather(sum(squares.values()))) + on_bias)
+        return math.sqrt(self.mesh.latent.total(sum(squares.values())) + on_bias)
 
     def _update_threshold(self, smallest: float) -> None:
         """theta: the running mean of the smallest kept v, begun anew when the run has settled.
