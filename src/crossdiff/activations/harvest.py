@@ -15,7 +15,8 @@ import torch
 
 from crossdiff.activations.live import sampled_moments
 from crossdiff.activations.passes import paired_residuals
-from crossdiff.activations.shards import ProgressLog, ShardWriters
+from crossdiff.activations.place import MANIFEST, Place
+from crossdiff.activations.shards import LOG, ProgressLog, ShardWriters
 from crossdiff.activations.store import COLUMNS, FORMAT, check_names
 from crossdiff.activations.texts import Texts
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
@@ -54,7 +55,7 @@ def _counted(batch: Sequence[TokenSequence], is_training: Sequence[bool], leave_
 
 
 def harvest(
-    folders: Mapping[int, Path],
+    folders: Mapping[int, str | Path | Place],
     pair: Pair,
     datasets: tuple[DatasetConfig, ...],
     config: HarvestConfig,
@@ -65,7 +66,7 @@ def harvest(
     However many layers, it is one pass. The stores hold the same tokens in the same order.
 
     Args:
-        folders: by layer.
+        folders: by layer; local ones, or URLs of remote ones.
         advance: called once for each document read.
 
     Returns:
@@ -87,13 +88,19 @@ def harvest(
         names = tuple(record.name for record in texts.records)
         origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
         if config.storage == "live":
-            moments = sampled_moments(log.folder, log.entries, pair, layer, config, texts.is_training)
+            moments = sampled_moments(log.place, log.entries, pair, layer, config, texts.is_training)
         else:
-            moments = summed_moments(log.folder, log.entries)
-        finish_store(log.folder, origin, config, log.entries, texts.table(), moments)
+            moments = summed_moments(log.place, log.entries)
+        finish_store(log.place, origin, config, log.entries, texts.table(), moments)
     for log in logs.values():
-        log.path.unlink()
+        log.end()
     return _remarks(texts)
+
+
+def is_whole(place: Place) -> bool:
+    """Whether a harvest into this place came to its end."""
+    names = place.sizes()
+    return MANIFEST in names and LOG not in names
 
 
 def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig) -> None:
@@ -129,7 +136,7 @@ def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: Har
 def _settings(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> dict[str, Any]:
     """What an unfinished harvest must have in common with the one that goes on with it."""
     return {
-        "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json"),
+        "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json", exclude={"store"}),
         "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
     }  # fmt: skip
 

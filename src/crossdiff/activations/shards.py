@@ -1,7 +1,7 @@
 """Writing a store's shards: tokens fill a buffer, the buffer becomes a file, and a line of a log says that it is whole.
 
-A file is hashed while it is written, synced, and renamed into place; then `progress.jsonl` gets its line. So a killed
-harvest finds there what it need not do again, and a line that was cut off in the middle is not one.
+A file is hashed while it is written, and it is whole when it has its name (`Place.writing`); then `progress.jsonl` gets its
+line. So a killed harvest finds there what it need not do again, and a line that was cut off in the middle is not one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+from crossdiff.activations.place import Place, place_of
 from crossdiff.activations.ranges import SAFETENSORS_NAMES
 from crossdiff.activations.statistics import Moments
 from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.config import UserError
 from crossdiff.shapes import Float, Float32, Int8, Tensor
 
+LOG = "progress.jsonl"
 BLOCK = 1 << 20
 """Bytes that are hashed and written together: they stay in the cache in between."""
 
@@ -89,13 +91,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, temporary = hashlib.sha256(), path.with_suffix(".partial")
-    with temporary.open("wb", buffering=0) as file:
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
         for block in _blocks(len(text).to_bytes(8, "little") + text, ordered.values()):
             digest.update(block)
             _write_all(file.fileno(), block)
-        os.fsync(file.fileno())
-    temporary.replace(path)
     return 8 + len(text) + offset, digest.hexdigest()
 
 
@@ -160,21 +160,22 @@ class ShardBuffer:
 class ProgressLog:
     """`progress.jsonl`: what is harvested, then a line for each whole shard."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Read the log of `folder`, or begin it.
+    def __init__(self, where: str | Path | Place, settings: dict[str, Any]) -> None:
+        """Read the log of a place, or begin it.
 
         Raises:
             UserError: it has shards of a harvest with other settings.
         """
-        self.folder, self.path = folder, folder / "progress.jsonl"
+        self.place = place_of(where)
         self.entries: list[ShardEntry] = []
-        head, *lines = _whole_lines(self.path) or [settings]
+        sizes = self.place.sizes()
+        head, *lines = (_whole_lines(self.place.fetch(LOG)) if LOG in sizes else []) or [settings]
         if lines and head != settings:
-            raise UserError(f"{folder} holds an unfinished harvest with other settings; delete it or choose another folder")
+            where = self.place.where
+            raise UserError(f"{where} holds an unfinished harvest with other settings; delete it or choose another folder")
         for line in lines:
             entry = ShardEntry(**line)
-            path = folder / entry.file
-            if not path.exists() or path.stat().st_size != entry.bytes:
+            if sizes.get(entry.file) != entry.bytes:
                 break
             self.entries.append(entry)
         self._settings = settings
@@ -184,22 +185,21 @@ class ProgressLog:
         """Forget the shards after the first `n_shards`."""
         self.entries = self.entries[:n_shards]
         lines = [self._settings, *map(asdict, self.entries)]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(self.path)
+        with self.place.writing(LOG) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def append(self, entry: ShardEntry) -> None:
+        """Add a line. The log is written anew, since nothing can be appended to a file in a bucket."""
         self.entries.append(entry)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(entry)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.keep(len(self.entries))
+
+    def end(self) -> None:
+        """Delete the log of a harvest that is complete."""
+        self.place.remove(LOG)
 
 
 def _whole_lines(path: Path) -> list[Any]:
     """The records of a log, without a last line that a kill cut off."""
-    if not path.exists():
-        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -248,5 +248,6 @@ class ShardWriters:
     def _write(self, buffers: list[ShardBuffer], batches: int, sequences: int, seconds: float) -> None:
         for log, buffer in zip(self.logs, buffers, strict=True):
             name, n_tokens = f"shard-{len(log.entries):05d}.safetensors", buffer.n_tokens
-            size, digest = buffer.write(log.folder / name)
+            with log.place.writing(name) as path:
+                size, digest = buffer.write(path)
             log.append(ShardEntry(name, n_tokens, size, digest, batches, sequences, seconds))

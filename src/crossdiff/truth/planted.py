@@ -163,9 +163,9 @@ def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream:
     ]
     identity = {"base": {"name": "planted base"}, "chat": {"name": "planted chat"}, "tokenizer": "planted"}
     origin = Origin(identity | {"planted": config.model_dump()}, 0, 1, ("planted",))
-    table, moments = pl.DataFrame(documents, schema=DOCUMENT_COLUMNS), summed_moments(folder, log.entries)
-    finish_store(folder, origin, settings, log.entries, table, moments)
-    log.path.unlink()
+    table, moments = pl.DataFrame(documents, schema=DOCUMENT_COLUMNS), summed_moments(log.place, log.entries)
+    finish_store(log.place, origin, settings, log.entries, table, moments)
+    log.end()
     return Store(folder)
 
 
