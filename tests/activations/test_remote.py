@@ -12,6 +12,7 @@ import sys
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from crossdiff.activations.store import Store, verify
 from crossdiff.cli import run_command
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
 from crossdiff.models.pair import Pair, load_pair
+from crossdiff.report.reading import read_run
 from stores import make_store
 
 SETTINGS = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtype="float32")
@@ -162,13 +164,13 @@ def test_a_run_with_its_store_in_the_bucket(
     tmp_path: Path, bucket: str, analysed_run: Path, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Harvest, training, analysis and report; against the same run on the local disk."""
+    """Harvest, training, analysis and what the report reads; against the same run on the local disk."""
     values = tiny_config(tiny_pair, tiny_texts)
     values["crosscoders"] = {"batchtopk": values["crosscoders"]["batchtopk"]}
     values["harvest"]["store"] = bucket
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
     run = tmp_path / "run"
-    run_command(["run", str(run), "--config", str(tmp_path / "settings.yaml")])
+    run_command(["analyze", str(run), "--config", str(tmp_path / "settings.yaml")])
     url = json.loads((run / "activations" / "store.json").read_text())["url"]
     assert url.startswith(f"{bucket}/activations-")
     assert url in capsys.readouterr().out
@@ -178,7 +180,8 @@ def test_a_run_with_its_store_in_the_bucket(
     assert (run / name).read_bytes() == (analysed_run / name).read_bytes()
     tables = [pl.read_parquet(path / "batchtopk" / "latents.parquet") for path in (run, analysed_run)]
     assert tables[0].equals(tables[1])
-    assert "<html" in (run / "report.html").read_text()
+    report, expected = read_run(run), read_run(analysed_run)
+    assert (report.n_tokens, report.datasets) == (expected.n_tokens, expected.datasets)
     run_command(["store", "verify", str(run / "activations")])
     run_command(["store", "verify", url])
     assert capsys.readouterr().out.endswith(f"{url} is whole\n")
@@ -382,15 +385,20 @@ def test_the_pointer_of_a_run_says_which_store_it_is(tmp_path: Path, memory: str
 # --- errors that come before long work ----------------------------------------------------------------------------
 
 
-def refuse(s3: S3FileSystem) -> None:
-    """From now on the server checks who asks; nobody is known to it."""
+@contextmanager
+def nobody_is_known() -> Iterator[None]:
+    """The server checks who asks, and knows nobody."""
     address = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
-    urllib.request.urlopen(urllib.request.Request(address, data=b"0", method="POST"))
 
+    def let_in(n_requests: bytes) -> None:
+        request = urllib.request.Request(address, n_requests, {"Content-Type": "text/plain"}, method="POST")
+        urllib.request.urlopen(request).close()
 
-def allow(s3: S3FileSystem) -> None:
-    address = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
-    urllib.request.urlopen(urllib.request.Request(address, data=b"inf", method="POST"))
+    let_in(b"0")
+    try:
+        yield
+    finally:
+        let_in(b"inf")
 
 
 @pytest.mark.parametrize(
@@ -420,18 +428,13 @@ def test_a_place_that_cannot_be_used_is_named_before_anything_long(
     elif store == "anonymous":
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    elif store == "forbidden":
-        refuse(s3)
     tiny_settings["harvest"]["store"] = store if "/" in store else bucket
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tiny_settings))
-    try:
+    with nobody_is_known() if store == "forbidden" else nullcontext():
         for command in ("harvest", "plan"):
             with pytest.raises(UserError, match=reason) as raised:
                 run_command([command, str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")])
             assert "\n" not in str(raised.value).partition("wrong settings:\n")[2]
-    finally:
-        if store == "forbidden":
-            allow(s3)
 
 
 def test_reading_what_is_not_there(s3: S3FileSystem, capsys: pytest.CaptureFixture[str]) -> None:
