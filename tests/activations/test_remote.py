@@ -438,7 +438,7 @@ def test_a_place_that_cannot_be_used_is_named_before_anything_long(
 
 
 def test_reading_what_is_not_there(s3: S3FileSystem, capsys: pytest.CaptureFixture[str]) -> None:
-    for url, reason in (("s3://nowhere/store", "The specified bucket does not exist"), ("s3://bucket/none", "bucket/none")):
+    for url, reason in (("s3://nowhere/store", "The specified bucket does not exist"), ("s3://bucket/none", "")):
         with pytest.raises(UserError, match=rf"{url} is no activation store: it has no manifest\.json \({reason}"):
             Store(url)
         with pytest.raises(UserError, match="is no activation store"):

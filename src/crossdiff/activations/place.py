@@ -127,10 +127,9 @@ class Local(Place):
             raise UserError(f"cannot write to {self.where}: {error.strerror}") from None
 
     def sizes(self) -> dict[str, int]:
-        files = (
-            [path for path in self.where.iterdir() if path.is_file() and not path.is_symlink()] if self.where.is_dir() else []
-        )
-        return {path.name: path.stat().st_size for path in files}
+        if not self.where.is_dir():
+            return {}
+        return {path.name: path.stat().st_size for path in self.where.iterdir() if path.is_file() and not path.is_symlink()}
 
     def fetch(self, name: str) -> Path:
         if not (self.where / name).is_file():

@@ -235,15 +235,14 @@ class Store:
         out = torch.empty(len(rows), len(self.sources), self.d_model)
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self.offsets)
-        wanted = np.flatnonzero(np.diff(cuts)).tolist()
-        parts = [order[cuts[index] : cuts[index + 1]] for index in wanted]
-        local = [torch.from_numpy(rows[part] - self.offsets[index]) for index, part in zip(wanted, parts, strict=True)]
-        calls = [partial(self.activations[index].__getitem__, chosen) for index, chosen in zip(wanted, local, strict=True)]
-        for index, part, chosen, stored in zip(wanted, parts, local, self.place.overlapped(calls), strict=True):
+        parts = {index: order[cuts[index] : cuts[index + 1]] for index in np.flatnonzero(np.diff(cuts)).tolist()}
+        local = {index: torch.from_numpy(rows[part] - self.offsets[index]) for index, part in parts.items()}
+        calls = [partial(self.activations[index].__getitem__, chosen) for index, chosen in local.items()]
+        for index, stored in zip(parts, self.place.overlapped(calls), strict=True):
             h = stored.float()
             if (scale := self.shards[index].get("activation_scale")) is not None:
-                h *= scale[chosen].unsqueeze(2)
-            out[torch.from_numpy(part)] = h
+                h *= scale[local[index]].unsqueeze(2)
+            out[torch.from_numpy(parts[index])] = h
         # One NaN or infinity makes the sum not finite, and a sum costs less than a look at each number.
         if not torch.isfinite(out.sum()):
             self._name_what_is_not_finite(rows, out)
