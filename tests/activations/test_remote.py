@@ -221,10 +221,11 @@ harvest({1: url}, load_pair(base, chat, torch.device("cpu")), datasets, settings
 
 @pytest.mark.slow
 def test_a_killed_harvest_goes_on(
-    bucket: str, local: Store, pair: Pair, datasets: tuple[DatasetConfig, ...],
+    tmp_path: Path, bucket: str, local: Store, pair: Pair, datasets: tuple[DatasetConfig, ...],
     tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path],
 ) -> None:  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", KILL, *map(str, (*tiny_pair, *tiny_texts)), bucket], capture_output=True)
+    command = [sys.executable, "-c", KILL, *map(str, (*tiny_pair, *tiny_texts)), bucket]
+    result = subprocess.run(command, capture_output=True, env=os.environ | {"TMPDIR": str(tmp_path)})
     assert result.returncode == -signal.SIGKILL, result.stderr
     left = content(bucket)
     assert sorted(left) == ["progress.jsonl", *(f"shard-0000{n}.safetensors" for n in range(3))]

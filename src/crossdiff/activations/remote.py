@@ -127,7 +127,7 @@ class Remote(Place):
     def fetch(self, name: str) -> Path:
         path = self._scratch / name
         with self._explained(FileNotFoundError):
-            path.write_bytes(self._system.cat_file(self._path(name)))
+            self._system.get_file(self._path(name), str(path))
         return path
 
     def skim(self, name: str) -> Path:
