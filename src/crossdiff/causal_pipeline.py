@@ -72,7 +72,8 @@ class CausalPipeline(Pipeline):
                 progress_bar(self.console, f"causal {name}, conversations", None) as advance,
             ):
                 (folder / name).mkdir(exist_ok=True)
-                causal_test(folder / name, folder / "parts", pair, store, crosscoder, table, config, advance)
+                if self.run.ranks.is_first:
+                    causal_test(folder / name, folder / "parts", pair, store, crosscoder, table, config, advance)
             self._say_done(stage)
         print_causal(read_json(self.run.path / name / "causal.json"), name, self.console)
 

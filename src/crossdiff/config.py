@@ -326,6 +326,12 @@ class RunConfig(Config):
         (), description="texts: paths, Hub names, or mappings with the keys of a dataset"
     )
     device: str = Field("auto", description="auto, cpu, or what torch calls the accelerator")
+    latent_ranks: int | None = Field(
+        None,
+        ge=1,
+        description="under torchrun: processes over which latents are split in training, the others splitting the "
+        "batch; default: all",
+    )
     harvest: HarvestConfig = HarvestConfig()
     crosscoders: dict[str, CrosscoderConfig] = Field(
         {

@@ -252,7 +252,8 @@ class Pipeline:
                 advance(max(0, step - last), _training_note(records), n_steps)
                 last = step
 
-            train_together(jobs, store, choose_device(self.config.device), self.config.trackers, report)
+            device, ranks = choose_device(self.config.device), self.run.ranks
+            train_together(jobs, store, device, self.config.trackers, report, ranks, self.config.latent_ranks)
         for stage in wanted.values():
             self._say_done(stage)
 
@@ -287,7 +288,8 @@ class Pipeline:
             self.run.working(stage) as folder,
             progress_bar(self.console, "compare, tokens", config.max_tokens) as advance,
         ):
-            write_json(folder / "comparison.json", compare(crosscoders, store, pair, config, advance))
+            if self.run.ranks.is_first:
+                write_json(folder / "comparison.json", compare(crosscoders, store, pair, config, advance))
         self._say_done(stage)
 
     def analyze(self, name: str) -> None:
@@ -306,7 +308,7 @@ class Pipeline:
             progress_bar(self.console, f"analyze {name}, tokens", store.n_tokens) as advance,
         ):
             (folder / name).mkdir(exist_ok=True)
-            analyze(folder / name, crosscoder, store, tokenizer, self.config.analyze, advance, reference)
+            analyze(folder / name, crosscoder, store, tokenizer, self.config.analyze, advance, reference, self.run.ranks)
         self._say_done(stage)
 
     def report(self) -> None:
@@ -324,8 +326,9 @@ class Pipeline:
             from crossdiff.report.print import write_figures
 
             with self.run.working(stage) as folder:
-                write_html(report, folder / "report.html")
-                write_figures(report, folder / "figures")
+                if self.run.ranks.is_first:
+                    write_html(report, folder / "report.html")
+                    write_figures(report, folder / "figures")
             self._say_done(stage)
         print_summary(report, self.console)
 
@@ -342,7 +345,7 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
     from crossdiff.crosscoder.structure import check_sizes
     from crossdiff.text.documents import count_records
 
-    config, console = waiting[0].config, waiting[0].console
+    config, console, ranks = waiting[0].config, waiting[0].console, waiting[0].run.ranks
     urls = [pipeline.store_url for pipeline in waiting]
     for where in filter(None, urls):
         place_of(where).prepare()  # before the models are loaded, which takes long
@@ -356,14 +359,15 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
         folders = [stack.enter_context(pipeline.run.working(pipeline.harvest_stage())) / "activations" for pipeline in waiting]
         for folder in folders:
             folder.mkdir(exist_ok=True)
-            (folder / POINTER).unlink(missing_ok=True)
+            if ranks.is_first:
+                (folder / POINTER).unlink(missing_ok=True)
         places = {layer: place_of(url or folder) for layer, url, folder in zip(layers, urls, folders, strict=True)}
         unfinished = {layer: place for layer, place in places.items() if not is_whole(place)}
         title = f"harvest, layer{'s' * (len(layers) > 1)} {' '.join(map(str, layers))}, documents"
         total = None if None in counts else sum(filter(None, counts))
         advance = stack.enter_context(progress_bar(console, title, total))
-        remarks = harvest(unfinished, pair, datasets, config.harvest, advance) if unfinished else []
-        for url, folder in zip(urls, folders, strict=True):
+        remarks = harvest(unfinished, pair, datasets, config.harvest, advance, ranks) if unfinished else []
+        for url, folder in zip(urls, folders, strict=True) if ranks.is_first else ():
             if url is not None:
                 leave_pointer(folder, url)
                 console.print(f"the activations are in {url}", highlight=False, soft_wrap=True)

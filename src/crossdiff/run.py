@@ -23,6 +23,7 @@ from typing import IO, Any
 import yaml
 
 from crossdiff.config import UserError
+from crossdiff.ranks import ALONE, Ranks
 
 FORMAT = 1
 
@@ -63,20 +64,27 @@ class Stage:
 
 
 class Run:
-    """A run directory, held by this process."""
+    """A run directory, held by this process; of several ranks the first holds it, and it alone changes what is there."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[str]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[str] | None, ranks: Ranks = ALONE) -> None:
         self.path = path
         self.manifest = manifest
+        self.ranks = ranks
         self._lock = lock
 
     @classmethod
-    def open(cls, path: Path) -> Run:
+    def open(cls, path: Path, ranks: Ranks = ALONE) -> Run:
         """Open or make a run directory and take its lock.
 
         Raises:
             UserError: the folder cannot be written, holds something else, or another process has it.
         """
+        run = cls._hold(path, ranks) if ranks.is_first else None
+        ranks.wait()
+        return run or cls(path, read_json(path / "manifest.json"), None, ranks)
+
+    @classmethod
+    def _hold(cls, path: Path, ranks: Ranks) -> Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("a+", encoding="utf-8")
@@ -100,7 +108,7 @@ class Run:
                 (path / ".lock").unlink()
                 raise UserError(f"{path} is not empty and no run of crossdiff (found {strangers[0]}); choose another folder")
             manifest = {"format": FORMAT, "stages": {}, "swap": []}
-        run = cls(path, manifest, lock)
+        run = cls(path, manifest, lock, ranks)
         if not manifest_path.exists():
             run.save()
         run._swap_moves()
@@ -108,13 +116,16 @@ class Run:
 
     def close(self) -> None:
         """Release the lock."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def save(self) -> None:
         write_json(self.path / "manifest.json", self.manifest)
 
     def write_config(self, values: dict[str, Any]) -> None:
         """Keep the settings of this run in `config.yaml`."""
+        if not self.ranks.is_first:
+            return
         text = yaml.safe_dump(values, sort_keys=False)
         temporary = self.path / "config.yaml.partial"
         temporary.write_text(text, encoding="utf-8")
@@ -136,12 +147,20 @@ class Run:
     def working(self, stage: Stage) -> Iterator[Path]:
         """A folder to work in; at the end of the block its files become the stage's outputs.
 
-        The folder outlives a kill or an error, so that the stage can go on from what it has written there.
+        The folder outlives a kill or an error, so that the stage can go on from what it has written there. Several ranks
+        work in it together, and leave it together.
         """
         folder = self.path / "work" / f"{stage.name.replace('/', '-')}-{stage.fingerprint}"
         folder.mkdir(parents=True, exist_ok=True)
         started = time.time()
+        self.ranks.wait()
         yield folder
+        self.ranks.wait()
+        if self.ranks.is_first:
+            self._swap_in(stage, folder, time.time() - started)
+        self.manifest = self.ranks.agree(self.manifest)
+
+    def _swap_in(self, stage: Stage, folder: Path, seconds: float) -> None:
         missing = [output for output in stage.outputs if not (folder / output).exists()]
         assert not missing, f"stage {stage.name} did not write {missing}"
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -154,7 +173,7 @@ class Run:
         self.manifest["stages"][stage.name] = {
             "fingerprint": stage.fingerprint,
             "outputs": list(stage.outputs),
-            "seconds": round(time.time() - started, 1),
+            "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self.manifest["swap"] = moves

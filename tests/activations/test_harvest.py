@@ -184,7 +184,7 @@ def test_a_stopped_harvest_goes_on_to_the_same_store(
     with pytest.raises(UserError, match="holds an unfinished harvest with other settings"):
         harvest(folders, pair, datasets, SETTINGS.model_copy(update={"leave_out": 2}))
     if len(layers) == 2:  # as if killed between the two layers' shards
-        log = folders[2] / "progress.jsonl"
+        log = folders[2] / "progress-0.jsonl"
         *whole, _ = log.read_text().splitlines(keepends=True)
         log.write_text("".join(whole) + '{"file": "shard-00')
     calls = -100

@@ -208,7 +208,7 @@ base, chat, plain, chats, url = sys.argv[1:]
 append = ProgressLog.append
 
 def dying(log, entry):
-    if len(log.entries) == 2:  # the third shard is up, its line is not
+    if len(log.entries()) == 2:  # the third shard is up, its line is not
         os.kill(os.getpid(), signal.SIGKILL)
     append(log, entry)
 
@@ -228,8 +228,8 @@ def test_a_killed_harvest_goes_on(
     result = subprocess.run(command, capture_output=True, env=os.environ | {"TMPDIR": str(tmp_path)})
     assert result.returncode == -signal.SIGKILL, result.stderr
     left = content(bucket)
-    assert sorted(left) == ["progress.jsonl", *(f"shard-0000{n}.safetensors" for n in range(3))]
-    assert len(left["progress.jsonl"].splitlines()) == 3  # the settings and two shards
+    assert sorted(left) == ["progress-0.jsonl", *(f"shard-0000{n}.safetensors" for n in range(3))]
+    assert len(left["progress-0.jsonl"].splitlines()) == 3  # the settings and two shards
     with pytest.raises(UserError, match=r"is no activation store: it has no manifest\.json"):
         Store(bucket)
     with pytest.raises(UserError, match=f"{bucket} holds an unfinished harvest with other settings"):
@@ -274,7 +274,7 @@ def test_an_upload_that_breaks_off_leaves_no_file(
         patch.setattr(remote.Remote, "writing", third)
         with pytest.raises(UserError, match="the line is cut"):
             harvest({1: bucket}, pair, datasets, SETTINGS)
-    assert sorted(content(bucket)) == ["progress.jsonl", "shard-00000.safetensors", "shard-00001.safetensors"]
+    assert sorted(content(bucket)) == ["progress-0.jsonl", "shard-00000.safetensors", "shard-00001.safetensors"]
     harvest({1: bucket}, pair, datasets, SETTINGS)
     assert content(bucket) == content(local.folder)
 

@@ -22,6 +22,7 @@ from crossdiff.config import (
 )
 from crossdiff.crosscoder.kernels import DenseCode, SparseCode
 from crossdiff.crosscoder.losses import Silence, StepResult, step_gradients
+from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.structure import Constraint, constraint_of
 from crossdiff.crosscoder.view import identity
@@ -146,7 +147,7 @@ def test_the_gradients_are_those_of_the_selection_that_was_made(n_sources: int, 
         crosscoder.encoder_bias -= 100
     else:
         crosscoder.decoder[3] = 0
-    code, _ = crosscoder.rule.select(crosscoder.encode(x, crosscoder.norms().sum(1)))
+    code, _ = crosscoder.rule.select(crosscoder.encode(x, crosscoder.norms().sum(1)), Mesh())
     assert isinstance(code, SparseCode)
     mask = torch.zeros(16, N_LATENTS)
     mask[code.token, code.latent] = 1
@@ -162,7 +163,7 @@ def test_jumprelu(n_sources: int, bandwidth: float, shift: float) -> None:
     crosscoder.encoder_bias += shift * n_sources**0.5
     x = inputs(400, n_sources)
     theta = crosscoder.own["log_threshold"].exp()
-    code, _ = crosscoder.rule.select(crosscoder.encode(x, crosscoder.norms().sum(1)))
+    code, _ = crosscoder.rule.select(crosscoder.encode(x, crosscoder.norms().sum(1)), Mesh())
     assert isinstance(code, DenseCode) == (shift == 0.0)
     pre = crosscoder.pre_activations(x)
     assert bool(((pre < theta) & (pre > theta - bandwidth / 2)).any()), "the window holds silent pairs"

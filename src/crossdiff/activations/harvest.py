@@ -1,12 +1,15 @@
 """Run both models over the same tokens, in one pass, and keep their residual streams after one or several layers.
 
+Ranks that share a harvest all read the texts, which is cheap, and take the shards in turn; so the store is the same to the last
+bit however many they are.
+
 A live harvest keeps the tokens alone: `live` runs the models when activations are asked for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,13 @@ import torch
 from crossdiff.activations.live import sampled_moments
 from crossdiff.activations.passes import paired_residuals
 from crossdiff.activations.place import MANIFEST, Place
-from crossdiff.activations.shards import LOG, ProgressLog, ShardWriters
+from crossdiff.activations.shards import ProgressLog, ShardWriters, logs_among, shard_name
 from crossdiff.activations.store import COLUMNS, FORMAT, check_names
 from crossdiff.activations.texts import Texts
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
 from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Int, Tensor
 from crossdiff.text.documents import check_datasets
 from crossdiff.text.sequences import POOL, TokenSequence, bucketed
@@ -60,6 +64,7 @@ def harvest(
     datasets: tuple[DatasetConfig, ...],
     config: HarvestConfig,
     advance: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """Write an activation store of each layer into its folder, going on from what is there already.
 
@@ -68,6 +73,7 @@ def harvest(
     Args:
         folders: by layer; local ones, or URLs of remote ones.
         advance: called once for each document read.
+        ranks: the processes that share the work, all of which see the folders.
 
     Returns:
         What the user should know: datasets shorter than asked for, damaged records that were left out.
@@ -78,59 +84,89 @@ def harvest(
     check_names([dataset.title for dataset in datasets])
     check_datasets(datasets)
     texts = Texts(datasets, pair.tokenizer, config, advance)
-    logs = {layer: ProgressLog(folders[layer], _settings(pair, layer, datasets, config)) for layer in sorted(folders)}
-    # A kill between two layers' shards leaves one more of the first.
-    n_shards = min(len(log.entries) for log in logs.values())
-    for log in logs.values():
-        log.keep(n_shards)
-    _fill(logs, pair, texts, config)
-    for layer, log in logs.items():
+    settings = {layer: _settings(pair, layer, datasets, config) for layer in sorted(folders)}
+    logs = {layer: ProgressLog(folders[layer], each, ranks.rank) for layer, each in settings.items()}
+    ranks.wait()
+    n_shards = _fill(logs, pair, texts, config, ranks)
+    ranks.wait()
+    for layer, log in logs.items() if ranks.is_first else ():
         names = tuple(record.name for record in texts.records)
         origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
+        entries = log.entries()
+        assert len(entries) == n_shards, f"{log.place.where} has {len(entries)} of {n_shards} shards"
         if config.storage == "live":
-            moments = sampled_moments(log.place, log.entries, pair, layer, config, texts.is_training)
+            moments = sampled_moments(log.place, entries, pair, layer, config, texts.is_training)
         else:
-            moments = summed_moments(log.place, log.entries)
-        finish_store(log.place, origin, config, log.entries, texts.table(), moments)
-    for log in logs.values():
-        log.end()
+            moments = summed_moments(log.place, entries)
+        finish_store(log.place, origin, config, entries, texts.table(), moments)
+        log.remove()
     return _remarks(texts)
 
 
 def is_whole(place: Place) -> bool:
     """Whether a harvest into this place came to its end."""
     names = place.sizes()
-    return MANIFEST in names and LOG not in names
+    return MANIFEST in names and not logs_among(names)
 
 
-def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig) -> None:
-    """Write the shards of the layers that `logs` do not have yet."""
-    entries = next(iter(logs.values())).entries
-    done, n_sequences, seconds = (entries[-1].batches, entries[-1].sequences, entries[-1].seconds) if entries else (0, 0, 0.0)
-    started, n_batches, capacity = time.time() - seconds, done, config.shard_tokens + config.batch_tokens
+def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig, ranks: Ranks) -> int:
+    """Write this rank's shards of every layer, where they are not there yet; returns how many shards all ranks have."""
+    done = set.intersection(*({entry.file for entry in log.entries()} for log in logs.values()))
+    ranks.wait()  # before any of them writes
     kept = None if config.storage == "live" else config.dtype
-    writers = ShardWriters(list(logs.values()), capacity, len(SOURCES), pair.d_model, kept)
+    writers = ShardWriters(list(logs.values()), config.shard_tokens + config.batch_tokens, len(SOURCES), pair.d_model, kept)
+    number, n_before, since = -1, 0, time.time()
     try:
-        for index, batch in enumerate(bucketed(texts.sequences(), config.batch_tokens, POOL)):
-            if index < done:
-                continue
-            columns, counted = token_columns(batch, n_sequences), _counted(batch, texts.is_training, config.leave_out)
-            ids = [sequence.token_ids for sequence in batch]
-            computed: list[list[Tensor]] = paired_residuals(pair, ids, list(logs)) if kept else [[] for _ in logs]
-            for buffer, streams in zip(writers.buffers, computed, strict=True):
-                try:
-                    buffer.add(streams, columns, counted)
-                except UserError as error:
-                    numbers = [sequence.document for sequence in batch]
-                    raise UserError(f"{error} (in documents {min(numbers)} to {max(numbers)})") from error
-            n_batches, n_sequences = index + 1, n_sequences + len(batch)
-            if writers.n_tokens >= config.shard_tokens:
-                writers.flush(n_batches, n_sequences, time.time() - started)
-        if writers.n_tokens:
-            writers.flush(n_batches, n_sequences, time.time() - started)
+        for number, batches in enumerate(_shards(texts.sequences(), config)):
+            n_sequences = sum(map(len, batches))
+            if ranks.has(number) and shard_name(number) not in done:
+                first = n_before
+                for batch in batches:
+                    _add(writers, batch, first, pair, list(logs), texts.is_training, config)
+                    first += len(batch)
+                writers.flush(number, n_sequences, (time.time() - since) / ranks.size)
+                since = time.time()
+            n_before += n_sequences
         writers.wait()
     finally:
         writers.close()
+    return number + 1
+
+
+def _shards(sequences: Iterable[TokenSequence], config: HarvestConfig) -> Iterator[list[list[TokenSequence]]]:
+    """The batches of each shard: so many that they reach `shard_tokens`, fewer in the last one."""
+    shard: list[list[TokenSequence]] = []
+    n_tokens = 0
+    for batch in bucketed(sequences, config.batch_tokens, POOL):
+        shard.append(batch)
+        n_tokens += sum(len(sequence.token_ids) for sequence in batch)
+        if n_tokens >= config.shard_tokens:
+            yield shard
+            shard, n_tokens = [], 0
+    if shard:
+        yield shard
+
+
+def _add(
+    writers: ShardWriters,
+    batch: list[TokenSequence],
+    first_sequence: int,
+    pair: Pair,
+    layers: list[int],
+    is_training: Sequence[bool],
+    config: HarvestConfig,
+) -> None:
+    """Run the models over a batch, and put what comes out into the buffers of the layers."""
+    columns, counted = token_columns(batch, first_sequence), _counted(batch, is_training, config.leave_out)
+    computed: list[list[Tensor]] = [[] for _ in layers]
+    if config.storage != "live":
+        computed = paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
+    for buffer, streams in zip(writers.buffers, computed, strict=True):
+        try:
+            buffer.add(streams, columns, counted)
+        except UserError as error:
+            numbers = [sequence.document for sequence in batch]
+            raise UserError(f"{error} (in documents {min(numbers)} to {max(numbers)})") from error
 
 
 def _settings(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,6 @@ GAP = 1 << 20
 """So many bytes cost less to read and throw away than another request does."""
 HEADER = 1 << 16
 """Bytes that are read of a shard first; a header is smaller by far."""
-PROBE = "writable"
 
 T = TypeVar("T")
 
@@ -110,9 +110,10 @@ class Remote(Place):
         return f"{self._root}/{name}"
 
     def prepare(self) -> None:
-        with self.writing(PROBE) as path:
+        probe = f"writable-{uuid.uuid4().hex}"  # others may try at the same time
+        with self.writing(probe) as path:
             path.write_bytes(b"")
-        self.remove(PROBE)
+        self.remove(probe)
 
     def sizes(self) -> dict[str, int]:
         with self._explained():

@@ -1,7 +1,9 @@
 """Writing a store's shards: tokens fill a buffer, the buffer becomes a file, and a line of a log says that it is whole.
 
-A file is hashed while it is written, and it is whole when it has its name (`Place.writing`); then `progress.jsonl` gets its
-line. So a killed harvest finds there what it need not do again, and a line that was cut off in the middle is not one.
+A file is hashed while it is written, and it is whole when it has its name (`Place.writing`); then the log gets its line. So a
+killed harvest finds there what it need not do again, and a line that was cut off in the middle is not one. Which tokens a shard
+holds depends on the texts and the settings alone, so that any rank can make any shard; each writes a log of its own and reads
+those of all.
 """
 
 from __future__ import annotations
@@ -24,22 +26,30 @@ from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.config import UserError
 from crossdiff.shapes import Float, Float32, Int8, Tensor
 
-LOG = "progress.jsonl"
 BLOCK = 1 << 20
 """Bytes that are hashed and written together: they stay in the cache in between."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A whole shard in the progress log. batches, sequences, seconds: of the harvest until its end."""
+    """A whole shard in a log. sequences: in it. seconds: since the shard before it, over the number of ranks at work."""
 
     file: str
     n_tokens: int
     bytes: int
     sha256: str
-    batches: int
     sequences: int
     seconds: float
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def logs_among(names: Iterable[str]) -> list[str]:
+    """Which files are logs of an unfinished harvest."""
+    return sorted(name for name in names if name.startswith("progress-") and name.endswith(".jsonl"))
 
 
 def quantise(h: Float32[Tensor, "token d_model"]) -> tuple[Int8[Tensor, "token d_model"], Float32[Tensor, " token"]]:
@@ -158,44 +168,43 @@ class ShardBuffer:
 
 
 class ProgressLog:
-    """`progress.jsonl`: what is harvested, then a line for each whole shard."""
+    """`progress-RANK.jsonl`: what is harvested, then a line for each whole shard that the rank has made."""
 
-    def __init__(self, where: str | Path | Place, settings: dict[str, Any]) -> None:
-        """Read the log of a place, or begin it.
+    def __init__(self, where: str | Path | Place, settings: dict[str, Any], rank: int = 0) -> None:
+        """Begin this rank's log in a place, or go on with it."""
+        self.place, self._name, self._settings = place_of(where), f"progress-{rank}.jsonl", settings
+        found = _whole_lines(self.place.fetch(self._name)) if self._name in self.place.sizes() else []
+        self._lines = found if len(found) > 1 else [settings]
+        self._write()
+
+    def entries(self) -> list[ShardEntry]:
+        """The shards that are whole, whichever rank made them, in order.
 
         Raises:
-            UserError: it has shards of a harvest with other settings.
+            UserError: they are of a harvest with other settings.
         """
-        self.place = place_of(where)
-        self.entries: list[ShardEntry] = []
-        sizes = self.place.sizes()
-        head, *lines = (_whole_lines(self.place.fetch(LOG)) if LOG in sizes else []) or [settings]
-        if lines and head != settings:
-            where = self.place.where
-            raise UserError(f"{where} holds an unfinished harvest with other settings; delete it or choose another folder")
-        for line in lines:
-            entry = ShardEntry(**line)
-            if sizes.get(entry.file) != entry.bytes:
-                break
-            self.entries.append(entry)
-        self._settings = settings
-        self.keep(len(self.entries))
-
-    def keep(self, n_shards: int) -> None:
-        """Forget the shards after the first `n_shards`."""
-        self.entries = self.entries[:n_shards]
-        lines = [self._settings, *map(asdict, self.entries)]
-        with self.place.writing(LOG) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        sizes, found = self.place.sizes(), dict[str, ShardEntry]()
+        for name in logs_among(sizes):
+            head, *lines = _whole_lines(self.place.fetch(name)) or [self._settings]
+            if lines and head != self._settings:
+                where = self.place.where
+                raise UserError(f"{where} holds an unfinished harvest with other settings; delete it or choose another folder")
+            found |= {line["file"]: ShardEntry(**line) for line in lines}
+        return [entry for file, entry in sorted(found.items()) if sizes.get(file) == entry.bytes]
 
     def append(self, entry: ShardEntry) -> None:
         """Add a line. The log is written anew, since nothing can be appended to a file in a bucket."""
-        self.entries.append(entry)
-        self.keep(len(self.entries))
+        self._lines.append(asdict(entry))
+        self._write()
 
-    def end(self) -> None:
-        """Delete the log of a harvest that is complete."""
-        self.place.remove(LOG)
+    def _write(self) -> None:
+        with self.place.writing(self._name) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
+
+    def remove(self) -> None:
+        """Delete the logs of all ranks, once the store is finished."""
+        for name in logs_among(self.place.sizes()):
+            self.place.remove(name)
 
 
 def _whole_lines(path: Path) -> list[Any]:
@@ -226,15 +235,15 @@ class ShardWriters:
         """What to fill, a buffer a layer."""
         return self._sets[0]
 
-    def flush(self, batches: int, sequences: int, seconds: float) -> None:
-        """Begin to write what is buffered, once the shard before it is written. The arguments are those of its entry.
+    def flush(self, number: int, sequences: int, seconds: float) -> None:
+        """Begin to write what is buffered as the shard of a number, once the one before is written; see `ShardEntry`.
 
         Raises:
             OSError: the shard before it could not be written.
         """
         self.wait()
         full, empty = self._sets
-        self._writing = self._thread.submit(self._write, full, batches, sequences, seconds)
+        self._writing = self._thread.submit(self._write, full, number, sequences, seconds)
         self._sets = [empty, full]
 
     def wait(self) -> None:
@@ -245,9 +254,10 @@ class ShardWriters:
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _write(self, buffers: list[ShardBuffer], batches: int, sequences: int, seconds: float) -> None:
+    def _write(self, buffers: list[ShardBuffer], number: int, sequences: int, seconds: float) -> None:
+        name = shard_name(number)
         for log, buffer in zip(self.logs, buffers, strict=True):
-            name, n_tokens = f"shard-{len(log.entries):05d}.safetensors", buffer.n_tokens
+            n_tokens = buffer.n_tokens
             with log.place.writing(name) as path:
                 size, digest = buffer.write(path)
-            log.append(ShardEntry(name, n_tokens, size, digest, batches, sequences, seconds))
+            log.append(ShardEntry(name, n_tokens, size, digest, sequences, seconds))

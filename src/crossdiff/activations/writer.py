@@ -80,10 +80,10 @@ def finish_store(
         "datasets": list(origin.datasets),
         "texts": origin.texts,
         "n_documents": documents.height,
-        "n_sequences": entries[-1].sequences,
+        "n_sequences": sum(entry.sequences for entry in entries),
         "n_tokens": sum(entry.n_tokens for entry in entries),
         "n_statistics_tokens": int(moments.n_tokens),
-        "seconds": round(entries[-1].seconds, 1),
+        "seconds": round(sum(entry.seconds for entry in entries), 1),
         "shards": [
             {"file": entry.file, "n_tokens": entry.n_tokens, "bytes": entry.bytes, "sha256": entry.sha256} for entry in entries
         ],

@@ -60,15 +60,18 @@ def stage(command: str, argv: Sequence[str]) -> None:
 
     from crossdiff.causal_pipeline import CausalPipeline
     from crossdiff.pipeline import harvest_layers
+    from crossdiff.ranks import current
     from crossdiff.run import Run, explain_disk_error
 
     settings = {directory / f"layer-{layer}": config.model_copy(update={"layer": layer}) for layer in args.layers}
+    ranks = current()
+    console = Console(quiet=not ranks.is_first)
     with ExitStack() as stack:
         pipelines = []
         for path, values in (settings or {directory: config}).items():
-            run = Run.open(path)
+            run = Run.open(path, ranks)
             stack.callback(run.close)
-            pipelines.append(CausalPipeline(run, values, Console(), args.force, tuple(args.only)))
+            pipelines.append(CausalPipeline(run, values, console, args.force, tuple(args.only)))
         try:
             if settings:
                 for pipeline in pipelines:

@@ -1,14 +1,16 @@
 """Crosscoders on disk: `config.json` + `model.safetensors`, with the tensor names and shapes that the paper's fork of
-`dictionary_learning` reads, and the training state as safetensors. Nothing is pickled."""
+`dictionary_learning` reads. The training state is a distributed checkpoint of torch, which any number of ranks can read again;
+its table of contents is a pickle, so it is read from the run's own folder only, where this program has written it."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,16 @@ import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_shared
+from torch.distributed.checkpoint.state_dict_saver import save as save_shared
 
 from crossdiff.config import BatchTopKConfig, L1Config, Sparsity, UserError
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
-from crossdiff.run import write_json
+from crossdiff.ranks import ALONE, Ranks
+from crossdiff.run import read_json, write_json
 from crossdiff.shapes import Tensor
 
 FORMAT = 3
@@ -156,67 +162,88 @@ def read(path: Path) -> Crosscoder:
 
 @dataclass
 class TrainingState:
-    """Everything that the next step depends on, and the sums of the log record in progress."""
+    """Everything that the next step depends on, and the sums of the log record in progress.
+
+    Attributes:
+        tensors: the trainer's own by name, distributed ones where ranks share them.
+    """
 
     step: int
     threshold: float
     guess: float
-    silent_tokens: Tensor
-    parameters: dict[str, Tensor]
-    first_moments: dict[str, Tensor]
-    second_moments: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     log_sums: dict[str, float] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors under one name each, on the CPU."""
-        named = {"silent_tokens": self.silent_tokens}
-        for group in GROUPS:
-            named |= {f"{group}.{name}": tensor for name, tensor in getattr(self, group).items()}
-        return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
 
-
-GROUPS = ("parameters", "first_moments", "second_moments")
+NUMBERS = ("step", "threshold", "guess", "log_sums")
+STATE = "state.json"
+"""In a checkpoint's folder: the numbers of the state, and the checksum of each of the other files."""
 
 
 class Checkpoints:
-    """The two latest training states of a folder; the one before the last is there in case the last is damaged."""
+    """The two latest training states of a folder; the one before the last is there in case the last is damaged.
 
-    def __init__(self, folder: Path) -> None:
-        self.last, self.before = folder / "checkpoint.safetensors", folder / "checkpoint-before.safetensors"
+    What ranks share is written and read by all of them together.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks = ALONE) -> None:
+        self.last, self.before, self.ranks = folder / "checkpoint", folder / "checkpoint-before", ranks
+        self._partial = folder / "checkpoint.partial"
 
     def save(self, state: TrainingState) -> None:
-        """Write atomically: temporary file, sync, rename; raises as `_write`, and then the last checkpoint is still there."""
-        tensors = state.tensors()
-        numbers = {key: getattr(state, key) for key in ("step", "threshold", "guess", "log_sums")}
-        temporary = self.last.with_suffix(".partial")
-        _write(tensors, temporary, {"state": json.dumps(numbers), "crc32": str(_crc32(tensors))})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        if self.last.exists():
-            self.last.replace(self.before)
-        temporary.replace(self.last)
-
-    def load(self, warn: Callable[[str], None]) -> TrainingState | None:
-        """The latest state that can be read; None without a checkpoint. A damaged one is named to `warn`.
+        """Write into a new folder, sync, rename.
 
         Raises:
-            UserError: there are checkpoints, and all are damaged.
+            UserError: the disk is full or cannot be written, and then the last checkpoint is still there.
         """
-        problems = []
+        try:
+            if self.ranks.is_first:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            self.ranks.wait()
+            with _quiet():
+                save_shared(dict(state.tensors), checkpoint_id=self._partial, no_dist=self.ranks.size == 1)
+            if self.ranks.is_first:
+                checksums = {path.name: _crc32(path) for path in sorted(self._partial.iterdir())}
+                write_json(self._partial / STATE, {"checksums": checksums, **{key: getattr(state, key) for key in NUMBERS}})
+                shutil.rmtree(self.before, ignore_errors=True)
+                if self.last.exists():
+                    self.last.rename(self.before)
+                self._partial.rename(self.last)
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            reason = _reason(error)
+            raise UserError(
+                f"cannot write {self._partial}: {reason}; free some space and run the same command again"
+            ) from error
+        self.ranks.wait()
+
+    def load(self, state: TrainingState, warn: Callable[[str], None]) -> bool:
+        """Read the latest checkpoint that is whole into a state; False without one. A damaged one is named to `warn`.
+
+        Raises:
+            UserError: there are checkpoints, and all are damaged or belong to another crosscoder.
+        """
+        problems: list[str] = []
         for path in (self.last, self.before):
             if not path.exists():
                 continue
-            try:
-                state = _load_state(path)
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-                problems.append(f"the checkpoint {path} is damaged: {error}")
+            if (problem := self.ranks.agree(_damage(path) if self.ranks.is_first else None)) is not None:
+                problems.append(f"the checkpoint {path} is damaged: {problem}")
                 continue
+            try:
+                with _quiet():
+                    load_shared(dict(state.tensors), checkpoint_id=path, no_dist=self.ranks.size == 1)
+            except CheckpointException as error:
+                raise UserError(f"cannot read the checkpoint {path}: {_reason(error)}; delete it to begin anew") from None
+            numbers = read_json(path / STATE)
+            for key in NUMBERS:
+                setattr(state, key, numbers[key])
             for problem in problems:
                 warn(f"{problem}; the one before it is used, from step {state.step}")
-            return state
+            return True
         if problems:
             raise UserError("; ".join(problems) + "; delete it to start this training anew")
-        return None
+        return False
 
     def check_space(self, state: TrainingState) -> None:
         """Check before training that two checkpoints can be written.
@@ -224,7 +251,7 @@ class Checkpoints:
         Raises:
             UserError: the folder cannot be written, or the disk is too full.
         """
-        needed = 3 * sum(tensor.nbytes for tensor in state.tensors().values())
+        needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         free = shutil.disk_usage(self.last.parent).free
         if free < needed:
             raise UserError(
@@ -232,30 +259,43 @@ class Checkpoints:
                 f"{needed / 1e6:.0f} MB (two checkpoints and the crosscoder); free some space and run the same command again"
             )
         try:
-            probe = self.last.with_suffix(".partial")
+            probe = self.last.parent / "probe.partial"
             probe.write_bytes(b"")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {self.last.parent}: {error.strerror}; choose a folder you may write to") from None
 
 
-def _crc32(tensors: dict[str, Tensor]) -> int:
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None when they are what was written."""
+    try:
+        checksums = json.loads((folder / STATE).read_text(encoding="utf-8"))["checksums"]
+        for name, checksum in checksums.items():
+            if _crc32(folder / name) != checksum:
+                return f"the checksum of {name} does not match"
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _crc32(path: Path) -> int:
     value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy().data, value)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
     return value
 
 
-def _load_state(path: Path) -> TrainingState:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    numbers = json.loads(metadata["state"])
-    if _crc32(tensors) != int(metadata["crc32"]):
-        raise ValueError("its checksum does not match")
-    groups: dict[str, Any] = {group: {} for group in GROUPS}
-    for name, tensor in tensors.items():
-        group, _, key = name.partition(".")
-        if group in groups:
-            groups[group][key] = tensor
-    return TrainingState(**numbers, silent_tokens=tensors["silent_tokens"], **groups)
+def _reason(error: BaseException) -> str:
+    """What is behind the failure of a distributed checkpoint, which reports the ranks' failures wrapped."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(str(failure[0]) for failure in error.failures.values())
+    return str(error)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

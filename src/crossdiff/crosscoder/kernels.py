@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Bool, Float, Int64, Tensor
 
 CACHED = 10_000_000
@@ -208,8 +209,10 @@ class Encoded:
             return DenseCode((self.raw + self.bias).mul_(mask), mask)
         return self.at(true_positions(mask))
 
-    def largest(self, n_keep: int) -> tuple[SparseCode, float]:
+    def largest(self, n_keep: int, ranks: Ranks = ALONE) -> tuple[SparseCode, float]:
         """BatchTopK: keep the `n_keep` largest v_ij = ReLU(pre_ij) * norms_j of the whole batch, exactly.
+
+        Of several ranks, each of which has other tokens or latents, those are kept that are among the largest of all.
 
         The search begins at `guess`, best a little under the smallest kept v. It changes the cost only: with too few
         candidates it is lowered, down to 0, where every positive v is one.
@@ -220,23 +223,58 @@ class Encoded:
         guess, safe = self.guess, self.norms.clamp(min=torch.finfo(self.norms.dtype).tiny)
         while True:
             flat = true_positions(self.raw > guess / safe - self.bias)
-            if len(flat) >= n_keep or guess == 0.0:
+            if guess == 0.0 or sum(ranks.gather(len(flat))) >= n_keep:
                 break
             guess = guess * 0.7 if guess > 1e-6 else 0.0
         token, latent, f = self._pairs(flat)
         v = f * self.norms[latent]
-        if len(flat) > n_keep:
-            kept = torch.topk(v, n_keep, sorted=False).indices.sort().values
-            token, latent, f, v = token[kept], latent[kept], f[kept], v[kept]
-        smallest = float(v.min()) if len(v) else 0.0
+        kept, smallest = largest_values(v, n_keep, ranks)
+        if kept is not None:
+            token, latent, f = token[kept], latent[kept], f[kept]
         return SparseCode(token, latent, f, *self.raw.shape), smallest
 
-    def largest_of_each_token(self, k: int) -> SparseCode:
-        """TopK: keep the k largest positive v of each token."""
+    def largest_of_each_token(self, k: int, ranks: Ranks = ALONE) -> SparseCode:
+        """TopK: keep the k largest positive v of each token; of several ranks, each of which has other latents, of all."""
         v = self.pre().mul_(self.norms)
-        top = v.topk(k, dim=1, sorted=False)
-        first = torch.arange(self.n_tokens, device=v.device).unsqueeze(1) * v.shape[1]
-        return self.at((top.indices + first)[top.values > 0].sort().values)
+        return self.at(true_positions(largest_in_rows(v, k, ranks) & (v > 0)))
+
+
+def largest_values(v: Float[Tensor, " pair"], n: int, ranks: Ranks = ALONE) -> tuple[Int64[Tensor, " kept"] | None, float]:
+    """Ascending positions of the `n` largest among all ranks' values (None: every one is kept), and the smallest of them all.
+
+    Of equal values those of the first ranks, and there the first ones, are kept.
+    """
+    if ranks.size == 1:
+        kept = torch.topk(v, n, sorted=False).indices.sort().values if len(v) > n else None
+        chosen = v if kept is None else v[kept]
+        return kept, float(chosen.min()) if len(chosen) else 0.0
+    every = ranks.lists(v)
+    values = torch.cat(every)
+    if len(values) <= n:
+        return None, float(values.min()) if len(values) else 0.0
+    smallest = torch.topk(values, n, sorted=False).values.min()
+    room = n - int((values > smallest).sum()) - sum(int((part == smallest).sum()) for part in every[: ranks.rank])
+    kept = true_positions(v > smallest)
+    return torch.cat([kept, true_positions(v == smallest)[: max(0, room)]]).sort().values, float(smallest)
+
+
+def largest_in_rows(v: Float[Tensor, "row column"], k: int, ranks: Ranks = ALONE) -> Bool[Tensor, "row column"]:
+    """Which entries are among the `k` largest of their row; the ranks have other columns of the same rows.
+
+    Of equal values those of the first ranks, and there the first columns, are chosen.
+    """
+    if ranks.size == 1:
+        chosen = torch.zeros_like(v, dtype=torch.bool)
+        return chosen.scatter_(1, v.topk(min(k, v.shape[1]), dim=1, sorted=False).indices, True)
+    best = v.new_full((len(v), k), -torch.inf)
+    n_own = min(k, v.shape[1])
+    best[:, :n_own] = v.topk(n_own, dim=1).values
+    every = ranks.stack(best)
+    smallest = every.transpose(0, 1).flatten(1).topk(k, dim=1).values[:, -1:]
+    above, equal = every > smallest, every == smallest
+    room = k - above.sum((0, 2)) - equal[: ranks.rank].sum((0, 2))
+    ties = v == smallest
+    return (v > smallest) | (ties & (ties.cumsum(1) <= room.unsqueeze(1)))
 
 
 def count_true(mask: Bool[Tensor, "batch latent"]) -> int:

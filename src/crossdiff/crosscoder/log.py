@@ -66,15 +66,18 @@ class Log:
     """Means of the metrics over the steps since the last record, in a file and the trackers.
 
     Args:
+        path: of the file; None on a rank that only follows the means.
         sums: of the steps since the last record, from the checkpoint that is gone on from.
     """
 
-    def __init__(self, path: Path, trainer: Trainer, trackers: Sequence[Tracker], sums: dict[str, float]) -> None:
+    def __init__(self, path: Path | None, trainer: Trainer, trackers: Sequence[Tracker], sums: dict[str, float]) -> None:
         self.path, self.trainer, self.trackers, self.sums = path, trainer, trackers, dict(sums)
         self._drop_records_after(trainer.step)
 
     def _drop_records_after(self, step: int) -> None:
         """The resumed run writes the records after the checkpoint again."""
+        if self.path is None:
+            return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -97,8 +100,9 @@ class Log:
             return None
         record, excess = self._record(), self._error_over_input()
         self.sums = {}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.write(trainer.step, {key: float(value) for key, value in record.items() if key != "step"})
         if excess > DIVERGED and trainer.step > trainer.config.warmup_steps:
@@ -111,11 +115,11 @@ class Log:
 
     def _record(self) -> dict[str, Any]:
         sums, trainer = self.sums, self.trainer
-        silence = trainer.silence
         record: dict[str, Any] = {"step": trainer.step, "tokens": trainer.step * trainer.config.batch_size}
         record |= {key: sums[key] / sums["n"] for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
         record |= {f"fve_{name}": 1 - sums[f"error_{name}"] / sums[f"square_{name}"] for name in trainer.crosscoder.sources}
-        record |= {"dead_share": len(silence.dead()) / len(silence.tokens), "rate": trainer.schedule.rate(trainer.step - 1)}
+        n_dead = sum(trainer.mesh.latent.gather(len(trainer.silence.dead())))
+        record |= {"dead_share": n_dead / trainer.n_latents, "rate": trainer.schedule.rate(trainer.step - 1)}
         record["threshold"] = trainer.crosscoder.threshold
         return record
 

@@ -1,6 +1,9 @@
 """One training step's loss and its gradients, written out by hand; the tests hold them against dense autograd in float64.
 
 Every term is a function that returns a loss and adds its gradients, so that what is logged is what is back-propagated.
+
+Where ranks share the step, each has some tokens of the batch and some latents. A mean over tokens is the mean of the ranks'
+means, as they have equally many; a sum over latents is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from typing import Literal
 
 import torch
 
+from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.sparsity import Backward
 from crossdiff.crosscoder.structure import Constraint
-from crossdiff.shapes import Float, Int64, Tensor
+from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,10 @@ class StepResult:
     """What one batch gives: gradients, the parts of the loss, and what the log wants to know.
 
     Attributes:
-        gradients: one tensor per parameter, by name, projected onto the constraint.
-        loss: reconstruction + sparsity + aux, exactly what the gradients belong to.
-        squared_error, squared_input: `[source]`, summed over the batch.
-        token_error: squared error of each token, summed over the sources.
+        gradients: one tensor per parameter, by name, projected onto the constraint; of this rank's latents.
+        loss: reconstruction + sparsity + aux, exactly what the gradients belong to; of the whole batch, as what follows.
+        squared_error, squared_input: `[source]`, summed over the batch, in float64.
+        token_error: squared error of each of this rank's tokens, summed over the sources.
         smallest_kept: smallest v that a selection over the batch kept; None without one.
         silence: counters with this batch in them.
     """
@@ -50,8 +54,8 @@ class StepResult:
     sparsity: float
     aux: float
     l0: float
-    squared_error: Float[Tensor, " source"]
-    squared_input: Float[Tensor, " source"]
+    squared_error: Float64[Tensor, " source"]
+    squared_input: Float64[Tensor, " source"]
     token_error: Float[Tensor, " batch"]
     smallest_kept: float | None
     silence: Silence
@@ -81,6 +85,7 @@ def step_gradients(
     weight: float = 0.0,
     guess: float = 0.0,
     out: Float[Tensor, "batch latent"] | None = None,
+    mesh: Mesh = Mesh(),  # noqa: B008 - frozen
 ) -> StepResult:
     """Loss and gradients of one batch.
 
@@ -89,14 +94,15 @@ def step_gradients(
         weight: weight of the sparsity penalty at this step.
         guess: where the selection starts to look, see `Encoded.largest`.
         out: memory for the encoder's product, so that it need not be asked of the system at each step.
+        mesh: the ranks that have the batch's other tokens and the crosscoder's other latents.
     """
     rule, n_tokens, flat = crosscoder.rule, len(x), x.flatten(1)
     source_norms = crosscoder.norms()
     encoded = crosscoder.encode(x, source_norms.sum(1), guess, out)
-    code, smallest = rule.select(encoded)
-    counts = code.counts()
-    silence = silence.after(counts, n_tokens)
-    error = crosscoder.decode(code) - x
+    code, smallest = rule.select(encoded, mesh)
+    counts = mesh.data.sum(code.counts())
+    silence = silence.after(counts, n_tokens * mesh.data.size)
+    error = (mesh.latent.sum(code.decode(crosscoder.decoder)) + crosscoder.decoder_bias).view_as(x) - x
     squares = error.square().sum(2)
     loss, on_error = reconstruction_loss(error, squares, reconstruction)
     on_output = on_error.flatten(1)
@@ -112,23 +118,32 @@ def step_gradients(
         weight=weight,
         shares=constraint.shares.to(x),
         dead=silence.dead(),
+        mesh=mesh,
     )
     penalty = rule.penalty(step)
     on_pre = step.on_values * (code.values > 0)
     step.gradients["encoder"] = code.accumulate(on_pre, flat)
     step.gradients["encoder_bias"] = code.sum_tokens(on_pre)
     more_penalty, aux = rule.finish(step)
+    for gradient in step.gradients.values():
+        mesh.data.mean(gradient)
     constraint.project(step.gradients)
+    sparsity, l0 = mesh.latent.sum(_float64(penalty + more_penalty, float(counts.sum()) / (n_tokens * mesh.data.size)))
+    loss, sparsity, aux = mesh.data.mean(_float64(loss, float(sparsity), aux)).tolist()
     return StepResult(
         gradients=step.gradients,
-        loss=loss + penalty + more_penalty + aux,
+        loss=loss + sparsity + aux,
         reconstruction=loss,
-        sparsity=penalty + more_penalty,
+        sparsity=sparsity,
         aux=aux,
-        l0=float(counts.sum()) / n_tokens,
-        squared_error=squares.sum(0),
-        squared_input=x.square().sum((0, 2)),
+        l0=float(l0),
+        squared_error=mesh.data.sum(squares.sum(0).double()),
+        squared_input=mesh.data.sum(x.square().sum((0, 2)).double()),
         token_error=squares.sum(1),
         smallest_kept=smallest,
         silence=silence,
     )
+
+
+def _float64(*numbers: float) -> Float64[Tensor, " number"]:
+    return torch.tensor(numbers, dtype=torch.float64)

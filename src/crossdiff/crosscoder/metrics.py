@@ -14,6 +14,7 @@ from scipy.stats import t as student
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 MASSIVE = 5.0
@@ -68,6 +69,12 @@ class HeldoutSums:
         self.square.view(2 * BLOCKS, -1).index_add_(0, cell, x.square().sum(2).double())
         self.total.view(2 * BLOCKS, -1).index_add_(0, cell, x.flatten(1).double())
         self.counts += counts
+
+    def over(self, ranks: Ranks) -> HeldoutSums:
+        """Merge the passes of several ranks, in place."""
+        for tensor in (self.n, self.squared_error, self.square, self.total, self.counts):
+            ranks.sum(tensor)
+        return self
 
     def fve(self, kind: int, blocks: Tensor | None = None) -> Float64[Tensor, " entry"]:
         """1 - sum ||x - xhat||^2 / sum ||x - mean||^2 per source, and over all of them at the end."""

@@ -89,6 +89,12 @@ class Crosscoder:
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **moved, own={name: tensor.to(device) for name, tensor in self.own.items()})
 
+    def of_latents(self, part: slice) -> Crosscoder:
+        """The same crosscoder with some of its latents, copied."""
+        own = {name: tensor[part].clone() for name, tensor in self.own.items()}
+        kept = {name: getattr(self, name)[part].clone() for name in ("encoder", "encoder_bias", "decoder")}
+        return replace(self, **kept, own=own)
+
     def directions(self) -> Float[Tensor, "source latent d_model"]:
         """Decoder directions d_j^s in the normalised space; divide by `scale` for the space of the models."""
         return self.decoder.view(self.n_latents, self.n_sources, self.d_model).transpose(0, 1)

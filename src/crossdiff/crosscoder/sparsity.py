@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from crossdiff.config import AuxConfig, BatchTopKConfig, JumpReLUConfig, Kind, L1Config, TopKConfig, UserError
-from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode
+from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode, largest_in_rows
+from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.shapes import Float, Int64, Tensor
 
 DENSE_ABOVE = 0.05
@@ -36,6 +37,7 @@ class Backward:
         gradients: of each parameter, by name.
         weight: the penalty's weight at this step; shares: each latent's share of it.
         dead: latents that have been silent for long, this batch included.
+        mesh: the ranks that have other tokens of the batch, or other latents.
     """
 
     encoded: Encoded
@@ -49,6 +51,7 @@ class Backward:
     weight: float
     shares: Float[Tensor, " latent"]
     dead: Int64[Tensor, " dead"]
+    mesh: Mesh
 
     def add_norm_gradient(self, per_latent: Float[Tensor, " latent"]) -> None:
         """Adds c_j * (gradient of sum_s ||d_j^s||) to the decoder's gradient: c_j d_j^s / ||d_j^s||."""
@@ -76,7 +79,7 @@ class Rule(ABC, Generic[S]):
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         """Latent activations at inference; dense only if more than the share `dense_above` is active."""
 
-    def select(self, encoded: Encoded) -> tuple[Code, float | None]:
+    def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
         """Latent activations of a training batch, and the smallest v that a selection over the batch kept."""
         return self.code(encoded, DENSE_ABOVE), None
 
@@ -124,8 +127,8 @@ class BatchTopK(Rule[BatchTopKConfig]):
         safe = encoded.norms.clamp(min=torch.finfo(encoded.norms.dtype).tiny)
         return encoded.above(max(encoded.threshold, 0.0) / safe, dense_above)
 
-    def select(self, encoded: Encoded) -> tuple[Code, float | None]:
-        return encoded.largest(self.settings.k * encoded.n_tokens)
+    def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
+        return encoded.largest(self.settings.k * encoded.n_tokens * mesh.data.size, mesh.all)
 
     def finish(self, b: Backward) -> tuple[float, float]:
         return 0.0, aux_loss(b, self.settings.aux)
@@ -141,6 +144,9 @@ class TopK(Rule[TopKConfig]):
 
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         return encoded.largest_of_each_token(self.settings.k)
+
+    def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
+        return encoded.largest_of_each_token(self.settings.k, mesh.latent), None
 
     def finish(self, b: Backward) -> tuple[float, float]:
         return 0.0, aux_loss(b, self.settings.aux)
@@ -165,7 +171,7 @@ class JumpReLU(Rule[JumpReLUConfig]):
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         return encoded.above(encoded.own["log_threshold"].exp(), dense_above)
 
-    def select(self, encoded: Encoded) -> tuple[Code, float | None]:
+    def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
         """The active pairs, and with f = 0 those of the window under the threshold, which have a gradient too."""
         theta = encoded.own["log_threshold"].exp()
         code = encoded.above(theta - self.settings.bandwidth / 2, DENSE_ABOVE)
@@ -228,18 +234,19 @@ def aux_loss(b: Backward, settings: AuxConfig) -> float:
     weight * mean_i ||r_i - sum_(j in the k largest v of the dead) f_ij d_j||^2 / mean_i ||r_i - mean r||^2, with the
     residual r = x - xhat detached and no bias.
     """
-    if not len(b.dead) or settings.weight == 0.0:
+    n_dead = sum(b.mesh.latent.gather(len(b.dead))) if settings.weight else 0
+    if not n_dead:
         return 0.0
-    n_tokens, decoder = len(b.x), b.decoder[b.dead]
-    variance = float((b.error - b.error.mean(0)).square().sum()) / n_tokens
+    n_tokens, decoder, data = len(b.x), b.decoder[b.dead], b.mesh.data
+    mean = data.mean(b.error.mean(0))
+    variance = float(data.mean((b.error - mean).square().sum() / n_tokens))
     if variance == 0.0:
         return 0.0
     k = settings.k if settings.k is not None else max(1, b.x.shape[1] // (2 * b.source_norms.shape[1]))
     f = (b.encoded.raw[:, b.dead] + b.encoded.bias[b.dead]).clamp_(min=0)
-    if k < len(b.dead):
-        v = f * b.encoded.norms[b.dead]
-        f = torch.zeros_like(f).scatter_(1, v.topk(k, dim=1).indices, 1.0).mul_(f)
-    error = torch.addmm(b.error, f, decoder)  # the residual is -b.error
+    if k < n_dead:
+        f *= largest_in_rows(f * b.encoded.norms[b.dead], k, b.mesh.latent)
+    error = b.error + b.mesh.latent.sum(f @ decoder)  # the residual is -b.error
     on_error = error * (2.0 * settings.weight / (n_tokens * variance))
     on_pre = (on_error @ decoder.T).mul_(f > 0)
     b.gradients["decoder"].index_add_(0, b.dead, f.T @ on_error)

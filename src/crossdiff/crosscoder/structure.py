@@ -40,6 +40,10 @@ class Constraint:
     def is_free(self) -> bool:
         return not bool(self.tied.any()) and bool(self.present.all())
 
+    def of_latents(self, part: slice) -> Constraint:
+        """What holds for some of the latents."""
+        return Constraint(self.tied[part], self.present[part], self.shares[part])
+
     def settle(self, parameters: dict[str, Tensor]) -> None:
         """Make parameters obey the constraint, in place: a tied direction is the mean over the sources."""
         if self.is_free:

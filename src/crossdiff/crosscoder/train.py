@@ -19,9 +19,11 @@ from crossdiff.activations.store import Store
 from crossdiff.config import CrosscoderConfig, UserError
 from crossdiff.crosscoder.checkpoint import Checkpoints, save
 from crossdiff.crosscoder.log import TRACKERS, Log
+from crossdiff.crosscoder.mesh import Mesh, mesh_of
 from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.trainer import Diverged, Trainer
 from crossdiff.crosscoder.view import View, view_of
+from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Tensor
 
 Report: TypeAlias = Callable[[int, int, dict[str, Any]], None]
@@ -43,23 +45,32 @@ class Job:
 class _Training:
     """A job under way."""
 
-    def __init__(self, job: Job, store: Store, n_steps: int, device: torch.device, trackers: tuple[str, ...]) -> None:
-        self.job = job
+    def __init__(
+        self, job: Job, store: Store, n_steps: int, device: torch.device, trackers: tuple[str, ...], mesh: Mesh
+    ) -> None:
+        self.job, self.mesh = job, mesh
         crosscoder = _start(job.config, store, n_steps).to(device)
-        self.trainer = Trainer(job.config, crosscoder, n_steps)
-        self.checkpoints = Checkpoints(job.folder)
-        state = self.checkpoints.load(warnings.warn)
-        if state is not None:
+        self.trainer = Trainer(job.config, crosscoder, n_steps, mesh)
+        self.checkpoints = Checkpoints(job.folder, mesh.all)
+        state = self.trainer.state()
+        if self.checkpoints.load(state, warnings.warn):
             self.trainer.restore(state)
-        self.checkpoints.check_space(self.trainer.state())
-        shown = [TRACKERS[name](job.shown_in, job.folder.name, self.trainer.step) for name in trackers]
-        self.log = Log(job.folder / "train.jsonl", self.trainer, shown, state.log_sums if state is not None else {})
+        if mesh.all.is_first:
+            self.checkpoints.check_space(state)
+        shown = [TRACKERS[name](job.shown_in, job.folder.name, self.trainer.step) for name in trackers if mesh.all.is_first]
+        self.log = Log(job.folder / "train.jsonl" if mesh.all.is_first else None, self.trainer, shown, state.log_sums)
         self.record: dict[str, Any] = {}
         self._index = source_indices(store, crosscoder.view.reads)
         self._device, self._saved_at = device, time.monotonic()
 
-    def step(self, h: Float[Tensor, "batch stored_source d_model"], place: str) -> None:
-        """One update from stored activations; `place` says where in the data they are.
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is so old that another should be written."""
+        return time.monotonic() - self._saved_at > self.job.config.checkpoint_seconds
+
+    def step(self, h: Float[Tensor, "batch stored_source d_model"], place: str, due: bool) -> None:
+        """One update from stored activations, and a checkpoint after it where one is due; `place` says where in the data
+        they are.
 
         Raises:
             UserError: the loss is not finite or has diverged.
@@ -67,9 +78,9 @@ class _Training:
         trainer = self.trainer
         number = trainer.step + 1
         try:
-            result = trainer.train_step(trainer.crosscoder.normalise(h[:, self._index].to(self._device)))
+            mine = h[self.mesh.data.part(len(h))][:, self._index].to(self._device)
+            result = trainer.train_step(trainer.crosscoder.normalise(mine))
             self.record = self.log.add(result) or self.record
-            due = time.monotonic() - self._saved_at > self.job.config.checkpoint_seconds
             if due or trainer.is_done:
                 trainer.check_weights()
         except Diverged as found:
@@ -100,8 +111,9 @@ class _Training:
     def finish(self) -> Crosscoder:
         """Write the crosscoder."""
         self.log.close()
-        crosscoder = self.trainer.crosscoder.to(torch.device("cpu"))
-        save(crosscoder, self.job.folder)
+        crosscoder = self.trainer.whole().to(torch.device("cpu"))
+        if self.mesh.all.is_first:
+            save(crosscoder, self.job.folder)
         return crosscoder
 
 
@@ -154,48 +166,55 @@ def train_together(
     device: torch.device,
     trackers: tuple[str, ...] = (),
     report: Report = _ignore,
+    ranks: Ranks = ALONE,
+    latent_ranks: int | None = None,
 ) -> list[Crosscoder]:
     """Train several crosscoders; those of the same batch size and seed see the same batches, read once.
 
     Writes config.json, model.safetensors and train.jsonl into each folder. A folder with a checkpoint is gone on with
     from there; SIGTERM and Ctrl-C write one.
 
+    Args:
+        ranks, latent_ranks: the processes that share the training, see `mesh_of`.
+
     Raises:
         UserError: settings that do not fit the store or each other, a disk too full, or a loss that is not finite.
         KeyboardInterrupt: after a signal, when the checkpoints are written.
     """
     passes: dict[tuple[int, int], Batches] = {}
-    trainings = []
+    trainings, mesh = [], mesh_of(ranks, latent_ranks, device)
     for job in jobs:
         key = (job.config.batch_size, job.config.seed)
         if key not in passes:
             passes[key] = Batches(store, *key)
         n_steps = max(1, round(job.config.epochs * passes[key].per_epoch))
-        trainings.append(_Training(job, store, n_steps, device, trackers))
+        trainings.append(_Training(job, store, n_steps, device, trackers, mesh))
     for (batch_size, seed), batches in passes.items():
         members = [t for t in trainings if (t.job.config.batch_size, t.job.config.seed) == (batch_size, seed)]
         try:
-            _shared_pass(members, batches, report)
+            _shared_pass(members, batches, report, ranks)
         finally:
             batches.close()
     return [training.finish() for training in trainings]
 
 
-def _shared_pass(trainings: list[_Training], batches: Batches, report: Report) -> None:
+def _shared_pass(trainings: list[_Training], batches: Batches, report: Report, ranks: Ranks) -> None:
     n_steps = max(training.trainer.schedule.n_steps for training in trainings)
     first = min((t.trainer.step for t in trainings if not t.trainer.is_done), default=n_steps)
     with stop_between_steps() as asked:
         for step in range(first, n_steps):
             h = batches[step]
-            for training in trainings:
+            # The ranks write their checkpoints together, so they agree on when, and on whether one was asked to stop.
+            stop, *due = ranks.any([asked(), *(training.is_due for training in trainings)])
+            for training, is_due in zip(trainings, due, strict=True):
                 if training.trainer.step == step and not training.trainer.is_done:
                     try:
-                        training.step(h, batches.place(step))
+                        training.step(h, batches.place(step), is_due)
                     except UserError:
                         _save_all(other for other in trainings if other is not training)
                         raise
             report(step + 1, n_steps, {training.job.folder.name: training.record for training in trainings})
-            if asked():
+            if stop:
                 _save_all(trainings)
                 raise KeyboardInterrupt
 

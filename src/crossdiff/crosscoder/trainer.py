@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig, L1Config, UserError
 from crossdiff.crosscoder.checkpoint import TrainingState
 from crossdiff.crosscoder.losses import Silence, StepResult, step_gradients
+from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.structure import constraint_of
 from crossdiff.shapes import Float, Tensor
@@ -19,6 +21,9 @@ GUESS_MARGIN = 0.93
 """The k-th largest v moves by a few percent from batch to batch; the search starts a little under the last one."""
 RESAMPLED_ENCODER = 0.2
 """Norm of a resampled latent's encoder direction over the mean of the living ones (Bricken et al. 2023)."""
+
+EVERYWHERE = "decoder_bias"
+"""The parameter that belongs to no latent, so that every rank has all of it."""
 
 
 class Diverged(Exception):
@@ -55,18 +60,25 @@ class Schedule:
 class Trainer:
     """Updates a crosscoder batch by batch. The same batches give the same weights, wherever it is stopped and resumed.
 
+    Of several ranks each has the latents `mesh.latent.part(n_latents)` and its part of each batch; see `mesh`.
+
     Raises:
         UserError: settings that do not fit the sizes.
     """
 
-    def __init__(self, config: CrosscoderConfig, crosscoder: Crosscoder, n_steps: int) -> None:
+    def __init__(self, config: CrosscoderConfig, crosscoder: Crosscoder, n_steps: int, mesh: Mesh = Mesh()) -> None:  # noqa: B008
         if config.warmup_steps > n_steps:
             raise UserError(
                 f"warmup_steps {config.warmup_steps} is longer than the training ({n_steps} steps); lower it or raise epochs"
             )
-        crosscoder.rule.check(crosscoder.n_latents)
+        self.n_latents, self.mesh = crosscoder.n_latents, mesh
+        part = mesh.latent.part(self.n_latents)
+        _check_split(config.batch_size, self.n_latents, mesh)
+        crosscoder.rule.check(self.n_latents)
+        if mesh.latent.size > 1:
+            crosscoder = crosscoder.of_latents(part)
         self.config, self.crosscoder, self.rule = config, crosscoder, crosscoder.rule
-        self.constraint = constraint_of(config.structure, crosscoder.n_latents, crosscoder.n_sources)
+        self.constraint = constraint_of(config.structure, self.n_latents, crosscoder.n_sources).of_latents(part)
         self.constraint.settle(crosscoder.parameters())
         self.schedule = Schedule(n_steps, config)
         self.step, self.guess = 0, 0.0
@@ -80,7 +92,7 @@ class Trainer:
         return self.step >= self.schedule.n_steps
 
     def train_step(self, x: Float[Tensor, "batch source d_model"]) -> StepResult:
-        """One update from normalised inputs.
+        """One update from normalised inputs, this rank's part of the batch.
 
         Raises:
             Diverged: the loss or its gradient is not finite; the weights are those of before the step.
@@ -89,11 +101,19 @@ class Trainer:
             self._raw = x.new_empty(len(x), self.crosscoder.n_latents)
         weight = self.rule.weight((self.step + 1) / self.schedule.n_steps)
         result = step_gradients(
-            self.crosscoder, x, self.config.reconstruction, self.constraint, self.silence, weight, self.guess, self._raw
+            self.crosscoder,
+            x,
+            self.config.reconstruction,
+            self.constraint,
+            self.silence,
+            weight,
+            self.guess,
+            self._raw,
+            self.mesh,
         )
         if not math.isfinite(result.loss):
             raise Diverged(f"the loss is {result.loss}")
-        norm = math.sqrt(sum(float(torch.linalg.vector_norm(result.gradients[n])) ** 2 for n in self.crosscoder.parameters()))
+        norm = self._norm(result.gradients)
         if not math.isfinite(norm):
             raise Diverged(f"the gradient's norm is {norm}")
         self.silence = result.silence
@@ -104,6 +124,12 @@ class Trainer:
         if self.schedule.resamples_after(self.step):
             self._resample(x, result.token_error)
         return result
+
+    def _norm(self, gradients: dict[str, Tensor]) -> float:
+        """Of the whole gradient."""
+        squares = {name: float(torch.linalg.vector_norm(gradients[name])) ** 2 for name in self.crosscoder.parameters()}
+        on_bias = squares.pop(EVERYWHERE)
+        return math.sqrt(sum(self.mesh.latent.gather(sum(squares.values()))) + on_bias)
 
     def _update_threshold(self, smallest: float) -> None:
         """theta: the running mean of the smallest kept v, begun anew when the run has settled.
@@ -119,8 +145,10 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raises `Diverged` when a weight is not finite."""
-        for name, tensor in self.crosscoder.parameters().items():
-            if not torch.isfinite(tensor.sum()):  # one NaN or infinity makes the sum one, too
+        parameters = self.crosscoder.parameters()
+        spoilt = self.mesh.all.any([not torch.isfinite(p.sum()) for p in parameters.values()])  # one NaN makes the sum NaN
+        for name, is_spoilt in zip(parameters, spoilt, strict=True):
+            if is_spoilt:
                 raise Diverged(f"the update made {name} infinite or NaN")
 
     def _adam(self, gradients: dict[str, Tensor], norm: float) -> None:
@@ -144,18 +172,22 @@ class Trainer:
         A token is drawn with probability in proportion to its squared loss; its input less the decoder's bias gives the
         direction, with the living latents' mean decoder norm and a fifth of their mean encoder norm.
         """
-        dead, coder = self.silence.dead(), self.crosscoder
-        if not len(dead) or len(dead) == coder.n_latents:
+        dead, coder, latent = self.silence.dead(), self.crosscoder, self.mesh.latent
+        numbers = latent.gather(len(dead))
+        n_alive = self.n_latents - sum(numbers)
+        if not sum(numbers) or not n_alive:
             return
+        inputs, error = (self.mesh.data.stack(own).flatten(0, 1) for own in (x.flatten(1), token_error.double().unsqueeze(1)))
         generator = np.random.default_rng([self.config.seed, self.step])
-        chances = token_error.double().square().cpu().numpy()
-        drawn = generator.choice(len(x), size=len(dead), p=chances / chances.sum())
-        directions = x.flatten(1)[torch.from_numpy(drawn).to(x.device)] - coder.decoder_bias
+        chances = error.square().flatten().cpu().numpy()
+        drawn = generator.choice(len(inputs), size=sum(numbers), p=chances / chances.sum())
+        drawn = drawn[sum(numbers[: latent.rank]) :][: len(dead)]
+        directions = inputs[torch.from_numpy(drawn).to(x.device)] - coder.decoder_bias
         directions /= directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
         alive = torch.ones(coder.n_latents, dtype=torch.bool, device=x.device)
         alive[dead] = False
-        coder.decoder[dead] = directions * coder.decoder[alive].norm(dim=1).mean()
-        coder.encoder[dead] = directions * (RESAMPLED_ENCODER * coder.encoder[alive].norm(dim=1).mean())
+        for weights, share in ((coder.decoder, 1.0), (coder.encoder, RESAMPLED_ENCODER)):
+            weights[dead] = directions * (share * latent.sum(weights[alive].norm(dim=1).sum()) / n_alive)
         coder.encoder_bias[dead] = 0.0
         self.constraint.settle(coder.parameters())
         for moments in (self.first_moments, self.second_moments):
@@ -164,22 +196,38 @@ class Trainer:
         self.silence.tokens[dead] = 0
 
     def state(self) -> TrainingState:
-        """Everything that the next step depends on."""
-        return TrainingState(
-            step=self.step,
-            threshold=self.crosscoder.threshold,
-            guess=self.guess,
-            silent_tokens=self.silence.tokens,
-            parameters=self.crosscoder.parameters(),
-            first_moments=self.first_moments,
-            second_moments=self.second_moments,
-        )
+        """Everything that the next step depends on. The tensors are the trainer's own: what is read into them is restored."""
+        groups = {
+            "parameters": self.crosscoder.parameters(), "first_moments": self.first_moments,
+            "second_moments": self.second_moments,
+        }  # fmt: skip
+        tensors = {"silent_tokens": self.mesh.placed(self.silence.tokens, self.n_latents)}
+        for group, named in groups.items():
+            for name, tensor in named.items():
+                tensors[f"{group}.{name}"] = self.mesh.placed(tensor, self._n_rows(name))
+        return TrainingState(self.step, self.crosscoder.threshold, self.guess, tensors)
 
     def restore(self, state: TrainingState) -> None:
-        """Go on from a state; it must be of a crosscoder of the same settings."""
+        """Go on from a state whose tensors are those of `state`."""
         self.step, self.guess, self.crosscoder.threshold = state.step, state.guess, state.threshold
-        self.silence.tokens.copy_(state.silent_tokens)
-        mine = (self.crosscoder.parameters(), self.first_moments, self.second_moments)
-        for tensors, saved in zip(mine, (state.parameters, state.first_moments, state.second_moments), strict=True):
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+
+    def whole(self) -> Crosscoder:
+        """The crosscoder with all its latents, on every rank."""
+        if self.mesh.latent.size == 1:
+            return self.crosscoder
+        parameters = self.crosscoder.parameters().items()
+        whole: dict[str, Any] = {name: self.mesh.whole(p, self._n_rows(name)) for name, p in parameters}
+        own = {name: whole.pop(name) for name in self.crosscoder.own}
+        return replace(self.crosscoder, **whole, own=own)
+
+    def _n_rows(self, name: str) -> int | None:
+        """Of a parameter as a whole; None of the one that is no latent's."""
+        return None if name == EVERYWHERE else self.n_latents
+
+
+def _check_split(batch_size: int, n_latents: int, mesh: Mesh) -> None:
+    if batch_size % mesh.data.size:
+        raise UserError(f"batch_size {batch_size} cannot be split over {mesh.data.size} processes evenly; choose a multiple")
+    step = -(-n_latents // mesh.latent.size)
+    if step * (mesh.latent.size - 1) >= n_latents:
+        raise UserError(f"{n_latents} latents are too few for {mesh.latent.size} processes; use fewer, or set latent_ranks")

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from crossdiff.latents.stream import Chunk
+from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 from crossdiff.text.chat import Flag
 
@@ -56,6 +57,13 @@ class Activity:
         self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts)
         self.total += code.sum_tokens(v.double())
         self.maximum.scatter_reduce_(0, code.latent, v, "amax")
+
+    def over(self, ranks: Ranks) -> Activity:
+        """Merge the passes of several ranks, in place."""
+        for tensor in (self.tokens, self.counts, self.total):
+            ranks.sum(tensor)
+        ranks.maximum(self.maximum)
+        return self
 
     def __add__(self, other: Activity) -> Activity:
         """Merge two passes over disjoint tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from crossdiff.latents.stream import Chunk, blocks_of_sequences, check_fits, chu
 from crossdiff.latents.table import latent_table, pools
 from crossdiff.latents.twins import CoActivation, candidates, neighbour_table, twin_table
 from crossdiff.latents.verdict import counts, with_verdicts
+from crossdiff.ranks import ALONE, Ranks
 from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 
@@ -68,6 +69,10 @@ class Measured:
     examples: ExampleCollector
     heldout: HeldoutSums
 
+    def over(self, ranks: Ranks) -> Measured:
+        """Merge the passes of several ranks over disjoint tokens."""
+        return Measured(*(getattr(self, field.name).over(ranks) for field in fields(self)))
+
 
 def measure(
     crosscoder: Crosscoder,
@@ -76,8 +81,9 @@ def measure(
     config: AnalyzeConfig,
     directions: Float[Tensor, "direction latent d_model"],
     advance: Callable[[int], None] = lambda n_tokens: None,
+    ranks: Ranks = ALONE,
 ) -> Measured:
-    """The pass: every counted token is read and encoded once.
+    """The pass: every counted token is read and encoded once, by one of the ranks; each gets the sums of all.
 
     Raises:
         UserError: as `analyze`; of what the store lacks, before the pass.
@@ -92,14 +98,14 @@ def measure(
     by_group = GroupActivity.empty(cells.table.height, crosscoder.n_latents)
     coactive = CoActivation(candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
     heldout = HeldoutSums.empty(crosscoder, store, heldout_rows)
-    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance):
+    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance, ranks):
         accumulator.add(chunk)
         activity.add(chunk, groups[chunk.rows], norms)
         by_group.add(chunk, cells, norms)
         coactive.add(chunk)
         examples.add(chunk, norms)
         _add_heldout(heldout, crosscoder, chunk, document, is_heldout[chunk.rows])
-    return Measured(accumulator.finish(), activity, by_group, coactive, examples, heldout)
+    return Measured(accumulator.finish(), activity, by_group, coactive, examples, heldout).over(ranks)
 
 
 def _add_heldout(
@@ -125,10 +131,12 @@ def analyze(
     config: AnalyzeConfig,
     advance: Callable[[int], None] = lambda n_tokens: None,
     reference: Crosscoder | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write the files of `crossdiff.pipeline.ANALYSIS` into `folder`.
 
     Args:
+        ranks: the processes that share the passes; the first writes.
         reference: an SAE on the base model; a pool of its latents is put beside those of a crosscoder on the behaviours.
 
     Raises:
@@ -137,7 +145,9 @@ def analyze(
     """
     check_store(store, config)
     directions, cells = with_random_directions(crosscoder, config.seed), cells_of(store, tokenizer)
-    measured = measure(crosscoder, store, cells, config, directions, advance)
+    measured = measure(crosscoder, store, cells, config, directions, advance, ranks)
+    if not ranks.is_first:
+        return
     table = _write_tables(folder, crosscoder, measured, cells, config)
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
     write_json(folder / "health.json", _health_report(crosscoder, store, measured, table, directions))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.stream import Chunk
+from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Tensor
 
 QUANTILES = (0.25, 0.5, 0.75, 0.95, 1.0)
@@ -218,6 +219,13 @@ class ExampleCollector:
         self._parts = [candidates.take(ranking.candidate[kept])]
         self._n_pairs = self._parts[0].n_pairs
         self._limit = 2 * self._n_pairs + ROOM
+
+    def over(self, ranks: Ranks) -> ExampleCollector:
+        """Merge what several ranks have collected, in place. The examples do not depend on how the sequences were dealt out."""
+        if ranks.size > 1:
+            self._select()
+            self._parts = ranks.gather(self._parts[0])
+        return self
 
     def finish(self) -> tuple[Candidates, list[Example]]:
         """The candidates, and the examples picked from them: per latent the strongest first, then those of the quantiles."""

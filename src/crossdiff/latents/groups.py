@@ -19,6 +19,7 @@ import torch
 from crossdiff.activations.store import Store
 from crossdiff.latents.activity import GROUPS, group_of
 from crossdiff.latents.stream import Chunk
+from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 from crossdiff.text.chat import Flag
 
@@ -123,6 +124,13 @@ class GroupActivity:
         self.counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
         self.total.view(-1).index_add_(0, flat, v.double())
         self.maximum.view(-1).scatter_reduce_(0, flat, v, "amax")
+
+    def over(self, ranks: Ranks) -> GroupActivity:
+        """Merge the passes of several ranks, in place."""
+        for tensor in (self.tokens, self.counts, self.total):
+            ranks.sum(tensor)
+        ranks.maximum(self.maximum)
+        return self
 
     def __add__(self, other: GroupActivity) -> GroupActivity:
         """Merge two passes over disjoint tokens of one store."""

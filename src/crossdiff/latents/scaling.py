@@ -24,6 +24,7 @@ import torch
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.ratio import Ratio, ratio
 from crossdiff.latents.stream import Chunk
+from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 TARGETS = ("error", "reconstruction", "reconstruction_nobias", "activation", "activation_nobias")
@@ -56,6 +57,12 @@ class Sums:
             raise ValueError(f"sums of shapes {ours} and {theirs} do not add up")
         products = {key: value + other.products[key] for key, value in self.products.items()}
         return Sums(self.n + other.n, self.f + other.f, self.f2 + other.f2, products)
+
+    def over(self, ranks: Ranks) -> Sums:
+        """Merge the passes of several ranks, in place."""
+        for tensor in (self.n, self.f, self.f2, *self.products.values()):
+            ranks.sum(tensor)
+        return self
 
     def of_blocks(self, blocks: Int64[Tensor, " block"]) -> Sums:
         """The sums of some blocks alone."""

@@ -15,6 +15,7 @@ from crossdiff.activations.store import Store, consecutive
 from crossdiff.config import UserError
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Int64, Tensor
 
 PIECE_BYTES = 1 << 24
@@ -111,15 +112,24 @@ def chunks(
     n_blocks: int,
     batch_tokens: int,
     advance: Callable[[int], None] = lambda n_tokens: None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Chunk]:
-    """Every counted token of the store once, block after block; no more than a chunk is in memory."""
+    """Every counted token of the store once, block after block; no more than a chunk is in memory.
+
+    Several ranks take the chunks in turn. `advance` is told of all of them, also of those that others have.
+    """
     check_fits(crosscoder, store)
+    number = -1
     index, whole = source_indices(store, crosscoder.view.reads), crosscoder.view.reads == store.sources
     bounds, positions = store.sequences(), store.column("position")
     for block, members in enumerate(blocks_of_sequences(store, n_blocks)):
         lengths = bounds[members + 1] - bounds[members]
         for first, last in consecutive(np.concatenate([[0], np.cumsum(lengths)]), batch_tokens):
             numbers = members[first:last]
+            number += 1
+            if not ranks.has(number):
+                advance(int(lengths[first:last].sum()))
+                continue
             rows = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in numbers])
             sequence = np.repeat(np.arange(len(numbers)), lengths[first:last])
             counted = positions[rows] >= store.leave_out

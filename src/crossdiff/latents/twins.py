@@ -16,6 +16,7 @@ import torch
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.decoder import BASE, BASE_ONLY, CHAT, CHAT_ONLY, SHARED, delta_norm
 from crossdiff.latents.stream import Chunk
+from crossdiff.ranks import Ranks
 from crossdiff.shapes import Bool, Float, Int64, Tensor
 
 BLOCK = 512
@@ -113,6 +114,11 @@ class CoActivation:
         place = torch.searchsorted(keys, wanted).clamp(max=max(0, len(keys) - 1))
         found = keys[place] == wanted if len(keys) else torch.zeros_like(wanted, dtype=torch.bool)
         self.n_both += torch.bincount(pair[found], minlength=len(self.n_both))
+
+    def over(self, ranks: Ranks) -> CoActivation:
+        """Merge the passes of several ranks, in place."""
+        ranks.sum(self.n_both)
+        return self
 
 
 def twin_table(crosscoder: Crosscoder, coactive: CoActivation, n_active: Int64[Tensor, " latent"]) -> pl.DataFrame:

@@ -147,13 +147,12 @@ def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream:
     n_train = config.documents - n_heldout
     settings = HarvestConfig(max_length=length, dtype="float32", leave_out=0)
     log = ProgressLog(folder, {"planted": config.model_dump(), "stream": stream})
-    log.keep(0)
     writers = ShardWriters([log], BLOCK * length, 2, config.d_model, settings.dtype)
     try:
-        for number, tokens in enumerate(draw(concepts, config, stream), start=1):
+        for number, tokens in enumerate(draw(concepts, config, stream)):
             training = (tokens.document < n_train).nonzero().squeeze(1)
             writers.buffers[0].add(list(tokens.h.unbind(1)), _columns(tokens, length), training)
-            writers.flush(number, int(tokens.document[-1]) + 1, 0.0)
+            writers.flush(number, int(tokens.document[-1] - tokens.document[0]) + 1, 0.0)
         writers.wait()
     finally:
         writers.close()
@@ -163,9 +162,9 @@ def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream:
     ]
     identity = {"base": {"name": "planted base"}, "chat": {"name": "planted chat"}, "tokenizer": "planted"}
     origin = Origin(identity | {"planted": config.model_dump()}, 0, 1, ("planted",))
-    table, moments = pl.DataFrame(documents, schema=DOCUMENT_COLUMNS), summed_moments(log.place, log.entries)
-    finish_store(log.place, origin, settings, log.entries, table, moments)
-    log.end()
+    table, entries = pl.DataFrame(documents, schema=DOCUMENT_COLUMNS), log.entries()
+    finish_store(log.place, origin, settings, entries, table, summed_moments(log.place, entries))
+    log.remove()
     return Store(folder)
 
 

@@ -1,0 +1,73 @@
+"""How the ranks share a training: in one direction they split the tokens of a batch, in the other the crosscoder's latents.
+
+With the latents split, each rank holds its latents' weights, moments and counters and reads the whole batch; what goes between
+the ranks is the reconstruction, `[batch, source, d_model]`, and the candidates of a selection, whatever the number of latents.
+With the batch split, each rank holds all the latents, and their gradients go between the ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crossdiff.config import UserError
+from crossdiff.ranks import ALONE, Ranks
+from crossdiff.shapes import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Two directions over the ranks `all`: `data` splits the batch, `latent` the latents."""
+
+    data: Ranks = ALONE
+    latent: Ranks = ALONE
+    all: Ranks = ALONE
+    device_mesh: DeviceMesh | None = None
+
+    def placed(self, part: Tensor, n_rows: int | None) -> Tensor:
+        """A tensor as a distributed one, which knows its place in the whole: a checkpoint's reader and `whole` need that.
+
+        Args:
+            n_rows: of the whole, of which this rank has `latent.part(n_rows)`; None when every rank has all of it.
+        """
+        if self.device_mesh is None:
+            return part
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        if n_rows is None:
+            return DTensor.from_local(part, self.device_mesh, [Replicate(), Replicate()], run_check=False)
+        shape = torch.Size((n_rows, *part.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        placements = [Replicate(), Shard(0)]
+        return DTensor.from_local(part, self.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def whole(self, part: Tensor, n_rows: int | None) -> Tensor:
+        """What `placed` describes, put together on every rank."""
+        placed: Any = self.placed(part, n_rows)
+        return part if self.device_mesh is None else placed.full_tensor()
+
+
+def mesh_of(ranks: Ranks, latent_ranks: int | None, device: torch.device) -> Mesh:
+    """All ranks with the latents split over `latent_ranks` of them (all, if None), the rest splitting the batch.
+
+    Raises:
+        UserError: `latent_ranks` does not divide the number of ranks.
+    """
+    if ranks.size == 1:
+        return Mesh()
+    from torch.distributed.device_mesh import init_device_mesh
+
+    n_latent = ranks.size if latent_ranks is None else latent_ranks
+    if ranks.size % n_latent:
+        raise UserError(f"latent_ranks {n_latent} does not divide the {ranks.size} processes; choose a divisor")
+    mesh = init_device_mesh(device.type, (ranks.size // n_latent, n_latent), mesh_dim_names=("data", "latent"))
+    data, latent = (
+        Ranks(mesh.get_local_rank(name), mesh.size(index), mesh.get_group(name)) if mesh.size(index) > 1 else ALONE
+        for index, name in enumerate(("data", "latent"))
+    )
+    return Mesh(data, latent, ranks, mesh)
