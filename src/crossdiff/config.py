@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +29,20 @@ class UserError(ValueError):
         ...     print(error)
         there is no crosscoder 'topk' in runs/demo; there are l1, batchtopk
     """
+
+
+def check_url(url: str) -> str:
+    """A URL of a folder that can stand in a file which others read.
+
+    Raises:
+        UserError: no URL, a chain of several, or one with a password in it.
+    """
+    if "://" not in url or "::" in url:
+        raise UserError(f"{url!r} is no URL of a folder; expected one such as s3://bucket/folder")
+    host = url.partition("://")[2].partition("/")[0]
+    if ":" in host.rpartition("@")[0]:
+        raise UserError("a URL must not hold a password; give credentials as the protocol's driver expects them")
+    return url
 
 
 class Config(BaseModel):
@@ -74,6 +89,12 @@ class HarvestConfig(Config):
         description="blocks: activations on disk, trained on in shuffled blocks of 128 tokens; passes: on disk, shuffled by "
         "whole forward passes; live: only the tokens on disk, the models run again for each reading, in the order of passes",
         exclude_if=lambda value: value == "blocks",  # stores harvested before there was a choice keep their fingerprint
+    )
+    store: Annotated[str, AfterValidator(check_url)] | None = Field(
+        None,
+        description="URL of a folder such as s3://bucket/stores: the activations are kept there, in a folder of their own, "
+        "instead of in the run directory (s3:// needs pip install 'crossdiff[remote]')",
+        exclude_if=lambda value: value is None,
     )
     max_damaged: float = Field(0.01, ge=0, le=1, description="share of a dataset's records that may be damaged and left out")
     base_tokens: dict[str, str] = Field(

@@ -85,7 +85,7 @@ class Diff:
 
     @cached_property
     def store(self) -> Store:
-        """The activations, read through memory maps; a pulled run has none.
+        """The activations, wherever they lie; a pulled run has none.
 
         Raises:
             UserError: there are none.

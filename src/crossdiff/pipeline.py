@@ -79,7 +79,7 @@ class Pipeline:
         texts = [identify_dataset(dataset) for dataset in config.dataset]
         value = {
             "code": CODE_FORMAT, "base": identify(config.base), "chat": identify(config.chat), "layer": config.layer,
-            "texts": texts, "settings": config.harvest.model_dump(),
+            "texts": texts, "settings": config.harvest.model_dump(exclude={"store"}),
         }  # fmt: skip
         return Stage("harvest", fingerprint(value), ("activations",))
 
@@ -164,8 +164,14 @@ class Pipeline:
         self.console.print(f"[green]{stage.name}[/green] done in {record['seconds']:.0f} s")
 
     def harvest(self) -> None:
-        """Collect the paired activations into `activations/`."""
+        """Collect the paired activations into `activations/`, or into `harvest.store`."""
         harvest_layers([self])
+
+    @property
+    def store_url(self) -> str | None:
+        """Where the activations go if not into the run directory: a folder named after all that they depend on."""
+        stores = self.config.harvest.store
+        return None if stores is None else f"{stores.rstrip('/')}/activations-{self.harvest_stage().fingerprint}"
 
     def _ask_force(self, stage: Stage) -> None:
         """Harvesting anew throws away the most expensive result, so it is never done unasked."""
@@ -334,26 +340,37 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
         return
     for pipeline in waiting:
         pipeline._ask_force(pipeline.harvest_stage())
-    from crossdiff.activations.harvest import harvest
+    from crossdiff.activations.harvest import harvest, is_whole
+    from crossdiff.activations.place import POINTER, leave_pointer, place_of
     from crossdiff.crosscoder.structure import check_sizes
     from crossdiff.text.documents import count_records
 
-    config, console = waiting[0].config, waiting[0].console
+    config, console, ranks = waiting[0].config, waiting[0].console, waiting[0].run.ranks
+    urls = [pipeline.store_url for pipeline in waiting]
+    for where in filter(None, urls):
+        place_of(where).prepare()  # before the models are loaded, which takes long
     datasets = tuple(resolve(dataset) for dataset in config.dataset)
     counts = [count_records(dataset) for dataset in datasets]
     pair = waiting[0].load_pair()
     layers = [pair.check_layer(pipeline.config.layer) for pipeline in waiting]
     for crosscoder in config.crosscoders.values():
         check_sizes(crosscoder, pair.d_model, len(pair.models))
-    folders = {}
     with ExitStack() as stack:
-        for layer, pipeline in zip(layers, waiting, strict=True):
-            folders[layer] = stack.enter_context(pipeline.run.working(pipeline.harvest_stage())) / "activations"
-            folders[layer].mkdir(exist_ok=True)
+        folders = [stack.enter_context(pipeline.run.working(pipeline.harvest_stage())) / "activations" for pipeline in waiting]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            if ranks.is_first:
+                (folder / POINTER).unlink(missing_ok=True)
+        places = {layer: place_of(url or folder) for layer, url, folder in zip(layers, urls, folders, strict=True)}
+        unfinished = {layer: place for layer, place in places.items() if not is_whole(place)}
         title = f"harvest, layer{'s' * (len(layers) > 1)} {' '.join(map(str, layers))}, documents"
         total = None if None in counts else sum(filter(None, counts))
         advance = stack.enter_context(progress_bar(console, title, total))
-        remarks = harvest(folders, pair, datasets, config.harvest, advance, waiting[0].run.ranks)
+        remarks = harvest(unfinished, pair, datasets, config.harvest, advance, ranks) if unfinished else []
+        for url, folder in zip(urls, folders, strict=True) if ranks.is_first else ():
+            if url is not None:
+                leave_pointer(folder, url)
+                console.print(f"the activations are in {url}", highlight=False, soft_wrap=True)
     for remark in remarks:
         console.print(f"[yellow]{escape(remark)}[/yellow]")
     for pipeline in waiting:
@@ -372,7 +389,7 @@ def _training_note(records: dict[str, Any]) -> str:
 
 def _identify_page() -> dict[str, str]:
     """A digest of every file that the report is made by."""
-    from crossdiff.activations.store import sha256
+    from crossdiff.activations.place import sha256
 
     folder = Path(__file__).with_name("report")
     files = sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)

@@ -46,7 +46,7 @@ def chat_store(folder: Path, flags: torch.Tensor, heldout: float = 0.5) -> Store
     """A store of conversations with the given flags for each sequence; activations are random."""
     from safetensors.torch import load_file, save_file
 
-    from crossdiff.activations.store import sha256
+    from crossdiff.activations.place import sha256
     from crossdiff.run import read_json, write_json
 
     n_sequences, length = flags.shape

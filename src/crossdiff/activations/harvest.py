@@ -18,7 +18,8 @@ import torch
 
 from crossdiff.activations.live import sampled_moments
 from crossdiff.activations.passes import paired_residuals
-from crossdiff.activations.shards import ProgressLog, ShardWriters, shard_name
+from crossdiff.activations.place import MANIFEST, Place
+from crossdiff.activations.shards import ProgressLog, ShardWriters, logs_among, shard_name
 from crossdiff.activations.store import COLUMNS, FORMAT, check_names
 from crossdiff.activations.texts import Texts
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
@@ -58,7 +59,7 @@ def _counted(batch: Sequence[TokenSequence], is_training: Sequence[bool], leave_
 
 
 def harvest(
-    folders: Mapping[int, Path],
+    folders: Mapping[int, str | Path | Place],
     pair: Pair,
     datasets: tuple[DatasetConfig, ...],
     config: HarvestConfig,
@@ -70,7 +71,7 @@ def harvest(
     However many layers, it is one pass. The stores hold the same tokens in the same order.
 
     Args:
-        folders: by layer.
+        folders: by layer; local ones, or URLs of remote ones.
         advance: called once for each document read.
         ranks: the processes that share the work, all of which see the folders.
 
@@ -92,14 +93,20 @@ def harvest(
         names = tuple(record.name for record in texts.records)
         origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
         entries = log.entries()
-        assert len(entries) == n_shards, f"{log.folder} has {len(entries)} of {n_shards} shards"
+        assert len(entries) == n_shards, f"{log.place.where} has {len(entries)} of {n_shards} shards"
         if config.storage == "live":
-            moments = sampled_moments(log.folder, entries, pair, layer, config, texts.is_training)
+            moments = sampled_moments(log.place, entries, pair, layer, config, texts.is_training)
         else:
-            moments = summed_moments(log.folder, entries)
-        finish_store(log.folder, origin, config, entries, texts.table(), moments)
+            moments = summed_moments(log.place, entries)
+        finish_store(log.place, origin, config, entries, texts.table(), moments)
         log.remove()
     return _remarks(texts)
+
+
+def is_whole(place: Place) -> bool:
+    """Whether a harvest into this place came to its end."""
+    names = place.sizes()
+    return MANIFEST in names and not logs_among(names)
 
 
 def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig, ranks: Ranks) -> int:
@@ -165,7 +172,7 @@ def _add(
 def _settings(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> dict[str, Any]:
     """What an unfinished harvest must have in common with the one that goes on with it."""
     return {
-        "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json"),
+        "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json", exclude={"store"}),
         "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from crossdiff.activations.passes import paired_residuals
+from crossdiff.activations.place import Place
 from crossdiff.activations.shards import ShardEntry, as_stored
 from crossdiff.activations.statistics import Moments
 from crossdiff.activations.store import DTYPES, Store, pass_bounds, sequence_bounds
@@ -48,7 +49,7 @@ class Passes:
 class LiveStore(Store):
     """A store whose activations are computed when they are read."""
 
-    def __init__(self, folder: Path, pair: Pair) -> None:
+    def __init__(self, folder: str | Path, pair: Pair) -> None:
         super().__init__(folder)
         token_ids, batch_tokens = self.column("token_id"), int(self.manifest["batch_tokens"])
         self._passes = Passes(pair, self.layer, token_ids, self.sequences(), batch_tokens)
@@ -82,8 +83,8 @@ class LiveStore(Store):
         return h
 
 
-def open_store(folder: Path, load_pair: Callable[[], Pair]) -> Store:
-    """The store in a folder; the models are loaded only if it is a live one.
+def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
+    """The store in a folder or at a URL; the models are loaded only if it is a live one.
 
     Raises:
         UserError: no store there, or a damaged one; models other than those it was made for.
@@ -98,12 +99,12 @@ def open_store(folder: Path, load_pair: Callable[[], Pair]) -> Store:
 
 
 def sampled_moments(
-    folder: Path, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
+    place: Place, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
 ) -> Moments:
     """Moments over the training tokens of passes chosen at random; over all of them where they are few enough."""
     parts: dict[str, list[npt.NDArray[np.int32]]] = {name: [] for name in ("token_id", "sequence", "position", "document")}
-    for entry in entries:
-        with safe_open(folder / entry.file, framework="pt") as file:
+    for path in place.skims([entry.file for entry in entries]):
+        with safe_open(path, framework="pt") as file:
             for name, found in parts.items():
                 found.append(file.get_tensor(name).numpy())
     columns = {name: np.concatenate(found) for name, found in parts.items()}

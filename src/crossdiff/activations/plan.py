@@ -5,11 +5,13 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from crossdiff.activations.passes import paired_residuals
+from crossdiff.activations.place import Local, place_of
 from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.activations.texts import Texts
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
@@ -24,6 +26,10 @@ SECONDS = 5.0
 """So long the models run."""
 
 
+COLUMN_BYTES = sum(column.itemsize for column in COLUMNS.values())
+"""Of a token."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Estimates for one harvest of one layer. memory_bytes is the peak of the process, without the system's file cache."""
@@ -35,12 +41,18 @@ class Plan:
     tokens_per_second: float
 
     def check_disk(self, folder: Path, config: HarvestConfig) -> int:
-        """Bytes that are free where `folder` is or will be.
+        """Bytes that are free on the disk that is written to: where `folder` is or will be, or else `harvest.store`.
+
+        Of a remote store it is the disk of temporary files, which holds a shard before it is uploaded, and the columns.
 
         Raises:
-            UserError: they are too few for the store.
+            UserError: they are too few.
         """
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        place = place_of(folder if config.store is None else config.store)
+        if not isinstance(place, Local):
+            return self._check_temporary(Path(tempfile.gettempdir()), config)
+        folder = place.where.absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < self.store_bytes:
             advice = "" if config.dtype == "int8" else "set harvest.dtype to int8, "
@@ -51,14 +63,23 @@ class Plan:
             )
         return free
 
+    def _check_temporary(self, folder: Path, config: HarvestConfig) -> int:
+        shard = min(1.0, (config.shard_tokens + config.batch_tokens) / self.n_tokens) * self.store_bytes
+        needed, free = shard + self.n_tokens * COLUMN_BYTES, shutil.disk_usage(folder).free
+        if free < needed:
+            raise UserError(
+                f"a remote store needs {needed / 1e9:.2f} GB for temporary files, one shard and the columns, and the disk of "
+                f"{folder} has {free / 1e9:.2f} GB left; set TMPDIR to a folder on another disk, or lower harvest.shard_tokens"
+            )
+        return free
+
 
 def bytes_per_token(d_model: int, config: HarvestConfig) -> int:
     """What the store keeps of a token, with its columns."""
-    columns = sum(column.itemsize for column in COLUMNS.values())
     if config.storage == "live":
-        return columns
+        return COLUMN_BYTES
     per_source = d_model * DTYPES[config.dtype].itemsize + (4 if config.dtype == "int8" else 0)
-    return len(SOURCES) * per_source + columns
+    return len(SOURCES) * per_source + COLUMN_BYTES
 
 
 def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> Plan:

@@ -1,19 +1,18 @@
 """Rows of a tensor in a safetensors file, read as byte ranges.
 
-A memory map would do too, but every page that was read counts as the process's memory until the system is short of it, and a
-file that is cut off under a map ends the process without a word.
+A memory map would do too where the file is local, but every page that was read counts as the process's memory until the
+system is short of it, and a file that is cut off under a map ends the process without a word.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from crossdiff.config import UserError
+from crossdiff.activations.place import Place
 from crossdiff.shapes import Int64, Tensor
 
 SAFETENSORS_NAMES = {
@@ -25,9 +24,11 @@ SAFETENSORS_NAMES = {
 class StoredRows:
     """One tensor of a safetensors file, of which only the rows asked for are ever in memory; the file's header is sound."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path = path
-        with path.open("rb") as file:
+    def __init__(self, place: Place, file_name: str, skim: Path, name: str) -> None:
+        """`skim` is a local file with the header of the one called `file_name` (`Place.skims`)."""
+        self.path = place.at(file_name)
+        self._place, self._file_name = place, file_name
+        with skim.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[name]
         self.shape = tuple(entry["shape"])
@@ -49,18 +50,10 @@ class StoredRows:
         content, row_bytes = out.view(-1).view(torch.uint8).numpy(), out[0].nbytes
         numbers = rows.numpy()
         cuts = np.concatenate([[0], np.flatnonzero(np.diff(numbers) != 1) + 1, [len(numbers)]])
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-                    start = self._first + int(numbers[first]) * row_bytes
-                    self._fill(file.fileno(), content[first * row_bytes : last * row_bytes].data, start)
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
+        runs = zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
+        pieces = (
+            (self._first + int(numbers[first]) * row_bytes, content[first * row_bytes : last * row_bytes].data)
+            for first, last in runs
+        )
+        self._place.read(self._file_name, pieces)
         return out
-
-    def _fill(self, descriptor: int, content: memoryview, start: int) -> None:
-        while content:
-            n_read = os.preadv(descriptor, [content], start)
-            if not n_read:
-                raise UserError(f"{self.path} ends at byte {start}, within its activations; restore it, or harvest again")
-            content, start = content[n_read:], start + n_read

@@ -1,8 +1,9 @@
 """Writing a store's shards: tokens fill a buffer, the buffer becomes a file, and a line of a log says that it is whole.
 
-A file is hashed while it is written, synced, and renamed into place; then the log gets its line. So a killed harvest finds
-there what it need not do again, and a line that was cut off in the middle is not one. Which tokens a shard holds depends on the
-texts and the settings alone, so that any rank can make any shard; each writes a log of its own and reads those of all.
+A file is hashed while it is written, and it is whole when it has its name (`Place.writing`); then the log gets its line. So a
+killed harvest finds there what it need not do again, and a line that was cut off in the middle is not one. Which tokens a shard
+holds depends on the texts and the settings alone, so that any rank can make any shard; each writes a log of its own and reads
+those of all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from crossdiff.activations.place import Place, place_of
 from crossdiff.activations.ranges import SAFETENSORS_NAMES
 from crossdiff.activations.statistics import Moments
 from crossdiff.activations.store import COLUMNS, DTYPES
@@ -43,6 +45,11 @@ class ShardEntry:
 def shard_name(number: int) -> str:
     """The file of a shard."""
     return f"shard-{number:05d}.safetensors"
+
+
+def logs_among(names: Iterable[str]) -> list[str]:
+    """Which files are logs of an unfinished harvest."""
+    return sorted(name for name in names if name.startswith("progress-") and name.endswith(".jsonl"))
 
 
 def quantise(h: Float32[Tensor, "token d_model"]) -> tuple[Int8[Tensor, "token d_model"], Float32[Tensor, " token"]]:
@@ -94,13 +101,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, temporary = hashlib.sha256(), path.with_suffix(".partial")
-    with temporary.open("wb", buffering=0) as file:
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
         for block in _blocks(len(text).to_bytes(8, "little") + text, ordered.values()):
             digest.update(block)
             _write_all(file.fileno(), block)
-        os.fsync(file.fileno())
-    temporary.replace(path)
     return 8 + len(text) + offset, digest.hexdigest()
 
 
@@ -165,10 +170,12 @@ class ShardBuffer:
 class ProgressLog:
     """`progress-RANK.jsonl`: what is harvested, then a line for each whole shard that the rank has made."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
-        """Begin this rank's log in `folder`, or go on with it."""
-        self.folder, self.path, self._settings = folder, folder / f"progress-{rank}.jsonl", settings
-        self._repair()
+    def __init__(self, where: str | Path | Place, settings: dict[str, Any], rank: int = 0) -> None:
+        """Begin this rank's log in a place, or go on with it."""
+        self.place, self._name, self._settings = place_of(where), f"progress-{rank}.jsonl", settings
+        found = _whole_lines(self.place.fetch(self._name)) if self._name in self.place.sizes() else []
+        self._lines = found if len(found) > 1 else [settings]
+        self._write()
 
     def entries(self) -> list[ShardEntry]:
         """The shards that are whole, whichever rank made them, in order.
@@ -176,44 +183,32 @@ class ProgressLog:
         Raises:
             UserError: they are of a harvest with other settings.
         """
-        found: dict[str, ShardEntry] = {}
-        for path in sorted(self.folder.glob("progress-*.jsonl")):
-            head, *lines = _whole_lines(path) or [self._settings]
+        sizes, found = self.place.sizes(), dict[str, ShardEntry]()
+        for name in logs_among(sizes):
+            head, *lines = _whole_lines(self.place.fetch(name)) or [self._settings]
             if lines and head != self._settings:
-                raise UserError(
-                    f"{self.folder} holds an unfinished harvest with other settings; delete it or choose another folder"
-                )
+                where = self.place.where
+                raise UserError(f"{where} holds an unfinished harvest with other settings; delete it or choose another folder")
             found |= {line["file"]: ShardEntry(**line) for line in lines}
-        return [entry for _, entry in sorted(found.items()) if self._is_whole(entry)]
-
-    def _is_whole(self, entry: ShardEntry) -> bool:
-        path = self.folder / entry.file
-        return path.exists() and path.stat().st_size == entry.bytes
-
-    def _repair(self) -> None:
-        """Begin the log, or take the end off that a kill left half written."""
-        lines = _whole_lines(self.path)
-        lines = lines if len(lines) > 1 else [self._settings]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(self.path)
+        return [entry for file, entry in sorted(found.items()) if sizes.get(file) == entry.bytes]
 
     def append(self, entry: ShardEntry) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(entry)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a line. The log is written anew, since nothing can be appended to a file in a bucket."""
+        self._lines.append(asdict(entry))
+        self._write()
+
+    def _write(self) -> None:
+        with self.place.writing(self._name) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
 
     def remove(self) -> None:
         """Delete the logs of all ranks, once the store is finished."""
-        for path in self.folder.glob("progress-*.jsonl"):
-            path.unlink()
+        for name in logs_among(self.place.sizes()):
+            self.place.remove(name)
 
 
 def _whole_lines(path: Path) -> list[Any]:
     """The records of a log, without a last line that a kill cut off."""
-    if not path.exists():
-        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -263,5 +258,6 @@ class ShardWriters:
         name = shard_name(number)
         for log, buffer in zip(self.logs, buffers, strict=True):
             n_tokens = buffer.n_tokens
-            size, digest = buffer.write(log.folder / name)
+            with log.place.writing(name) as path:
+                size, digest = buffer.write(path)
             log.append(ShardEntry(name, n_tokens, size, digest, sequences, seconds))

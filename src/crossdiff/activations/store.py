@@ -11,9 +11,8 @@ The tokens of a sequence lie side by side in one shard, in order. There is no pa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from crossdiff.activations.place import DOCUMENTS, MANIFEST, Place, place_of, read_pointer, sha256
 from crossdiff.activations.ranges import StoredRows
 from crossdiff.activations.statistics import Normalisation
 from crossdiff.config import UserError
@@ -45,17 +45,26 @@ COLUMNS: dict[str, torch.dtype] = {
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _open(where: str | Path) -> tuple[Place, dict[str, Any]]:
+    """The place of a store, which `where` may only point to, and the manifest.
 
-
-def _shard_path(folder: Path, name: Any) -> Path:
-    """A shard's path; the manifest is not trusted to stay inside the store."""
-    if not isinstance(name, str) or name in {"", ".."} or Path(name).name != name or (folder / name).is_symlink():
-        raise UserError(f"{folder / 'manifest.json'} names the shard {name!r}; expected a plain file name in the store")
-    return folder / name
+    Raises:
+        UserError: no store there, or another one than the pointer says.
+    """
+    place = place_of(where)
+    pointer = read_pointer(place)
+    if pointer is not None:
+        place = place_of(pointer.url)
+    try:
+        path = place.fetch(MANIFEST)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{place.where} is no activation store: it has no {MANIFEST} ({error}); run `crossdiff harvest` first"
+        ) from None
+    if pointer is not None and sha256(path) != pointer.sha256:
+        raise UserError(f"the store {place.where} is not the one that {where} was made with; restore it, or delete {where}")
+    manifest: dict[str, Any] = read_json(path)
+    return place, manifest
 
 
 class Store:
@@ -66,23 +75,25 @@ class Store:
         >>> store.sources, store.documents["n_tokens"].sum() == store.n_tokens
         (('base', 'chat'), True)
 
+    Args:
+        folder: a local folder, or the URL of a remote one (`s3://bucket/folder`); of a remote store the columns are copied
+            to the local disk.
+
     Raises:
         UserError: no store there, a wrong format, a shard missing or of the wrong size.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = folder = Path(folder)
-        if not (folder / "manifest.json").exists():
-            raise UserError(f"{folder} is no activation store: it has no manifest.json; run `crossdiff harvest` first")
-        self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
+        self.place, self.manifest = _open(folder)
+        self.folder = folder = self.place.where
         if self.manifest.get("format") != FORMAT:
             raise UserError(f"{folder} has store format {self.manifest.get('format')!r}; this version reads {FORMAT}")
+        sizes = self.place.sizes()
         for shard in self.manifest["shards"]:
-            path = _shard_path(folder, shard["file"])
-            size = path.stat().st_size if path.exists() else None
+            size = sizes.get(self.place.checked(shard["file"]))
             if size != shard["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                raise UserError(f"shard {path} {found}; restore it, or harvest again with --force")
+                raise UserError(f"shard {self.place.at(shard['file'])} {found}; restore it, or harvest again with --force")
         if not self.manifest["n_tokens"]:
             raise UserError(f"{folder} holds no tokens; harvest again with texts")
         if (held := int(self.offsets[-1])) != self.n_tokens:
@@ -137,17 +148,22 @@ class Store:
     @cached_property
     def documents(self) -> pl.DataFrame:
         """One row a document, sorted by its number."""
-        path = self.folder / "documents.parquet"
         try:
-            return pl.read_parquet(path).sort("document")
+            return pl.read_parquet(self.place.fetch(DOCUMENTS)).sort("document")
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise UserError(f"cannot read {path}: {error}; restore it, or harvest again with --force") from None
+            raise UserError(
+                f"cannot read {self.place.at(DOCUMENTS)}: {error}; restore it, or harvest again with --force"
+            ) from None
 
     @cached_property
     def normalisation(self) -> Normalisation:
         """Moments over the training tokens."""
-        statistics = load_file(self.folder / "statistics.safetensors")
+        statistics = load_file(self.place.fetch("statistics.safetensors"))
         return Normalisation(statistics["mean"], statistics["gram"])
+
+    @cached_property
+    def _skims(self) -> list[Path]:
+        return self.place.skims([shard["file"] for shard in self.manifest["shards"]])
 
     @cached_property
     def shards(self) -> list[dict[str, Tensor]]:
@@ -155,10 +171,10 @@ class Store:
         scaled = self.manifest["dtype"] == "int8" and not self.is_live
         names = [*COLUMNS, *(["activation_scale"] if scaled else [])]
         opened = []
-        for shard in self.manifest["shards"]:
-            path = _shard_path(self.folder, shard["file"])
+        for shard, skim in zip(self.manifest["shards"], self._skims, strict=True):
+            path = self.place.at(shard["file"])
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(skim, framework="pt") as file:
                     tensors = {name: file.get_tensor(name) for name in names}
             except SafetensorError as error:
                 raise UserError(f"shard {path} is damaged: {error}; harvest again with --force") from None
@@ -175,8 +191,8 @@ class Store:
     def activations(self) -> list[StoredRows]:
         """The activations of each shard, `[token, source, d_model]`, in the stored dtype."""
         opened = []
-        for shard, columns in zip(self.manifest["shards"], self.shards, strict=True):
-            rows = StoredRows(_shard_path(self.folder, shard["file"]), "activations")
+        for shard, skim, columns in zip(self.manifest["shards"], self._skims, self.shards, strict=True):
+            rows = StoredRows(self.place, shard["file"], skim, "activations")
             expected = (len(columns["position"]), len(self.sources), self.d_model)
             if rows.shape != expected:
                 raise UserError(f"shard {rows.path} holds activations of shape {rows.shape}, the manifest says {expected}")
@@ -219,14 +235,14 @@ class Store:
         out = torch.empty(len(rows), len(self.sources), self.d_model)
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self.offsets)
-        for index, shard in enumerate(self.shards):
-            part = order[cuts[index] : cuts[index + 1]]
-            if len(part):
-                local = torch.from_numpy(rows[part] - self.offsets[index])
-                h = self.activations[index][local].float()
-                if "activation_scale" in shard:
-                    h *= shard["activation_scale"][local].unsqueeze(2)
-                out[torch.from_numpy(part)] = h
+        parts = {index: order[cuts[index] : cuts[index + 1]] for index in np.flatnonzero(np.diff(cuts)).tolist()}
+        local = {index: torch.from_numpy(rows[part] - self.offsets[index]) for index, part in parts.items()}
+        calls = [partial(self.activations[index].__getitem__, chosen) for index, chosen in local.items()]
+        for index, stored in zip(parts, self.place.overlapped(calls), strict=True):
+            h = stored.float()
+            if (scale := self.shards[index].get("activation_scale")) is not None:
+                h *= scale[local[index]].unsqueeze(2)
+            out[torch.from_numpy(parts[index])] = h
         # One NaN or infinity makes the sum not finite, and a sum costs less than a look at each number.
         if not torch.isfinite(out.sum()):
             self._name_what_is_not_finite(rows, out)
@@ -287,23 +303,23 @@ def consecutive(bounds: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[tu
         first = last
 
 
-def verify(folder: Path) -> list[str]:
-    """Read the whole store and list everything that is wrong with it; an empty list means that it is whole."""
-    manifest = read_json(folder / "manifest.json")
-    problems = []
-    for shard in manifest["shards"]:
-        path = _shard_path(folder, shard["file"])
-        if not path.exists():
-            problems.append(f"{path.name}: missing")
-        elif path.stat().st_size != shard["bytes"]:
-            problems.append(f"{path.name}: {path.stat().st_size} bytes instead of {shard['bytes']} (truncated?)")
-        elif sha256(path) != shard["sha256"]:
-            problems.append(f"{path.name}: the content has changed (SHA-256 differs)")
-    for name, digest in manifest["files"].items():
-        path = _shard_path(folder, name)
-        if not path.exists():
+def verify(folder: str | Path) -> list[str]:
+    """Read the whole store and list everything that is wrong with it; an empty list means that it is whole.
+
+    Raises:
+        UserError: no store there, or one whose manifest leads out of it.
+    """
+    place, manifest = _open(folder)
+    sizes, problems = place.sizes(), []
+    files = [(shard["file"], shard["bytes"], shard["sha256"]) for shard in manifest["shards"]]
+    files += [(name, None, digest) for name, digest in manifest["files"].items()]
+    for name, n_bytes, digest in files:
+        size = sizes.get(place.checked(name))
+        if size is None:
             problems.append(f"{name}: missing")
-        elif sha256(path) != digest:
+        elif n_bytes not in (None, size):
+            problems.append(f"{name}: {size} bytes instead of {n_bytes} (truncated?)")
+        elif place.digest(name) != digest:
             problems.append(f"{name}: the content has changed (SHA-256 differs)")
     if sum(shard["n_tokens"] for shard in manifest["shards"]) != manifest["n_tokens"]:
         problems.append("manifest.json: the shards' tokens do not add up to n_tokens")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from crossdiff.activations.place import DOCUMENTS, MANIFEST, Place, sha256
 from crossdiff.activations.shards import ShardEntry
 from crossdiff.activations.statistics import Moments
-from crossdiff.activations.store import FORMAT, sha256
+from crossdiff.activations.store import FORMAT
 from crossdiff.config import HarvestConfig
 from crossdiff.models.pair import SOURCES
 from crossdiff.run import write_json
@@ -40,14 +40,14 @@ class Origin:
 
 
 def finish_store(
-    folder: Path,
+    place: Place,
     origin: Origin,
     config: HarvestConfig,
     entries: Sequence[ShardEntry],
     documents: pl.DataFrame,
     moments: Moments,
 ) -> None:
-    """Write what makes the shards in `folder` a store; `documents` has the columns of `DOCUMENT_COLUMNS`.
+    """Write what makes the shards in `place` a store, the manifest last; `documents` has the columns of `DOCUMENT_COLUMNS`.
 
     moments: over the training tokens, or a sample of them.
 
@@ -56,8 +56,13 @@ def finish_store(
     """
     normalisation = moments.finish()
     assert normalisation.scale > 0  # raises where nothing varies, before a store is made of it
-    save_file({"mean": normalisation.mean, "gram": normalisation.gram}, folder / "statistics.safetensors")
-    documents.write_parquet(folder / "documents.parquet")
+    digests = {}
+    with place.writing(DOCUMENTS) as path:
+        documents.write_parquet(path)
+        digests[DOCUMENTS] = sha256(path)
+    with place.writing("statistics.safetensors") as path:
+        save_file({"mean": normalisation.mean, "gram": normalisation.gram}, path)
+        digests["statistics.safetensors"] = sha256(path)
     manifest = {
         "format": FORMAT,
         "pair": origin.pair,
@@ -82,16 +87,17 @@ def finish_store(
         "shards": [
             {"file": entry.file, "n_tokens": entry.n_tokens, "bytes": entry.bytes, "sha256": entry.sha256} for entry in entries
         ],
-        "files": {name: sha256(folder / name) for name in ("documents.parquet", "statistics.safetensors")},
+        "files": digests,
     }
-    write_json(folder / "manifest.json", manifest)
+    with place.writing(MANIFEST) as path:
+        write_json(path, manifest)
 
 
-def summed_moments(folder: Path, entries: Sequence[ShardEntry]) -> Moments:
+def summed_moments(place: Place, entries: Sequence[ShardEntry]) -> Moments:
     """The sum of what the shards say, so that a resumed harvest adds up to the same bits."""
     parts = []
-    for entry in entries:
-        with safe_open(folder / entry.file, framework="pt") as file:
+    for path in place.skims([entry.file for entry in entries]):
+        with safe_open(path, framework="pt") as file:
             parts.append(Moments(*(file.get_tensor(name) for name in ("total", "products", "n_training"))))
     moments = Moments.zero(*parts[0].total.shape)
     for part in parts:

@@ -95,11 +95,9 @@ def clean(argv: Sequence[str]) -> None:
 def store(argv: Sequence[str]) -> None:
     parser = Parser(prog="crossdiff store", description="check an activation store")
     parser.add_argument("action", choices=["verify"], help="verify: read everything and compare the checksums")
-    parser.add_argument("path", type=Path, help="the store, such as runs/demo/activations")
+    parser.add_argument("path", help="the store: a folder such as runs/demo/activations, or a URL such as s3://bucket/folder")
     parser.add_argument("--debug", action="store_true")
     path = parser.parse_args(argv).path
-    if not (path / "manifest.json").exists():
-        raise UserError(f"{path} is no activation store: it has no manifest.json")
     from crossdiff.activations.store import verify
 
     problems = verify(path)
