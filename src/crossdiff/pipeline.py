@@ -35,7 +35,7 @@ ANALYSIS = (
 )  # fmt: skip
 CODE_FORMAT = 5
 """Raised when a stage's results change although its settings do not."""
-TRAINING_FORMAT, ANALYSIS_FORMAT = 7, 4
+TRAINING_FORMAT, ANALYSIS_FORMAT = 7, 5
 """The same for the training and the analysis alone, so that nothing is harvested again for them."""
 
 

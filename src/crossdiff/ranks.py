@@ -84,10 +84,10 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def total(self, number: float) -> float:
+    def total(self, number: float | int) -> float:
         """The sum of every rank's number; exact for whole ones."""
         if self.size == 1:
-            return number
+            return float(number)
         import torch
 
         return float(self.sum(torch.tensor(number, dtype=torch.float64)))

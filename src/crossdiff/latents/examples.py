@@ -142,8 +142,9 @@ class Ranking:
     """The distinct contexts among some candidates, in their order.
 
     Attributes:
-        candidate: index of the best candidate of each context (the first of the best ones).
-        by_value: rank of its value among those of its latent, 0 the largest; by_key: of its key, 0 the smallest.
+        candidate: index of the best candidate of each context (of equal ones that of the first sequence).
+        by_value: rank of its value among those of its latent, 0 the largest (of equal values the smallest key); by_key: of its
+            key, 0 the smallest.
     """
 
     candidate: Integers
@@ -152,14 +153,14 @@ class Ranking:
 
     @classmethod
     def of(cls, candidates: Candidates) -> Ranking:
-        order = np.lexsort((-candidates.value, candidates.key, candidates.latent))
+        order = np.lexsort((candidates.sequence, -candidates.value, candidates.key, candidates.latent))
         latent, key = candidates.latent[order], candidates.key[order]
         distinct = np.concatenate([[True], (latent[1:] != latent[:-1]) | (key[1:] != key[:-1])])[: len(order)]
         chosen = order[distinct]
         by_key = _place_in_run(latent[distinct])
         back = np.argsort(chosen)
         chosen, by_key = chosen[back], by_key[back]
-        strongest = np.lexsort((-candidates.value[chosen], candidates.latent[chosen]))
+        strongest = np.lexsort((candidates.key[chosen], -candidates.value[chosen], candidates.latent[chosen]))
         by_value = np.empty_like(by_key)
         by_value[strongest] = _place_in_run(candidates.latent[chosen][strongest])
         return cls(chosen, by_value, by_key)
@@ -199,7 +200,7 @@ class ExampleCollector:
         positions = self._position[chunk.rows].astype(np.int64)
         contexts = context_hashes(self._token_ids, chunk.rows, positions)
         found = candidates_of(chunk, chunk.code.values * norms[chunk.code.latent], contexts, positions, self.seed)
-        hopeful = (found.value > self._least_value[found.latent]) | (found.key <= self._largest_key[found.latent])
+        hopeful = (found.value >= self._least_value[found.latent]) | (found.key <= self._largest_key[found.latent])
         self._parts.append(found.take(np.flatnonzero(hopeful)))
         self._n_pairs += self._parts[-1].n_pairs
         if self._n_pairs > self._limit:
