@@ -3,7 +3,7 @@
     python benchmarks/ranks.py RUN [--rounds 3] [--steps 40]
 
 RUN is a finished run of the embedded pair. The stages are timed between barriers, imports and loading left out, alternately
-with one and two ranks. Training: F = 8,192, batch 2,048, latents split, and the batch split. Prints medians and tokens/s.
+with one and two ranks. Training: batches of 2,048, the latents or the batch split. Prints medians and tokens/s.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def timed(ranks: Ranks, work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def train_steps(ranks: Ranks, store: Store, latent_ranks: int | None, n_steps: int) -> tuple[float, int]:
+def train_steps(ranks: Ranks, store: Store, n_latents: int, latent_ranks: int | None, n_steps: int) -> tuple[float, int]:
     """Seconds and tokens of some steps, after some that do not count."""
-    config = CrosscoderConfig(sparsity=BatchTopKConfig(k=50), n_latents=8192, expansion=None, batch_size=2048, warmup_steps=0)
+    config = CrosscoderConfig(sparsity=BatchTopKConfig(k=50), n_latents=n_latents, batch_size=2048, warmup_steps=0)
     mesh, normalisation = mesh_of(ranks, latent_ranks, CPU), store.normalisation
-    coder = new_crosscoder(8192, normalisation.mean.float(), normalisation.scale, config.sparsity, 1.0, seed=0)
+    coder = new_crosscoder(n_latents, normalisation.mean.float(), normalisation.scale, config.sparsity, 1.0, seed=0)
     trainer, batches = Trainer(config, coder, 10_000, mesh), Batches(store, 2048, 0)
 
     def steps(first: int, last: int) -> None:
@@ -64,8 +64,22 @@ def train_steps(ranks: Ranks, store: Store, latent_ranks: int | None, n_steps: i
     return seconds, n_steps * 2048
 
 
-def stages(run: Path, folder: Path, n_steps: int) -> dict[str, tuple[float, int]]:
+def stages(run: Path, folder: Path, n_steps: int, training_only: bool) -> dict[str, tuple[float, int]]:
     """Seconds and tokens of each stage, on every rank."""
+    found = train(run, n_steps)
+    return found if training_only else found | harvest_and_analysis(run, folder)
+
+
+def train(run: Path, n_steps: int) -> dict[str, tuple[float, int]]:
+    ranks, store, found = current(), Store(run / "activations"), {}
+    for n_latents in (8192, 32768):
+        steps = n_steps * 8192 // n_latents
+        found[f"training of {n_latents:,} latents, split"] = train_steps(ranks, store, n_latents, None, steps)
+    found["training of 8,192 latents, batch split"] = train_steps(ranks, store, 8192, 1, n_steps)
+    return found
+
+
+def harvest_and_analysis(run: Path, folder: Path) -> dict[str, tuple[float, int]]:
     ranks, settings = current(), validate(RunConfig, read_yaml(run / "config.yaml"), str(run))
     found = {}
     pair = load_pair(settings.base, settings.chat, CPU)
@@ -75,8 +89,6 @@ def stages(run: Path, folder: Path, n_steps: int) -> dict[str, tuple[float, int]
     seconds = timed(ranks, lambda: void(harvest({layer: folder}, pair, datasets, config, ranks=ranks)))
     found["harvest"] = (seconds, Store(folder).n_tokens)
     store = Store(run / "activations")
-    found["training, latents split"] = train_steps(ranks, store, None, n_steps)
-    found["training, batch split"] = train_steps(ranks, store, 1, n_steps)
     coder, analysis = load(run / "batchtopk"), AnalyzeConfig()
     cells, directions = cells_of(store, load_tokenizer(settings.chat)), with_random_directions(coder, 0)
     seconds = timed(ranks, lambda: void(measure(coder, store, cells, analysis, directions, ranks=ranks)))
@@ -92,12 +104,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--training-only", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         torch.set_num_threads(1)
         keep_freed_memory()
-        found = stages(args.run, args.child / "store", args.steps)
+        found = stages(args.run, args.child / "store", args.steps, args.training_only)
         if current().is_first:
             (args.child / "found.json").write_text(json.dumps(found))
         return
@@ -108,7 +121,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as name:
                 (Path(name) / "store").mkdir()
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", __file__]
-                subprocess.run([*command, str(args.run), "--steps", str(args.steps), "--child", name], check=True)
+                flags = ["--steps", str(args.steps), *(["--training-only"] if args.training_only else []), "--child", name]
+                subprocess.run([*command, str(args.run), *flags], check=True)
                 for stage, (seconds, n_tokens) in json.loads((Path(name) / "found.json").read_text()).items():
                     results.setdefault(stage, {1: [], 2: []})[n].append(seconds)
                     tokens[stage] = n_tokens

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from crossdiff.crosscoder.cost import Rates, Size, fit, time_step
 from crossdiff.memory import keep_freed_memory
 
-FITTED = (Size(256, 4096, 32, 1024), Size(576, 2048, 100, 1024), Size(1024, 8192, 16, 256))
-CHECKED = (Size(384, 6144, 50, 1024), Size(576, 8192, 50, 2048), Size(2304, 8192, 100, 512))
+FITTED = (Size(1024, 8192, 16, 1024), Size(576, 4096, 200, 1024), Size(2304, 8192, 16, 128))
+"""Of each kind of work one that has much of it."""
+CHECKED = (Size(256, 4096, 32, 2048), Size(576, 8192, 50, 2048), Size(2304, 16384, 100, 512))
 PROJECTED = {
-    "Gemma-2-2B, F = 73,728, 100M tokens": (Size(2304, 73_728, 100, 2048), 100e6, 1),
-    "Llama-3.1-8B, F = 131,072, 1B tokens": (Size(4096, 131_072, 100, 4096), 1e9, 8),
-    "Llama-3.1-8B, F = 1M, 1B tokens": (Size(4096, 1_048_576, 100, 4096), 1e9, 32),
+    "Gemma-2-2B, F = 73,728, 100M tokens": (Size(2304, 73_728, 100, 2048), 100e6, 1, 1.01e9),
+    "Llama-3.1-8B, F = 131,072, 1B tokens": (Size(4096, 131_072, 100, 4096), 1e9, 8, 3.49e9),
+    "Llama-3.1-8B, F = 1M, 1B tokens": (Size(4096, 1_048_576, 100, 4096), 1e9, 32, 3.49e9),
 }
+"""Size, tokens, ranks, and parameters of one model's layers up to the middle one, embeddings left out."""
 ACCELERATOR = {"products": 989e12 / 2, "bytes": 3.35e12, "link": 450e9}
 """An H100 SXM by its data sheet: multiply-adds in bfloat16, memory bytes, NVLink bytes a second in one direction."""
 
@@ -36,6 +38,12 @@ def peak_memory(size: Size) -> int:
     """Bytes that a process of its own needs over what it has after the imports."""
     command = [sys.executable, __file__, "--memory", *map(str, (size.d_model, size.n_latents, size.active, size.batch))]
     return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def peak_resident() -> int:
+    """Bytes; what getrusage says includes the process that this one was started from."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def product_peak() -> float:
@@ -64,9 +72,9 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     if args.memory:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_resident()
         time_step(Size(*args.memory), torch.device("cpu"), steps=1)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        print(peak_resident() - before)
         return
     device = torch.device("cpu")
     timed = {size: time_step(size, device, steps=9) for size in (*FITTED, *CHECKED)}
@@ -86,12 +94,15 @@ def main() -> None:
         pairs=ACCELERATOR["bytes"] * rates.pairs / copied,
         parameters=ACCELERATOR["bytes"] * rates.parameters / copied,
     )
-    print("\n| training | ranks | step ms | traffic ms | hours | memory GB a rank | store TB (bf16) | int8 |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, (size, tokens, ranks) in PROJECTED.items():
+    print("\n| | ranks | harvest h | step ms | of it sending | training h | memory GB a rank | store TB (bf16) | int8 |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, (size, tokens, ranks, parameters) in PROJECTED.items():
         step, sent = far.seconds(size, ranks), size.traffic_bytes(ranks, 1) / ACCELERATOR["link"]
         store = tokens * size.columns
-        print(f"| {name} | {ranks} | {step * 1e3:.0f} | {sent * 1e3:.1f} | {(step + sent) * tokens / size.batch / 3600:.1f} | "
+        forwards = size.n_sources * parameters * tokens / far.dense / ranks
+        step += sent
+        print(f"| {name} | {ranks} | {forwards / 3600:.1f} | {step * 1e3:.0f} | {sent * 1e3:.1f} | "
+              f"{step * tokens / size.batch / 3600:.1f} | "
               f"{size.memory_bytes(ranks) / 1e9:.1f} | {2 * store / 1e12:.2f} | {store / 1e12:.2f} |")  # fmt: skip
 
 

@@ -56,6 +56,11 @@ def test_latents_found_again() -> None:
     assert (matches["a", "c"]["n_specific"], matches["a", "c"]["matched"]) == (2, 0.0)
     assert (matches["b", "a"]["matched"], matches["b", "a"]["matched_specific"]) == (1.0, 1.0)
     assert math.isnan(matches["c", "a"]["matched"])
+    # Of a's latents the best cosines with those of c are 0.71, 0.71 and, of the shared one, 1.
+    assert matches["a", "c"]["median_cosine"] == pytest.approx(0.5**0.5)
+    assert matches["a", "c"]["median_cosine_live"] == pytest.approx(0.5**0.5)
+    assert matches["b", "c"]["median_cosine_live"] == pytest.approx((0.71 + 0.73) / 2, abs=0.05)
+    assert math.isnan(matches["c", "a"]["median_cosine"])
 
 
 def test_largest_cosines_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

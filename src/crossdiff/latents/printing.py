@@ -34,9 +34,10 @@ def print_seeds(report: SeedReport, console: Console | None = None) -> None:
         table.add_row(name.replace("_", " "), *(f"{n:,}" for n in numbers), f"{mean:.1f}", f"{sd:.1f}")
     console.print(table)
     table = Table(title="Chat-specific latents found again", title_justify="left")
-    for heading in ("of", "in", "latents", "as any latent", "as a chat-specific one"):
+    for heading in ("of", "in", "latents", "as any latent", "as a chat-specific one", "median cosine", "of all live ones"):
         table.add_column(heading, justify="left" if heading in ("of", "in") else "right")
     for match in report.matches.iter_rows(named=True):
         shares = ("" if value != value else f"{value:.0%}" for value in (match["matched"], match["matched_specific"]))
-        table.add_row(match["seed"], match["other"], f"{match['n_specific']:,}", *shares)
+        cosines = ("" if value != value else f"{value:.2f}" for value in (match["median_cosine"], match["median_cosine_live"]))
+        table.add_row(match["seed"], match["other"], f"{match['n_specific']:,}", *shares, *cosines)
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -38,7 +39,8 @@ class SeedReport:
         counts: columns `count` (a class, set or verdict), one per training, `mean` and `sd` (over trainings, n - 1).
         matches: columns `seed`, `other`, `n_specific`, and the shares of the specific latents of `seed` whose chat direction
             has a cosine above the limit with that of a live latent of `other` (`matched`), or of a specific one
-            (`matched_specific`); NaN without specific latents.
+            (`matched_specific`); NaN without specific latents. `median_cosine` is the median of the best cosines of the
+            specific latents with the live ones of `other`, `median_cosine_live` that of all live latents of `seed`.
     """
 
     counts: pl.DataFrame
@@ -85,9 +87,15 @@ def compare_seeds(seeds: list[Seed], smallest_cosine: float = 0.9) -> SeedReport
     table = table.with_columns(mean=pl.Series(values.mean(1)), sd=pl.Series(values.std(1, ddof=1)))
     rows = []
     for seed, other in permutations(seeds, 2):
-        specific = _members(seed, seed.table["chat_specific"])
-        live = largest_cosines(specific, _members(other, other.table["verdict"] != "dead")) > smallest_cosine
+        specific, live = (_members(seed, flags) for flags in (seed.table["chat_specific"], seed.table["verdict"] != "dead"))
+        others = _members(other, other.table["verdict"] != "dead")
+        nearest = largest_cosines(specific, others)
         same = largest_cosines(specific, _members(other, other.table["chat_specific"])) > smallest_cosine
-        share = {"matched": float(live.double().mean()), "matched_specific": float(same.double().mean())}
-        rows.append({"seed": seed.name, "other": other.name, "n_specific": len(specific)} | share)
+        found_again = {
+            "matched": float((nearest > smallest_cosine).double().mean()),
+            "matched_specific": float(same.double().mean()),
+            "median_cosine": float(nearest.nanmedian()) if len(nearest) else math.nan,
+            "median_cosine_live": float(largest_cosines(live, others).median()) if len(live) else math.nan,
+        }
+        rows.append({"seed": seed.name, "other": other.name, "n_specific": len(specific)} | found_again)
     return SeedReport(table, pl.DataFrame(rows))
