@@ -75,7 +75,8 @@ class CausalPipeline(Pipeline):
                 ranks = self.run.ranks
                 causal_test(folder / name, folder / "parts", pair, store, crosscoder, table, config, advance, ranks)
             self._say_done(stage)
-        print_causal(read_json(self.run.path / name / "causal.json"), name, self.console)
+        if self.run.ranks.is_first:
+            print_causal(read_json(self.run.path / name / "causal.json"), name, self.console)
 
     def steer(self, config: SteerConfig) -> None:
         """Answer prompts with and without a latent: side by side on the terminal, or as a table in `steering/`.

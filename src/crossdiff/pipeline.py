@@ -276,20 +276,20 @@ class Pipeline:
         stage = self.compare_stage()
         if not self._skip(stage):
             self._compare(stage)
-        self.console.print(comparison_table(read_json(self.run.path / "comparison.json")))
+        if self.run.ranks.is_first:
+            self.console.print(comparison_table(read_json(self.run.path / "comparison.json")))
 
     def _compare(self, stage: Stage) -> None:
         from crossdiff.crosscoder.compare import compare
 
         store, config = self.store(), self.config.compare
         crosscoders = {name: self.crosscoder(name) for name in self.names}
-        pair = self.load_pair()
         with (
             self.run.working(stage) as folder,
             progress_bar(self.console, "compare, tokens", config.max_tokens) as advance,
         ):
             if self.run.ranks.is_first:
-                write_json(folder / "comparison.json", compare(crosscoders, store, pair, config, advance))
+                write_json(folder / "comparison.json", compare(crosscoders, store, self.load_pair(), config, advance))
         self._say_done(stage)
 
     def analyze(self, name: str) -> None:
@@ -320,17 +320,18 @@ class Pipeline:
         for name in self.names:
             if not self.run.is_done(self.analyze_stage(name)):
                 raise UserError(f"{name} is not analysed with these settings; run `crossdiff analyze` first")
-        report = read_run(self.run.path, self.names)
+        report = read_run(self.run.path, self.names) if self.run.ranks.is_first else None
         if not self._skip(stage):
-            from crossdiff.report.html import write_html
-            from crossdiff.report.print import write_figures
-
             with self.run.working(stage) as folder:
-                if self.run.ranks.is_first:
+                if report is not None:
+                    from crossdiff.report.html import write_html
+                    from crossdiff.report.print import write_figures
+
                     write_html(report, folder / "report.html")
                     write_figures(report, folder / "figures")
             self._say_done(stage)
-        print_summary(report, self.console)
+        if report is not None:
+            print_summary(report, self.console)
 
 
 def harvest_layers(pipelines: Sequence[Pipeline]) -> None:

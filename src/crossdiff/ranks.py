@@ -7,7 +7,7 @@ to know of each other goes through the collectives here, which cost nothing wher
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long a rank waits for the others, the first of which may have work of its own; one that died is noticed at once."""
+"""How long the ranks wait for the first, which may have work of its own."""
+TIMEOUT = timedelta(minutes=30)
+"""After so long without an answer a rank is taken for lost; one whose process ended is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,33 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier(self.group)
+            dist.barrier(self.group, timeout=PATIENCE)
 
     def agree(self, value: T) -> T:
         """The first rank's value, on every rank."""
-        return self.gather(value)[0]
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        told = [value]
+        dist.broadcast_object_list(told, group_src=0, group=self.group)
+        return told[0]
+
+    def once(self, work: Callable[[], T]) -> T:
+        """The result of what the first rank alone does, on every rank."""
+        done = [work()] if self.is_first else []
+        self.wait()
+        return self.agree(done)[0]
+
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value, on the first one; nothing on the others."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, found, group_dst=0, group=self.group)
+        return found or []
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
@@ -118,7 +142,9 @@ class Ranks:
         """Every rank's 1-D tensor, whatever its length."""
         if self.size == 1:
             return [values]
-        lengths = self.stack(values.new_tensor(len(values))).long().tolist()
+        import torch
+
+        lengths = self.stack(torch.tensor(len(values), device=values.device)).tolist()
         padded = values.new_zeros(max(lengths))
         padded[: len(values)] = values
         return [row[:length] for row, length in zip(self.stack(padded), lengths, strict=True)]
@@ -158,7 +184,7 @@ def _join() -> None:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -168,4 +194,4 @@ def _join() -> None:
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or leave --max-restarts away"
             )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)

@@ -80,8 +80,8 @@ class Run:
             UserError: the folder cannot be written, holds something else, or another process has it.
         """
         run = cls._hold(path, ranks) if ranks.is_first else None
-        ranks.wait()
-        return run or cls(path, read_json(path / "manifest.json"), None, ranks)
+        manifest = ranks.agree(run.manifest if run is not None else {})
+        return run or cls(path, manifest, None, ranks)
 
     @classmethod
     def _hold(cls, path: Path, ranks: Ranks) -> Run:
@@ -141,7 +141,8 @@ class Run:
         entry = self.record(stage.name)
         if entry is None or entry["fingerprint"] != stage.fingerprint:
             return False
-        return all((self.path / output).exists() for output in stage.outputs)
+        # What one machine has written another may see later.
+        return self.ranks.agree(all((self.path / output).exists() for output in stage.outputs))
 
     @contextmanager
     def working(self, stage: Stage) -> Iterator[Path]:

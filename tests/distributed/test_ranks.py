@@ -40,7 +40,11 @@ def torchrun(n: int, *arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 
 def done(process: subprocess.Popen[str]) -> str:
-    output = process.communicate(timeout=240)[0]
+    try:
+        output = process.communicate(timeout=240)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # and with it the ranks
+        output = process.communicate()[0]
     assert process.returncode == 0, output[-4000:]
     return output
 

@@ -59,6 +59,19 @@ def pool_size(config: CausalConfig, n_latents: int) -> int:
     return max(2, n_latents // 20) if config.pool is None else config.pool
 
 
+def _arms(
+    experiment: Experiment, store: Store, crosscoder: Crosscoder, table: pl.DataFrame | None, pool: int, config: CausalConfig
+) -> tuple[Arms, Float[Tensor, "group d_model"]]:
+    """What is measured, and the mean differences that some of it adds."""
+    if table is None:
+        table = contributions(store, crosscoder, config.batch_tokens)
+    elif any("contribution" in intervention.rankings for intervention in experiment.interventions):
+        size = contributions(store, crosscoder, config.batch_tokens).drop("n_active")
+        table = table.join(size, on="latent", how="left", maintain_order="left")
+    arms = make_arms(experiment, table, pool, config.seed)
+    return arms, _means(store, arms, config.batch_tokens)
+
+
 def _means(store: Store, arms: Arms, batch_tokens: int) -> Float[Tensor, "group d_model"]:
     if any(kind.startswith("mean_difference") for arm in arms.arms for kind in arm.others):
         return mean_differences(store, batch_tokens).float()
@@ -112,14 +125,9 @@ def causal_test(
         )
     experiment = load_experiment(config)
     pool = pool_size(config, crosscoder.n_latents)
-    if table is None:
-        table = contributions(store, crosscoder, config.batch_tokens)
-    elif any("contribution" in intervention.rankings for intervention in experiment.interventions):
-        size = contributions(store, crosscoder, config.batch_tokens).drop("n_active")
-        table = table.join(size, on="latent", how="left", maintain_order="left")
-    arms = make_arms(experiment, table, pool, config.seed)
+    # Of nearly equal latents another machine might choose others.
+    arms, means = ranks.once(lambda: _arms(experiment, store, crosscoder, table, pool, config))
     conversations = read_conversations(store, config.split, config.max_conversations, config.seed)
-    means = _means(store, arms, config.batch_tokens)
     patcher = Patcher(pair, crosscoder, store.layer, arms.arms, means, store.leave_out)
 
     place = {sequence.document: index for index, sequence in enumerate(conversations.sequences)}

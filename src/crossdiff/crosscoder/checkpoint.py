@@ -166,12 +166,14 @@ class TrainingState:
 
     Attributes:
         tensors: the trainer's own by name, distributed ones where ranks share them.
+        settings: fingerprint of what the training is.
     """
 
     step: int
     threshold: float
     guess: float
     tensors: dict[str, Tensor]
+    settings: str
     log_sums: dict[str, float] = field(default_factory=dict)
 
 
@@ -187,8 +189,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, ranks: Ranks = ALONE) -> None:
-        self.last, self.before, self.ranks = folder / "checkpoint", folder / "checkpoint-before", ranks
-        self._partial = folder / "checkpoint.partial"
+        self.folder, self.ranks = folder, ranks
+        self.last, self.before = folder / "checkpoint", folder / "checkpoint-before"
 
     def save(self, state: TrainingState) -> None:
         """Write into a new folder, sync, rename.
@@ -196,54 +198,71 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or cannot be written, and then the last checkpoint is still there.
         """
+        partial, problem = self.folder / f"checkpoint-{state.step}.partial", None
         try:
-            if self.ranks.is_first:
-                shutil.rmtree(self._partial, ignore_errors=True)
-            self.ranks.wait()
             with _quiet():
-                save_shared(dict(state.tensors), checkpoint_id=self._partial, no_dist=self.ranks.size == 1)
-            if self.ranks.is_first:
-                checksums = {path.name: _crc32(path) for path in sorted(self._partial.iterdir())}
-                write_json(self._partial / STATE, {"checksums": checksums, **{key: getattr(state, key) for key in NUMBERS}})
+                save_shared(dict(state.tensors), checkpoint_id=partial, no_dist=self.ranks.size == 1)
+        except (OSError, CheckpointException) as error:  # the latter on every rank
+            problem = _reason(error)
+        if problem is None:
+            problem = self.ranks.agree(self._keep(partial, state) if self.ranks.is_first else None)
+        if problem is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"cannot write {partial}: {problem}; free some space and run the same command again")
+
+    def _keep(self, partial: Path, state: TrainingState) -> str | None:
+        """Make a folder that is written the last checkpoint; returns what stands in the way."""
+        try:
+            checksums = {path.name: _crc32(path) for path in sorted(partial.iterdir())}
+            numbers = {key: getattr(state, key) for key in NUMBERS}
+            write_json(partial / STATE, {"settings": state.settings, "checksums": checksums, **numbers})
+            if self.last.exists():
                 shutil.rmtree(self.before, ignore_errors=True)
-                if self.last.exists():
-                    self.last.rename(self.before)
-                self._partial.rename(self.last)
-        except (OSError, CheckpointException) as error:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            reason = _reason(error)
-            raise UserError(
-                f"cannot write {self._partial}: {reason}; free some space and run the same command again"
-            ) from error
-        self.ranks.wait()
+                self.last.rename(self.before)
+            partial.rename(self.last)
+        except OSError as error:
+            return str(error)
+        return None
 
     def load(self, state: TrainingState, warn: Callable[[str], None]) -> bool:
         """Read the latest checkpoint that is whole into a state; False without one. A damaged one is named to `warn`.
 
         Raises:
-            UserError: there are checkpoints, and all are damaged or belong to another crosscoder.
+            UserError: there are checkpoints, and all are damaged, or the last one is of another training.
         """
+        path, problems = self.ranks.once(self._latest)
+        if path is None and problems:
+            raise UserError("; ".join(problems) + "; delete it to start this training anew")
+        if path is None:
+            return False
+        numbers = self.ranks.once(lambda: read_json(path / STATE))
+        if numbers["settings"] != state.settings:
+            raise UserError(f"the checkpoint {path} is of a training with other settings; delete it, or choose another folder")
+        try:
+            with _quiet():
+                load_shared(dict(state.tensors), checkpoint_id=path, no_dist=self.ranks.size == 1)
+        except CheckpointException as error:
+            raise UserError(f"cannot read the checkpoint {path}: {_reason(error)}; delete it to begin anew") from None
+        for key in NUMBERS:
+            setattr(state, key, numbers[key])
+        for problem in problems if self.ranks.is_first else ():
+            warn(f"{problem}; the one before it is used, from step {state.step}")
+        return True
+
+    def _latest(self) -> tuple[Path | None, list[str]]:
+        """The last checkpoint that is whole, and what is wrong with one after it, which is deleted then."""
+        for partial in self.folder.glob("checkpoint-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
         problems: list[str] = []
         for path in (self.last, self.before):
             if not path.exists():
                 continue
-            if (problem := self.ranks.agree(_damage(path) if self.ranks.is_first else None)) is not None:
-                problems.append(f"the checkpoint {path} is damaged: {problem}")
-                continue
-            try:
-                with _quiet():
-                    load_shared(dict(state.tensors), checkpoint_id=path, no_dist=self.ranks.size == 1)
-            except CheckpointException as error:
-                raise UserError(f"cannot read the checkpoint {path}: {_reason(error)}; delete it to begin anew") from None
-            numbers = read_json(path / STATE)
-            for key in NUMBERS:
-                setattr(state, key, numbers[key])
-            for problem in problems:
-                warn(f"{problem}; the one before it is used, from step {state.step}")
-            return True
-        if problems:
-            raise UserError("; ".join(problems) + "; delete it to start this training anew")
-        return False
+            if (problem := _damage(path)) is None:
+                if problems:
+                    shutil.rmtree(self.last, ignore_errors=True)
+                return path, problems
+            problems.append(f"the checkpoint {path} is damaged: {problem}")
+        return None, problems
 
     def check_space(self, state: TrainingState) -> None:
         """Check before training that two checkpoints can be written.
@@ -252,18 +271,18 @@ class Checkpoints:
             UserError: the folder cannot be written, or the disk is too full.
         """
         needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
-        free = shutil.disk_usage(self.last.parent).free
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
-                f"the disk of {self.last.parent} has {free / 1e6:.0f} MB left, and the training writes up to "
+                f"the disk of {self.folder} has {free / 1e6:.0f} MB left, and the training writes up to "
                 f"{needed / 1e6:.0f} MB (two checkpoints and the crosscoder); free some space and run the same command again"
             )
         try:
-            probe = self.last.parent / "probe.partial"
+            probe = self.folder / "probe.partial"
             probe.write_bytes(b"")
             probe.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write to {self.last.parent}: {error.strerror}; choose a folder you may write to") from None
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose a folder you may write to") from None
 
 
 def _damage(folder: Path) -> str | None:

@@ -248,7 +248,7 @@ def largest_values(v: Float[Tensor, " pair"], n: int, ranks: Ranks = ALONE) -> t
         kept = torch.topk(v, n, sorted=False).indices.sort().values if len(v) > n else None
         chosen = v if kept is None else v[kept]
         return kept, float(chosen.min()) if len(chosen) else 0.0
-    every = ranks.lists(v)
+    every = ranks.lists(v if len(v) <= n else torch.topk(v, n, sorted=False).values)  # no rank can keep more
     values = torch.cat(every)
     if len(values) <= n:
         return None, float(values.min()) if len(values) else 0.0

@@ -127,6 +127,7 @@ def step_gradients(
     more_penalty, aux = rule.finish(step)
     for gradient in step.gradients.values():
         mesh.data.mean(gradient)
+    mesh.latent.mean(step.gradients["decoder_bias"])  # the same on each, and kept so to the last bit
     constraint.project(step.gradients)
     sparsity, l0 = mesh.latent.sum(_float64(penalty + more_penalty, float(counts.sum()) / (n_tokens * mesh.data.size)))
     loss, sparsity, aux = mesh.data.mean(_float64(loss, float(sparsity), aux)).tolist()

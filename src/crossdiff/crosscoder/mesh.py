@@ -8,7 +8,7 @@ With the batch split, each rank holds all the latents, and their gradients go be
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +30,7 @@ class Mesh:
     device_mesh: DeviceMesh | None = None
 
     def placed(self, part: Tensor, n_rows: int | None) -> Tensor:
-        """A tensor as a distributed one, which knows its place in the whole: a checkpoint's reader and `whole` need that.
+        """A tensor as a distributed one, which knows its place in the whole, as a checkpoint's reader needs it.
 
         Args:
             n_rows: of the whole, of which this rank has `latent.part(n_rows)`; None when every rank has all of it.
@@ -45,11 +45,6 @@ class Mesh:
         stride = torch.empty(shape, device="meta").stride()
         placements = [Replicate(), Shard(0)]
         return DTensor.from_local(part, self.device_mesh, placements, run_check=False, shape=shape, stride=stride)
-
-    def whole(self, part: Tensor, n_rows: int | None) -> Tensor:
-        """What `placed` describes, put together on every rank."""
-        placed: Any = self.placed(part, n_rows)
-        return part if self.device_mesh is None else placed.full_tensor()
 
 
 def mesh_of(ranks: Ranks, latent_ranks: int | None, device: torch.device) -> Mesh:

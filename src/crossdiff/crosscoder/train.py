@@ -49,8 +49,7 @@ class _Training:
         self, job: Job, store: Store, n_steps: int, device: torch.device, trackers: tuple[str, ...], mesh: Mesh
     ) -> None:
         self.job, self.mesh = job, mesh
-        crosscoder = _start(job.config, store, n_steps).to(device)
-        self.trainer = Trainer(job.config, crosscoder, n_steps, mesh)
+        self.trainer = Trainer(job.config, _start(job.config, store, n_steps), n_steps, mesh, device)
         self.checkpoints = Checkpoints(job.folder, mesh.all)
         state = self.trainer.state()
         if self.checkpoints.load(state, warnings.warn):
@@ -60,8 +59,8 @@ class _Training:
         shown = [TRACKERS[name](job.shown_in, job.folder.name, self.trainer.step) for name in trackers if mesh.all.is_first]
         self.log = Log(job.folder / "train.jsonl" if mesh.all.is_first else None, self.trainer, shown, state.log_sums)
         self.record: dict[str, Any] = {}
-        self._index = source_indices(store, crosscoder.view.reads)
-        self._device, self._saved_at = device, time.monotonic()
+        self._index = source_indices(store, self.trainer.crosscoder.view.reads)
+        self._device, self._saved_at, self._saved_step = device, time.monotonic(), self.trainer.step
 
     @property
     def is_due(self) -> bool:
@@ -99,6 +98,8 @@ class _Training:
 
     def save(self) -> None:
         """Write a checkpoint; one with weights that are not finite is not written, so that the last one stays good."""
+        if self.trainer.step == self._saved_step:
+            return
         try:
             self.trainer.check_weights()
         except Diverged:
@@ -106,13 +107,13 @@ class _Training:
         state = self.trainer.state()
         state.log_sums = self.log.sums
         self.checkpoints.save(state)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.trainer.step
 
-    def finish(self) -> Crosscoder:
-        """Write the crosscoder."""
+    def finish(self) -> Crosscoder | None:
+        """Write the crosscoder; returns it on the first rank."""
         self.log.close()
-        crosscoder = self.trainer.whole().to(torch.device("cpu"))
-        if self.mesh.all.is_first:
+        crosscoder = self.trainer.whole()
+        if crosscoder is not None:
             save(crosscoder, self.job.folder)
         return crosscoder
 
@@ -145,7 +146,7 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:  # a scheduler and torchrun may both send a SIGTERM
             raise KeyboardInterrupt
         asked = True
 
@@ -175,7 +176,8 @@ def train_together(
     from there; SIGTERM and Ctrl-C write one.
 
     Args:
-        ranks, latent_ranks: the processes that share the training, see `mesh_of`.
+        ranks, latent_ranks: the processes that share the training, see `mesh_of`. The result is the first one's; it is empty on
+            the others.
 
     Raises:
         UserError: settings that do not fit the store or each other, a disk too full, or a loss that is not finite.
@@ -195,7 +197,8 @@ def train_together(
             _shared_pass(members, batches, report, ranks)
         finally:
             batches.close()
-    return [training.finish() for training in trainings]
+    finished = [training.finish() for training in trainings]
+    return [crosscoder for crosscoder in finished if crosscoder is not None]
 
 
 def _shared_pass(trainings: list[_Training], batches: Batches, report: Report, ranks: Ranks) -> None:

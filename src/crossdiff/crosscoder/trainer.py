@@ -15,6 +15,7 @@ from crossdiff.crosscoder.losses import Silence, StepResult, step_gradients
 from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.structure import constraint_of
+from crossdiff.run import fingerprint
 from crossdiff.shapes import Float, Tensor
 
 GUESS_MARGIN = 0.93
@@ -66,7 +67,14 @@ class Trainer:
         UserError: settings that do not fit the sizes.
     """
 
-    def __init__(self, config: CrosscoderConfig, crosscoder: Crosscoder, n_steps: int, mesh: Mesh = Mesh()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        config: CrosscoderConfig,
+        crosscoder: Crosscoder,
+        n_steps: int,
+        mesh: Mesh = Mesh(),  # noqa: B008 - frozen
+        device: torch.device | None = None,
+    ) -> None:
         if config.warmup_steps > n_steps:
             raise UserError(
                 f"warmup_steps {config.warmup_steps} is longer than the training ({n_steps} steps); lower it or raise epochs"
@@ -77,6 +85,8 @@ class Trainer:
         crosscoder.rule.check(self.n_latents)
         if mesh.latent.size > 1:
             crosscoder = crosscoder.of_latents(part)
+        if device is not None:
+            crosscoder = crosscoder.to(device)
         self.config, self.crosscoder, self.rule = config, crosscoder, crosscoder.rule
         self.constraint = constraint_of(config.structure, self.n_latents, crosscoder.n_sources).of_latents(part)
         self.constraint.settle(crosscoder.parameters())
@@ -205,20 +215,24 @@ class Trainer:
         for group, named in groups.items():
             for name, tensor in named.items():
                 tensors[f"{group}.{name}"] = self.mesh.placed(tensor, self._n_rows(name))
-        return TrainingState(self.step, self.crosscoder.threshold, self.guess, tensors)
+        settings = self.config.model_dump(mode="json", exclude={"checkpoint_seconds"}) | {"n_steps": self.schedule.n_steps}
+        return TrainingState(self.step, self.crosscoder.threshold, self.guess, tensors, fingerprint(settings))
 
     def restore(self, state: TrainingState) -> None:
         """Go on from a state whose tensors are those of `state`."""
         self.step, self.guess, self.crosscoder.threshold = state.step, state.guess, state.threshold
 
-    def whole(self) -> Crosscoder:
-        """The crosscoder with all its latents, on every rank."""
-        if self.mesh.latent.size == 1:
-            return self.crosscoder
-        parameters = self.crosscoder.parameters().items()
-        whole: dict[str, Any] = {name: self.mesh.whole(p, self._n_rows(name)) for name, p in parameters}
-        own = {name: whole.pop(name) for name in self.crosscoder.own}
-        return replace(self.crosscoder, **whole, own=own)
+    def whole(self) -> Crosscoder | None:
+        """The crosscoder with all its latents, in the host's memory of the first rank; None on the others."""
+        coder, latent = self.crosscoder.to(torch.device("cpu")), self.mesh.latent
+        if latent.size == 1:
+            return coder if self.mesh.all.is_first else None
+        parts = {name: latent.collect(tensor) for name, tensor in coder.parameters().items()}
+        if not self.mesh.all.is_first:
+            return None
+        whole: dict[str, Any] = {name: found[0] if name == EVERYWHERE else torch.cat(found) for name, found in parts.items()}
+        own = {name: whole.pop(name) for name in coder.own}
+        return replace(coder, **whole, own=own)
 
     def _n_rows(self, name: str) -> int | None:
         """Of a parameter as a whole; None of the one that is no latent's."""

@@ -83,7 +83,7 @@ def measure(
     advance: Callable[[int], None] = lambda n_tokens: None,
     ranks: Ranks = ALONE,
 ) -> Measured:
-    """The pass: every counted token is read and encoded once, by one of the ranks; each gets the sums of all.
+    """The pass: every counted token is read and encoded once, by one of the ranks. The first gets what all have found.
 
     Raises:
         UserError: as `analyze`; of what the store lacks, before the pass.
@@ -96,7 +96,7 @@ def measure(
     accumulator = ScalingAccumulator(crosscoder, config.blocks, directions, store.normalisation.mean)
     activity, examples = Activity.empty(crosscoder.n_latents), ExampleCollector(store, crosscoder.n_latents, config)
     by_group = GroupActivity.empty(cells.table.height, crosscoder.n_latents)
-    coactive = CoActivation(candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
+    coactive = CoActivation(ranks.once(lambda: candidates(crosscoder, config.twin_cosine)), crosscoder.n_latents)
     heldout = HeldoutSums.empty(crosscoder, store, heldout_rows)
     for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens, advance, ranks):
         accumulator.add(chunk)

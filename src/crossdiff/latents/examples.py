@@ -222,10 +222,10 @@ class ExampleCollector:
         self._limit = 2 * self._n_pairs + ROOM
 
     def over(self, ranks: Ranks) -> ExampleCollector:
-        """Merge what several ranks have collected, in place. The examples do not depend on how the sequences were dealt out."""
+        """Merge on the first rank what several have collected, however the sequences were dealt out."""
         if ranks.size > 1:
             self._select()
-            self._parts = ranks.gather(self._parts[0])
+            self._parts = ranks.collect(self._parts[0]) or self._parts
         return self
 
     def finish(self) -> tuple[Candidates, list[Example]]:

@@ -88,7 +88,7 @@ def choose_device(name: str) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else torch.device(name)
         device = torch.device("cpu") if accelerator is None else accelerator
         if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try auto or cpu") from None
