@@ -25,7 +25,7 @@ from crossdiff.crosscoder.losses import StepResult
 from crossdiff.crosscoder.metrics import health, heldout_sums
 from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
-from crossdiff.crosscoder.train import Job, train, train_together
+from crossdiff.crosscoder.train import Job, stop_between_steps, train, train_together
 from crossdiff.crosscoder.trainer import Schedule, Trainer
 from crossdiff.latents.activity import Activity, group_of
 from crossdiff.latents.scaling import ScalingAccumulator
@@ -350,3 +350,20 @@ def test_progress_is_reported(tmp_path: Path, store: Store) -> None:
     seen: list[int] = []
     train(tmp_path, store, config(L1Config()), report=lambda step, n_steps, records: seen.append(step))
     assert seen == list(range(1, len(seen) + 1))
+
+
+def test_only_a_second_ctrl_c_ends_a_step() -> None:
+    """A scheduler and torchrun may both send a SIGTERM."""
+    with stop_between_steps() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path, store: Store) -> None:
+    interrupted(tmp_path, store, config(BatchTopKConfig(k=2)), [31])
+    with pytest.raises(UserError, match="checkpoint is of a training with other settings; delete it"):
+        train(tmp_path, store, config(BatchTopKConfig(k=3)))
