@@ -17,8 +17,11 @@ from crossdiff.causal.answers import Rules
 from crossdiff.causal.generation import Prompt, Sampling, ask, choose, continue_batch
 from crossdiff.causal.steering import Addition, Steerer, Steering, matched_controls
 from crossdiff.causal.steering_table import labelled_prompts, rates, steering_table
-from crossdiff.config import SteerConfig, UserError
+from crossdiff.config import L1Config, SingleConfig, SteerConfig, UserError
+from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.crosscoder.view import view_of
 from crossdiff.models.access import edited_after, residuals_after
+from crossdiff.models.pair import SOURCES
 from stores import make_store
 
 PROMPTS = [Prompt((1, 3, 70, 71, 72, 2, 4), (True, True, False, False, False, True, True)),
@@ -176,6 +179,16 @@ def test_latents_that_cannot_be_steered_with() -> None:
     steer.table = steer.table.with_columns(mean_activation=pl.lit(float("nan")))
     with pytest.raises(UserError, match="latent 3 was never active"):
         steer.answer(["hi"], Steering(3, "add", 1.0), SAMPLING)
+
+
+@pytest.mark.parametrize("mode", ["add", "ablate"])
+def test_a_coder_of_one_model_steers_nothing(mode: Any) -> None:
+    coder = new_crosscoder(
+        8, torch.zeros(1, D), 1.0, L1Config(), 1.0, seed=0, view=view_of(SingleConfig(source="base"), SOURCES)
+    )
+    steerer = Steerer(make_pair("llama"), coder, LAYER, make_table(), 1)
+    with pytest.raises(UserError, match="this coder has one source, base, and no direction in the chat model"):
+        steerer.check(Steering(3, mode, 1.0))
 
 
 def test_controls_are_near_in_frequency_and_norm_and_shared() -> None:

@@ -108,8 +108,14 @@ class Steerer:
         self.ends = end_tokens(pair.chat, pair.tokenizer)
 
     def check(self, steering: Steering) -> None:
-        """Raises `UserError` for a latent that does not exist, or that was never active and so has no strength."""
+        """Raises `UserError` for a coder of one source, a latent that does not exist, or one that was never active and so has
+        no strength."""
         n = self.crosscoder.n_latents
+        if self.crosscoder.n_sources == 1:
+            name = self.crosscoder.sources[0]
+            raise UserError(
+                f"this coder has one source, {name}, and no direction in the chat model; steer with one of both models"
+            )
         if not 0 <= steering.latent < n:
             raise UserError(f"there is no latent {steering.latent}: the crosscoder has {n}, 0 to {n - 1}")
         if steering.mode == "add" and steering.norm is None and not self.typical_norm(steering.latent) > 0:

@@ -55,7 +55,9 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
         raise UserError("pictures need the package playwright: pip install playwright") from None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    coder = next(coder for coder in reversed(list(Catalogue(directories))))
+    coders = list(Catalogue(directories))
+    comparing = [coder for coder in coders if coder.table["delta_norm"].is_not_nan().any()]
+    coder = (comparing or coders)[-1]
     with serving(directories, cache_folder(), live) as address, sync_playwright() as playwright:
         browser = launch(playwright)
         for scheme, size, name in (("light", WIDE, "light"), ("dark", WIDE, "dark"), ("light", NARROW, "narrow")):
