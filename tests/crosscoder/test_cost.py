@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crossdiff.crosscoder.cost import Rates, Size, calibrate, fit, time_step
+from crossdiff.crosscoder.cost import PER_PRE_ACTIVATION, Rates, Size, calibrate, fit, time_step
 
 
 def test_the_fit_finds_the_rates_of_times_that_follow_the_model() -> None:
@@ -22,7 +22,7 @@ def test_work_is_split_and_traffic_does_not_grow_with_the_latents() -> None:
     size, large = Size(256, 4096, 32, 1024), Size(256, 65536, 32, 1024)
     whole, half = size.work(), size.work(latent_ranks=2)
     assert [amount / 2 for amount in whole] == list(half)
-    assert whole == (1024 * 4096 * 512, 4 * 1024 * 32 * 512, 2 * 4096 * 512)
+    assert whole == (1024 * 4096 * (512 + PER_PRE_ACTIVATION), 4 * 1024 * 32 * 512, 2 * 4096 * 512)
     assert size.traffic_bytes(8, 1) == large.traffic_bytes(8, 1) > 0
     assert size.traffic_bytes(1, 1) == 0
     assert large.traffic_bytes(1, 8) > size.traffic_bytes(1, 8) > size.n_parameters * 4
@@ -32,5 +32,5 @@ def test_a_timed_step_and_a_prediction_are_of_the_same_order() -> None:
     """Its accuracy is a benchmark's business: machines are noisy."""
     size = Size(64, 4096, 16, 512)
     predicted = calibrate(size, torch.device("cpu")).seconds(size)
-    assert 0.1 < predicted / time_step(size, torch.device("cpu")) < 10
+    assert 0.02 < predicted / time_step(size, torch.device("cpu")) < 50
     assert size.memory_bytes() > 4 * 4 * size.n_parameters

@@ -23,6 +23,9 @@ from crossdiff.crosscoder.trainer import Trainer
 
 WARMUP, TIMED = 3, 5
 """Steps that are not counted, and steps whose median is."""
+PER_PRE_ACTIVATION = 500
+"""Writing a pre-activation and looking at it costs about as much as so many multiply-adds of the product that makes it
+(measured on a CPU with six sizes; docs/scaling.md)."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,19 @@ class Size:
         return 2 * self.n_latents * self.columns
 
     def work(self, latent_ranks: int = 1) -> tuple[float, float, float]:
-        """Of each rank: multiply-adds of the encoder's product; of decoding and the three gradients over active pairs;
-        parameters that are updated."""
+        """Of each rank: multiply-adds of the encoder's product, with the selection from it; of decoding and the three gradients
+        over active pairs; parameters that are updated."""
         pairs = self.batch * self.active / latent_ranks
-        dense = self.batch * self.n_latents * self.columns / latent_ranks
+        dense = self.batch * self.n_latents * (self.columns + PER_PRE_ACTIVATION) / latent_ranks
         return dense, 4 * pairs * self.columns, self.n_parameters / latent_ranks
 
     def memory_bytes(self, latent_ranks: int = 1) -> float:
-        """Of each rank: weights, gradient and Adam's two moments in float32; the pre-activations with the selection's mask;
-        inputs, error, its gradient and the reconstruction."""
+        """Of each rank: weights, gradient and Adam's two moments in float32; the pre-activations with the selection's mask, and
+        in the first step, which knows no threshold, each positive one as a candidate; inputs, error, its gradient and the
+        reconstruction."""
         return (
             16 * self.n_parameters / latent_ranks
-            + 6 * self.batch * self.n_latents / latent_ranks
+            + 22 * self.batch * self.n_latents / latent_ranks
             + 20 * self.batch * self.columns
         )
 
