@@ -158,6 +158,25 @@ def tiny_config(pair: tuple[Path, Path], texts: tuple[Path, Path], **changes: An
     }
 
 
+@pytest.fixture(scope="module")
+def pair(tiny_pair: tuple[Path, Path]) -> Any:
+    """The tiny pair, loaded."""
+    from crossdiff.models.pair import load_pair
+
+    return load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny_texts: tuple[Path, Path]) -> Any:
+    """The tiny texts as the datasets of a harvest."""
+    from crossdiff.config import DatasetConfig
+
+    return (
+        DatasetConfig(path=str(tiny_texts[0]), heldout_share=0.3),
+        DatasetConfig(path=str(tiny_texts[1]), label_column="kind", heldout_share=0.3),
+    )
+
+
 @pytest.fixture
 def tiny_settings(tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> dict[str, Any]:
     """Settings of a tiny run on the tiny pair."""

@@ -33,19 +33,6 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_pair: tuple[Path, Path]) -> Pair:
-    return load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def datasets(tiny_texts: tuple[Path, Path]) -> tuple[DatasetConfig, ...]:
-    return (
-        DatasetConfig(path=str(tiny_texts[0]), heldout_share=0.3),
-        DatasetConfig(path=str(tiny_texts[1]), label_column="kind", heldout_share=0.3),
-    )
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> Store:
     folder = tmp_path_factory.mktemp("store")
     assert harvest({1: folder}, pair, datasets, SETTINGS) == []

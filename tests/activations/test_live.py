@@ -26,16 +26,11 @@ from crossdiff.config import (
     validate,
 )
 from crossdiff.crosscoder.train import Job, train_together
-from crossdiff.models.pair import Pair, load_pair
+from crossdiff.models.pair import Pair
 from crossdiff.pipeline import Pipeline
 from crossdiff.run import Run, read_json
 
 SETTINGS = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtype="float32", storage="passes")
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_pair: tuple[Path, Path]) -> Pair:
-    return load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
 
 
 def make_both(folder: Path, pair: Pair, texts: tuple[Path, Path], dtype: str) -> tuple[Store, Store]:

@@ -7,20 +7,14 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import torch
 
 from crossdiff.activations.harvest import harvest
 from crossdiff.activations.plan import plan
 from crossdiff.activations.store import Store
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
-from crossdiff.models.pair import Pair, load_pair
+from crossdiff.models.pair import Pair
 
 Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_pair: tuple[Path, Path]) -> Pair:
-    return load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -37,7 +37,7 @@ from crossdiff.activations.plan import Plan
 from crossdiff.activations.store import Store, verify
 from crossdiff.cli import run_command
 from crossdiff.config import DatasetConfig, HarvestConfig, UserError
-from crossdiff.models.pair import Pair, load_pair
+from crossdiff.models.pair import Pair
 from crossdiff.report.reading import read_run
 from stores import make_store
 
@@ -75,19 +75,6 @@ def bucket(s3: S3FileSystem) -> Iterator[str]:
 @pytest.fixture
 def memory() -> str:
     return f"memory://{uuid.uuid4().hex}"
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_pair: tuple[Path, Path]) -> Pair:
-    return load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def datasets(tiny_texts: tuple[Path, Path]) -> tuple[DatasetConfig, ...]:
-    return (
-        DatasetConfig(path=str(tiny_texts[0]), heldout_share=0.3),
-        DatasetConfig(path=str(tiny_texts[1]), label_column="kind", heldout_share=0.3),
-    )
 
 
 @pytest.fixture(scope="module")
