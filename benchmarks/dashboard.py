@@ -1,7 +1,8 @@
-"""Times the dashboard on a synthetic run: `python benchmarks/dashboard.py FOLDER [--latents 73728] [--examples 100]`.
+"""Times the dashboard: `python benchmarks/dashboard.py FOLDER [--latents 73728] [--examples 100] [--live runs/demo]`.
 
-The run has as many latents as the paper's crosscoders and a database of about 2 GB; it is made once (a few minutes) and reused.
-The server runs as users run it, in a process of its own; requests go over HTTP.
+The synthetic run has as many latents as the paper's crosscoders and a database of about 2 GB; it is made once (a few minutes)
+and reused. The server runs as users run it, in a process of its own; requests go over HTTP. `--live` names a run with models,
+which then read prompts of 210 words.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import polars as pl
 
 from crossdiff.latents.example_database import SCHEMA
+from crossdiff.latents.groups import ROW_GROUP
 
 N_SEQUENCES, LENGTH, VOCABULARY, ACTIVE = 40_000, 256, 32_000, 24
 READERS, PER_READER = 20, 15
@@ -113,7 +116,7 @@ def write_run(folder: Path, n_latents: int, n_examples: int) -> Path:
         "latent": np.repeat(np.arange(n_latents), 8), "dataset": ["web", "chat"] * (4 * n_latents), "group": "user",
         "role": None, "template_index": None, "token": None, "n_tokens": 100_000, "n_active": 500, "frequency": 0.005,
         "share": 0.125, "mean_activation": 2.0, "max_activation": 6.0,
-    }, strict=False).write_parquet(coder / "activity.parquet")  # fmt: skip
+    }, strict=False).write_parquet(coder / "activity.parquet", row_group_size=ROW_GROUP)  # fmt: skip
     (coder / "examples.sqlite").unlink(missing_ok=True)
     write_examples(coder / "examples.sqlite", n_latents, n_examples)
     heldout = {
@@ -129,9 +132,9 @@ def write_run(folder: Path, n_latents: int, n_examples: int) -> Path:
 
 
 @contextmanager
-def serving(run: Path) -> Iterator[tuple[int, int]]:
+def serving(run: Path, *options: str) -> Iterator[tuple[int, int]]:
     """The dashboard in a process of its own; gives its port and process number."""
-    command = [sys.executable, "-m", "crossdiff", "dashboard", str(run), "--port", "0", "--no-live"]
+    command = [sys.executable, "-m", "crossdiff", "dashboard", str(run), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         found = re.search(r":(\d+)/", process.stdout.readline())
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--latents", type=int, default=73_728)
     parser.add_argument("--examples", type=int, default=100)
+    parser.add_argument("--live", type=Path, metavar="RUN")
     args = parser.parse_args()
     start = time.perf_counter()
     run = write_run(args.folder, args.latents, args.examples)
@@ -192,7 +196,7 @@ def main() -> None:
     )
     start, coder = time.perf_counter(), f"/run/{run.name}/batchtopk"
     drawn = random.Random(0)
-    with serving(run) as (port, pid):
+    with serving(run, "--no-live") as (port, pid):
         print(f"start                  {time.perf_counter() - start:.1f} s")
         print(f"first page, cold       {get(port, '/')[0] * 1000:7.1f} ms")
         print(f"crosscoder, cold       {get(port, coder)[0] * 1000:7.1f} ms")
@@ -215,6 +219,32 @@ def main() -> None:
         print(f"{READERS} readers of latents  median {middle:7.1f} ms, 95th percentile {late:7.1f} ms ({len(times)} requests)")
         anonymous, highest = memory(pid)
         print(f"memory                 {anonymous:.0f} MB of its own now, {highest:.0f} MB resident at most")
+    if args.live:
+        time_live(args.live)
+
+
+def time_live(run: Path) -> None:
+    """Prompts of 210 words, each another one, after a first one that loads the models."""
+    words = ["the", "boat", "was", "on", "cold", "sea", "and", "bird", "sat", "its", "mast", "when", "light", "went", "out"]
+    with serving(run) as (port, _):
+        with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+            connection.request("GET", "/")
+            found = re.findall(r'href="(/run/[^"/]+/[^"/]+)"', connection.getresponse().read().decode())
+        times, n_tokens = [], 0
+        for number in range(8):
+            text = " ".join(random.Random(number).choices(words, k=210))
+            start = time.perf_counter()
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
+                form = urlencode({"kind": "text", "text": text, "order": "active", "action": "read"})
+                headers = {"content-type": "application/x-www-form-urlencoded", "origin": f"http://127.0.0.1:{port}"}
+                connection.request("POST", f"{found[0]}/live", form, headers)
+                answer = connection.getresponse()
+                body = answer.read().decode()
+            assert answer.status == 200, body[:300]
+            times.append(time.perf_counter() - start)
+            n_tokens = len(set(re.findall(r"/token/(\d+)", body)))
+        print(f"live, {n_tokens} tokens       first {times[0]:.2f} s with the models' loading, then median "
+              f"{statistics.median(times[1:]):.2f} s, largest {max(times[1:]):.2f} s")  # fmt: skip
 
 
 def _body(port: int, path: str) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from showing import ADDRESS, DANGER, requests_to, write_links
 import crossdiff.diff
 from crossdiff.config import UserError
 from crossdiff.dashboard import live as live_module
+from crossdiff.dashboard.app import PAGES_AT_ONCE
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.live import Busy, Live, direction_logits
 from crossdiff.dashboard.live_pages import Form, Turn, act, read_form
+from crossdiff.dashboard.serve import serving
 
 CODER = "/run/run/batchtopk"
 QUESTION = [{"role": "user", "content": "hi the sea is cold"}]
@@ -82,7 +86,7 @@ def test_sides_add_up_to_the_stored_activation(coder: Coder, live: Live) -> None
     """base part + chat part + bias is the pre-activation in v, which is the activation wherever the latent is active."""
     latent = int(coder.table.sort("n_active")["latent"][-1])
     example = coder.database.examples(latent)[0]
-    sides = live.sides(coder, latent, example.token_ids)
+    sides = live.sides(coder, latent, example.tokens.ids)
     total = sides.base + sides.chat + sides.bias
     active = [position for position, token in enumerate(example.tokens) if token.activation > 0]
     np.testing.assert_allclose(total[active], [example.tokens[position].activation for position in active], rtol=2e-3)
@@ -143,6 +147,30 @@ def test_a_long_line_is_turned_away(coder: Coder, monkeypatch: pytest.MonkeyPatc
     live._line.release()
     with pytest.raises(Busy):  # waits for its turn, and not for ever
         live.read(coder, QUESTION)
+
+
+def test_pages_come_while_others_wait_for_the_models(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived, go_on = threading.Semaphore(0), threading.Event()
+
+    def lens(self: Live, coder: Coder, latent: int) -> tuple[()]:
+        arrived.release()
+        assert go_on.wait(60)
+        return ()
+
+    def status(path: str) -> int:
+        with urllib.request.urlopen(address + path, timeout=30) as answer:
+            return int(answer.status)
+
+    monkeypatch.setattr(Live, "lens", lens)
+    n = PAGES_AT_ONCE + 2
+    with serving([run], tmp_path) as address, ThreadPoolExecutor(n) as pool:
+        waiting = [pool.submit(status, f"{CODER}/latent/0/lens") for _ in range(n)]
+        try:
+            assert all(arrived.acquire(timeout=30) for _ in range(n))
+            assert status(f"{CODER}/latent/0") == status("/static/dashboard.css") == 200
+        finally:
+            go_on.set()
+        assert [each.result() for each in waiting] == [200] * n
 
 
 def test_steering_moves_the_answer_and_no_steering_does_not(coder: Coder, live: Live) -> None:

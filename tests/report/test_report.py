@@ -14,6 +14,7 @@ from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects
 import polars as pl
 import pytest
@@ -30,7 +31,7 @@ from synthetic_run import (
 
 from crossdiff.config import UserError
 from crossdiff.report import wording
-from crossdiff.report.examples import Example, Token, context_of, visible
+from crossdiff.report.examples import Example, Tokens, context_of, visible
 from crossdiff.report.figures import delta_norm_histogram, plotly_script, scaling_scatter
 from crossdiff.report.html import render_html, write_html
 from crossdiff.report.model import Estimate, RunReport
@@ -188,7 +189,8 @@ def test_tokens_show_turns_activations_and_whitespace(rendered: str, page: Page)
 
 
 def test_context_is_trimmed_around_the_maximum() -> None:
-    tokens = tuple(Token(str(index), 0, 0.0) for index in range(200))
+    vocabulary = {number: str(number) for number in range(200)}
+    tokens = Tokens(np.arange(200, dtype=np.int32), np.zeros(200, np.uint8), np.zeros(200, np.float32), vocabulary)
 
     def around(position: int) -> tuple[str, str, int, bool, bool]:
         context = context_of(Example("top", None, "prose", None, 0, position, 1.0, tokens))

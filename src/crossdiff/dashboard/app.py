@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import jinja2
 import polars as pl
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -30,6 +32,7 @@ from crossdiff.dashboard.security import Guard
 HERE = Path(__file__).parent
 ROOT = "/run/{run}/{name}"
 CACHED_POINTS = 8
+PAGES_AT_ONCE = 3
 
 
 class Site:
@@ -82,7 +85,7 @@ def create_app(
         host: the address that the server listens on; token: what readers show, None on loopback; names: of the server.
     """
     site = Site(catalogue, live, cache)
-    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_few_threads)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     _add_pages(app, site)
     live_pages.add(app, site)
@@ -90,6 +93,13 @@ def create_app(
     for search in site.search.values():
         search.start()
     return Guard(app, host, token, names)
+
+
+@asynccontextmanager
+async def _few_threads(app: FastAPI) -> AsyncIterator[None]:
+    """Pages wait their turn: many at once would only take the interpreter from each other."""
+    current_default_thread_limiter().total_tokens = PAGES_AT_ONCE
+    yield
 
 
 def is_partial(request: Request) -> bool:

@@ -99,24 +99,30 @@ class Coder:
         if not path.is_file():
             return []
         # The largest of the side tables, so it is left on disk.
-        return pl.scan_parquet(path).filter(pl.col("latent") == latent).collect().sort("share", descending=True).to_dicts()
+        found: list[dict[str, Any]] = pl.scan_parquet(path).filter(pl.col("latent") == latent).collect().to_dicts()
+        return sorted(found, key=lambda row: row["share"], reverse=True)
 
     def neighbours(self, latent: int) -> list[dict[str, Any]]:
         """The nearest latents by the chat direction."""
-        return self._links["neighbours"].filter(pl.col("latent") == latent).sort("rank").to_dicts()
+        return _rows_of(latent, self._neighbours)
 
     def twins(self, latent: int) -> list[dict[str, Any]]:
         """Latents that may carry it in the base model, and those that it may carry: rows with `other`."""
-        found = self._links["twins"].filter((pl.col("latent") == latent) | (pl.col("twin") == latent))
-        other = pl.when(pl.col("latent") == latent).then("twin").otherwise("latent").alias("other")
-        return found.with_columns(other).sort("cosine", descending=True).to_dicts()
+        return _rows_of(latent, self._twins)
 
     @cached_property
-    def _links(self) -> dict[str, pl.DataFrame]:
-        """The tables of neighbours and twins; empty where the run has none."""
-        return {name: self._side_table(f"{name}.parquet") for name in ("neighbours", "twins")}
+    def _neighbours(self) -> pl.DataFrame:
+        return self._side_table("neighbours.parquet").sort("latent", "rank")
+
+    @cached_property
+    def _twins(self) -> pl.DataFrame:
+        """Every pair from both sides."""
+        pairs = self._side_table("twins.parquet")
+        sides = [pairs.with_columns(latent=mine, other=other) for mine, other in (("latent", "twin"), ("twin", "latent"))]
+        return pl.concat(sides).sort("latent", "cosine", descending=[False, True])
 
     def _side_table(self, file: str) -> pl.DataFrame:
+        """A table of links between latents; empty where the run has none."""
         path = self.folder / file
         if not path.is_file():
             return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "rank"), pl.Int64))
@@ -131,6 +137,12 @@ class Coder:
         path = self.folder / "causal.json"
         results: list[dict[str, Any]] = read_json(path)["results"] if path.is_file() else []
         return results
+
+
+def _rows_of(latent: int, table: pl.DataFrame) -> list[dict[str, Any]]:
+    """The latent's rows of a table in the order of latents."""
+    first, end = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
+    return table[first:end].to_dicts()
 
 
 class Catalogue:

@@ -189,19 +189,18 @@ class Live:
                 for each, model in zip(steering, models, strict=True)
             ]
 
-    def sides(self, coder: Coder, latent: int, token_ids: Sequence[int]) -> Sides:
+    def sides(self, coder: Coder, latent: int, token_ids: npt.NDArray[np.int32]) -> Sides:
         """Both models' part in one latent's pre-activation, on the tokens of a stored example."""
         with self._models(coder) as diff:
             import torch
 
             from crossdiff.activations.passes import paired_residuals
 
-            ids = np.asarray(token_ids, np.int32)
             crosscoder = diff.crosscoder
             if crosscoder.n_sources != 2:
                 raise UserError(f"{coder.title} has {crosscoder.n_sources} source, so there are no two sides to compare")
             with torch.no_grad():
-                h = torch.stack(paired_residuals(diff.pair, [ids], [crosscoder.origin["layer"]])[0], dim=1)
+                h = torch.stack(paired_residuals(diff.pair, [token_ids], [crosscoder.origin["layer"]])[0], dim=1)
                 x = crosscoder.normalise(h.to(crosscoder.encoder.device))
                 encoder = crosscoder.encoder[latent].view(crosscoder.n_sources, crosscoder.d_model)
                 # In v, as everything that is shown: times the sum of the decoder norms.

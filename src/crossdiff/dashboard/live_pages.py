@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import parse_qsl
 
 import polars as pl
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
 from crossdiff.config import UserError
 from crossdiff.dashboard.catalogue import Coder
-from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, Live, Prompt, Reading
+from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, WAITING, Live, Prompt, Reading
 from crossdiff.report.cards import example_view, pieces, prompt_view
 from crossdiff.report.examples import Context, Token, visible
 from crossdiff.report.reading import CANDIDATE_DELTA_NORM
@@ -225,8 +229,26 @@ def view_of(coder: Coder, reading: Reading, latent: int) -> Any:
     return prompt_view(origin, tokens, highest)
 
 
+Page = Callable[..., HTMLResponse]
+
+
+def own_threads(n: int) -> Callable[[Page], Callable[..., Awaitable[HTMLResponse]]]:
+    """A decorator for pages that wait for the models: they do so in `n` threads of their own, not in those of other pages."""
+    limiter = CapacityLimiter(n)
+
+    def decorate(page: Page) -> Callable[..., Awaitable[HTMLResponse]]:
+        @wraps(page)
+        async def made(**values: Any) -> HTMLResponse:
+            return await run_sync(lambda: page(**values), limiter=limiter)
+
+        return made
+
+    return decorate
+
+
 def add(app: FastAPI, site: Site) -> None:
     """Add the pages that need models."""
+    waits = own_threads(2 * WAITING)
 
     def page(coder: Coder, form: Form, result: Result, partial: bool) -> HTMLResponse:
         template = "live_form.html.j2" if partial else "live.html.j2"
@@ -241,6 +263,7 @@ def add(app: FastAPI, site: Site) -> None:
         return page(coder, Form(order="chosen", chosen=str(latent), steer=str(latent)), Result(), partial=False)
 
     @app.post(ROOT + "/live")
+    @waits
     def live_act(
         request: Request, run: str, name: str, pairs: Annotated[list[tuple[str, str]], Depends(posted)]
     ) -> HTMLResponse:
@@ -269,6 +292,7 @@ def add(app: FastAPI, site: Site) -> None:
         return site.page("token.html.j2" if partial else "token_page.html.j2", **values)
 
     @app.get(ROOT + "/latent/{latent}/lens")
+    @waits
     def lens(request: Request, run: str, name: str, latent: int) -> HTMLResponse:
         coder = site.coder(run, name)
         site.row(coder, latent)
@@ -277,18 +301,18 @@ def add(app: FastAPI, site: Site) -> None:
         return site.page("lens.html.j2" if partial else "lens_page.html.j2", **values)
 
     @app.get(ROOT + "/latent/{latent}/sides/{number}")
+    @waits
     def sides(request: Request, run: str, name: str, latent: int, number: int) -> HTMLResponse:
         coder = site.coder(run, name)
         record = coder.latent(site.row(coder, latent))
         if not 0 <= number < len(record.examples):
             raise HTTPException(404, f"Latent {latent} has {len(record.examples)} examples, from 0.")
         example = record.examples[number]
-        found = site.live.sides(coder, latent, example.token_ids)
+        found = site.live.sides(coder, latent, example.tokens.ids)
         highest = float(max(found.base.max(), found.chat.max(), 1e-9))
         views = []
         for model, parts in (("base", found.base), ("chat", found.chat)):
-            shown = [Token(token.text, token.flags, float(value)) for token, value in zip(example.tokens, parts, strict=True)]
-            side = replace(example, tokens=tuple(shown), activation=float(parts[example.position]))
+            side = replace(example, tokens=example.tokens.with_activations(parts), activation=float(parts[example.position]))
             view = example_view(side, replace(record, max_activation=highest))
             origin = f"{model} side: {parts[example.position]:+.2f} at the marked token"
             views.append(replace(view, origin=origin))

@@ -22,7 +22,7 @@ from crossdiff.latents.controls import random_directions, shared_latents, split_
 from crossdiff.latents.decoder import CHAT
 from crossdiff.latents.example_database import write_examples
 from crossdiff.latents.examples import ExampleCollector
-from crossdiff.latents.groups import Cells, GroupActivity, activity_table, cells_of
+from crossdiff.latents.groups import ROW_GROUP, Cells, GroupActivity, activity_table, cells_of
 from crossdiff.latents.scaling import ScalingAccumulator, Sums
 from crossdiff.latents.stream import Chunk, blocks_of_sequences, check_fits, chunks
 from crossdiff.latents.table import latent_table, pools
@@ -180,7 +180,7 @@ def _write_tables(
     n_active = measured.sums.n.sum(0)
     twins = twin_table(crosscoder, measured.coactive, n_active)
     twins.write_parquet(folder / "twins.parquet")
-    activity_table(measured.by_group, cells).write_parquet(folder / "activity.parquet")
+    activity_table(measured.by_group, cells).write_parquet(folder / "activity.parquet", row_group_size=ROW_GROUP)
     neighbour_table(crosscoder, n_active > 0).write_parquet(folder / "neighbours.parquet")
     table = latent_table(crosscoder, measured.sums, measured.activity, config)
     table = with_verdicts(table, twins.filter(pl.col("n_both") > 0), config)

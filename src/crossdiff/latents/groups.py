@@ -43,6 +43,9 @@ COLUMNS = {
     "max_activation": "largest v",
 }
 
+ROW_GROUP = 16_384
+"""Rows of the table that the file keeps together: one latent's are found without reading the others'."""
+
 
 @dataclass(frozen=True)
 class Cells:

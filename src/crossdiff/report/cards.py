@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from crossdiff.report import wording
 from crossdiff.report.examples import Context, Example, Token, context_of, role_of, visible
@@ -26,8 +27,7 @@ GLYPHS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One token as the page shows it. `speaker` is the label of a turn's content that begins here."""
 
     text: str
@@ -130,7 +130,7 @@ def _fires_on(latent: Latent) -> str:
 
 def example_view(example: Example, latent: Latent, whole: bool = False, raw: bool = False) -> ExampleView:
     """An example around its maximum or whole, with its origin in words; `raw` leaves white space as it is."""
-    context = Context(example.tokens, example.position, False, False) if whole else context_of(example)
+    context = Context(example.tokens[:], example.position, False, False) if whole else context_of(example)
     kind = "top" if example.quantile is None else f"{example.kind} {wording.number(example.quantile)}"
     parts = [kind, f"maximum {wording.number(example.activation)}"]
     if example.dataset:

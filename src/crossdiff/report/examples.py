@@ -1,5 +1,7 @@
 """Examples from a crosscoder's SQLite database, and the piece of each that is worth showing."""
 
+from __future__ import annotations
+
 import sqlite3
 import threading
 import unicodedata
@@ -7,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from crossdiff.config import UserError
 from crossdiff.text.chat import Flag
@@ -26,13 +30,47 @@ _SELECT = """
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token: its decoded text, its flags and the latent's activation v on it."""
+class Token(NamedTuple):
+    """One token: its decoded text, its flags and the latent's activation v on it. A page has thousands."""
 
     text: str
     flags: int
     activation: float
+
+
+class Tokens(Sequence[Token]):
+    """A sequence's tokens, decoded as they are asked for, since most pages show only those around the maximum.
+
+    Attributes:
+        ids: token ids, int32 (n_tokens); flags: uint8; activations: v, float32.
+    """
+
+    def __init__(
+        self,
+        ids: npt.NDArray[np.int32],
+        flags: npt.NDArray[np.uint8],
+        activations: npt.NDArray[np.float32],
+        vocabulary: Mapping[int, str],
+    ) -> None:
+        self.ids, self.flags, self.activations, self._vocabulary = ids, flags, activations, vocabulary
+
+    def with_activations(self, activations: npt.NDArray[np.float32]) -> Tokens:
+        """The same tokens with other values."""
+        return Tokens(self.ids, self.flags, activations, self._vocabulary)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, at: int) -> Token: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Token, ...]: ...
+    def __getitem__(self, at: int | slice) -> Token | tuple[Token, ...]:
+        if isinstance(at, slice):
+            texts = [self._vocabulary.get(token_id, f"[token {token_id}]") for token_id in self.ids[at].tolist()]
+            return tuple(map(Token, texts, self.flags[at].tolist(), self.activations[at].tolist()))
+        at = range(len(self))[at]
+        return self[at : at + 1][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +88,7 @@ class Example:
     document: int | None
     position: int
     activation: float
-    tokens: tuple[Token, ...]
-    token_ids: tuple[int, ...] = ()
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +188,6 @@ def _example(path: Path, row: tuple[object, ...], vocabulary: Mapping[int, str])
         )
     values = np.zeros(len(ids), dtype=np.float32)
     values[positions] = activations
-    token_ids = tuple(ids.tolist())
-    texts = (vocabulary.get(token_id, f"[token {token_id}]") for token_id in token_ids)
     return Example(
         kind=str(kind),
         quantile=quantile if isinstance(quantile, float) else None,
@@ -161,8 +196,7 @@ def _example(path: Path, row: tuple[object, ...], vocabulary: Mapping[int, str])
         document=document if isinstance(document, int) else None,
         position=position,
         activation=activation,
-        tokens=tuple(Token(*token) for token in zip(texts, flags.tolist(), values.tolist(), strict=True)),
-        token_ids=token_ids,
+        tokens=Tokens(ids, flags, values, vocabulary),
     )
 
 
