@@ -12,12 +12,13 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/crossdiff run
 
+# A process a core, each with one thread; a file's tests share what they have set up.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed
-	$(BIN)/ruff check src tests recipes docs notebooks .ci
-	$(BIN)/ruff format --check src tests recipes docs notebooks .ci
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The wheel, installed into an empty environment, diffs the embedded pair.

@@ -16,12 +16,17 @@ def progress_bar(console: Console, title: str, total: int | None) -> Iterator[Ca
         TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task, shown = progress.add_task(title, total=total, note=""), ""
+    progress, shown = Progress(*columns, console=console), ""
+    task = progress.add_task(title, total=total, note="")
 
-        def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
-            nonlocal shown
-            shown = note or shown
-            progress.update(task, advance=n, total=total, note=shown)
+    def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
+        nonlocal shown
+        shown = note or shown
+        progress.update(task, advance=n, total=total, note=shown)
 
+    try:
+        # Not by its `with`: an interrupt while the bar is first drawn would leave the cursor hidden and stderr redirected.
+        progress.start()
         yield advance
+    finally:
+        progress.stop()
