@@ -179,6 +179,9 @@ def test_an_sae_on_the_base_model_stands_beside_the_crosscoder(
     shown, page = capsys.readouterr().out, (run / "report.html").read_text()
     assert "one decoder" in shown and "one decoder" in page
     assert "null 25%" in shown and "null 25%" in page
+    drawn = {path.stem for path in (run / "figures").glob("*.svg")}
+    assert "batchtopk-delta-norm" in drawn and "base_sae-frequency" in drawn
+    assert not drawn & {"base_sae-delta-norm", "base_sae-latent-scaling"}
 
 
 def test_nothing_held_out_is_said_before_the_harvest(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:

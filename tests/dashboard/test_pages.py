@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import yaml
 
 pytest.importorskip("fastapi")
 
@@ -252,3 +253,17 @@ def test_export_is_one_self_contained_page(run: Path, tmp_path: Path) -> None:
     for wrong, message in (("x", "is no number"), ("60", "latents from 0 to 59"), ("9-3", "latents from 0 to 59")):
         with pytest.raises(UserError, match=message):
             run_command(["export", str(run), "--latents", wrong, "-o", str(page)])
+
+
+def test_a_coder_with_one_decoder_has_no_figures_of_two(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    training = tiny_settings["crosscoders"]["batchtopk"]
+    tiny_settings["crosscoders"] = {"sae": training | {"inputs": {"kind": "single", "source": "base"}}}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tiny_settings))
+    run_command(["run", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")])
+    client = requests_to(tmp_path / "run", tmp_path / "cache")
+    page = client.get("/run/run/sae").text
+    assert "One decoder: delta_norm and the verdicts need a crosscoder" in page and "How often latents are active" in page
+    assert 'class="canvas cloud"' not in page and 'class="brush"' not in page
+    home = client.get("/").text
+    assert "Explore" in home and "delta_norm of the latents of" not in home
+    assert client.get("/run/run/sae/latent/0").status_code == 200

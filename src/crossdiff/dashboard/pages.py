@@ -75,7 +75,8 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
         }
         for slug, report in catalogue.reports.items()
     ]
-    return {"runs": runs, "overlay": figures.norm_overlay(coders), "kl": figures.kl_bars(coders)}
+    comparing = [coder for coder in coders if coder.coder.compares]
+    return {"runs": runs, "overlay": figures.norm_overlay(comparing) if comparing else None, "kl": figures.kl_bars(coders)}
 
 
 def table(coder: Coder, query: Query, search: Search) -> dict[str, Any]:
@@ -98,12 +99,15 @@ def coder_page(coder: Coder) -> dict[str, Any]:
     """One crosscoder: its answer in numbers and the figures that filter the table."""
     report_coder = coder.coder
     rows = [(name, values[coder.report.crosscoders.index(report_coder)]) for name, values in html.health_rows(coder.report)]
+    histogram = None
+    if report_coder.compares:
+        histogram = report_figures.delta_norm_histogram(report_coder, report_figures.highest_bar([report_coder]))
     return {
         "health": rows,
-        "histogram": report_figures.delta_norm_histogram(report_coder, report_figures.highest_bar([report_coder])),
+        "histogram": histogram,
         "frequencies": report_figures.frequency_histogram(report_coder),
         "kl": figures.kl_bars([coder]),
-        "note": figures.points_note(coder),
+        "note": figures.points_note(coder) if report_coder.compares else f"One decoder: {wording.ONE_DECODER}",
         "nu_range": NU_RANGE,
     }
 

@@ -51,11 +51,13 @@ def write_figures(report: RunReport, folder: Path) -> None:
 def _figures_of(coder: CrosscoderReport, report: RunReport, highest: int) -> list[tuple[str, figures.Figure, str]]:
     """The figures of one crosscoder with their captions."""
     about = _about(coder, report)
-    norms, scatter = figures.delta_norm_histogram(coder, highest), figures.scaling_scatter(coder, report.limits)
-    found = [
-        ("delta-norm", norms, f"{norms.description} Dotted: borders of the classes. {about}"),
-        ("latent-scaling", scatter, f"{scatter.description} {_verdicts(coder, report)} {scatter.note} {about}"),
-    ]
+    found = []
+    if coder.compares:
+        norms, scatter = figures.delta_norm_histogram(coder, highest), figures.scaling_scatter(coder, report.limits)
+        found = [
+            ("delta-norm", norms, f"{norms.description} Dotted: borders of the classes. {about}"),
+            ("latent-scaling", scatter, f"{scatter.description} {_verdicts(coder, report)} {scatter.note} {about}"),
+        ]
     if (frequencies := figures.frequency_histogram(coder)) is not None:
         heldout = coder.health.heldout
         caption = (
