@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter
 from setting import make_table
 
-from crossdiff.causal.interventions import DEFAULT, Experiment, make_arms, read_experiment
+from crossdiff.causal.interventions import DEFAULT, Arms, Experiment, make_arms, read_experiment
 from crossdiff.causal.selection import Selection, Verdict, pool_of, resolve
 from crossdiff.config import UserError
 from crossdiff.latents.verdict import VERDICTS
@@ -178,15 +178,17 @@ def test_a_wrong_list_names_what_is_wrong(tmp_path: Path, changes: dict[str, Any
         read_experiment(path)
 
 
-def arms_of(selection: dict[str, Any]) -> None:
+def arms_of(selection: dict[str, Any]) -> Arms:
     intervention = {"name": "mine", "add": [{"kind": "latents", "latents": selection}]}
-    make_arms(Experiment.model_validate({"interventions": [intervention]}), table(), 4, 0)
+    return make_arms(Experiment.model_validate({"interventions": [intervention]}), table(), 4, 0)
 
 
 def test_latents_that_do_not_exist_and_sets_that_cannot_be_drawn() -> None:
     with pytest.raises(UserError, match="intervention 'mine': there is no latent 6: the crosscoder has 6, 0 to 5"):
         arms_of({"kind": "list", "latents": [2, 6]})
-    with pytest.raises(UserError, match="5 random latents are asked for, but there are 4 to draw from"):
-        arms_of({"kind": "random", "like": {"kind": "list", "latents": [0, 1, 2, 3, 4]}})
+    # A data set's matter, not the list's: the other interventions go on.
+    too_many = arms_of({"kind": "random", "like": {"kind": "list", "latents": [0, 1, 2, 3, 4]}})
+    assert not too_many.arms
+    assert too_many.left_out == {"mine": "5 random latents are more than the 4 to draw from; `among: all` has more"}
     with pytest.raises(UserError, match="'all' is not one set of known size"):
         arms_of({"kind": "each", "of": {"kind": "all"}})

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import polars as pl
 from pydantic import Field, model_validator
 
-from crossdiff.causal.selection import LatentSets, Selection, Unranked, rankings_of, resolve
+from crossdiff.causal.selection import LatentSets, Selection, Unavailable, rankings_of, resolve
 from crossdiff.config import Config, UserError, read_yaml, validate
 
 DEFAULT = Path(__file__).with_name("interventions.yaml")
@@ -152,7 +152,7 @@ def make_arms(experiment: Experiment, table: pl.DataFrame, pool: int, seed: int)
             sets = resolve(selections[0], table, pool, seed) if selections else LatentSets({"": ()})
         except UserError as error:
             raise UserError(f"intervention {intervention.name!r}: {error}") from None
-        except Unranked as reason:
+        except Unavailable as reason:
             left_out[intervention.name] = str(reason)
             continue
         for suffix, latents in sets.sets.items():

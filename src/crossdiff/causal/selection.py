@@ -91,8 +91,9 @@ RandomLatents.model_rebuild()
 EachLatent.model_rebuild()
 
 
-class Unranked(Exception):
-    """The table of latents lacks what a set is chosen by: a coder of the difference has no delta_norm, nu or verdict."""
+class Unavailable(Exception):
+    """This crosscoder has no such set: its table lacks what the set is chosen by (a coder of the difference has no delta_norm,
+    nu or verdict), or holds fewer latents than are to be drawn."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ def pool_of(table: pl.DataFrame, size: int) -> pl.DataFrame:
 
 
 def _with(table: pl.DataFrame, *columns: str) -> pl.DataFrame:
-    """The table, if it has the columns; raises `Unranked`."""
+    """The table, if it has the columns; raises `Unavailable`."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise Unranked(f"the latents of this coder have no {missing[0]}")
+        raise Unavailable(f"the latents of this coder have no {missing[0]}")
     return table
 
 
@@ -143,8 +144,8 @@ def resolve(selection: Selection, table: pl.DataFrame, pool: int, seed: int) -> 
     """The latents of a selection, each set in ascending order.
 
     Raises:
-        UserError: a latent that the table has not; a random set larger than what it is drawn from.
-        Unranked: the table lacks what the set is chosen by.
+        UserError: a latent that the table has not.
+        Unavailable: the table lacks what the set is chosen by, or a random set is larger than what it is drawn from.
     """
     match selection:
         case AllLatents():
@@ -162,7 +163,7 @@ def _random(selection: RandomLatents, table: pl.DataFrame, pool: int, seed: int)
     size = len(_one_set(selection.like, table, pool))
     source = _source(table, pool, selection.among).filter(pl.col("n_active") > 0)["latent"].to_numpy()
     if size > len(source):
-        raise UserError(f"{size} random latents are asked for, but there are {len(source)} to draw from; use `among: all`")
+        raise Unavailable(f"{size} random latents are more than the {len(source)} to draw from; `among: all` has more")
     source = np.sort(source)
     sets: dict[str, tuple[int, ...] | None] = {}
     for draw in range(selection.seeds):
