@@ -12,9 +12,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/crossdiff run
 
-# A process a core, each with one thread; a file's tests share what they have set up.
+# A process a core (eight at most), each with one thread; a file's tests share what they have set up.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -119,7 +119,9 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["harvest,", "train l1", "analyze l1"])
 def test_an_interrupt_in_any_stage_loses_nothing_finished(tmp_path: Path, tiny_settings: dict[str, Any], stage: str) -> None:
-    crosscoders = {"l1": {**tiny_settings["crosscoders"]["l1"], "epochs": 20 if stage == "train l1" else 1}}
+    crosscoders = {"l1": {**tiny_settings["crosscoders"]["l1"], "epochs": 1}}
+    if stage == "train l1":
+        crosscoders["l1"] |= {"epochs": 20, "checkpoint_seconds": 0.05}
     config = write_yaml(tmp_path, {**tiny_settings, "crosscoders": crosscoders})
     arguments = [*COMMAND, "run", str(tmp_path / "run"), "--config", config]
     environment = {**os.environ, "FORCE_COLOR": "1", "OMP_NUM_THREADS": "1"}  # the bar is drawn as it moves

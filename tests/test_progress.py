@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,13 +13,20 @@ from rich.live import Live
 from crossdiff.progress import progress_bar
 
 
-def test_an_interrupt_while_the_bar_is_first_drawn_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: Live) -> None:
+@pytest.mark.parametrize(("where", "method"), [(Live, "refresh"), (Console, "show_cursor"), (Console, "push_render_hook")])
+def test_an_interrupt_while_the_bar_is_first_drawn_gives_the_terminal_back(
+    where: type, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = getattr(where, method)
+
+    def interrupted(self: Any, *arguments: Any) -> None:
         monkeypatch.undo()
+        if method == "show_cursor":
+            begun(self, *arguments)
         raise KeyboardInterrupt
 
     written, errors = io.StringIO(), sys.stderr
-    monkeypatch.setattr(Live, "refresh", interrupted)
+    monkeypatch.setattr(where, method, interrupted)
     with pytest.raises(KeyboardInterrupt), progress_bar(Console(file=written, force_terminal=True), "work", 3):
         pytest.fail("the bar was drawn")
     assert sys.stderr is errors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,8 +25,14 @@ def progress_bar(console: Console, title: str, total: int | None) -> Iterator[Ca
         progress.update(task, advance=n, total=total, note=shown)
 
     try:
-        # Not by its `with`: an interrupt while the bar is first drawn would leave the cursor hidden and stderr redirected.
         progress.start()
+    except BaseException:
+        # An interrupt while the bar is first drawn: its own `with` would leave the cursor hidden and stderr redirected.
+        with suppress(IndexError):  # it had not come to what it takes back
+            progress.stop()
+        console.show_cursor(True)
+        raise
+    try:
         yield advance
     finally:
         progress.stop()

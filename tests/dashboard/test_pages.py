@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sqlite3
 import time
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from showing import BATCHTOPK, DANGER, requests_to, write_run
 from crossdiff.cli import run_command
 from crossdiff.config import UserError
 from crossdiff.dashboard.catalogue import slugs
+from crossdiff.dashboard.live import Live
 from crossdiff.dashboard.queries import parse, select
 from crossdiff.dashboard.search import match
 from crossdiff.report.examples import ExampleDatabase
@@ -255,7 +258,9 @@ def test_export_is_one_self_contained_page(run: Path, tmp_path: Path) -> None:
             run_command(["export", str(run), "--latents", wrong, "-o", str(page)])
 
 
-def test_a_coder_with_one_decoder_has_no_figures_of_two(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+def test_a_coder_with_one_decoder_has_no_figures_of_two(
+    tmp_path: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = tiny_settings["crosscoders"]["batchtopk"]
     tiny_settings["crosscoders"] = {"sae": training | {"inputs": {"kind": "single", "source": "base"}}}
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tiny_settings))
@@ -266,4 +271,27 @@ def test_a_coder_with_one_decoder_has_no_figures_of_two(tmp_path: Path, tiny_set
     assert 'class="canvas cloud"' not in page and 'class="brush"' not in page
     home = client.get("/").text
     assert "Explore" in home and "delta_norm of the latents of" not in home
-    assert client.get("/run/run/sae/latent/0").status_code == 200
+    live = requests_to(tmp_path / "run", tmp_path / "cache", live=True)
+    latent = live.get("/run/run/sae/latent/0").text
+    assert "Nearest by the decoder direction" in latent
+    assert not [part for part in ("norm base, chat", "goes to base", "No twin", "Logit lens", "Both models") if part in latent]
+    with monkeypatch.context() as patched:
+        patched.setattr(Live, "_models", lambda *_: pytest.fail("the models were waited for"))
+        for part in ("lens", "sides/0"):
+            answer = live.get(f"/run/run/sae/latent/0/{part}")
+            assert answer.status_code == 422 and "one decoder" in answer.text
+
+
+def test_damaged_side_tables_say_what_to_do(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / run.name)
+    for name in ("activity", "neighbours", "twins"):
+        path = copy / "batchtopk" / f"{name}.parquet"
+        whole = path.read_bytes() if path.exists() else None
+        for damage in (b"PAR1 and no more", None):
+            if damage is None:
+                pl.DataFrame({"latent": [0]}).write_parquet(path)
+            else:
+                path.write_bytes(damage)
+            answer = requests_to(copy, tmp_path / "cache").get(f"{BATCHTOPK}/latent/0")
+            assert answer.status_code == 422 and "run `crossdiff analyze` again" in unescape(answer.text), (name, damage)
+        path.unlink() if whole is None else path.write_bytes(whole)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import jinja2
 import polars as pl
-from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -24,15 +22,19 @@ from starlette.types import ASGIApp
 from crossdiff.config import UserError
 from crossdiff.dashboard import figures, live_pages, pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
-from crossdiff.dashboard.live import Busy, Live
+from crossdiff.dashboard.live import WAITING, Busy, Live
 from crossdiff.dashboard.queries import parse, select
 from crossdiff.dashboard.search import Search
 from crossdiff.dashboard.security import Guard
+from crossdiff.dashboard.threads import own_threads
 
 HERE = Path(__file__).parent
 ROOT = "/run/{run}/{name}"
 CACHED_POINTS = 8
 PAGES_AT_ONCE = 3
+"""More would only take the interpreter from each other."""
+WAITING_AT_ONCE = 2 * WAITING
+"""Pages that wait for the models, or are told at once that too many do."""
 
 
 class Site:
@@ -41,6 +43,7 @@ class Site:
     def __init__(self, catalogue: Catalogue, live: Live, cache: Path) -> None:
         self.catalogue, self.live = catalogue, live
         self.templates: jinja2.Environment = pages.templates()
+        self.in_turn, self.waits = own_threads(PAGES_AT_ONCE), own_threads(WAITING_AT_ONCE)
         self.search = {key: Search(coder, cache) for key, coder in catalogue.coders.items()}
         self.points: Callable[[tuple[str, str], str], bytes] = lru_cache(CACHED_POINTS)(self._points)
         # What does not change while the server runs is made once.
@@ -85,7 +88,7 @@ def create_app(
         host: the address that the server listens on; token: what readers show, None on loopback; names: of the server.
     """
     site = Site(catalogue, live, cache)
-    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_few_threads)
+    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     _add_pages(app, site)
     live_pages.add(app, site)
@@ -93,13 +96,6 @@ def create_app(
     for search in site.search.values():
         search.start()
     return Guard(app, host, token, names)
-
-
-@asynccontextmanager
-async def _few_threads(app: FastAPI) -> AsyncIterator[None]:
-    """Pages wait their turn: many at once would only take the interpreter from each other."""
-    current_default_thread_limiter().total_tokens = PAGES_AT_ONCE
-    yield
 
 
 def is_partial(request: Request) -> bool:
@@ -115,10 +111,12 @@ def _add_pages(app: FastAPI, site: Site) -> None:
         return Response(sheet, media_type="text/css", headers={"cache-control": "max-age=3600"})
 
     @app.get("/")
+    @site.in_turn
     def home() -> HTMLResponse:
         return site.page("home.html.j2", **site.home())
 
     @app.get(ROOT)
+    @site.in_turn
     def coder(request: Request, run: str, name: str) -> HTMLResponse:
         found = site.coder(run, name)
         query = parse(request.query_params.multi_items(), found.table.schema)
@@ -128,6 +126,7 @@ def _add_pages(app: FastAPI, site: Site) -> None:
         return site.page("coder.html.j2", **values, **site.coder_page(found))
 
     @app.get(ROOT + "/points.json")
+    @site.in_turn
     def points(run: str, name: str, colour: str = "verdict") -> Response:
         if colour not in ("verdict", "template"):
             raise HTTPException(422, "colour is verdict or template.")
@@ -136,6 +135,7 @@ def _add_pages(app: FastAPI, site: Site) -> None:
         return Response(site.points((run, name), colour), media_type="application/json", headers=headers)
 
     @app.get(ROOT + "/latents.{kind}")
+    @site.in_turn
     def download(request: Request, run: str, name: str, kind: str) -> Response:
         found = site.coder(run, name)
         if kind not in ("csv", "parquet"):
@@ -151,12 +151,14 @@ def _add_pages(app: FastAPI, site: Site) -> None:
         )
 
     @app.get(ROOT + "/latent")
+    @site.in_turn
     def go_to(run: str, name: str, number: int) -> Response:
         found = site.coder(run, name)
         site.row(found, number)
         return RedirectResponse(f"{found.path}/latent/{number}", 303)
 
     @app.get(ROOT + "/latent/{latent}")
+    @site.in_turn
     def latent(run: str, name: str, latent: int, context: str = "around", whitespace: str = "signs") -> HTMLResponse:
         found = site.coder(run, name)
         row = site.row(found, latent)

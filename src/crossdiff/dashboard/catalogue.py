@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,11 @@ class Coder:
         return f"/run/{self.run}/{self.name}"
 
     @property
+    def compares(self) -> bool:
+        """Whether its latents have a direction in both models."""
+        return self.coder.compares
+
+    @property
     def has_explanations(self) -> bool:
         return self.table["explanation"].null_count() < self.table.height
 
@@ -98,9 +104,10 @@ class Coder:
         path = self.folder / "activity.parquet"
         if not path.is_file():
             return []
-        # The largest of the side tables, so it is left on disk.
-        found: list[dict[str, Any]] = pl.scan_parquet(path).filter(pl.col("latent") == latent).collect().to_dicts()
-        return sorted(found, key=lambda row: row["share"], reverse=True)
+        with _readable(path):
+            # The largest of the side tables, so it is left on disk.
+            found = pl.scan_parquet(path).filter(pl.col("latent") == latent).collect()
+            return found.sort("share", descending=True, nulls_last=True, maintain_order=True).to_dicts()
 
     def neighbours(self, latent: int) -> list[dict[str, Any]]:
         """The nearest latents by the chat direction."""
@@ -112,24 +119,23 @@ class Coder:
 
     @cached_property
     def _neighbours(self) -> pl.DataFrame:
-        return self._side_table("neighbours.parquet").sort("latent", "rank")
+        with _readable(self.folder / "neighbours.parquet"):
+            return self._side_table("neighbours.parquet").sort("latent", "rank")
 
     @cached_property
     def _twins(self) -> pl.DataFrame:
         """Every pair from both sides."""
-        pairs = self._side_table("twins.parquet")
-        sides = [pairs.with_columns(latent=mine, other=other) for mine, other in (("latent", "twin"), ("twin", "latent"))]
-        return pl.concat(sides).sort("latent", "cosine", descending=[False, True])
+        with _readable(self.folder / "twins.parquet"):
+            pairs = self._side_table("twins.parquet")
+            sides = [pairs.with_columns(latent=mine, other=other) for mine, other in (("latent", "twin"), ("twin", "latent"))]
+            return pl.concat(sides).sort("latent", "cosine", descending=[False, True])
 
     def _side_table(self, file: str) -> pl.DataFrame:
         """A table of links between latents; empty where the run has none."""
         path = self.folder / file
         if not path.is_file():
             return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "rank"), pl.Int64))
-        try:
-            return pl.read_parquet(path)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise UserError(f"{path} cannot be read as Parquet ({error}): run `crossdiff analyze` again") from error
+        return pl.read_parquet(path)
 
     @cached_property
     def causal(self) -> list[dict[str, Any]]:
@@ -137,6 +143,15 @@ class Coder:
         path = self.folder / "causal.json"
         results: list[dict[str, Any]] = read_json(path)["results"] if path.is_file() else []
         return results
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What Polars finds wrong with the file is the user's to mend."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet ({error}): run `crossdiff analyze` again") from error
 
 
 def _rows_of(latent: int, table: pl.DataFrame) -> list[dict[str, Any]]:

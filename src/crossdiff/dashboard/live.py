@@ -191,14 +191,13 @@ class Live:
 
     def sides(self, coder: Coder, latent: int, token_ids: npt.NDArray[np.int32]) -> Sides:
         """Both models' part in one latent's pre-activation, on the tokens of a stored example."""
+        _check_compares(coder)
         with self._models(coder) as diff:
             import torch
 
             from crossdiff.activations.passes import paired_residuals
 
             crosscoder = diff.crosscoder
-            if crosscoder.n_sources != 2:
-                raise UserError(f"{coder.title} has {crosscoder.n_sources} source, so there are no two sides to compare")
             with torch.no_grad():
                 h = torch.stack(paired_residuals(diff.pair, [token_ids], [crosscoder.origin["layer"]])[0], dim=1)
                 x = crosscoder.normalise(h.to(crosscoder.encoder.device))
@@ -211,11 +210,18 @@ class Live:
 
     def lens(self, coder: Coder, latent: int, n: int = 10) -> tuple[Promoted, ...]:
         """Tokens that its directions promote: base in the base model, chat and the difference in the chat model."""
+        _check_compares(coder)
         key = coder.path, latent
         if key not in self._lenses:
             with self._models(coder) as diff:
                 self._lenses[key] = _lens(diff, latent, n)
         return self._lenses[key]
+
+
+def _check_compares(coder: Coder) -> None:
+    """Raises `UserError` before any model is waited for."""
+    if not coder.compares:
+        raise UserError(f"{coder.title} has one decoder, so there are no two sides to compare")
 
 
 def check_length(text: Prompt) -> None:
@@ -250,8 +256,6 @@ def _lens(diff: Diff, latent: int, n: int) -> tuple[Promoted, ...]:
     import torch
 
     crosscoder, pair = diff.crosscoder, diff.pair
-    if crosscoder.n_sources != 2:
-        raise UserError(f"{diff.name} has {crosscoder.n_sources} source, so there are no two directions to compare")
     base, chat = (direction[latent] for direction in crosscoder.directions())
     found = []
     for name, model, direction in (

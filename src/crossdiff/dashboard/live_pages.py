@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import parse_qsl
 
 import polars as pl
-from anyio import CapacityLimiter
-from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
 from crossdiff.config import UserError
 from crossdiff.dashboard.catalogue import Coder
-from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, WAITING, Live, Prompt, Reading
+from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, Live, Prompt, Reading
 from crossdiff.report.cards import example_view, pieces, prompt_view
 from crossdiff.report.examples import Context, Token, visible
 from crossdiff.report.reading import CANDIDATE_DELTA_NORM
@@ -229,32 +225,15 @@ def view_of(coder: Coder, reading: Reading, latent: int) -> Any:
     return prompt_view(origin, tokens, highest)
 
 
-Page = Callable[..., HTMLResponse]
-
-
-def own_threads(n: int) -> Callable[[Page], Callable[..., Awaitable[HTMLResponse]]]:
-    """A decorator for pages that wait for the models: they do so in `n` threads of their own, not in those of other pages."""
-    limiter = CapacityLimiter(n)
-
-    def decorate(page: Page) -> Callable[..., Awaitable[HTMLResponse]]:
-        @wraps(page)
-        async def made(**values: Any) -> HTMLResponse:
-            return await run_sync(lambda: page(**values), limiter=limiter)
-
-        return made
-
-    return decorate
-
-
 def add(app: FastAPI, site: Site) -> None:
     """Add the pages that need models."""
-    waits = own_threads(2 * WAITING)
 
     def page(coder: Coder, form: Form, result: Result, partial: bool) -> HTMLResponse:
         template = "live_form.html.j2" if partial else "live.html.j2"
         return site.page(template, 422 if result.problem and not partial else 200, coder=coder, form=form, result=result)
 
     @app.get(ROOT + "/live")
+    @site.in_turn
     def live_page(run: str, name: str, latent: int | None = None) -> HTMLResponse:
         coder = site.coder(run, name)
         if latent is None:
@@ -263,7 +242,7 @@ def add(app: FastAPI, site: Site) -> None:
         return page(coder, Form(order="chosen", chosen=str(latent), steer=str(latent)), Result(), partial=False)
 
     @app.post(ROOT + "/live")
-    @waits
+    @site.waits
     def live_act(
         request: Request, run: str, name: str, pairs: Annotated[list[tuple[str, str]], Depends(posted)]
     ) -> HTMLResponse:
@@ -278,6 +257,7 @@ def add(app: FastAPI, site: Site) -> None:
         return page(coder, form, result, partial)
 
     @app.get(ROOT + "/live/{key}/token/{position}")
+    @site.in_turn
     def token(request: Request, run: str, name: str, key: str, position: int) -> HTMLResponse:
         coder = site.coder(run, name)
         reading = site.live.recall(key)
@@ -292,7 +272,7 @@ def add(app: FastAPI, site: Site) -> None:
         return site.page("token.html.j2" if partial else "token_page.html.j2", **values)
 
     @app.get(ROOT + "/latent/{latent}/lens")
-    @waits
+    @site.waits
     def lens(request: Request, run: str, name: str, latent: int) -> HTMLResponse:
         coder = site.coder(run, name)
         site.row(coder, latent)
@@ -301,7 +281,7 @@ def add(app: FastAPI, site: Site) -> None:
         return site.page("lens.html.j2" if partial else "lens_page.html.j2", **values)
 
     @app.get(ROOT + "/latent/{latent}/sides/{number}")
-    @waits
+    @site.waits
     def sides(request: Request, run: str, name: str, latent: int, number: int) -> HTMLResponse:
         coder = site.coder(run, name)
         record = coder.latent(site.row(coder, latent))

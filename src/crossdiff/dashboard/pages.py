@@ -75,7 +75,7 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
         }
         for slug, report in catalogue.reports.items()
     ]
-    comparing = [coder for coder in coders if coder.coder.compares]
+    comparing = [coder for coder in coders if coder.compares]
     return {"runs": runs, "overlay": figures.norm_overlay(comparing) if comparing else None, "kl": figures.kl_bars(coders)}
 
 
@@ -100,14 +100,14 @@ def coder_page(coder: Coder) -> dict[str, Any]:
     report_coder = coder.coder
     rows = [(name, values[coder.report.crosscoders.index(report_coder)]) for name, values in html.health_rows(coder.report)]
     histogram = None
-    if report_coder.compares:
+    if coder.compares:
         histogram = report_figures.delta_norm_histogram(report_coder, report_figures.highest_bar([report_coder]))
     return {
         "health": rows,
         "histogram": histogram,
         "frequencies": report_figures.frequency_histogram(report_coder),
         "kl": figures.kl_bars([coder]),
-        "note": figures.points_note(coder) if report_coder.compares else f"One decoder: {wording.ONE_DECODER}",
+        "note": figures.points_note(coder) if coder.compares else f"One decoder: {wording.ONE_DECODER}",
         "nu_range": NU_RANGE,
     }
 
@@ -115,7 +115,7 @@ def coder_page(coder: Coder) -> dict[str, Any]:
 def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> dict[str, Any]:
     """One latent."""
     latent = coder.latent(row)
-    norms = row["norm_base"] + row["norm_chat"]
+    norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
     previous, following = coder.beside(row["latent"])
     activity = coder.activity(row["latent"])
     return {

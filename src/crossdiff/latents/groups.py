@@ -44,7 +44,7 @@ COLUMNS = {
 }
 
 ROW_GROUP = 16_384
-"""Rows of the table that the file keeps together: one latent's are found without reading the others'."""
+"""Rows of the table that the file keeps together: one latent's are found without reading the other groups of rows."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Tokens(Sequence[Token]):
         activations: npt.NDArray[np.float32],
         vocabulary: Mapping[int, str],
     ) -> None:
+        assert len(ids) == len(flags) == len(activations)
         self.ids, self.flags, self.activations, self._vocabulary = ids, flags, activations, vocabulary
 
     def with_activations(self, activations: npt.NDArray[np.float32]) -> Tokens:
@@ -71,6 +72,18 @@ class Tokens(Sequence[Token]):
             return tuple(map(Token, texts, self.flags[at].tolist(), self.activations[at].tolist()))
         at = range(len(self))[at]
         return self[at : at + 1][0]
+
+    def __iter__(self) -> Iterator[Token]:
+        return iter(self[:])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokens) and self[:] == other[:]
+
+    def __hash__(self) -> int:
+        return hash(self[:])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tokens>"
 
 
 @dataclass(frozen=True, slots=True)
