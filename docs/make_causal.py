@@ -237,7 +237,7 @@ def main() -> None:
     run = parser.parse_args().run
     config = with_difference(validate(RunConfig, read_yaml(run / "config.yaml"), str(run)))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(config.model_dump(mode="json"), file)
+        yaml.safe_dump(config.model_dump(mode="json"), file, sort_keys=False)
         file.flush()
         run_command(["causal", str(run), "--config", file.name, "--causal.max_conversations", str(CONVERSATIONS)])
     found = [name for name, coder in config.crosscoders.items() if coder.inputs.kind != "single"]

@@ -124,7 +124,7 @@ def answer(report: RunReport) -> list[str]:
     """The page's answer as plain sentences, about the primary crosscoder first."""
     if not report.primary.compares:
         return [f"The coder {report.primary.title} has one decoder, which cannot tell whose a latent is. {ONE_DECODER}"]
-    sentences = _specific_sentences(report.primary, report.limits)
+    sentences = [*_specific_sentences(report.primary, report.limits), *_null_sentences(report)]
     for coder in report.crosscoders:
         if coder is not report.primary and coder.compares:
             named, specific = coder.count("chat_only"), coder.count("chat_specific")
@@ -132,7 +132,6 @@ def answer(report: RunReport) -> list[str]:
                 f"In the {coder.title} crosscoder delta_norm alone names {whole(named)} of "
                 f"{whole(coder.health.n_latents)}, latent scaling {whole(specific)}."
             )
-    sentences.extend(_null_sentences(report))
     sentences.extend(_behaviour_sentences(report.primary))
     return sentences
 
@@ -176,8 +175,8 @@ def _null_sentences(report: RunReport) -> list[str]:
     if null is None:
         return []
     return [
-        f"That is {share(coder.rate('chat_specific'))} of its live latents; in the null diff, where the second model was only "
-        f"trained further on plain text, it is {share(null.rates.get('chat_specific'))} of {whole(null.n_live)}."
+        f"The specific ones are {share(coder.rate('chat_specific'))} of its live latents; in the null diff, where the second "
+        f"model was only trained further on plain text, {share(null.rates.get('chat_specific'))} of {whole(null.n_live)}."
     ]
 
 

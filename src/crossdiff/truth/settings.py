@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from crossdiff.config import (
@@ -13,6 +15,9 @@ from crossdiff.config import (
     L1Config,
     PartitionedConfig,
 )
+
+SHORT: dict[str, Any] = {"n_latents": 256, "epochs": 8, "lr": 3e-3}
+"""Some 1,100 steps, so a higher rate than the default."""
 
 
 class PlantedConfig(Config):
@@ -61,12 +66,10 @@ class TruthConfig(Config):
     planted: PlantedConfig = PlantedConfig()
     crosscoders: dict[str, CrosscoderConfig] = Field(
         {
-            "batchtopk": CrosscoderConfig(sparsity=BatchTopKConfig(k=12), n_latents=256, epochs=8),
-            "l1": CrosscoderConfig(sparsity=L1Config(mu=3.2), n_latents=256, epochs=8, decoder_norm=0.1),
-            "dfc": CrosscoderConfig(
-                sparsity=BatchTopKConfig(k=12), structure=PartitionedConfig(exclusive_share=0.1), n_latents=256, epochs=8
-            ),
-            "diff_sae": CrosscoderConfig(sparsity=BatchTopKConfig(k=6), inputs=DifferenceConfig(), n_latents=256, epochs=8),
+            "batchtopk": CrosscoderConfig(sparsity=BatchTopKConfig(k=12), **SHORT),
+            "l1": CrosscoderConfig(sparsity=L1Config(mu=2.1), decoder_norm=0.1, **SHORT),
+            "dfc": CrosscoderConfig(sparsity=BatchTopKConfig(k=12), structure=PartitionedConfig(exclusive_share=0.1), **SHORT),
+            "diff_sae": CrosscoderConfig(sparsity=BatchTopKConfig(k=6), inputs=DifferenceConfig(), **SHORT),
         },
         description="what is trained; the first one sets the held-out L0 that those with a mu are tuned to",
     )
