@@ -211,12 +211,13 @@ def main() -> None:
         print("table, filtered       ", timed(port, [f"{coder}?f=delta_norm:0.{n}:&sort=nu_error" for n in range(20, 60, 2)]))
         print("search                ", timed(port, [f"{coder}?q=boat{n}" for n in range(100, 120)]))
         paths = [[f"{coder}/latent/{drawn.randrange(args.latents)}" for _ in range(PER_READER)] for _ in range(READERS)]
-        with ThreadPoolExecutor(READERS) as pool:
-            times = sorted(
-                seconds for each in pool.map(lambda mine: [get(port, path)[0] for path in mine], paths) for seconds in each
-            )
+        with ThreadPoolExecutor(READERS + 1) as pool:
+            found = pool.map(lambda mine: [get(port, path)[0] for path in mine], paths)
+            file = pool.submit(get, port, "/static/vendor/plotly-strict.min.js")
+            times = sorted(seconds for each in found for seconds in each)
         middle, late = times[len(times) // 2] * 1000, times[int(0.95 * len(times))] * 1000
         print(f"{READERS} readers of latents  median {middle:7.1f} ms, 95th percentile {late:7.1f} ms ({len(times)} requests)")
+        print(f"beside them            plotly's file of {file.result()[1] / 1e6:.1f} MB in {file.result()[0] * 1000:.0f} ms")
         anonymous, highest = memory(pid)
         print(f"memory                 {anonymous:.0f} MB of its own now, {highest:.0f} MB resident at most")
     if args.live:
