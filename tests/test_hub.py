@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 import crossdiff
@@ -62,6 +64,17 @@ def test_the_card_states_the_runs_own_numbers(run_path: Path) -> None:
     assert "kind: batchtopk" in body and "k: 4" in body and f'crossdiff.pull("{NAME}")' in body
     assert "## Limits" in body and "causal test" in body
     assert "license: mit" in push(run_path, NAME, dry_run=True, licence="mit").card
+
+
+def test_the_card_has_the_settings_of_the_training_where_the_run_has_others_now(analysed_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(analysed_run, tmp_path / "run", ignore=shutil.ignore_patterns("activations"))
+    shutil.copytree(run / "batchtopk", run / "former")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    k = settings["crosscoders"]["batchtopk"]["sparsity"]["k"]
+    settings["crosscoders"]["batchtopk"]["sparsity"]["k"] = k + 1
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    card = push(run, NAME, dry_run=True).card
+    assert card.count(f"k: {k}\n") == 2 and f"k: {k + 1}\n" not in card and "former:" in card
 
 
 def test_the_licence_is_looked_up_on_the_hub(hub: HubServer, run_path: Path, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
     Raises:
         UserError: no finished run, a wrong name, or what the Hub answers.
     """
+    from crossdiff.crosscoder.checkpoint import origin_of
     from crossdiff.report.model_card import model_card
     from crossdiff.report.reading import read_run
 
@@ -83,7 +84,9 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
     files = _files_of(path, (coder.name for coder in report.crosscoders))
     with _explained(repository):
         found = licence or _licences(report.base, report.chat, look_up=not dry_run)
-        card = model_card(report, repository, found)
+        # The run's settings may have changed since a crosscoder was trained, or name it no longer.
+        trained = {coder.name: origin_of(path / coder.name).get("settings") or {} for coder in report.crosscoders}
+        card = model_card(report, repository, found, trained)
         sizes = {name: file.stat().st_size for name, file in files.items()} | {"README.md": len(card.encode())}
         upload = Upload(repository, sizes, card, _remarks(path, report.base, report.chat))
         if not dry_run:

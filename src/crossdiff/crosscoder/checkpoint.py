@@ -120,6 +120,19 @@ def is_own(path: Path) -> bool:
         return bool(OWN in (file.metadata() or {}))
 
 
+def origin_of(folder: Path) -> dict[str, Any]:
+    """Where the crosscoder of a folder comes from, read without its weights: pair, layer, settings, training_tokens.
+
+    Raises:
+        UserError: as `read`.
+    """
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            return dict(json.loads((file.metadata() or {}).get(OWN, "{}")).get("origin", {}))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}; train the crosscoder again") from None
+
+
 def load(folder: Path) -> Crosscoder:
     """Read the crosscoder that `save` wrote into a folder; raises as `read`."""
     return read(folder / "model.safetensors")

@@ -1,11 +1,13 @@
 """The model card of a published run: what it is, its training and quality, how to load it, its limits."""
 
 import re
+from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 import yaml
 
-from crossdiff.config import RunConfig, merge, read_yaml, validate
+from crossdiff.config import CrosscoderConfig, RunConfig, merge, read_yaml, validate
 from crossdiff.report import wording
 from crossdiff.report.environment import environment
 from crossdiff.report.html import caveats, short
@@ -23,8 +25,8 @@ ALWAYS = (
 """Limits of every run."""
 
 
-def model_card(report: RunReport, repository: str, licence: str) -> str:
-    """The card as Markdown with the front matter that the Hub reads."""
+def model_card(report: RunReport, repository: str, licence: str, trained: Mapping[str, dict[str, Any]]) -> str:
+    """The card as Markdown with the front matter that the Hub reads; `trained`: the settings of each crosscoder's training."""
     config = validate(RunConfig, read_yaml(report.directory / "config.yaml"), str(report.directory / "config.yaml"))
     coders = report.crosscoders
     primary = report.primary
@@ -40,7 +42,7 @@ def model_card(report: RunReport, repository: str, licence: str) -> str:
         answer=" ".join(wording.answer(report)),
         tokens=wording.whole(report.n_tokens) if report.n_tokens else "",
         datasets=report.datasets,
-        settings=_settings(config, [coder.name for coder in coders]),
+        settings=_settings(config, trained),
         crosscoders=[coder.title for coder in coders],
         rows=_rows(coders),
         repository=repository,
@@ -51,15 +53,13 @@ def model_card(report: RunReport, repository: str, licence: str) -> str:
     )  # fmt: skip
 
 
-def _settings(config: RunConfig, names: list[str]) -> str:
+def _settings(config: RunConfig, trained: Mapping[str, dict[str, Any]]) -> str:
     """The settings that say how the crosscoders came about, as YAML; models and texts are named above."""
     values = config.model_dump(mode="json", exclude_defaults=True, include={"harvest", "analyze"})
+    coders = {name: validate(CrosscoderConfig, settings, name) for name, settings in trained.items() if settings}
     values["crosscoders"] = {
-        name: merge(
-            {"sparsity": {"kind": config.crosscoders[name].sparsity.kind}},
-            config.crosscoders[name].model_dump(mode="json", exclude_defaults=True),
-        )
-        for name in names
+        name: merge({"sparsity": {"kind": coder.sparsity.kind}}, coder.model_dump(mode="json", exclude_defaults=True))
+        for name, coder in coders.items()
     }
     return yaml.safe_dump(values, sort_keys=False)
 
