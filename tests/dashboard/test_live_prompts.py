@@ -22,6 +22,7 @@ from showing import ADDRESS, DANGER, requests_to, write_links
 import crossdiff.diff
 from crossdiff.config import UserError
 from crossdiff.dashboard import live as live_module
+from crossdiff.dashboard import pages
 from crossdiff.dashboard.app import PAGES_AT_ONCE
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.live import Busy, Live, direction_logits
@@ -149,25 +150,39 @@ def test_a_long_line_is_turned_away(coder: Coder, monkeypatch: pytest.MonkeyPatc
         live.read(coder, QUESTION)
 
 
-def test_pages_come_while_others_wait_for_the_models(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("n", "busy", "others"),
+    [
+        (PAGES_AT_ONCE + 2, "/lens", (f"{CODER}/latent/0", "/static/dashboard.css")),
+        (PAGES_AT_ONCE, "", ("/static/dashboard.css", "/report.css")),
+    ],
+)
+def test_pages_and_files_come_while_others_wait(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, busy: str, others: tuple[str, ...]
+) -> None:
     arrived, go_on = threading.Semaphore(0), threading.Event()
 
-    def lens(self: Live, coder: Coder, latent: int) -> tuple[()]:
-        arrived.release()
-        assert go_on.wait(60)
-        return ()
+    def waited(made: Any) -> Any:
+        def wait(*arguments: Any, **options: Any) -> Any:
+            arrived.release()
+            assert go_on.wait(60)
+            return made(*arguments, **options)
+
+        return wait
 
     def status(path: str) -> int:
         with urllib.request.urlopen(address + path, timeout=30) as answer:
             return int(answer.status)
 
-    monkeypatch.setattr(Live, "lens", lens)
-    n = PAGES_AT_ONCE + 2
+    if busy:
+        monkeypatch.setattr(Live, "lens", waited(lambda *_: ()))
+    else:
+        monkeypatch.setattr(pages, "latent_page", waited(pages.latent_page))
     with serving([run], tmp_path) as address, ThreadPoolExecutor(n) as pool:
-        waiting = [pool.submit(status, f"{CODER}/latent/0/lens") for _ in range(n)]
+        waiting = [pool.submit(status, f"{CODER}/latent/0{busy}") for _ in range(n)]
         try:
             assert all(arrived.acquire(timeout=30) for _ in range(n))
-            assert status(f"{CODER}/latent/0") == status("/static/dashboard.css") == 200
+            assert [status(path) for path in others] == [200, 200]
         finally:
             go_on.set()
         assert [each.result() for each in waiting] == [200] * n

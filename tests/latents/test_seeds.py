@@ -73,13 +73,24 @@ def test_largest_cosines_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for each in three():
+    for at, each in enumerate(three()):
         (tmp_path / each.name).mkdir()
+        rows = {
+            "behaviour": ["refusal"] * 4, "question": ["before_answer"] * 3 + ["whole_conversation"],
+            "pool": ["chat_specific", "shared", "bag_of_words", "shared"], "auroc": [0.5 + at / 4, 0.55, 0.99, 0.42],
+        }  # fmt: skip
+        pl.DataFrame(rows).write_parquet(tmp_path / each.name / "behaviours.parquet")
         save(each.crosscoder, tmp_path / each.name)
         each.table.write_parquet(tmp_path / each.name / "latents.parquet")
     (tmp_path / "manifest.json").write_text("{}")
     run_command(["seeds", str(tmp_path), "a", "b", "c"])
-    assert "Chat-specific latents found again" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Chat-specific latents found again" in shown and "0.99" not in shown and "0.42" not in shown
+    behaviours = compare_seeds(read_seeds(tmp_path, ["a", "b", "c"])).behaviours
+    assert behaviours.rows() == [("refusal", "chat_specific", 0.5, 0.75, 1.0), ("refusal", "shared", 0.55, 0.55, 0.55)]
+    assert all(score in shown for score in ("0.50", "0.75", "1.00", "0.55"))
+    (tmp_path / "b" / "behaviours.parquet").unlink()
+    assert compare_seeds(read_seeds(tmp_path, ["a", "b"])).behaviours.height == 0
     with pytest.raises(UserError, match="name at least two crosscoders"):
         read_seeds(tmp_path, ["a"])
     with pytest.raises(UserError, match=r"has no latents\.parquet; run `crossdiff analyze .* --only d`"):

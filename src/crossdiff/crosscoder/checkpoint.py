@@ -126,11 +126,17 @@ def origin_of(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: as `read`.
     """
+    with _opened(folder / "model.safetensors") as file:
+        return dict(json.loads((file.metadata() or {}).get(OWN, "{}")).get("origin", {}))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            return dict(json.loads((file.metadata() or {}).get(OWN, "{}")).get("origin", {}))
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}; train the crosscoder again") from None
+        raise UserError(f"cannot read {path}: {error}; train the crosscoder again") from None
 
 
 def load(folder: Path) -> Crosscoder:
@@ -144,12 +150,9 @@ def read(path: Path) -> Crosscoder:
     Raises:
         UserError: the file is missing or damaged, or of another version or program.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}; train the crosscoder again") from None
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     own = json.loads(metadata.get(OWN, "{}"))
     if own.get("format") != FORMAT:
         raise UserError(f"{path} has format {own.get('format')}, this version reads {FORMAT}; train the crosscoder again")

@@ -119,23 +119,18 @@ class Coder:
 
     @cached_property
     def _neighbours(self) -> pl.DataFrame:
-        with _readable(self.folder / "neighbours.parquet"):
-            return self._side_table("neighbours.parquet").sort("latent", "rank")
+        path = self.folder / "neighbours.parquet"
+        with _readable(path):
+            return _links(path).sort("latent", "rank")
 
     @cached_property
     def _twins(self) -> pl.DataFrame:
         """Every pair from both sides."""
-        with _readable(self.folder / "twins.parquet"):
-            pairs = self._side_table("twins.parquet")
+        path = self.folder / "twins.parquet"
+        with _readable(path):
+            pairs = _links(path)
             sides = [pairs.with_columns(latent=mine, other=other) for mine, other in (("latent", "twin"), ("twin", "latent"))]
             return pl.concat(sides).sort("latent", "cosine", descending=[False, True])
-
-    def _side_table(self, file: str) -> pl.DataFrame:
-        """A table of links between latents; empty where the run has none."""
-        path = self.folder / file
-        if not path.is_file():
-            return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "rank"), pl.Int64))
-        return pl.read_parquet(path)
 
     @cached_property
     def causal(self) -> list[dict[str, Any]]:
@@ -143,6 +138,13 @@ class Coder:
         path = self.folder / "causal.json"
         results: list[dict[str, Any]] = read_json(path)["results"] if path.is_file() else []
         return results
+
+
+def _links(path: Path) -> pl.DataFrame:
+    """A table of links between latents; empty where the run has none."""
+    if not path.is_file():
+        return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "rank"), pl.Int64))
+    return pl.read_parquet(path)
 
 
 @contextmanager

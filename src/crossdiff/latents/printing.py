@@ -25,7 +25,7 @@ def print_null(rates: pl.DataFrame, console: Console | None = None) -> None:
 
 
 def print_seeds(report: SeedReport, console: Console | None = None) -> None:
-    """Print the counts of each training with their spread, and the shares that are found again."""
+    """Print the counts of each training with their spread, what is found again, and how well the best latents predict."""
     console = console or Console()
     table = Table(title="Latents by training", title_justify="left")
     for index, name in enumerate(report.counts.columns):
@@ -41,3 +41,10 @@ def print_seeds(report: SeedReport, console: Console | None = None) -> None:
         cosines = ("" if value != value else f"{value:.2f}" for value in (match["median_cosine"], match["median_cosine_live"]))
         table.add_row(match["seed"], match["other"], f"{match['n_specific']:,}", *shares, *cosines)
     console.print(table)
+    if report.behaviours.height:
+        table = Table(title="Held-out AUROC before the answer, best latent of each pool", title_justify="left")
+        for name in report.behaviours.columns:
+            table.add_column(name, justify="left" if name in ("behaviour", "pool") else "right")
+        for behaviour, pool, *scores in report.behaviours.iter_rows():
+            table.add_row(behaviour.replace("_", " "), pool.replace("_", " "), *(f"{score:.2f}" for score in scores))
+        console.print(table)

@@ -24,11 +24,12 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Seed:
-    """One training: its name, latent table and crosscoder."""
+    """One training: its name, latent table, crosscoder, and its behaviours.parquet where the run has labels."""
 
     name: str
     table: pl.DataFrame
     crosscoder: Crosscoder
+    behaviours: pl.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,13 @@ class SeedReport:
             has a cosine above the limit with that of a live latent of `other` (`matched`), or of a specific one
             (`matched_specific`); NaN without specific latents. `median_cosine` is the median of the best cosines of the
             specific latents with the live ones of `other`, `median_cosine_live` that of all live latents of `seed`.
+        behaviours: columns `behaviour`, `pool` (chat_specific, shared), and one per training: the held-out AUROC of the pool's
+            best latent before the answer. No rows where a training has no behaviours.
     """
 
     counts: pl.DataFrame
     matches: pl.DataFrame
+    behaviours: pl.DataFrame
 
 
 def read_seeds(run: Path, names: list[str]) -> list[Seed]:
@@ -58,7 +62,11 @@ def read_seeds(run: Path, names: list[str]) -> list[Seed]:
     for name in names:
         if not (run / name / "latents.parquet").exists():
             raise UserError(f"{run / name} has no latents.parquet; run `crossdiff analyze {run} --only {name}` first")
-    seeds = [Seed(name, pl.read_parquet(run / name / "latents.parquet"), load(run / name)) for name in names]
+    seeds = []
+    for name in names:
+        path = run / name / "behaviours.parquet"
+        behaviours = pl.read_parquet(path) if path.exists() else None
+        seeds.append(Seed(name, pl.read_parquet(run / name / "latents.parquet"), load(run / name), behaviours))
     widths = {seed.name: seed.crosscoder.d_model for seed in seeds}
     if len(set(widths.values())) > 1:
         raise UserError(f"crosscoders of different widths cannot be compared: {widths}")
@@ -98,4 +106,15 @@ def compare_seeds(seeds: list[Seed], smallest_cosine: float = 0.9) -> SeedReport
             "median_cosine_live": float(largest_cosines(live, others).median()) if len(live) else math.nan,
         }
         rows.append({"seed": seed.name, "other": other.name, "n_specific": len(specific)} | found_again)
-    return SeedReport(table, pl.DataFrame(rows))
+    return SeedReport(table, pl.DataFrame(rows), _behaviours(seeds))
+
+
+def _behaviours(seeds: list[Seed]) -> pl.DataFrame:
+    keys, found = ["behaviour", "pool"], pl.DataFrame(schema={"behaviour": pl.String, "pool": pl.String})
+    for index, seed in enumerate(seeds):
+        if seed.behaviours is None:
+            return found.clear()
+        asked = seed.behaviours.filter(pl.col("question") == "before_answer", pl.col("pool").is_in(["chat_specific", "shared"]))
+        scores = asked.select(*keys, pl.col("auroc").alias(seed.name))
+        found = found.join(scores, on=keys, how="inner") if index else scores
+    return found.sort(keys)
