@@ -21,7 +21,7 @@ from crossdiff.causal.conversations import pad, pad_column, span_of
 from crossdiff.causal.interventions import Arm
 from crossdiff.causal.patching import Patcher
 from crossdiff.config import DatasetConfig, L1Config
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.latents.activity import GROUPS
 from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair, load_pair

@@ -34,11 +34,11 @@ import torch
 
 from crossdiff.activations.store import COLUMNS, Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import Activity, group_of
+from crossdiff.latents.example_collector import ExampleCollector
 from crossdiff.latents.example_database import write_examples
-from crossdiff.latents.examples import ExampleCollector
 from crossdiff.latents.scaling import ScalingAccumulator, scaling
 from crossdiff.latents.stream import Chunk, chunks, encode
 

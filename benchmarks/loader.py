@@ -28,10 +28,10 @@ from crossdiff.activations.loader import Batches
 from crossdiff.activations.shards import ShardBuffer
 from crossdiff.activations.store import COLUMNS, FORMAT, Store
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig
-from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.trainer import Trainer
+from crossdiff.files import write_json
 from crossdiff.memory import keep_freed_memory
-from crossdiff.run import write_json
 
 D_MODEL, N_LATENTS, BATCH, LENGTH, SHARD = 576, 8192, 2048, 256, 65536
 TRAINED = 170  # more than three of the buffers, so that the change from one to the next is in it

@@ -26,8 +26,8 @@ from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, RunConfig, read_yaml, validate
 from crossdiff.corpus import resolve
 from crossdiff.crosscoder.checkpoint import load
+from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.mesh import mesh_of
-from crossdiff.crosscoder.model import new_crosscoder
 from crossdiff.crosscoder.trainer import Trainer
 from crossdiff.latents.analyze import measure, with_random_directions
 from crossdiff.latents.groups import cells_of

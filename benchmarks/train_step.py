@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig, L1Config
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.trainer import Trainer
 from crossdiff.memory import keep_freed_memory
 
@@ -83,7 +83,7 @@ class Ours:
         config = CrosscoderConfig(sparsity=coder.sparsity, n_latents=case.n_latents, batch_size=case.batch, lr=1e-5)
         self.trainer = Trainer(config, coder, 10_000)
         n_dead = round(case.dead_share * case.n_latents)
-        self.trainer.silence.tokens[:n_dead] = 10**12
+        self.trainer.since_fired.tokens[:n_dead] = 10**12
         coder.encoder_bias[:n_dead] = -1e3
         self.l0 = 0.0
 

@@ -31,7 +31,7 @@ from crossdiff.causal.steering_table import labelled_prompts
 from crossdiff.cli import run_command
 from crossdiff.config import DifferenceConfig, RunConfig, SteerConfig, read_yaml, validate
 from crossdiff.crosscoder.checkpoint import load
-from crossdiff.latents.table import pools
+from crossdiff.latents.latent_table import pools
 from crossdiff.models.access import UpperHalf, residuals_after
 from crossdiff.models.pair import choose_device, load_pair
 from crossdiff.pairs import RULES

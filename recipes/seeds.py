@@ -13,9 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from crossdiff.config import RunConfig, UserError, read_yaml, validate
-from crossdiff.latents.printing import print_seeds
-from crossdiff.latents.seeds import compare_seeds, read_seeds
+from crossdiff.compare.seeds import compare_seeds, read_seeds
+from crossdiff.compare.terminal import print_seeds
+from crossdiff.config import RunConfig, read_yaml, validate
+from crossdiff.errors import UserError
 from crossdiff.pipeline import Pipeline
 from crossdiff.run import Run
 

@@ -17,9 +17,10 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
-from crossdiff.config import BatchTopKConfig, RunConfig, UserError, read_yaml, validate
+from crossdiff.config import BatchTopKConfig, RunConfig, read_yaml, validate
 from crossdiff.crosscoder.checkpoint import load
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.errors import UserError
 
 BATCH = 1024
 

@@ -11,7 +11,7 @@ import yaml
 from conftest import tiny_config
 from crossdiff.config import RunConfig
 from crossdiff.crosscoder.checkpoint import save
-from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.models.pair import identify
 from report.synthetic_run import N_LATENTS, latent_table, write_crosscoder
 from stores import make_store

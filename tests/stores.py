@@ -8,9 +8,8 @@ import polars as pl
 import torch
 from safetensors.torch import save_file
 
-from crossdiff.activations.place import sha256
 from crossdiff.activations.store import COLUMNS, FORMAT, Store
-from crossdiff.run import write_json
+from crossdiff.files import sha256, write_json
 
 PAIR = {"base": {"name": "a"}, "chat": {"name": "b"}, "tokenizer": "t"}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import crossdiff
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.models.pair import load_model, load_tokenizer
 from hub_server import HubServer
 from opened import LAYER, write_run

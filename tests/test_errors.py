@@ -15,7 +15,7 @@ import yaml
 
 from conftest import make_model, make_tokenizer
 from crossdiff.cli import run_command
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 COMMAND = [sys.executable, "-m", "crossdiff"]
 
@@ -106,7 +106,7 @@ def test_a_read_only_folder(tmp_path: Path, tiny_settings: dict[str, Any]) -> No
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
-    from crossdiff.run import explain_disk_error
+    from crossdiff.files import explain_disk_error
 
     try:
         with Path("/dev/full").open("w") as file:

@@ -13,37 +13,42 @@ import crossdiff
 
 SOURCE = Path(crossdiff.__file__).parent
 # What a package may import of ours. Data flows the other way: pair -> store -> crosscoder -> latents -> causal -> report.
-FOUNDATION = {"config", "shapes", "ranks", "run"}
+FOUNDATION = {"config", "errors", "files", "shapes", "ranks", "run", "sources", "statistics"}
 ALLOWED = {
-    "config": set(),
+    "errors": set(),
+    "sources": set(),
+    "config": {"errors"},
+    "files": {"errors"},
     "shapes": set(),
+    "statistics": {"shapes"},
     "memory": set(),
-    "ranks": {"config", "shapes"},
-    "run": {"config", "ranks"},
-    "pairs": {"config"},
+    "ranks": {"errors", "shapes"},
+    "run": {"errors", "files", "ranks"},
+    "pairs": {"errors"},
     "models": FOUNDATION | {"pairs"},
-    "text": {"config", "shapes"},
+    "text": FOUNDATION,
     "activations": FOUNDATION | {"models", "text"},
     "crosscoder": FOUNDATION | {"models", "text", "activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
+    "compare": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
-    "report": {"config", "run", "text", "interp"},
+    "report": FOUNDATION | {"text", "latents", "interp"},
     "progress": set(),
-    "corpus": {"config", "pairs", "models", "activations", "crosscoder"},
+    "corpus": {"config", "errors", "files", "pairs", "models", "activations", "crosscoder"},
     "pipeline": FOUNDATION
     | {"corpus", "progress"}
-    | {"pairs", "models", "text", "activations", "crosscoder", "latents", "report"},
-    "prompts": {"config", "models", "text", "activations", "crosscoder", "report"},
-    "diff": {"config", "run", "models", "activations", "crosscoder", "report", "prompts"},
-    "hub": {"config", "crosscoder", "latents", "report", "diff"},
-    "dashboard": {"config", "run", "text", "activations", "latents", "causal", "report", "prompts", "diff"},
+    | {"pairs", "models", "text", "activations", "crosscoder", "latents", "compare", "report"},
+    "text_activations": FOUNDATION | {"models", "text", "activations", "crosscoder", "report"},
+    "diff": FOUNDATION | {"models", "activations", "crosscoder", "report", "text_activations"},
+    "published": FOUNDATION | {"text", "crosscoder", "latents", "report", "diff"},
+    "dashboard": FOUNDATION | {"text", "activations", "latents", "causal", "report", "text_activations", "diff"},
     "causal_pipeline": FOUNDATION | {"progress", "pairs", "models", "activations", "causal", "pipeline"},
     "interp_pipeline": FOUNDATION | {"progress", "models", "interp", "pipeline"},
     "cli": FOUNDATION
-    | {"memory", "pairs", "models", "activations", "crosscoder", "latents", "truth", "interp"}
-    | {"corpus", "pipeline", "causal_pipeline", "interp_pipeline", "hub", "dashboard"},
+    | {"memory", "pairs", "models", "activations", "crosscoder", "latents", "compare", "truth", "interp", "published"}
+    | {"corpus", "pipeline", "causal_pipeline", "interp_pipeline", "dashboard"},
 }
 
 

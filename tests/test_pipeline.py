@@ -13,8 +13,8 @@ import yaml
 
 from conftest import save_pair, tiny_config
 from crossdiff.cli import run_command
-from crossdiff.config import UserError
 from crossdiff.crosscoder.checkpoint import load
+from crossdiff.errors import UserError
 from crossdiff.run import Run
 
 

@@ -14,8 +14,9 @@ from conftest import make_model, make_tokenizer, write_texts
 from crossdiff.activations.store import Store
 from crossdiff.config import RunConfig, read_yaml, validate
 from crossdiff.crosscoder.checkpoint import load
+from crossdiff.files import read_json
 from crossdiff.pipeline import Pipeline
-from crossdiff.run import Run, read_json
+from crossdiff.run import Run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]

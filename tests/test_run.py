@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.run import Run, Stage
 
 

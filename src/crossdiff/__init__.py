@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
-    from crossdiff.config import CrosscoderConfig, RunConfig, UserError
-    from crossdiff.crosscoder.model import Crosscoder
+    from crossdiff.config import CrosscoderConfig, RunConfig
+    from crossdiff.crosscoder.crosscoder import Crosscoder
     from crossdiff.crosscoder.train import train
     from crossdiff.diff import Diff, open
-    from crossdiff.hub import load, load_table, pull, push
-    from crossdiff.prompts import Activations
+    from crossdiff.errors import UserError
+    from crossdiff.published.hub import load, load_table, pull, push
+    from crossdiff.text_activations import Activations
 
     __version__: str
 
@@ -28,18 +29,18 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Activations": "prompts",
-    "Crosscoder": "crosscoder.model",
+    "Activations": "text_activations",
+    "Crosscoder": "crosscoder.crosscoder",
     "CrosscoderConfig": "config",
     "Diff": "diff",
     "RunConfig": "config",
     "Store": "activations.store",
-    "UserError": "config",
-    "load": "hub",
-    "load_table": "hub",
+    "UserError": "errors",
+    "load": "published.hub",
+    "load_table": "published.hub",
     "open": "diff",
-    "pull": "hub",
-    "push": "hub",
+    "pull": "published.hub",
+    "push": "published.hub",
     "train": "crosscoder.train",
 }
 """The module of each name."""

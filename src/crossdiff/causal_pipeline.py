@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crossdiff.config import SteerConfig, UserError
+from crossdiff.config import SteerConfig
+from crossdiff.errors import UserError
+from crossdiff.files import fingerprint, read_json
 from crossdiff.pipeline import CODE_FORMAT, Pipeline
 from crossdiff.progress import progress_bar
-from crossdiff.run import Stage, fingerprint, read_json
+from crossdiff.run import Stage
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
@@ -30,7 +32,7 @@ class CausalPipeline(Pipeline):
 
     def causal_stage(self, name: str) -> Stage:
         """Depends on the latent table, or on the coder where it has none, on the settings and on the list of interventions."""
-        from crossdiff.causal.experiment import OUTPUTS, load_experiment
+        from crossdiff.causal.causal_test import OUTPUTS, load_experiment
 
         settings = self.config.causal
         needed = self.analyze_stage(name) if name in self.paired_names else self.train_stage(name)
@@ -57,7 +59,7 @@ class CausalPipeline(Pipeline):
 
     def causal(self, name: str) -> None:
         """Patch the latents of one crosscoder, write what they do, and print it."""
-        from crossdiff.causal.experiment import causal_test
+        from crossdiff.causal.causal_test import causal_test
         from crossdiff.causal.terminal import print_causal
 
         stage = self.causal_stage(name)

@@ -18,17 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-
-class UserError(ValueError):
-    """Something the user gave cannot work. The message names the value, what was expected and what to do.
-
-    Examples:
-        >>> try:
-        ...     crossdiff.open("runs/demo", crosscoder="topk")
-        ... except crossdiff.UserError as error:
-        ...     print(error)
-        there is no crosscoder 'topk' in runs/demo; there are l1, batchtopk
-    """
+from crossdiff.errors import UserError
 
 
 def check_url(url: str) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from crossdiff.config import CrosscoderConfig, DatasetConfig, PairedConfig, RunConfig, UserError
+from crossdiff.config import CrosscoderConfig, DatasetConfig, PairedConfig, RunConfig
+from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
     from crossdiff.models.pair import Pair
@@ -33,7 +34,7 @@ def resolve(dataset: DatasetConfig) -> DatasetConfig:
 
 def identify_dataset(dataset: DatasetConfig) -> dict[str, Any]:
     """Settings and, for a local file, a digest of its content: what tells whether the text is still the same."""
-    from crossdiff.activations.place import sha256
+    from crossdiff.files import sha256
 
     path = Path(resolve(dataset).path)
     if not path.is_file():
@@ -47,13 +48,13 @@ def print_plan(config: RunConfig, directory: Path, console: Console) -> None:
     Raises:
         UserError: there is no room for the store, or its size cannot be known beforehand.
     """
-    from crossdiff.activations.place import place_of
+    from crossdiff.activations.folder import open_folder
     from crossdiff.activations.plan import plan
     from crossdiff.models.pair import choose_device, load_pair
 
     check_texts(config)
     if config.harvest.store is not None:
-        place_of(config.harvest.store).prepare()
+        open_folder(config.harvest.store).prepare()
     pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
     layer = pair.check_layer(config.layer)
     found = plan(pair, layer, tuple(resolve(dataset) for dataset in config.dataset), config.harvest)

@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from crossdiff.config import RunConfig, UserError, read_yaml, validate
+from crossdiff.config import RunConfig, read_yaml, validate
+from crossdiff.errors import UserError
+from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.examples import Example, read_examples
 from crossdiff.report.inline import fragment
-from crossdiff.report.model import Latent, behaviour_results
 from crossdiff.report.reading import read_behaviours, read_latent, read_latents
+from crossdiff.report.records import Latent, behaviour_results
 from crossdiff.report.wording import predicted
-from crossdiff.run import FORMAT, read_json
+from crossdiff.run import FORMAT
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
-    from crossdiff.crosscoder.model import Crosscoder
+    from crossdiff.crosscoder.crosscoder import Crosscoder
     from crossdiff.models.pair import Pair
-    from crossdiff.prompts import Activations, Text
+    from crossdiff.text_activations import Activations, Text
 
 SCALING_COLUMNS = (
     "latent", "verdict", "delta_norm", "rank_sum", "^nu_.*$", "^beta_.*$", "undefined_reason", "n_active",
@@ -190,7 +192,7 @@ class Diff:
         Raises:
             UserError: no text or too long a text, no such latent, or models that are gone or not those of the run.
         """
-        from crossdiff.prompts import activations_on, read_text
+        from crossdiff.text_activations import activations_on, read_text
 
         crosscoder, settings = self.crosscoder, self.config.harvest
         sequence = read_text(self.pair.tokenizer, text, settings.max_length)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from crossdiff.config import UserError
-from crossdiff.interp.settings import InterpretConfig
+from crossdiff.errors import UserError
+from crossdiff.files import fingerprint, read_json, write_json
+from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.pipeline import Pipeline
 from crossdiff.progress import progress_bar
-from crossdiff.run import Stage, fingerprint, read_json, write_json
+from crossdiff.run import Stage
 
 if TYPE_CHECKING:
     from crossdiff.interp.cache import Cache
-    from crossdiff.interp.experiment import Said, Subject
+    from crossdiff.interp.interpret import LatentContexts, Responses
     from crossdiff.interp.prompts import Renderer
 
 INTERPRET_FORMAT = 1
@@ -31,7 +32,7 @@ class InterpretPipeline(Pipeline):
 
     def interpret_stage(self, name: str, config: InterpretConfig) -> Stage:
         """Depends on the latent table and on the settings."""
-        from crossdiff.interp.table import CONTEXTS_FILE, FILE, SUMMARY_FILE
+        from crossdiff.interp.explanation_table import CONTEXTS_FILE, FILE, SUMMARY_FILE
 
         value = {
             "code": INTERPRET_FORMAT, "analyze": self.analyze_stage(name).fingerprint,
@@ -75,12 +76,12 @@ class InterpretPipeline(Pipeline):
             print_summary(read_json(summary), name, self.console)
 
     def _work(self, name: str, stage: Stage, config: InterpretConfig, cache: Cache, dry_run: bool) -> None:
+        from crossdiff.interp.chosen_latents import select
         from crossdiff.interp.embedding import Encoder
-        from crossdiff.interp.experiment import Scorer, silent, subjects, tables
+        from crossdiff.interp.explanation_table import read_latent_table, training_of, write_tables
+        from crossdiff.interp.interpret import Scorer, latent_contexts, no_responses, tables
         from crossdiff.interp.prompts import Renderer
-        from crossdiff.interp.selection import select
         from crossdiff.interp.summary import summarise
-        from crossdiff.interp.table import read_latent_table, training_of, write_tables
         from crossdiff.interp.terminal import print_explanations
         from crossdiff.models.pair import load_tokenizer
 
@@ -93,9 +94,9 @@ class InterpretPipeline(Pipeline):
         encoder = None if config.embedding == "none" or dry_run else Encoder(config.embedding)
         renderer = Renderer(load_tokenizer(self.config.chat))
         with progress_bar(self.console, f"interpret {name}, tokens", None) as advance:
-            found = subjects(crosscoder, store, table, folder, latents, config, advance)
+            found = latent_contexts(crosscoder, store, table, folder, latents, config, advance)
         said = (
-            [silent(subject) for subject in found]
+            [no_responses(subject) for subject in found]
             if config.server is None
             else self._ask(found, renderer, config, cache, dry_run)
         )
@@ -116,11 +117,11 @@ class InterpretPipeline(Pipeline):
         print_explanations(rows, self.console)
 
     def _ask(
-        self, found: list[Subject], renderer: Renderer, config: InterpretConfig, cache: Cache, dry_run: bool
-    ) -> list[Said]:
+        self, found: list[LatentContexts], renderer: Renderer, config: InterpretConfig, cache: Cache, dry_run: bool
+    ) -> list[Responses]:
         """Ask the server, or nobody, and say what it took also when it ends early."""
         from crossdiff.interp.asker import DryRun
-        from crossdiff.interp.experiment import ask_all
+        from crossdiff.interp.interpret import ask_all
         from crossdiff.interp.terminal import print_usage
 
         try:
@@ -128,7 +129,7 @@ class InterpretPipeline(Pipeline):
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed: pip install 'crossdiff[interp]'") from None
 
-        async def ask() -> list[Said]:
+        async def ask() -> list[Responses]:
             asker = DryRun(config, cache) if dry_run else Client(config, cache)
             try:
                 with progress_bar(self.console, "ask, latents", len(found)) as advance:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from crossdiff.config import RunConfig, SingleConfig, UserError
+from crossdiff.config import RunConfig, SingleConfig
 from crossdiff.corpus import check_texts, identify_dataset, resolve
+from crossdiff.errors import UserError
+from crossdiff.files import fingerprint, read_json, write_json
 from crossdiff.progress import progress_bar
-from crossdiff.run import Run, Stage, fingerprint, read_json, write_json
+from crossdiff.run import Run, Stage
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
-    from crossdiff.crosscoder.model import Crosscoder
+    from crossdiff.crosscoder.crosscoder import Crosscoder
     from crossdiff.models.pair import Pair
 
 NEEDED = {
@@ -102,7 +104,7 @@ class Pipeline:
     def report_stage(self) -> Stage:
         """Depends on every analysis and interpretation, on the rates of the null diff where they are known, and on the
         page's own code and templates: it is quick to make anew."""
-        from crossdiff.latents.null import FILE
+        from crossdiff.compare.null import FILE
 
         made = {name: (self.analyze_stage(name).fingerprint, self.run.record(f"interpret/{name}")) for name in self.names}
         null = read_json(self.run.path / FILE) if (self.run.path / FILE).is_file() else None
@@ -271,7 +273,7 @@ class Pipeline:
 
     def compare(self) -> None:
         """Write `comparison.json` and print it."""
-        from crossdiff.crosscoder.compare import comparison_table
+        from crossdiff.compare.coders import comparison_table
 
         stage = self.compare_stage()
         if not self._skip(stage):
@@ -280,7 +282,7 @@ class Pipeline:
             self.console.print(comparison_table(read_json(self.run.path / "comparison.json")))
 
     def _compare(self, stage: Stage) -> None:
-        from crossdiff.crosscoder.compare import compare
+        from crossdiff.compare.coders import compare
 
         store, config = self.store(), self.config.compare
         crosscoders = {name: self.crosscoder(name) for name in self.names}
@@ -341,15 +343,15 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
         return
     for pipeline in waiting:
         pipeline._ask_force(pipeline.harvest_stage())
+    from crossdiff.activations.folder import POINTER, leave_pointer, open_folder
     from crossdiff.activations.harvest import harvest, is_whole
-    from crossdiff.activations.place import POINTER, leave_pointer, place_of
     from crossdiff.crosscoder.structure import check_sizes
     from crossdiff.text.documents import count_records
 
     config, console, ranks = waiting[0].config, waiting[0].console, waiting[0].run.ranks
     urls = [pipeline.store_url for pipeline in waiting]
     for where in filter(None, urls):
-        place_of(where).prepare()  # before the models are loaded, which takes long
+        open_folder(where).prepare()  # before the models are loaded, which takes long
     datasets = tuple(resolve(dataset) for dataset in config.dataset)
     counts = [count_records(dataset) for dataset in datasets]
     pair = waiting[0].load_pair()
@@ -362,7 +364,7 @@ def harvest_layers(pipelines: Sequence[Pipeline]) -> None:
             folder.mkdir(exist_ok=True)
             if ranks.is_first:
                 (folder / POINTER).unlink(missing_ok=True)
-        places = {layer: place_of(url or folder) for layer, url, folder in zip(layers, urls, folders, strict=True)}
+        places = {layer: open_folder(url or folder) for layer, url, folder in zip(layers, urls, folders, strict=True)}
         unfinished = {layer: place for layer, place in places.items() if not is_whole(place)}
         title = f"harvest, layer{'s' * (len(layers) > 1)} {' '.join(map(str, layers))}, documents"
         total = None if None in counts else sum(filter(None, counts))
@@ -390,7 +392,7 @@ def _training_note(records: dict[str, Any]) -> str:
 
 def _identify_page() -> dict[str, str]:
     """A digest of every file that the report is made by."""
-    from crossdiff.activations.place import sha256
+    from crossdiff.files import sha256
 
     folder = Path(__file__).with_name("report")
     files = sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)

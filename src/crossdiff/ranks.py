@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -7,10 +7,7 @@ the first one is made, so that a kill between two of them is repaired when the r
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -22,36 +19,11 @@ from typing import IO, Any
 
 import yaml
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
+from crossdiff.files import read_json, write_json
 from crossdiff.ranks import ALONE, Ranks
 
 FORMAT = 1
-
-
-def fingerprint(value: Any) -> str:
-    """A short stable digest of plain data (JSON with sorted keys)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically: temporary file, sync, rename."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; a `UserError` names a file that is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -202,13 +174,3 @@ class Run:
                 freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 shutil.rmtree(folder)
         return freed
-
-
-def explain_disk_error(error: OSError, path: Path) -> UserError | None:
-    """A full or read-only disk, in words; None when the error is something else."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free = shutil.disk_usage(path).free / 1e6 if path.exists() else 0.0
-        return UserError(f"the disk of {path} is full ({free:.0f} MB left); free some space and run the same command again")
-    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
-        return UserError(f"cannot write {error.filename or path}: {error.strerror}; choose a folder you may write to")
-    return None

@@ -20,7 +20,8 @@ import crossdiff.activations.harvest as module
 from crossdiff.activations.harvest import harvest
 from crossdiff.activations.passes import paired_residuals, right_padded
 from crossdiff.activations.store import Store, verify
-from crossdiff.config import DatasetConfig, HarvestConfig, UserError
+from crossdiff.config import DatasetConfig, HarvestConfig
+from crossdiff.errors import UserError
 from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair, load_pair
 from crossdiff.text.sequences import TokenSequence

@@ -15,20 +15,13 @@ from crossdiff.activations.harvest import harvest
 from crossdiff.activations.live import LiveStore, open_store
 from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store, verify
-from crossdiff.config import (
-    BatchTopKConfig,
-    CrosscoderConfig,
-    DatasetConfig,
-    HarvestConfig,
-    L1Config,
-    RunConfig,
-    UserError,
-    validate,
-)
+from crossdiff.config import BatchTopKConfig, CrosscoderConfig, DatasetConfig, HarvestConfig, L1Config, RunConfig, validate
 from crossdiff.crosscoder.train import Job, train_together
+from crossdiff.errors import UserError
+from crossdiff.files import read_json
 from crossdiff.models.pair import Pair
 from crossdiff.pipeline import Pipeline
-from crossdiff.run import Run, read_json
+from crossdiff.run import Run
 
 SETTINGS = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtype="float32", storage="passes")
 

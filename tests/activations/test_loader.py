@@ -8,7 +8,7 @@ import torch
 
 from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from stores import make_store
 
 

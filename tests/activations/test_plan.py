@@ -11,7 +11,8 @@ import pytest
 from crossdiff.activations.harvest import harvest
 from crossdiff.activations.plan import plan
 from crossdiff.activations.store import Store
-from crossdiff.config import DatasetConfig, HarvestConfig, UserError
+from crossdiff.config import DatasetConfig, HarvestConfig
+from crossdiff.errors import UserError
 from crossdiff.models.pair import Pair
 
 Usage = namedtuple("Usage", "total used free")

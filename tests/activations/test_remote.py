@@ -29,14 +29,15 @@ from s3fs import S3FileSystem
 
 import crossdiff.activations.remote as remote
 from conftest import tiny_config
+from crossdiff.activations.folder import LocalFolder, leave_pointer, open_folder
 from crossdiff.activations.harvest import harvest
 from crossdiff.activations.live import open_store
 from crossdiff.activations.loader import Batches
-from crossdiff.activations.place import Local, leave_pointer, place_of
 from crossdiff.activations.plan import Plan
 from crossdiff.activations.store import Store, verify
 from crossdiff.cli import run_command
-from crossdiff.config import DatasetConfig, HarvestConfig, UserError
+from crossdiff.config import DatasetConfig, HarvestConfig
+from crossdiff.errors import UserError
 from crossdiff.models.pair import Pair
 from crossdiff.report.reading import read_run
 from stores import make_store
@@ -229,7 +230,7 @@ def test_an_upload_that_breaks_off_leaves_no_file(
     bucket: str, s3: S3FileSystem, local: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]
 ) -> None:
     """A file of three parts whose second is refused, as the third shard."""
-    place = place_of(bucket)
+    place = open_folder(bucket)
     with pytest.MonkeyPatch.context() as patch:
         send, n_parts = S3FileSystem._call_s3, 0
 
@@ -248,9 +249,9 @@ def test_an_upload_that_breaks_off_leaves_no_file(
         ):
             file.truncate(101 << 20)  # from twice 50 MB on it goes up in parts
     assert place.sizes() == {}
-    original, calls = remote.Remote.writing, 0
+    original, calls = remote.RemoteFolder.writing, 0
 
-    def third(self: remote.Remote, name: str) -> Any:
+    def third(self: remote.RemoteFolder, name: str) -> Any:
         nonlocal calls
         calls += name.startswith("shard")
         if calls == 3:
@@ -258,7 +259,7 @@ def test_an_upload_that_breaks_off_leaves_no_file(
         return original(self, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote.Remote, "writing", third)
+        patch.setattr(remote.RemoteFolder, "writing", third)
         with pytest.raises(UserError, match="the line is cut"):
             harvest({1: bucket}, pair, datasets, SETTINGS)
     assert sorted(content(bucket)) == ["progress-0.jsonl", "shard-00000.safetensors", "shard-00001.safetensors"]
@@ -274,7 +275,7 @@ def test_nothing_is_left_on_the_local_disk(tmp_path: Path, memory: str, local: S
     (scratch,) = tmp_path.iterdir()
     skim = scratch / "shard-00000.safetensors"
     assert skim.stat().st_size == store.manifest["shards"][0]["bytes"]
-    with place_of(memory).writing("new") as path:
+    with open_folder(memory).writing("new") as path:
         path.write_bytes(b"new")
         assert path.is_relative_to(tmp_path)
     del store
@@ -462,8 +463,8 @@ def test_plan_looks_at_the_disk_that_is_written_to(tmp_path: Path, monkeypatch: 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 900), st.integers(1, 99)), max_size=30), st.integers(1, 200), st.integers(0, 100))
 def test_pieces_are_read_in_few_requests_of_a_bounded_size(ranges: list[tuple[int, int]], largest: int, gap: int) -> None:
-    place = place_of("memory://pieces")
-    assert isinstance(place, remote.Remote)
+    place = open_folder("memory://pieces")
+    assert isinstance(place, remote.RemoteFolder)
     whole = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8).tobytes()
     place._system.pipe_file(f"{place._root}/file", whole)
     pieces = [(start, memoryview(bytearray(size))) for start, size in sorted(ranges)]
@@ -502,8 +503,8 @@ def test_an_analysis_reads_a_shard_in_one_request(tmp_path: Path, memory: str, m
 
 
 def test_a_file_url_is_the_local_folder(tmp_path: Path, local: Store) -> None:
-    place = place_of(f"file://{local.folder}")
-    assert isinstance(place, Local)
+    place = open_folder(f"file://{local.folder}")
+    assert isinstance(place, LocalFolder)
     assert Store(f"file://{local.folder}").folder == local.folder
     leave_pointer(tmp_path, f"file://{local.folder}")
     assert Store(tmp_path).folder == local.folder

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossdiff.activations.store import Store, consecutive, verify
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from stores import make_store
 
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import make_tokenizer
 from crossdiff.activations.texts import Texts
 from crossdiff.activations.writer import DOCUMENT_COLUMNS
-from crossdiff.config import DatasetConfig, HarvestConfig, UserError
+from crossdiff.config import DatasetConfig, HarvestConfig
+from crossdiff.errors import UserError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 

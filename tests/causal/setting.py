@@ -12,7 +12,7 @@ import torch
 from conftest import WORDS, make_model, make_tokenizer
 from crossdiff.causal.interventions import Arm
 from crossdiff.config import DifferenceConfig, L1Config
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.view import view_of
 from crossdiff.models.pair import Pair
 from crossdiff.text.documents import Document

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crossdiff.causal.answers import Rule, is_degenerate, read_rules, wilson
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.pairs import FOLDER, RULES
 
 

@@ -15,7 +15,7 @@ import yaml
 from conftest import tiny_config
 from crossdiff.causal.patching import Patcher
 from crossdiff.cli import run_command
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 LATENTS = {"kind": "latents", "latents": {"kind": "ranked", "ranking": "delta_norm"}}
 SINGLE = {"kind": "latents", "latents": {"kind": "each", "of": {"kind": "list", "latents": [3, 5]}}}

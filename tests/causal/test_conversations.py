@@ -13,9 +13,10 @@ import torch
 from crossdiff.activations.store import Store
 from crossdiff.causal.contribution import contributions
 from crossdiff.causal.conversations import SPANS, mean_differences, read_conversations, span_of
-from crossdiff.config import DifferenceConfig, L1Config, UserError
-from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.config import DifferenceConfig, L1Config
+from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.view import identity, view_of
+from crossdiff.errors import UserError
 from crossdiff.latents.activity import GROUPS
 from crossdiff.text.chat import Flag
 from stores import make_store
@@ -46,8 +47,7 @@ def chat_store(folder: Path, flags: torch.Tensor, heldout: float = 0.5) -> Store
     """A store of conversations with the given flags for each sequence; activations are random."""
     from safetensors.torch import load_file, save_file
 
-    from crossdiff.activations.place import sha256
-    from crossdiff.run import read_json, write_json
+    from crossdiff.files import read_json, sha256, write_json
 
     n_sequences, length = flags.shape
     h = torch.randn(n_sequences * length, 2, 4, generator=torch.Generator().manual_seed(0))

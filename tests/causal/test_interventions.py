@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 from setting import make_table
 
 from crossdiff.causal.interventions import DEFAULT, Arms, Experiment, make_arms, read_experiment
-from crossdiff.causal.selection import Selection, Verdict, pool_of, resolve
-from crossdiff.config import UserError
+from crossdiff.causal.latent_sets import Selection, Verdict, pool_of, resolve
+from crossdiff.errors import UserError
 from crossdiff.latents.verdict import VERDICTS
 
 

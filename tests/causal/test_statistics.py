@@ -9,7 +9,7 @@ import pytest
 from setting import arm
 
 from crossdiff.causal.interventions import Comparison
-from crossdiff.causal.statistics import Bootstrap, arm_results, comparison_results, latent_results
+from crossdiff.causal.results import Bootstrap, arm_results, comparison_results, latent_results
 
 # Two conversations; the second has no token in the last span. [arm, conversation, span]
 TOTAL = np.array(

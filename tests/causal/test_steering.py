@@ -17,9 +17,10 @@ from crossdiff.causal.answers import Rules
 from crossdiff.causal.generation import Prompt, Sampling, ask, choose, continue_batch
 from crossdiff.causal.steering import Addition, Steerer, Steering, matched_controls
 from crossdiff.causal.steering_table import labelled_prompts, rates, steering_table
-from crossdiff.config import L1Config, SingleConfig, SteerConfig, UserError
-from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.config import L1Config, SingleConfig, SteerConfig
+from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.view import view_of
+from crossdiff.errors import UserError
 from crossdiff.models.access import edited_after, residuals_after
 from crossdiff.models.pair import SOURCES
 from stores import make_store

@@ -20,10 +20,10 @@ from crossdiff.config import (
     PartitionedConfig,
     TopKConfig,
 )
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import DenseCode, SparseCode
-from crossdiff.crosscoder.losses import Silence, StepResult, step_gradients
+from crossdiff.crosscoder.losses import StepResult, TokensSinceFired, step_gradients
 from crossdiff.crosscoder.mesh import Mesh
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.structure import Constraint, constraint_of
 from crossdiff.crosscoder.view import identity
 
@@ -56,7 +56,7 @@ def step(crosscoder: Crosscoder, x: Tensor, kind: Any = "squared", dead: tuple[i
     tokens = torch.zeros(N_LATENTS, dtype=torch.int64)
     tokens[list(dead)] = 10**9
     constraint = changes.pop("constraint", constraint_of(FREE, N_LATENTS, crosscoder.n_sources))
-    return step_gradients(crosscoder, x, kind, constraint, Silence(tokens, 10**8), **changes)
+    return step_gradients(crosscoder, x, kind, constraint, TokensSinceFired(tokens, 10**8), **changes)
 
 
 def check(
@@ -122,8 +122,8 @@ def test_a_latent_that_fires_in_this_batch_is_not_dead() -> None:
     pre = crosscoder.pre_activations(inputs(16, 2))
     fired = oracles.batch_topk(pre, crosscoder.norms().sum(1), 96).any(0)
     assert fired.sum() > 6
-    assert torch.equal(result.silence.tokens == 0, fired)
-    assert result.silence.dead().tolist() == (~fired).nonzero().squeeze(1).tolist()
+    assert torch.equal(result.since_fired.tokens == 0, fired)
+    assert result.since_fired.dead().tolist() == (~fired).nonzero().squeeze(1).tolist()
 
 
 def test_fewer_positive_than_k_and_latents_that_never_fire() -> None:

@@ -16,21 +16,22 @@ import torch
 
 from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store
-from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, JumpReLUConfig, L1Config, UserError
+from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, JumpReLUConfig, L1Config
 from crossdiff.crosscoder import checkpoint as checkpoint_module
 from crossdiff.crosscoder import trainer as trainer_module
 from crossdiff.crosscoder.checkpoint import Checkpoints, load, save
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.log import Log
 from crossdiff.crosscoder.losses import StepResult
 from crossdiff.crosscoder.metrics import health, heldout_sums
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.train import Job, stop_between_steps, train, train_together
 from crossdiff.crosscoder.trainer import Schedule, Trainer
+from crossdiff.errors import UserError
 from crossdiff.latents.activity import Activity, group_of
+from crossdiff.latents.latent_table import latent_table
 from crossdiff.latents.scaling import ScalingAccumulator
 from crossdiff.latents.stream import chunks
-from crossdiff.latents.table import latent_table
 from planted import CHAT_ONLY, SHARED, WEAKER, planted_activations
 from stores import make_store
 
@@ -250,17 +251,17 @@ def test_resampled_latents_come_to_life(tmp_path: Path, store: Store) -> None:
     half = trainer.schedule.n_steps // 2
     for step in range(half - 1):
         trainer.train_step(trainer.crosscoder.normalise(batches[step]))
-    assert set(range(10)) <= set(trainer.silence.dead().tolist())
+    assert set(range(10)) <= set(trainer.since_fired.dead().tolist())
     trainer.train_step(trainer.crosscoder.normalise(batches[half - 1]))
     coder = trainer.crosscoder
-    assert not trainer.silence.dead().tolist()
+    assert not trainer.since_fired.dead().tolist()
     alive = torch.arange(10, 32)
     assert not trainer.first_moments["encoder"][:10].any()
     assert float(coder.decoder[:10].norm(dim=1).mean()) == pytest.approx(
         float(coder.decoder[alive].norm(dim=1).mean()), rel=0.3
     )
     result = trainer.train_step(coder.normalise(batches[half]))
-    assert int((result.silence.tokens[:10] == 0).sum()) >= 8
+    assert int((result.since_fired.tokens[:10] == 0).sum()) >= 8
 
 
 def test_a_full_disk_is_found_before_training(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from crossdiff.config import (
     SingleConfig,
     Sparsity,
     TopKConfig,
-    UserError,
     validate,
 )
 from crossdiff.crosscoder.checkpoint import load
@@ -33,6 +32,7 @@ from crossdiff.crosscoder.sparsity import Rule
 from crossdiff.crosscoder.structure import check_sizes, constraint_of
 from crossdiff.crosscoder.train import train
 from crossdiff.crosscoder.view import identity, view_of
+from crossdiff.errors import UserError
 from planted import CHAT_ONLY, planted_activations
 from stores import make_store
 

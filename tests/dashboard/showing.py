@@ -7,8 +7,9 @@ from typing import Any
 
 import polars as pl
 
-from crossdiff.interp.table import FILE, SCHEMA
-from crossdiff.run import FORMAT, write_json
+from crossdiff.files import write_json
+from crossdiff.interp.explanation_table import FILE, SCHEMA
+from crossdiff.run import FORMAT
 from report.synthetic_run import latent_table, write_activations, write_crosscoder
 
 DANGER = "<script>alert(1)</script>{{ 1337 * 3 }}\"'><img src=x onerror=alert(2)>"

@@ -20,7 +20,6 @@ pytest.importorskip("fastapi")
 from showing import ADDRESS, DANGER, requests_to, write_links
 
 import crossdiff.diff
-from crossdiff.config import UserError
 from crossdiff.dashboard import live as live_module
 from crossdiff.dashboard import pages
 from crossdiff.dashboard.app import PAGES_AT_ONCE
@@ -28,6 +27,7 @@ from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.live import Busy, Live, direction_logits
 from crossdiff.dashboard.live_pages import Form, Turn, act, read_form
 from crossdiff.dashboard.serve import serving
+from crossdiff.errors import UserError
 
 CODER = "/run/run/batchtopk"
 QUESTION = [{"role": "user", "content": "hi the sea is cold"}]

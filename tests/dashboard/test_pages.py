@@ -21,11 +21,11 @@ pytest.importorskip("fastapi")
 from showing import BATCHTOPK, DANGER, requests_to, write_run
 
 from crossdiff.cli import run_command
-from crossdiff.config import UserError
 from crossdiff.dashboard.catalogue import slugs
 from crossdiff.dashboard.live import Live
 from crossdiff.dashboard.queries import parse, select
 from crossdiff.dashboard.search import match
+from crossdiff.errors import UserError
 from crossdiff.report.examples import ExampleDatabase
 
 HTMX = {"hx-request": "true"}

@@ -12,7 +12,7 @@ pytest.importorskip("fastapi")
 from showing import ADDRESS, BATCHTOPK, requests_to, write_run
 
 from crossdiff.cli import run_command
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 TOKEN = "let-me-in"
 

@@ -23,9 +23,9 @@ from crossdiff.config import (
     PartitionedConfig,
     TopKConfig,
 )
-from crossdiff.crosscoder.losses import Silence, StepResult, step_gradients
+from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.losses import StepResult, TokensSinceFired, step_gradients
 from crossdiff.crosscoder.mesh import Mesh, mesh_of
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.structure import constraint_of
 from crossdiff.crosscoder.train import Job, train_together
 from crossdiff.crosscoder.trainer import EVERYWHERE
@@ -62,7 +62,9 @@ def step(crosscoder: Crosscoder, x: torch.Tensor, structure: Any, mesh: Mesh) ->
     tokens[list(DEAD)] = 10**9
     constraint = constraint_of(structure, N_LATENTS, 2).of_latents(part)
     # The dead ones cannot fire, so that they stay dead.
-    return step_gradients(crosscoder, x, "squared", constraint, Silence(tokens[part], 10**8), weight=0.4, guess=0.5, mesh=mesh)
+    return step_gradients(
+        crosscoder, x, "squared", constraint, TokensSinceFired(tokens[part], 10**8), weight=0.4, guess=0.5, mesh=mesh
+    )
 
 
 def whole_of(mesh: Mesh, part: torch.Tensor, n_rows: int | None) -> torch.Tensor:
@@ -86,8 +88,8 @@ def gradients(ranks: Ranks, out: Path) -> None:
             for name in ("loss", "reconstruction", "sparsity", "aux", "l0"):
                 expected = getattr(whole, name)
                 errors[name] = abs(getattr(mine, name) - expected) / max(abs(expected), 1e-6)
-            silent = whole_of(mesh, mine.silence.tokens, N_LATENTS)
-            errors["silence"] = float((silent != whole.silence.tokens).sum())
+            silent = whole_of(mesh, mine.since_fired.tokens, N_LATENTS)
+            errors["since_fired"] = float((silent != whole.since_fired.tokens).sum())
             errors["smallest_kept"] = abs((mine.smallest_kept or 0.0) - (whole.smallest_kept or 0.0))
             title = f"{sparsity.kind} {structure.kind} {'equal ' if equal else ''}{ranks.size // n_latent}x{n_latent}"
             found[title] = errors | {"aux_loss": whole.aux}

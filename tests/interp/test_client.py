@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from scripted import Reply, scripted, unused_url
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.interp.asker import DryRun, Unanswered
 from crossdiff.interp.cache import Cache
 from crossdiff.interp.client import Client
+from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.prompts import DETECT, Explanation, Judgement, explain_request, judge_request
-from crossdiff.interp.settings import InterpretConfig
 
 KEY = "sk-very-secret-4711"
 GOOD = Reply('{"active": [true, false]}')

@@ -13,9 +13,9 @@ from oracle import answer_by_pattern, task_of
 from scripted import Reply, scripted
 
 from crossdiff.cli import run_command
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
+from crossdiff.interp.explanation_table import CONTEXT_SCHEMA, SCHEMA, SCORES, read_latent_table
 from crossdiff.interp.prompts import EXPLAIN, FUZZ
-from crossdiff.interp.table import CONTEXT_SCHEMA, SCHEMA, SCORES, read_latent_table
 from crossdiff.report.reading import read_latent, read_latents
 
 KEY = "sk-very-secret-4711"

@@ -16,12 +16,12 @@ from scripted import scripted
 
 from crossdiff.causal.answers import read_rules
 from crossdiff.config import AnalyzeConfig, DatasetConfig, L1Config
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.interp.cache import Cache
 from crossdiff.interp.client import Client
-from crossdiff.interp.experiment import Scorer, Subject, ask_all, silent, subjects, tables
+from crossdiff.interp.interpret import LatentContexts, Scorer, ask_all, latent_contexts, no_responses, tables
+from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.prompts import CLOSE, OPEN, Renderer
-from crossdiff.interp.settings import InterpretConfig
 from crossdiff.latents.analyze import analyze
 from crossdiff.models.pair import load_tokenizer
 from crossdiff.pairs import RULES, demo_path
@@ -67,7 +67,7 @@ def planted_crosscoder() -> Crosscoder:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Subject], Renderer, InterpretConfig]:
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[LatentContexts], Renderer, InterpretConfig]:
     folder = tmp_path_factory.mktemp("oracle")
     tokenizer = load_tokenizer("demo:chat")
     files = [demo_path(name) for name in ("demo:chat_test", "demo:chat_train")]
@@ -85,7 +85,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Subject], Re
     analyze(folder, coder, store, tokenizer, AnalyzeConfig(blocks=5, min_active=20))
     table = pl.read_parquet(folder / "latents.parquet")
     latents = list(range(len(BEHAVIOURS)))
-    return subjects(coder, store, table, folder, latents, config, lambda *a, **k: None), Renderer(tokenizer), config
+    return latent_contexts(coder, store, table, folder, latents, config, lambda *a, **k: None), Renderer(tokenizer), config
 
 
 def explained(user: str, shift: int) -> str:
@@ -95,7 +95,7 @@ def explained(user: str, shift: int) -> str:
     return PATTERNS[BEHAVIOURS[(shown.index(max(shown)) + shift) % len(BEHAVIOURS)]]
 
 
-def interpreted(planted: tuple[list[Subject], Renderer, InterpretConfig], shift: int, folder: Path) -> pl.DataFrame:
+def interpreted(planted: tuple[list[LatentContexts], Renderer, InterpretConfig], shift: int, folder: Path) -> pl.DataFrame:
     found, renderer, config = planted
     cache = Cache(folder / f"{shift}.sqlite")
 
@@ -113,7 +113,7 @@ def interpreted(planted: tuple[list[Subject], Renderer, InterpretConfig], shift:
 
 
 def test_a_right_explanation_scores_high_and_a_wrong_one_half(
-    planted: tuple[list[Subject], Renderer, InterpretConfig], tmp_path: Path
+    planted: tuple[list[LatentContexts], Renderer, InterpretConfig], tmp_path: Path
 ) -> None:
     right, wrong = interpreted(planted, 0, tmp_path), interpreted(planted, 1, tmp_path)
     assert right["explanation"].to_list() == [PATTERNS[name] for name in BEHAVIOURS]
@@ -128,10 +128,10 @@ def test_a_right_explanation_scores_high_and_a_wrong_one_half(
         assert wrong[f"{score}_similar"].max() < 0.55
 
 
-def test_words_predict_latents_that_are_words(planted: tuple[list[Subject], Renderer, InterpretConfig]) -> None:
+def test_words_predict_latents_that_are_words(planted: tuple[list[LatentContexts], Renderer, InterpretConfig]) -> None:
     """The baseline, too, is high where a few words decide, and held-out contexts are none that were shown or fitted on."""
     found, renderer, config = planted
-    rows, contexts = tables(Scorer(renderer, None, config, "x"), found, [silent(s) for s in found], lambda n: None)
+    rows, contexts = tables(Scorer(renderer, None, config, "x"), found, [no_responses(s) for s in found], lambda n: None)
     assert rows["bag_of_words"].min() > 0.9
     for subject in found:
         shown = {window.document for window in subject.shown}

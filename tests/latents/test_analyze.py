@@ -11,19 +11,12 @@ import torch
 
 from conftest import make_tokenizer
 from crossdiff.activations.store import Store
-from crossdiff.config import (
-    AnalyzeConfig,
-    BatchTopKConfig,
-    DifferenceConfig,
-    Inputs,
-    L1Config,
-    SingleConfig,
-    UserError,
-)
+from crossdiff.config import AnalyzeConfig, BatchTopKConfig, DifferenceConfig, Inputs, L1Config, SingleConfig
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.metrics import heldout_sums
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.train import normalisation_of
 from crossdiff.crosscoder.view import view_of
+from crossdiff.errors import UserError
 from crossdiff.latents.analyze import RANDOM, analyze, measure, with_random_directions
 from crossdiff.latents.groups import cells_of
 from crossdiff.pipeline import ANALYSIS

@@ -13,10 +13,10 @@ import torch
 
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig, L1Config
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
-from crossdiff.latents import examples
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
+from crossdiff.latents import example_collector
+from crossdiff.latents.example_collector import ExampleCollector, Ranking, context_hashes, quantile_picks
 from crossdiff.latents.example_database import write_examples
-from crossdiff.latents.examples import ExampleCollector, Ranking, context_hashes, quantile_picks
 from crossdiff.latents.stream import chunks
 from planted import planted_activations
 from stores import make_store
@@ -132,12 +132,12 @@ def test_the_result_depends_neither_on_the_room_nor_on_the_chunks(
     store: Store, monkeypatch: pytest.MonkeyPatch, room: int, batch_tokens: int
 ) -> None:
     expected = shown(collect(crosscoder(store), store))
-    monkeypatch.setattr(examples, "ROOM", room)
+    monkeypatch.setattr(example_collector, "ROOM", room)
     assert shown(collect(crosscoder(store), store, CONFIG.model_copy(update={"batch_tokens": batch_tokens}))) == expected
 
 
 def test_memory_is_bounded_per_latent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "ROOM", 1)
+    monkeypatch.setattr(example_collector, "ROOM", 1)
     coder = crosscoder(store)
     collector, most = ExampleCollector(store, 24, CONFIG), 0
     for chunk in chunks(coder, store, CONFIG.blocks, 40):

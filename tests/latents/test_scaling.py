@@ -10,8 +10,8 @@ import torch
 
 import oracles
 from crossdiff.config import L1Config
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.scaling import ScalingAccumulator, Sums, scaling
 from crossdiff.latents.stream import Chunk
 
@@ -115,15 +115,6 @@ def test_sums_of_disjoint_tokens_add_up() -> None:
         torch.testing.assert_close(part_of(halves, key), part_of(whole, key), rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match="do not add up"):
         _ = whole + ScalingAccumulator(coder, BLOCKS + 1).finish()
-
-
-def test_jackknife_of_a_mean_is_its_standard_error() -> None:
-    # For equal blocks the jackknife of a mean is the standard error of the block means: sd([1, 2, 3, 6], ddof 1) / 2.
-    from crossdiff.latents.scaling import jackknife
-
-    values = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64).unsqueeze(1)
-    left_out = (values.sum() - values) / 3
-    assert float(jackknife(left_out)) == pytest.approx(float(values.std()) / 2)
 
 
 def planted(kind: str) -> Crosscoder:

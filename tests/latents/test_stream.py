@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from crossdiff.activations.store import Store
-from crossdiff.config import BatchTopKConfig, L1Config, UserError
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
+from crossdiff.config import BatchTopKConfig, L1Config
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.view import identity
+from crossdiff.errors import UserError
 from crossdiff.latents import stream
 from crossdiff.latents.behaviours import conversation_scores
 from crossdiff.latents.stream import chunks, encode

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from crossdiff.config import L1Config
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents import twins
 from crossdiff.latents.stream import Chunk
 from crossdiff.latents.twins import NEIGHBOUR_COLUMNS, TWIN_COLUMNS, CoActivation, candidates, neighbour_table, twin_table

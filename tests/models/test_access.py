@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import make_model, make_tokenizer, save_pair
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.models.access import UpperHalf, decoder_layers, edited_after, residuals_after
 from crossdiff.models.pair import check_tokenizers, choose_device, identify, load_pair, load_tokenizer, probe
 

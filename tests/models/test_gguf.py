@@ -10,7 +10,7 @@ import torch
 
 import crossdiff.models.pair as module
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.models.pair import identify, load_model, load_pair, load_tokenizer
 
 N_HEADS, N_KEY_HEADS = 2, 1

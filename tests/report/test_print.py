@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from synthetic_run import latent_table, write_activations, write_crosscoder
 
-from crossdiff.report.model import RunReport
 from crossdiff.report.print import FORMATS, draw, write_figures
 from crossdiff.report.reading import read_run
+from crossdiff.report.records import RunReport
 
 NAMES = {
     f"{coder}-{kind}" for coder in ("l1", "batchtopk") for kind in ("delta-norm", "latent-scaling", "frequency", "behaviours")

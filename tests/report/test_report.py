@@ -29,13 +29,13 @@ from synthetic_run import (
     write_crosscoder,
 )
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.report import wording
 from crossdiff.report.examples import Example, Tokens, context_of, visible
 from crossdiff.report.figures import delta_norm_histogram, plotly_script, scaling_scatter
 from crossdiff.report.html import render_html, write_html
-from crossdiff.report.model import Estimate, RunReport
 from crossdiff.report.reading import read_run
+from crossdiff.report.records import Estimate, RunReport
 from crossdiff.report.terminal import print_summary
 
 

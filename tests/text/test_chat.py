@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.text.chat import Flag, TokenisedChat, chat_prompt, check_messages, tokenise_chat, tokenise_prompt
 
 B, T, U, A = Flag.BOS, Flag.TEMPLATE, Flag.USER, Flag.ASSISTANT

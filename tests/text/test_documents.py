@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crossdiff.config import DatasetConfig, UserError
+from crossdiff.config import DatasetConfig
+from crossdiff.errors import UserError
 from crossdiff.text.documents import Document, count_records, read_dataset, read_documents
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]

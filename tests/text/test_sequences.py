@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.text.chat import Flag
 from crossdiff.text.documents import Document
 from crossdiff.text.sequences import TokenSequence, bucketed, tokenise, tokenise_all

@@ -13,12 +13,12 @@ import torch
 
 from crossdiff.cli import run_command
 from crossdiff.config import AnalyzeConfig, DifferenceConfig, L1Config
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.view import view_of
 from crossdiff.truth.benchmark import score
 from crossdiff.truth.matching import Correlation, match, seen_directions
 from crossdiff.truth.planted import KINDS, draw, plant
-from crossdiff.truth.settings import PlantedConfig
+from crossdiff.truth.truth_config import PlantedConfig
 
 NAN = math.nan
 SMALL = PlantedConfig(

@@ -10,7 +10,7 @@ import torch
 
 from crossdiff.activations.store import verify
 from crossdiff.truth.planted import BASE, CHAT, KINDS, Concepts, draw, plant, write_store
-from crossdiff.truth.settings import PlantedConfig
+from crossdiff.truth.truth_config import PlantedConfig
 
 CONFIG = PlantedConfig(
     d_model=12, shared=8, chat_only=4, base_only=3, weaker=4, rotated=3, decoupled=4, active=2.5, documents=600,

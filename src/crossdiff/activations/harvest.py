@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from crossdiff.activations.folder import MANIFEST, Folder
 from crossdiff.activations.live import sampled_moments
 from crossdiff.activations.passes import paired_residuals
-from crossdiff.activations.place import MANIFEST, Place
 from crossdiff.activations.shards import ProgressLog, ShardWriters, logs_among, shard_name
 from crossdiff.activations.store import COLUMNS, FORMAT, check_names
 from crossdiff.activations.texts import Texts
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
-from crossdiff.config import DatasetConfig, HarvestConfig, UserError
+from crossdiff.config import DatasetConfig, HarvestConfig
+from crossdiff.errors import UserError
 from crossdiff.models.pair import SOURCES, Pair
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Int, Tensor
@@ -59,7 +60,7 @@ def _counted(batch: Sequence[TokenSequence], is_training: Sequence[bool], leave_
 
 
 def harvest(
-    folders: Mapping[int, str | Path | Place],
+    folders: Mapping[int, str | Path | Folder],
     pair: Pair,
     datasets: tuple[DatasetConfig, ...],
     config: HarvestConfig,
@@ -103,7 +104,7 @@ def harvest(
     return _remarks(texts)
 
 
-def is_whole(place: Place) -> bool:
+def is_whole(place: Folder) -> bool:
     """Whether a harvest into this place came to its end."""
     names = place.sizes()
     return MANIFEST in names and not logs_among(names)

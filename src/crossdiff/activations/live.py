@@ -16,12 +16,13 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
+from crossdiff.activations.folder import Folder
+from crossdiff.activations.normalisation import Moments
 from crossdiff.activations.passes import paired_residuals
-from crossdiff.activations.place import Place
 from crossdiff.activations.shards import ShardEntry, as_stored
-from crossdiff.activations.statistics import Moments
 from crossdiff.activations.store import DTYPES, Store, pass_bounds, sequence_bounds
-from crossdiff.config import HarvestConfig, UserError
+from crossdiff.config import HarvestConfig
+from crossdiff.errors import UserError
 from crossdiff.models.pair import SOURCES, Pair
 from crossdiff.shapes import Float32, Tensor
 
@@ -99,7 +100,7 @@ def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
 
 
 def sampled_moments(
-    place: Place, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
+    place: Folder, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
 ) -> Moments:
     """Moments over the training tokens of passes chosen at random; over all of them where they are few enough."""
     parts: dict[str, list[npt.NDArray[np.int32]]] = {name: [] for name in ("token_id", "sequence", "position", "document")}

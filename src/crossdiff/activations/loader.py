@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from crossdiff.activations.store import Store
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Tensor
 
 BLOCK = 128

@@ -10,11 +10,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from crossdiff.activations.folder import LocalFolder, open_folder
 from crossdiff.activations.passes import paired_residuals
-from crossdiff.activations.place import Local, place_of
 from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.activations.texts import Texts
-from crossdiff.config import DatasetConfig, HarvestConfig, UserError
+from crossdiff.config import DatasetConfig, HarvestConfig
+from crossdiff.errors import UserError
 from crossdiff.models.pair import SOURCES, Pair
 from crossdiff.text.documents import check_datasets, count_records
 from crossdiff.text.sequences import POOL, bucketed
@@ -48,8 +49,8 @@ class Plan:
         Raises:
             UserError: they are too few.
         """
-        place = place_of(folder if config.store is None else config.store)
-        if not isinstance(place, Local):
+        place = open_folder(folder if config.store is None else config.store)
+        if not isinstance(place, LocalFolder):
             return self._check_temporary(Path(tempfile.gettempdir()), config)
         folder = place.where.absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())

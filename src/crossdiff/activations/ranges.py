@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crossdiff.activations.place import Place
+from crossdiff.activations.folder import Folder
 from crossdiff.shapes import Int64, Tensor
 
 SAFETENSORS_NAMES = {
@@ -24,8 +24,8 @@ SAFETENSORS_NAMES = {
 class StoredRows:
     """One tensor of a safetensors file, of which only the rows asked for are ever in memory; the file's header is sound."""
 
-    def __init__(self, place: Place, file_name: str, skim: Path, name: str) -> None:
-        """`skim` is a local file with the header of the one called `file_name` (`Place.skims`)."""
+    def __init__(self, place: Folder, file_name: str, skim: Path, name: str) -> None:
+        """`skim` is a local file with the header of the one called `file_name` (`Folder.skims`)."""
         self.path = place.at(file_name)
         self._place, self._file_name = place, file_name
         with skim.open("rb") as file:

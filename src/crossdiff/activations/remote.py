@@ -25,9 +25,10 @@ from typing import TypeVar
 
 from fsspec.core import url_to_fs
 
-from crossdiff.activations.place import Place
-from crossdiff.config import UserError, check_url
-from crossdiff.run import explain_disk_error
+from crossdiff.activations.folder import Folder
+from crossdiff.config import check_url
+from crossdiff.errors import UserError
+from crossdiff.files import explain_disk_error
 
 IN_FLIGHT = 16
 """Requests at a time, of at most so many bytes each: what is read beside what was asked for is bounded by the two."""
@@ -66,7 +67,7 @@ def requests(pieces: Iterable[tuple[int, memoryview]]) -> Iterator[Request]:
         yield current
 
 
-class Remote(Place):
+class RemoteFolder(Folder):
     """A folder that a URL names.
 
     Raises:

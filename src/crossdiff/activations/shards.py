@@ -1,6 +1,6 @@
 """Writing a store's shards: tokens fill a buffer, the buffer becomes a file, and a line of a log says that it is whole.
 
-A file is hashed while it is written, and it is whole when it has its name (`Place.writing`); then the log gets its line. So a
+A file is hashed while it is written, and it is whole when it has its name (`Folder.writing`); then the log gets its line. So a
 killed harvest finds there what it need not do again, and a line that was cut off in the middle is not one. Which tokens a shard
 holds depends on the texts and the settings alone, so that any rank can make any shard; each writes a log of its own and reads
 those of all.
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from crossdiff.activations.place import Place, place_of
+from crossdiff.activations.folder import Folder, open_folder
+from crossdiff.activations.normalisation import Moments
 from crossdiff.activations.ranges import SAFETENSORS_NAMES
-from crossdiff.activations.statistics import Moments
 from crossdiff.activations.store import COLUMNS, DTYPES
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Float32, Int8, Tensor
 
 BLOCK = 1 << 20
@@ -170,9 +170,9 @@ class ShardBuffer:
 class ProgressLog:
     """`progress-RANK.jsonl`: what is harvested, then a line for each whole shard that the rank has made."""
 
-    def __init__(self, where: str | Path | Place, settings: dict[str, Any], rank: int = 0) -> None:
+    def __init__(self, where: str | Path | Folder, settings: dict[str, Any], rank: int = 0) -> None:
         """Begin this rank's log in a place, or go on with it."""
-        self.place, self._name, self._settings = place_of(where), f"progress-{rank}.jsonl", settings
+        self.place, self._name, self._settings = open_folder(where), f"progress-{rank}.jsonl", settings
         found = _whole_lines(self.place.fetch(self._name)) if self._name in self.place.sizes() else []
         self._lines = found if len(found) > 1 else [settings]
         self._write()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from crossdiff.activations.place import DOCUMENTS, MANIFEST, Place, place_of, read_pointer, sha256
+from crossdiff.activations.folder import DOCUMENTS, MANIFEST, Folder, open_folder, read_pointer
+from crossdiff.activations.normalisation import Normalisation
 from crossdiff.activations.ranges import StoredRows
-from crossdiff.activations.statistics import Normalisation
-from crossdiff.config import UserError
-from crossdiff.run import read_json
+from crossdiff.errors import UserError
+from crossdiff.files import read_json, sha256
 from crossdiff.shapes import Float, Tensor
 from crossdiff.text.sequences import POOL, batch_bounds
 
@@ -45,16 +45,16 @@ COLUMNS: dict[str, torch.dtype] = {
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def _open(where: str | Path) -> tuple[Place, dict[str, Any]]:
+def _open(where: str | Path) -> tuple[Folder, dict[str, Any]]:
     """The place of a store, which `where` may only point to, and the manifest.
 
     Raises:
         UserError: no store there, or another one than the pointer says.
     """
-    place = place_of(where)
+    place = open_folder(where)
     pointer = read_pointer(place)
     if pointer is not None:
-        place = place_of(pointer.url)
+        place = open_folder(pointer.url)
     try:
         path = place.fetch(MANIFEST)
     except FileNotFoundError as error:
@@ -65,6 +65,19 @@ def _open(where: str | Path) -> tuple[Place, dict[str, Any]]:
         raise UserError(f"the store {place.where} is not the one that {where} was made with; restore it, or delete {where}")
     manifest: dict[str, Any] = read_json(path)
     return place, manifest
+
+
+class SequenceBatch(NamedTuple):
+    """Whole sequences of a store.
+
+    Attributes:
+        numbers: the sequences' indices in the store, `[sequence]`.
+        rows: the store's rows of their tokens, `[token]`; sequence: position in `numbers` of each token's sequence, `[token]`.
+    """
+
+    numbers: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    sequence: npt.NDArray[np.int64]
 
 
 class Store:
@@ -267,6 +280,15 @@ class Store:
     def passes(self) -> npt.NDArray[np.int64]:
         """Row bounds of the forward passes that the tokens went through together."""
         return pass_bounds(self.sequences(), int(self.manifest["batch_tokens"]))
+
+    def batches_of_sequences(self, numbers: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[SequenceBatch]:
+        """Batches of whole sequences, in the order given, with at most `batch_tokens` tokens each (at least one sequence)."""
+        bounds = self.sequences()
+        lengths = bounds[numbers + 1] - bounds[numbers]
+        for first, last in consecutive(np.concatenate([[0], np.cumsum(lengths)]), batch_tokens):
+            members = numbers[first:last]
+            rows = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in members])
+            yield SequenceBatch(members, rows, np.repeat(np.arange(len(members)), lengths[first:last]))
 
     def check_pair(self, base: dict[str, Any], chat: dict[str, Any], layer: int | None) -> None:
         """Check that the store came from these models at this layer (any, if None).

@@ -9,7 +9,8 @@ from typing import Any
 import polars as pl
 
 from crossdiff.activations.writer import DOCUMENT_COLUMNS
-from crossdiff.config import DatasetConfig, HarvestConfig, UserError
+from crossdiff.config import DatasetConfig, HarvestConfig
+from crossdiff.errors import UserError
 from crossdiff.text.documents import Document, read_dataset
 from crossdiff.text.sequences import TokenSequence, tokenise_all
 

@@ -10,13 +10,13 @@ import polars as pl
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from crossdiff.activations.place import DOCUMENTS, MANIFEST, Place, sha256
+from crossdiff.activations.folder import DOCUMENTS, MANIFEST, Folder
+from crossdiff.activations.normalisation import Moments
 from crossdiff.activations.shards import ShardEntry
-from crossdiff.activations.statistics import Moments
 from crossdiff.activations.store import FORMAT
 from crossdiff.config import HarvestConfig
+from crossdiff.files import sha256, write_json
 from crossdiff.models.pair import SOURCES
-from crossdiff.run import write_json
 
 DOCUMENT_COLUMNS = {
     "document": pl.Int32, "dataset": pl.String, "split": pl.String, "label": pl.String, "sub_label": pl.String,
@@ -40,7 +40,7 @@ class Origin:
 
 
 def finish_store(
-    place: Place,
+    place: Folder,
     origin: Origin,
     config: HarvestConfig,
     entries: Sequence[ShardEntry],
@@ -93,7 +93,7 @@ def finish_store(
         write_json(path, manifest)
 
 
-def summed_moments(place: Place, entries: Sequence[ShardEntry]) -> Moments:
+def summed_moments(place: Folder, entries: Sequence[ShardEntry]) -> Moments:
     """The sum of what the shards say, so that a resumed harvest adds up to the same bits."""
     parts = []
     for path in place.skims([entry.file for entry in entries]):

@@ -10,7 +10,7 @@ from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.causal.conversations import training_rows
 from crossdiff.causal.patching import DecoderDifference
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.activity import GROUPS
 from crossdiff.latents.stream import encode
 

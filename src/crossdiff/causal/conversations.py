@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from crossdiff.activations.store import Store
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.latents.activity import GROUPS, group_of
 from crossdiff.shapes import Float64, Int, Tensor
 from crossdiff.text.chat import Flag

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.models.access import edited_after
 from crossdiff.shapes import Bool, Float, Int, Tensor
 from crossdiff.text.chat import Flag, tokenise_prompt

@@ -16,8 +16,9 @@ from typing import Annotated, Literal
 import polars as pl
 from pydantic import Field, model_validator
 
-from crossdiff.causal.selection import LatentSets, Selection, Unavailable, rankings_of, resolve
-from crossdiff.config import Config, UserError, read_yaml, validate
+from crossdiff.causal.latent_sets import LatentSets, Selection, Unavailable, rankings_of, resolve
+from crossdiff.config import Config, read_yaml, validate
+from crossdiff.errors import UserError
 
 DEFAULT = Path(__file__).with_name("interventions.yaml")
 

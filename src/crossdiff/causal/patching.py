@@ -15,8 +15,8 @@ import torch
 
 from crossdiff.causal.conversations import SPANS, pad, pad_column, span_of
 from crossdiff.causal.interventions import Arm
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.latents.activity import GROUPS, group_of
 from crossdiff.models.access import UpperHalf, residuals_after
 from crossdiff.models.pair import Pair

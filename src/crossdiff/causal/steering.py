@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from crossdiff.causal.generation import Answer, Edit, Prompt, Sampling, Tokens, answers, ask, end_tokens
-from crossdiff.config import UserError
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.errors import UserError
 from crossdiff.models.access import next_residual_after
 from crossdiff.models.pair import SOURCES, Pair
 from crossdiff.shapes import Bool, Float, Int, Tensor

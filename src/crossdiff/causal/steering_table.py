@@ -14,7 +14,8 @@ from crossdiff.activations.store import Store
 from crossdiff.causal.answers import Rules, is_degenerate, wilson
 from crossdiff.causal.generation import Answer, Sampling
 from crossdiff.causal.steering import Steerer, Steering, matched_controls
-from crossdiff.config import SteerConfig, UserError
+from crossdiff.config import SteerConfig
+from crossdiff.errors import UserError
 
 UNSTEERED, STEERED, CONTROL = "unsteered", "latent", "control"
 RESAMPLES = 2000

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from crossdiff.cli import dashboard, hub, stages, tools
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.memory import keep_freed_memory
 from crossdiff.ranks import leads
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossdiff.cli.options import Parser
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 
 def dashboard(argv: Sequence[str]) -> None:

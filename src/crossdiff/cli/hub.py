@@ -17,7 +17,7 @@ def push(argv: Sequence[str]) -> None:
     parser.add_argument("--licence", default="", help="licence of the two models, such as mit [looked up]")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    from crossdiff.hub import push
+    from crossdiff.published.hub import push
 
     upload = push(args.run, args.repository, dry_run=args.dry_run, private=args.private, licence=args.licence)
     if args.dry_run:
@@ -37,7 +37,7 @@ def pull(argv: Sequence[str]) -> None:
     parser.add_argument("--revision", help="branch, tag or commit [main]")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    from crossdiff.hub import pull
+    from crossdiff.published.hub import pull
 
     folder = pull(args.repository, args.directory, revision=args.revision)
     print(f"{args.repository} is in {folder}: open it with crossdiff.open({str(folder)!r})")

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from crossdiff.config import Config, UserError, merge, read_yaml
+from crossdiff.config import Config, merge, read_yaml
+from crossdiff.errors import UserError
 
 FLAGS = {"-h", "--help", "--force", "--debug"}
 

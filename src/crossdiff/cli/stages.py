@@ -59,9 +59,10 @@ def stage(command: str, argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from crossdiff.causal_pipeline import CausalPipeline
+    from crossdiff.files import explain_disk_error
     from crossdiff.pipeline import harvest_layers
     from crossdiff.ranks import current
-    from crossdiff.run import Run, explain_disk_error
+    from crossdiff.run import Run
 
     settings = {directory / f"layer-{layer}": config.model_copy(update={"layer": layer}) for layer in args.layers}
     ranks = current()

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossdiff.cli.options import Parser, add_settings, changes_of, scan
-from crossdiff.config import RunConfig, SteerConfig, UserError, merge, read_yaml, validate
+from crossdiff.config import RunConfig, SteerConfig, merge, read_yaml, validate
+from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
     from crossdiff.run import Run
 
 
 def truth(argv: Sequence[str]) -> None:
-    from crossdiff.truth.settings import TruthConfig
+    from crossdiff.truth.truth_config import TruthConfig
 
     _, options = scan(argv)
     start, origin = (read_yaml(Path(options["config"])), options["config"]) if "config" in options else ({}, "the defaults")
@@ -34,7 +35,7 @@ def truth(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from crossdiff.run import Run
-    from crossdiff.truth.report import run_truth
+    from crossdiff.truth.terminal import run_truth
 
     run = Run.open(args.directory)
     try:
@@ -55,8 +56,8 @@ def null(argv: Sequence[str]) -> None:
     parser.add_argument("--null", type=Path, required=True, help="run directory of the base model and a null model")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args(argv)
-    from crossdiff.latents.null import compare, keep
-    from crossdiff.latents.printing import print_null
+    from crossdiff.compare.null import compare, keep
+    from crossdiff.compare.terminal import print_null
 
     directory, null = _run_directory(args.directory), _run_directory(args.null)
     compared = compare(directory, null)
@@ -72,8 +73,8 @@ def seeds(argv: Sequence[str]) -> None:
     parser.add_argument("--cosine", type=float, default=0.9, help="cosine above which two latents are the same [0.9]")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args(argv)
-    from crossdiff.latents.printing import print_seeds
-    from crossdiff.latents.seeds import compare_seeds, read_seeds
+    from crossdiff.compare.seeds import compare_seeds, read_seeds
+    from crossdiff.compare.terminal import print_seeds
 
     print_seeds(compare_seeds(read_seeds(_run_directory(args.directory), args.names), args.cosine))
 
@@ -121,7 +122,7 @@ def import_published(argv: Sequence[str]) -> None:
     if (args.target / "model.safetensors").exists():
         raise UserError(f"{args.target} holds a crosscoder already; choose another folder")
     from crossdiff.crosscoder.checkpoint import save
-    from crossdiff.crosscoder.published import read_published
+    from crossdiff.published.formats import read_published
 
     sources, scales = (tuple(given) if given else None for given in (args.sources, args.input_scales))
     coder = read_published(args.source, sources, scales)
@@ -141,8 +142,8 @@ def examples(argv: Sequence[str]) -> None:
     parser.add_argument("--tokenizer", help="import: the model whose tokenizer made the tokens, a Hub name or folder")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args(argv)
-    from crossdiff.latents.published_examples import export_examples, import_examples
     from crossdiff.models.pair import load_tokenizer
+    from crossdiff.published.examples_db import export_examples, import_examples
 
     if args.action == "export":
         n_examples = export_examples(args.source, args.target)
@@ -154,7 +155,7 @@ def examples(argv: Sequence[str]) -> None:
 
 
 def interpret(argv: Sequence[str]) -> None:
-    from crossdiff.interp.settings import InterpretConfig
+    from crossdiff.interp.interpret_config import InterpretConfig
 
     description = "explain latents with a language model and score the explanations; without a server, score them offline"
     parser = Parser(prog="crossdiff interpret", description=description, allow_abbrev=False)

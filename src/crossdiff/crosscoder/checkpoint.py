@@ -23,12 +23,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_shared
 from torch.distributed.checkpoint.state_dict_saver import save as save_shared
 
-from crossdiff.config import BatchTopKConfig, L1Config, Sparsity, UserError
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.config import BatchTopKConfig, L1Config, Sparsity
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
+from crossdiff.errors import UserError
+from crossdiff.files import read_json, write_json
 from crossdiff.ranks import ALONE, Ranks
-from crossdiff.run import read_json, write_json
 from crossdiff.shapes import Tensor
 
 FORMAT = 3

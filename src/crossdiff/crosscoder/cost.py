@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import nnls
 
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig
-from crossdiff.crosscoder.model import new_crosscoder
+from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.trainer import Trainer
 
 WARMUP, TIMED = 3, 5

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from crossdiff.config import UserError
 from crossdiff.crosscoder.losses import StepResult
 from crossdiff.crosscoder.trainer import Diverged, Trainer
+from crossdiff.errors import UserError
 
 LOG_EVERY = 25
 DIVERGED = 10.0
@@ -118,7 +118,7 @@ class Log:
         record: dict[str, Any] = {"step": trainer.step, "tokens": trainer.step * trainer.config.batch_size}
         record |= {key: sums[key] / sums["n"] for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
         record |= {f"fve_{name}": 1 - sums[f"error_{name}"] / sums[f"square_{name}"] for name in trainer.crosscoder.sources}
-        n_dead = trainer.mesh.latent.total(len(trainer.silence.dead()))
+        n_dead = trainer.mesh.latent.total(len(trainer.since_fired.dead()))
         record |= {"dead_share": n_dead / trainer.n_latents, "rate": trainer.schedule.rate(trainer.step - 1)}
         record["threshold"] = trainer.crosscoder.threshold
         return record

@@ -13,23 +13,23 @@ from typing import Literal
 
 import torch
 
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.mesh import Mesh
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.sparsity import Backward
 from crossdiff.crosscoder.structure import Constraint
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 
 @dataclass(frozen=True)
-class Silence:
+class TokensSinceFired:
     """For how many tokens each latent has been silent; dead after so many."""
 
     tokens: Int64[Tensor, " latent"]
     dead_after: int
 
-    def after(self, counts: Int64[Tensor, " latent"], n_tokens: int) -> Silence:
+    def after(self, counts: Int64[Tensor, " latent"], n_tokens: int) -> TokensSinceFired:
         """With one more batch counted."""
-        return Silence(torch.where(counts > 0, 0, self.tokens + n_tokens), self.dead_after)
+        return TokensSinceFired(torch.where(counts > 0, 0, self.tokens + n_tokens), self.dead_after)
 
     def dead(self) -> Int64[Tensor, " dead"]:
         return (self.tokens >= self.dead_after).nonzero().squeeze(1)
@@ -45,7 +45,7 @@ class StepResult:
         squared_error, squared_input: `[source]`, summed over the batch, in float64.
         token_error: squared error of each of this rank's tokens, summed over the sources.
         smallest_kept: smallest v that a selection over the batch kept; None without one.
-        silence: counters with this batch in them.
+        since_fired: counters with this batch in them.
     """
 
     gradients: dict[str, Tensor]
@@ -58,7 +58,7 @@ class StepResult:
     squared_input: Float64[Tensor, " source"]
     token_error: Float[Tensor, " batch"]
     smallest_kept: float | None
-    silence: Silence
+    since_fired: TokensSinceFired
 
 
 def reconstruction_loss(
@@ -81,7 +81,7 @@ def step_gradients(
     x: Float[Tensor, "batch source d_model"],
     reconstruction: Literal["squared", "norm"],
     constraint: Constraint,
-    silence: Silence,
+    since_fired: TokensSinceFired,
     weight: float = 0.0,
     guess: float = 0.0,
     out: Float[Tensor, "batch latent"] | None = None,
@@ -101,7 +101,7 @@ def step_gradients(
     encoded = crosscoder.encode(x, source_norms.sum(1), guess, out)
     code, smallest = rule.select(encoded, mesh)
     counts = mesh.data.sum(code.counts())
-    silence = silence.after(counts, n_tokens * mesh.data.size)
+    since_fired = since_fired.after(counts, n_tokens * mesh.data.size)
     error = (mesh.latent.sum(code.decode(crosscoder.decoder)) + crosscoder.decoder_bias).view_as(x) - x
     squares = error.square().sum(2)
     loss, on_error = reconstruction_loss(error, squares, reconstruction)
@@ -117,7 +117,7 @@ def step_gradients(
         gradients={"decoder": code.accumulate(code.values, on_output), "decoder_bias": on_output.sum(0)},
         weight=weight,
         shares=constraint.shares.to(x),
-        dead=silence.dead(),
+        dead=since_fired.dead(),
         mesh=mesh,
     )
     penalty = rule.penalty(step)
@@ -142,7 +142,7 @@ def step_gradients(
         squared_input=mesh.data.sum(x.square().sum((0, 2)).double()),
         token_error=squares.sum(1),
         smallest_kept=smallest,
-        silence=silence,
+        since_fired=since_fired,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Tensor
 

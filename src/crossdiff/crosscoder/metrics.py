@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 

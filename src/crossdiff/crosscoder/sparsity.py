@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from crossdiff.config import AuxConfig, BatchTopKConfig, JumpReLUConfig, Kind, L1Config, TopKConfig, UserError
+from crossdiff.config import AuxConfig, BatchTopKConfig, JumpReLUConfig, Kind, L1Config, TopKConfig
 from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode, largest_in_rows
 from crossdiff.crosscoder.mesh import Mesh
+from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Int64, Tensor
 
 DENSE_ABOVE = 0.05

@@ -9,16 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crossdiff.config import (
-    CrosscoderConfig,
-    DesignatedConfig,
-    FreeConfig,
-    PairedConfig,
-    PartitionedConfig,
-    Structure,
-    UserError,
-)
+from crossdiff.config import CrosscoderConfig, DesignatedConfig, FreeConfig, PairedConfig, PartitionedConfig, Structure
 from crossdiff.crosscoder.sparsity import rule_of
+from crossdiff.errors import UserError
 from crossdiff.shapes import Bool, Float, Tensor
 
 

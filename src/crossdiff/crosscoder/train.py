@@ -16,13 +16,14 @@ import torch
 
 from crossdiff.activations.loader import Batches, source_indices
 from crossdiff.activations.store import Store
-from crossdiff.config import CrosscoderConfig, UserError
+from crossdiff.config import CrosscoderConfig
 from crossdiff.crosscoder.checkpoint import Checkpoints, save
+from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.log import TRACKERS, Log
 from crossdiff.crosscoder.mesh import Mesh, mesh_of
-from crossdiff.crosscoder.model import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.trainer import Diverged, Trainer
 from crossdiff.crosscoder.view import View, view_of
+from crossdiff.errors import UserError
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Tensor
 

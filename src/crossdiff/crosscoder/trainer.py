@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from crossdiff.config import BatchTopKConfig, CrosscoderConfig, L1Config, UserError
+from crossdiff.config import BatchTopKConfig, CrosscoderConfig, L1Config
 from crossdiff.crosscoder.checkpoint import TrainingState
-from crossdiff.crosscoder.losses import Silence, StepResult, step_gradients
+from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.losses import StepResult, TokensSinceFired, step_gradients
 from crossdiff.crosscoder.mesh import Mesh
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.structure import constraint_of
-from crossdiff.run import fingerprint
+from crossdiff.errors import UserError
+from crossdiff.files import fingerprint
 from crossdiff.shapes import Float, Tensor
 
 GUESS_MARGIN = 0.93
@@ -92,7 +93,9 @@ class Trainer:
         self.constraint.settle(crosscoder.parameters())
         self.schedule = Schedule(n_steps, config)
         self.step, self.guess = 0, 0.0
-        self.silence = Silence(crosscoder.encoder.new_zeros(crosscoder.n_latents, dtype=torch.int64), self.schedule.dead_after)
+        self.since_fired = TokensSinceFired(
+            crosscoder.encoder.new_zeros(crosscoder.n_latents, dtype=torch.int64), self.schedule.dead_after
+        )
         self.first_moments = {name: torch.zeros_like(p) for name, p in crosscoder.parameters().items()}
         self.second_moments = {name: torch.zeros_like(p) for name, p in crosscoder.parameters().items()}
         self._raw: Tensor | None = None
@@ -115,7 +118,7 @@ class Trainer:
             x,
             self.config.reconstruction,
             self.constraint,
-            self.silence,
+            self.since_fired,
             weight,
             self.guess,
             self._raw,
@@ -126,7 +129,7 @@ class Trainer:
         norm = self._norm(result.gradients)
         if not math.isfinite(norm):
             raise Diverged(f"the gradient's norm is {norm}")
-        self.silence = result.silence
+        self.since_fired = result.since_fired
         if result.smallest_kept is not None:
             self._update_threshold(result.smallest_kept)
         self._adam(result.gradients, norm)
@@ -182,7 +185,7 @@ class Trainer:
         A token is drawn with probability in proportion to its squared loss; its input less the decoder's bias gives the
         direction, with the living latents' mean decoder norm and a fifth of their mean encoder norm.
         """
-        dead, coder, latent = self.silence.dead(), self.crosscoder, self.mesh.latent
+        dead, coder, latent = self.since_fired.dead(), self.crosscoder, self.mesh.latent
         numbers = latent.gather(len(dead))
         n_alive = self.n_latents - sum(numbers)
         if not sum(numbers) or not n_alive:
@@ -203,7 +206,7 @@ class Trainer:
         for moments in (self.first_moments, self.second_moments):
             for name in ("encoder", "decoder", "encoder_bias"):
                 moments[name][dead] = 0.0
-        self.silence.tokens[dead] = 0
+        self.since_fired.tokens[dead] = 0
 
     def state(self) -> TrainingState:
         """Everything that the next step depends on. The tensors are the trainer's own: what is read into them is restored."""
@@ -211,7 +214,7 @@ class Trainer:
             "parameters": self.crosscoder.parameters(), "first_moments": self.first_moments,
             "second_moments": self.second_moments,
         }  # fmt: skip
-        tensors = {"silent_tokens": self.mesh.placed(self.silence.tokens, self.n_latents)}
+        tensors = {"silent_tokens": self.mesh.placed(self.since_fired.tokens, self.n_latents)}
         for group, named in groups.items():
             for name, tensor in named.items():
                 tensors[f"{group}.{name}"] = self.mesh.placed(tensor, self._n_rows(name))

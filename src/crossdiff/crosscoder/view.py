@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from crossdiff.config import DifferenceConfig, Inputs, SingleConfig, UserError
+from crossdiff.config import DifferenceConfig, Inputs, SingleConfig
+from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Tensor
 
 

@@ -19,14 +19,14 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.config import UserError
-from crossdiff.dashboard import figures, live_pages, pages
+from crossdiff.dashboard import charts, live_pages, pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.live import WAITING, Busy, Live
 from crossdiff.dashboard.queries import parse, select
 from crossdiff.dashboard.search import Search
 from crossdiff.dashboard.security import Guard
 from crossdiff.dashboard.threads import own_threads
+from crossdiff.errors import UserError
 
 HERE = Path(__file__).parent
 ROOT = "/run/{run}/{name}"
@@ -70,7 +70,7 @@ class Site:
         return HTMLResponse(text, status, headers)
 
     def _points(self, key: tuple[str, str], colour: str) -> bytes:
-        return gzip.compress(figures.points(self.catalogue.coders[key], colour).encode(), 5)
+        return gzip.compress(charts.points(self.catalogue.coders[key], colour).encode(), 5)
 
 
 def create_app(

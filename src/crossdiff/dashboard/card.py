@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from crossdiff.config import UserError
 from crossdiff.diff import open as open_run
+from crossdiff.errors import UserError
 from crossdiff.report.cards import LEVELS, Card, card_of
 from crossdiff.report.environment import environment
 from crossdiff.report.inline import OPEN_EXAMPLES, fragment
-from crossdiff.report.model import behaviour_results
 from crossdiff.report.reading import read_behaviours
+from crossdiff.report.records import behaviour_results
 from crossdiff.report.wording import predicted
 
 MAX_EXPORTED = 500

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
+from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.examples import Example, ExampleDatabase
 from crossdiff.report.html import short
-from crossdiff.report.model import CrosscoderReport, Latent, RunReport
 from crossdiff.report.reading import latent_of, read_run
+from crossdiff.report.records import CrosscoderReport, Latent, RunReport
 from crossdiff.report.wording import predicted
-from crossdiff.run import read_json
 
 TOP, PER_QUANTILE = 10, 3
 """Examples of a latent page: the strongest, and of each quantile."""

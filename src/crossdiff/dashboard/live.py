@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from crossdiff.config import UserError
 from crossdiff.dashboard.catalogue import Coder
+from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
     from crossdiff.causal.steering import Steerer, Steering
@@ -153,7 +153,7 @@ class Live:
         """
         check_length(text)
         with self._models(coder) as diff:
-            from crossdiff.prompts import read_text
+            from crossdiff.text_activations import read_text
 
             sequence = read_text(diff.pair.tokenizer, text, diff.config.harvest.max_length)
             reading = _reading(diff, sequence)
@@ -177,8 +177,8 @@ class Live:
         check_length(text)
         with self._models(coder) as diff:
             from crossdiff.causal.generation import Prompt, Sampling
-            from crossdiff.prompts import read_text
             from crossdiff.text.chat import Flag
+            from crossdiff.text_activations import read_text
 
             sequence = read_text(diff.pair.tokenizer, text, diff.config.harvest.max_length)
             template = tuple(bool(flag & Flag.TEMPLATE) for flag in sequence.flags.tolist())
@@ -232,7 +232,7 @@ def check_length(text: Prompt) -> None:
 
 
 def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
-    from crossdiff.prompts import active_pairs
+    from crossdiff.text_activations import active_pairs
 
     found = active_pairs(diff.pair, diff.crosscoder, sequence, diff.config.harvest.leave_out)
     return Reading(

@@ -11,9 +11,9 @@ import polars as pl
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
-from crossdiff.config import UserError
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, Live, Prompt, Reading
+from crossdiff.errors import UserError
 from crossdiff.report.cards import example_view, pieces, prompt_view
 from crossdiff.report.examples import Context, Token, visible
 from crossdiff.report.reading import CANDIDATE_DELTA_NORM

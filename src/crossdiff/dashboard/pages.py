@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from crossdiff.dashboard import figures
+from crossdiff.dashboard import charts
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.queries import SHOWN, Query, page_of, select
 from crossdiff.dashboard.search import Search
@@ -76,7 +76,7 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
         for slug, report in catalogue.reports.items()
     ]
     comparing = [coder for coder in coders if coder.compares]
-    return {"runs": runs, "overlay": figures.norm_overlay(comparing) if comparing else None, "kl": figures.kl_bars(coders)}
+    return {"runs": runs, "overlay": charts.norm_overlay(comparing) if comparing else None, "kl": charts.kl_bars(coders)}
 
 
 def table(coder: Coder, query: Query, search: Search) -> dict[str, Any]:
@@ -106,8 +106,8 @@ def coder_page(coder: Coder) -> dict[str, Any]:
         "health": rows,
         "histogram": histogram,
         "frequencies": report_figures.frequency_histogram(report_coder),
-        "kl": figures.kl_bars([coder]),
-        "note": figures.points_note(coder) if coder.compares else f"One decoder: {wording.ONE_DECODER}",
+        "kl": charts.kl_bars([coder]),
+        "note": charts.points_note(coder) if coder.compares else f"One decoder: {wording.ONE_DECODER}",
         "nu_range": NU_RANGE,
     }
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 PAGE_SIZE = 50
 SHOWN = (

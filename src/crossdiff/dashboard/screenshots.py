@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from crossdiff.config import UserError
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.search import cache_folder
 from crossdiff.dashboard.serve import serving
+from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page, Playwright

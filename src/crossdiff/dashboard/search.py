@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from crossdiff.config import UserError
 from crossdiff.dashboard.catalogue import Coder
+from crossdiff.errors import UserError
 from crossdiff.report.examples import TOKENS_AFTER, TOKENS_BEFORE
 
 FORMAT = 1

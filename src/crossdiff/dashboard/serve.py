@@ -11,12 +11,12 @@ from pathlib import Path
 
 import uvicorn
 
-from crossdiff.config import UserError
 from crossdiff.dashboard.app import create_app
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.live import Live
 from crossdiff.dashboard.search import cache_folder
 from crossdiff.dashboard.security import is_loopback
+from crossdiff.errors import UserError
 
 THREADS_STOP = 5
 

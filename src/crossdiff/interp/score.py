@@ -12,8 +12,8 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from crossdiff.interp.asker import Asker, Unanswered
+from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.prompts import DETECT, FUZZ, Renderer, judge_request
-from crossdiff.interp.settings import InterpretConfig
 from crossdiff.interp.windows import Contexts, Window
 from crossdiff.latents.behaviours import auroc, bootstrap_interval
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from crossdiff.interp.table import SCORES
+from crossdiff.interp.explanation_table import SCORES
 
 RESAMPLES = 2000
 FEWEST = 3

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from crossdiff.interp.asker import Usage
-from crossdiff.interp.settings import InterpretConfig
-from crossdiff.interp.table import SCORES
+from crossdiff.interp.explanation_table import SCORES
+from crossdiff.interp.interpret_config import InterpretConfig
 
 EXAMPLES = 5
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store, consecutive
-from crossdiff.config import UserError
-from crossdiff.crosscoder.model import Crosscoder
-from crossdiff.interp.settings import InterpretConfig
+from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.errors import UserError
+from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.latents.stream import encode
 
 Integers = npt.NDArray[np.int64]

@@ -13,23 +13,24 @@ import polars as pl
 import torch
 
 from crossdiff.activations.store import Store
-from crossdiff.config import AnalyzeConfig, UserError
+from crossdiff.config import AnalyzeConfig
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.metrics import HeldoutSums, frequency_histogram, health
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.errors import UserError
+from crossdiff.files import write_json
 from crossdiff.latents.activity import Activity, group_of
 from crossdiff.latents.behaviours import LIVING, REFERENCE, Pool, behaviour_table, conversation_scores, living_latents
 from crossdiff.latents.controls import random_directions, shared_latents, split_halves
 from crossdiff.latents.decoder import CHAT
+from crossdiff.latents.example_collector import ExampleCollector
 from crossdiff.latents.example_database import write_examples
-from crossdiff.latents.examples import ExampleCollector
 from crossdiff.latents.groups import ROW_GROUP, Cells, GroupActivity, activity_table, cells_of
+from crossdiff.latents.latent_table import latent_table, pools
 from crossdiff.latents.scaling import ScalingAccumulator, Sums
 from crossdiff.latents.stream import Chunk, blocks_of_sequences, check_fits, chunks
-from crossdiff.latents.table import latent_table, pools
 from crossdiff.latents.twins import CoActivation, candidates, neighbour_table, twin_table
 from crossdiff.latents.verdict import counts, with_verdicts
 from crossdiff.ranks import ALONE, Ranks
-from crossdiff.run import write_json
 from crossdiff.shapes import Float, Tensor
 
 RANDOM = -1

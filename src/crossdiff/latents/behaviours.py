@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store, consecutive
 from crossdiff.config import AnalyzeConfig
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.stream import check_latents, encode
 from crossdiff.text.chat import Flag
 

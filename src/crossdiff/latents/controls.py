@@ -8,7 +8,7 @@ import polars as pl
 import torch
 from scipy.stats import spearmanr
 
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.decoder import BASE, CHAT, SHARED
 from crossdiff.latents.scaling import Sums, numerators, scaling
 from crossdiff.shapes import Float, Tensor

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdiff.activations.store import Store
-from crossdiff.latents.examples import Candidates, Example
+from crossdiff.latents.example_collector import Candidates, Example
 
 FORMAT = "2"
 SCHEMA = """

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 
 import torch
 
-from crossdiff.crosscoder.model import Crosscoder
-from crossdiff.latents.ratio import Ratio, ratio
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.stream import Chunk
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
+from crossdiff.statistics import Estimate, jackknife_se, ratio
 
 TARGETS = ("error", "reconstruction", "reconstruction_nobias", "activation", "activation_nobias")
 OF_ONE_DECODER = ("activation", "activation_nobias")
@@ -127,14 +127,11 @@ class ScalingAccumulator:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A quantity per latent with its jackknife standard error."""
+class Beta:
+    """A beta per latent with its jackknife standard error."""
 
     value: Float64[Tensor, " latent"]
     se: Float64[Tensor, " latent"]
-
-    def __post_init__(self) -> None:
-        assert self.value.shape == self.se.shape
 
 
 def numerators(
@@ -164,12 +161,6 @@ def numerators(
     }
 
 
-def jackknife(values: Float64[Tensor, "block latent"]) -> Float64[Tensor, " latent"]:
-    """Standard error from the leave-one-block-out values (Efron & Stein 1981)."""
-    n_blocks = len(values)
-    return ((n_blocks - 1) * (values - values.mean(0)).square().mean(0)).sqrt()
-
-
 def _without_each(values: Float64[Tensor, "... block latent"]) -> Float64[Tensor, "... block latent"]:
     return values.sum(-2, keepdim=True) - values
 
@@ -179,12 +170,12 @@ class Scaling:
     """Betas and nus of one direction for all latents.
 
     Attributes:
-        betas: `(target, model)` -> estimate.
+        betas: `(target, model)` -> beta.
         nus: target -> beta(numerator) / beta(denominator); NaN where the denominator's interval contains 0.
     """
 
-    betas: dict[tuple[str, int], Estimate]
-    nus: dict[str, Ratio]
+    betas: dict[tuple[str, int], Beta]
+    nus: dict[str, Estimate[Tensor]]
 
 
 def scaling(
@@ -206,6 +197,6 @@ def scaling(
     for target in filter(every.__contains__, targets):
         value, left_out = every[target].sum(1) / whole, _without_each(every[target]) / parts
         for model in range(len(value)):
-            betas[target, model] = Estimate(value[model], jackknife(left_out[model]))
+            betas[target, model] = Beta(value[model], jackknife_se(left_out[model]))
         nus[target] = ratio(value[numerator], value[denominator], left_out[numerator], left_out[denominator])
     return Scaling(betas, nus)

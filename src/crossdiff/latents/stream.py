@@ -12,9 +12,9 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store, consecutive
-from crossdiff.config import UserError
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.errors import UserError
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Int64, Tensor
 

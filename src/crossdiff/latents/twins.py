@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import polars as pl
 import torch
 
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.decoder import BASE, BASE_ONLY, CHAT, CHAT_ONLY, SHARED, delta_norm
 from crossdiff.latents.stream import Chunk
 from crossdiff.ranks import Ranks

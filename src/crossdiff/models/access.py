@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.shapes import Bool, Float, Int, Tensor
 
 

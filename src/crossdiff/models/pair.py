@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.models.access import d_model, decoder_layers, edited_after, n_layers, residuals_after
 from crossdiff.shapes import Int, Tensor
 

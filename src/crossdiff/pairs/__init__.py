@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 FOLDER = Path(__file__).parent / "demo"
 CONFIG = FOLDER / "run.yaml"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from crossdiff.report import wording
 from crossdiff.report.examples import Context, Example, Token, context_of, role_of, visible
 from crossdiff.report.figures import VERDICT_MARKS, Mark
-from crossdiff.report.model import TOKEN_GROUPS, Latent
+from crossdiff.report.records import TOKEN_GROUPS, Latent
 from crossdiff.text.chat import Flag
 
 LEVELS = 8

@@ -14,7 +14,7 @@ from typing import NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.text.chat import Flag
 
 TOP_EXAMPLES = 5

@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
-from crossdiff.report.model import CrosscoderReport, Estimate, Limits
+from crossdiff.report.records import CrosscoderReport, Estimate, Limits
 from crossdiff.report.wording import POOLS, VERDICTS, fixed, interval, latents, number, share, words
 
 NU_RANGE = (-0.2, 1.5)

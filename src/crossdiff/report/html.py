@@ -13,7 +13,7 @@ from crossdiff.report.cards import LEVELS, Card, Sign, anchor_of, card_of, sign_
 from crossdiff.report.environment import environment
 from crossdiff.report.inline import OPEN_EXAMPLES
 from crossdiff.report.interpretation import score_table
-from crossdiff.report.model import BehaviourResult, CrosscoderReport, Limits, RunReport
+from crossdiff.report.records import BehaviourResult, CrosscoderReport, Limits, RunReport
 
 DEAD_LIMIT = 0.2
 """Share of dead latents from which the page warns."""

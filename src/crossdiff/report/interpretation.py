@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossdiff.interp.table import SCORES, SUMMARY_FILE, read_interpretation
+from crossdiff.interp.explanation_table import SCORES, SUMMARY_FILE, read_interpretation
 from crossdiff.report.record import Record
 
 

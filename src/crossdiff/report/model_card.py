@@ -11,7 +11,7 @@ from crossdiff.config import CrosscoderConfig, RunConfig, merge, read_yaml, vali
 from crossdiff.report import wording
 from crossdiff.report.environment import environment
 from crossdiff.report.html import caveats, short
-from crossdiff.report.model import CrosscoderReport, RunReport
+from crossdiff.report.records import CrosscoderReport, RunReport
 
 VERDICT_ROWS = (
     "chat_specific", "chat_specific_paper", "complete_shrinkage", "latent_decoupling", "rotated", "shared", "base_specific",

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from crossdiff.report import figures, wording
-from crossdiff.report.model import CrosscoderReport, RunReport
+from crossdiff.report.records import CrosscoderReport, RunReport
 
 WIDTH = 3.4
 """Inches: one column of a two-column page."""

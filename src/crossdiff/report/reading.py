@@ -7,11 +7,13 @@ from typing import Any
 import polars as pl
 from pydantic import ValidationError
 
-from crossdiff.config import AnalyzeConfig, UserError, read_yaml, validate
-from crossdiff.interp.table import with_interpretation
+from crossdiff.config import AnalyzeConfig, read_yaml, validate
+from crossdiff.errors import UserError
+from crossdiff.files import read_json
+from crossdiff.interp.explanation_table import with_interpretation
 from crossdiff.report.examples import Example, read_examples
 from crossdiff.report.interpretation import explained, read_summary
-from crossdiff.report.model import (
+from crossdiff.report.records import (
     TOKEN_GROUPS,
     CrosscoderReport,
     DatasetShare,
@@ -24,7 +26,6 @@ from crossdiff.report.model import (
     TopLatents,
     as_float,
 )
-from crossdiff.run import read_json
 
 N_TOP_LATENTS = 12
 FEW_SPECIFIC = 5

@@ -5,8 +5,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from crossdiff.config import UserError
-from crossdiff.run import read_json
+from crossdiff.errors import UserError
+from crossdiff.files import read_json
 
 R = TypeVar("R", bound="Record")
 

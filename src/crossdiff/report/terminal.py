@@ -9,7 +9,7 @@ from rich.text import Text
 
 from crossdiff.report import wording
 from crossdiff.report.examples import context_of, visible
-from crossdiff.report.model import CrosscoderReport, Latent, RunReport
+from crossdiff.report.records import CrosscoderReport, Latent, RunReport
 
 N_LATENTS = 5
 COUNTS = {

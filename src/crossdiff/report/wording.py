@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from crossdiff.report.model import BehaviourResult, CrosscoderReport, Estimate, Limits, PoolScore, RunReport
 from crossdiff.report.reading import CANDIDATE_DELTA_NORM, FEW_SPECIFIC
+from crossdiff.report.records import BehaviourResult, CrosscoderReport, Estimate, Limits, PoolScore, RunReport
 
 CLEAR_GAIN = 0.1
 """A difference of AUROC from which one pool is said to be ahead of another."""

@@ -24,7 +24,7 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

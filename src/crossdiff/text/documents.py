@@ -14,7 +14,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from crossdiff.config import DatasetConfig, UserError
+from crossdiff.config import DatasetConfig
+from crossdiff.errors import UserError
 from crossdiff.text.chat import check_messages, check_unicode
 
 Record = tuple[str, Any]

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from crossdiff.config import UserError
+from crossdiff.errors import UserError
 from crossdiff.text.chat import Flag, Tokenizer, tokenise_chat
 from crossdiff.text.documents import Document
 

@@ -20,21 +20,21 @@ import torch
 
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, CrosscoderConfig
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.metrics import health, heldout_sums
-from crossdiff.crosscoder.model import Crosscoder
 from crossdiff.crosscoder.train import train
+from crossdiff.files import write_json
 from crossdiff.latents.activity import Activity, group_of
 from crossdiff.latents.behaviours import auroc
 from crossdiff.latents.decoder import CHAT_ONLY
+from crossdiff.latents.latent_table import latent_table
 from crossdiff.latents.scaling import ScalingAccumulator
 from crossdiff.latents.stream import chunks
-from crossdiff.latents.table import latent_table
 from crossdiff.latents.twins import CoActivation, candidates, twin_table
 from crossdiff.latents.verdict import with_verdicts
-from crossdiff.run import write_json
 from crossdiff.truth.matching import match
 from crossdiff.truth.planted import KINDS, Concepts, draw, plant, write_store
-from crossdiff.truth.settings import TruthConfig
+from crossdiff.truth.truth_config import TruthConfig
 
 WELL_WITHIN = 0.7
 """Part of the tolerance of L0 at which the search for mu ends."""

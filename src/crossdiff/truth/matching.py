@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crossdiff.crosscoder.model import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 from crossdiff.truth.planted import Concepts, Tokens
 

@@ -21,7 +21,7 @@ from crossdiff.activations.store import COLUMNS, Store
 from crossdiff.activations.writer import DOCUMENT_COLUMNS, Origin, finish_store, summed_moments
 from crossdiff.config import HarvestConfig
 from crossdiff.shapes import Float, Int64, Tensor
-from crossdiff.truth.settings import PlantedConfig
+from crossdiff.truth.truth_config import PlantedConfig
 
 KINDS = ("shared", "chat_only", "base_only", "weaker", "rotated", "decoupled")
 BASE, CHAT = 0, 1

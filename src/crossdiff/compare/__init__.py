@@ -1,0 +1,1 @@
+"""Comparisons between runs and between coders: the null diff, seeds, architectures."""

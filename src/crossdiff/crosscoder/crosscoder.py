@@ -1,0 +1,198 @@
+"""The crosscoder: parameters, encoding, decoding, and the views of its directions that the later stages use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from crossdiff.activations.loader import source_indices
+from crossdiff.activations.store import Store
+from crossdiff.config import Kind
+from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode
+from crossdiff.crosscoder.sparsity import DENSE_ABOVE, Rule, rule_of
+from crossdiff.crosscoder.view import View, identity
+from crossdiff.shapes import Float, Tensor
+
+
+@dataclass
+class Crosscoder:
+    """Weights in the normalised space, latent-major with source and d_model flattened into columns.
+
+    f_j(x) = act(sum_s <x_s, e_j^s> + b_j),  xhat_s = sum_j f_j d_j^s + b^s      (METHOD: crosscoder; Lindsey et al. 2024)
+
+    An SAE and a diff-SAE are crosscoders whose view of the stored sources has one source.
+
+    Examples:
+        >>> crosscoder = crossdiff.load("runs/demo", "batchtopk")
+        >>> h = torch.zeros(3, 2, crosscoder.d_model)               # [token, source, d_model], as the models have it
+        >>> code = crosscoder.sparse_code(crosscoder.normalise(h))  # active (token, latent) pairs
+        >>> code.n_tokens, crosscoder.reconstruct(h).shape == h.shape
+        (3, True)
+
+    Attributes:
+        encoder, decoder: `[latent, source * d_model]`.
+        encoder_bias: `[latent]`; decoder_bias: `[source * d_model]`.
+        mean: `[source, d_model]` and scale: the normalisation x = (view(h) - mean) * scale.
+        sparsity: settings of the kind of sparsity, one of the union `Sparsity` in `config.py`.
+        view: what the sources are in terms of the stored ones.
+        own: parameters per latent that belong to the kind of sparsity.
+        threshold: smallest v that counts as active at inference (BatchTopK; 0 for the others).
+        origin: what it was trained on: pair, layer, sources, settings.
+    """
+
+    encoder: Float[Tensor, "latent column"]
+    encoder_bias: Float[Tensor, " latent"]
+    decoder: Float[Tensor, "latent column"]
+    decoder_bias: Float[Tensor, " column"]
+    mean: Float[Tensor, "source d_model"]
+    scale: float
+    sparsity: Kind
+    view: View = field(default_factory=identity)
+    own: dict[str, Tensor] = field(default_factory=dict)
+    threshold: float = 0.0
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_latents(self) -> int:
+        return self.encoder.shape[0]
+
+    @property
+    def n_sources(self) -> int:
+        return self.mean.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.mean.shape[1]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.view.names
+
+    @property
+    def rule(self) -> Rule[Any]:
+        """The kind of sparsity at work."""
+        return rule_of(self.sparsity)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The trained tensors by name."""
+        return {
+            "encoder": self.encoder,
+            "encoder_bias": self.encoder_bias,
+            "decoder": self.decoder,
+            "decoder_bias": self.decoder_bias,
+            **self.own,
+        }
+
+    def to(self, device: torch.device) -> Crosscoder:
+        """The same crosscoder with its tensors on a device."""
+        names = ("encoder", "encoder_bias", "decoder", "decoder_bias", "mean")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, own={name: tensor.to(device) for name, tensor in self.own.items()})
+
+    def of_latents(self, part: slice) -> Crosscoder:
+        """The same crosscoder with some of its latents, copied."""
+        own = {name: tensor[part].clone() for name, tensor in self.own.items()}
+        kept = {name: getattr(self, name)[part].clone() for name in ("encoder", "encoder_bias", "decoder")}
+        return replace(self, **kept, own=own)
+
+    def directions(self) -> Float[Tensor, "source latent d_model"]:
+        """Decoder directions d_j^s in the normalised space; divide by `scale` for the space of the models."""
+        return self.decoder.view(self.n_latents, self.n_sources, self.d_model).transpose(0, 1)
+
+    def norms(self) -> Float[Tensor, "latent source"]:
+        """||d_j^s|| in the normalised space."""
+        norms: Tensor = torch.linalg.vector_norm(self.decoder.view(self.n_latents, self.n_sources, self.d_model), dim=2)
+        return norms
+
+    def norm_sums(self) -> Float[Tensor, " latent"]:
+        """sum_s ||d_j^s|| in the normalised space."""
+        return self.norms().sum(1)
+
+    def v(self, code: Code) -> Tensor:
+        """Activations v = f * sum_s ||d_j^s||, shaped as `code.values`.
+
+        This is the unit of every activation that is stored or shown: it does not change when a latent is rescaled.
+        """
+        return code.values * code.of_latents(self.norm_sums())
+
+    def inputs(self, store: Store, rows: npt.NDArray[np.int64]) -> Float[Tensor, "token source d_model"]:
+        """Normalised activations of rows of a store, on the crosscoder's device.
+
+        Raises:
+            UserError: the store lacks a source that the crosscoder reads.
+        """
+        h = store.gather(rows)[:, source_indices(store, self.view.reads)]
+        return self.normalise(h.to(self.encoder))
+
+    def normalise(self, h: Float[Tensor, "batch stored_source d_model"]) -> Float[Tensor, "batch source d_model"]:
+        """From the models' space to the crosscoder's; `h` holds the sources that the view reads, in its order."""
+        return (self.view.apply(h) - self.mean.to(h)) * self.scale
+
+    def encode(
+        self,
+        x: Float[Tensor, "batch source d_model"],
+        norms: Float[Tensor, " latent"],
+        guess: float = 0.0,
+        out: Float[Tensor, "batch latent"] | None = None,
+    ) -> Encoded:
+        """The encoder's product; `norms` are the sums of the decoder norms. bfloat16 off the CPU, in `out` on it."""
+        if x.device.type == "cpu":
+            raw = torch.mm(x.flatten(1), self.encoder.T, out=out)
+        else:
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                raw = torch.mm(x.flatten(1), self.encoder.T).float()
+        return Encoded(raw, self.encoder_bias, norms, self.threshold, self.own, guess)
+
+    def pre_activations(self, x: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch latent"]:
+        """sum_s <x_s, e_j^s> + b_j."""
+        return self.encode(x, self.norm_sums()).pre()
+
+    def code(self, x: Float[Tensor, "batch source d_model"]) -> Code:
+        """Latent activations of normalised inputs, as at inference."""
+        return self.rule.code(self.encode(x, self.norm_sums()), DENSE_ABOVE)
+
+    def sparse_code(self, x: Float[Tensor, "batch source d_model"]) -> SparseCode:
+        """The same, always as active pairs."""
+        code = self.rule.code(self.encode(x, self.norm_sums()), dense_above=1.0)
+        assert isinstance(code, SparseCode)
+        return code
+
+    def decode(self, code: Code) -> Float[Tensor, "batch source d_model"]:
+        """Reconstruction in the normalised space."""
+        return (code.decode(self.decoder) + self.decoder_bias).view(-1, self.n_sources, self.d_model)
+
+    def reconstruct(self, h: Float[Tensor, "batch stored_source d_model"]) -> Float[Tensor, "batch source d_model"]:
+        """Reconstruction of view(h) in the models' own space, bias mean_s + b^s / scale."""
+        return self.decode(self.code(self.normalise(h))) / self.scale + self.mean.to(h)
+
+
+def new_crosscoder(
+    n_latents: int,
+    mean: Float[Tensor, "source d_model"],
+    scale: float,
+    sparsity: Kind,
+    decoder_norm: float,
+    seed: int,
+    view: View | None = None,
+) -> Crosscoder:
+    """Random directions, the same for every source, each of norm `decoder_norm`; the encoder is their transpose."""
+    n_sources, d_model = mean.shape
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(n_latents, d_model, generator=generator)
+    direction *= decoder_norm / direction.norm(dim=1, keepdim=True)
+    decoder = direction.repeat(1, n_sources)
+    return Crosscoder(
+        encoder=decoder.clone(),
+        encoder_bias=torch.zeros(n_latents),
+        decoder=decoder,
+        decoder_bias=torch.zeros(n_sources * d_model),
+        mean=mean.float(),
+        scale=scale,
+        sparsity=sparsity,
+        view=identity() if view is None else view,
+        own=rule_of(sparsity).own_parameters(n_latents),
+    )

@@ -1,0 +1,53 @@
+"""Which latents are interpreted: numbers, or the rows of the latent table with some value in a column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from crossdiff.errors import UserError
+from crossdiff.latents.stream import check_latents
+from crossdiff.latents.verdict import VERDICTS
+
+
+def select(table: pl.DataFrame, wanted: Sequence[str], per_selection: int | None, seed: int) -> list[int]:
+    """The latents that are asked for, sorted, each once; a COLUMN=VALUE that holds of more is drawn from.
+
+    Latents that are never active have no contexts and are left out of a COLUMN=VALUE.
+
+    Raises:
+        UserError: no such latent, column or value.
+    """
+    found: set[int] = set()
+    for index, text in enumerate(wanted):
+        column, equals, value = text.partition("=")
+        if equals:
+            members = _matching(table, column.strip(), value.strip()).to_numpy()
+            order = np.random.default_rng([seed, index]).permutation(len(members))
+            found |= set(members[order[:per_selection]].tolist())
+        else:
+            found.add(_number(text, table.height))
+    return sorted(found)
+
+
+def _number(text: str, n_latents: int) -> int:
+    try:
+        latent = int(text)
+    except ValueError:
+        raise UserError(f"--latents: {text!r} is neither a number nor COLUMN=VALUE, such as verdict=chat_specific") from None
+    check_latents([latent], n_latents)
+    return latent
+
+
+def _matching(table: pl.DataFrame, column: str, value: str) -> pl.Series:
+    choices = [name for name, kind in table.schema.items() if kind in (pl.String, pl.Boolean)]
+    if column not in choices:
+        raise UserError(f"--latents: {column!r} is no column to choose by; there are {', '.join(choices)}")
+    values = table[column].cast(pl.String)
+    known = list(VERDICTS) if column == "verdict" else values.unique().drop_nulls().sort().to_list()
+    if value not in known:
+        shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+        raise UserError(f"--latents: {column} is never {value!r}; its values are {shown}")
+    return table.filter((values == value) & (pl.col("n_active") > 0))["latent"]

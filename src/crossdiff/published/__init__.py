@@ -1,0 +1,1 @@
+"""Crosscoders that others have published, and publishing ours: formats, tables, the Hub."""

@@ -1,0 +1,200 @@
+"""A published coder in its own terms, the folding into ours, and the file that its tensors come from."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from crossdiff.config import BatchTopKConfig, JumpReLUConfig, L1Config, Sparsity, TopKConfig
+from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.view import identity
+from crossdiff.errors import UserError
+from crossdiff.shapes import Float64, Tensor
+
+SAME = 1e-6
+"""Relative difference, of the size of float32's rounding, up to which two measures select alike."""
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """f = ReLU(pre)."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """f = ReLU(pre) where f * weight > threshold; without a threshold, where f * weight is among the token's k largest."""
+
+    k: int
+    threshold: float | None
+    weight: Float64[Tensor, " latent"]
+
+
+@dataclass(frozen=True)
+class JumpReLU:
+    """f = pre where pre > threshold >= 0."""
+
+    thresholds: Float64[Tensor, " latent"]
+
+
+@dataclass(frozen=True)
+class PublishedCoder:
+    """A coder as it was published: x = (h - mean) * scale_in, hhat = (sum_j f_j d_j + b) * scale_out + mean.
+
+    Attributes:
+        path: its file, for messages.
+        scale_in, scale_out: one number per source; the second is the first's inverse up to what a format rounds.
+        origin: what goes into the crosscoder's `origin`.
+        needs_scales: scale_in is not in the file, and 1 is wrong.
+    """
+
+    path: Path
+    encoder: Float64[Tensor, "source d_model latent"]
+    encoder_bias: Float64[Tensor, " latent"]
+    decoder: Float64[Tensor, "source latent d_model"]
+    decoder_bias: Float64[Tensor, "source d_model"]
+    mean: Float64[Tensor, "source d_model"]
+    scale_in: Float64[Tensor, " source"]
+    scale_out: Float64[Tensor, " source"]
+    activation: ReLU | TopK | JumpReLU
+    origin: dict[str, Any]
+    needs_scales: bool = False
+
+    def with_input_scales(self, scales: tuple[float, ...]) -> PublishedCoder:
+        """The same coder on activations that are multiplied by a number per source first.
+
+        Raises:
+            UserError: not one positive number for each source, or the file holds a normalisation.
+        """
+        n_sources = len(self.scale_in)
+        if len(scales) != n_sources or not all(math.isfinite(scale) and scale > 0 for scale in scales):
+            raise UserError(f"input_scales {scales} must be {n_sources} positive numbers, one for each source of {self.path}")
+        if not bool((self.scale_in == 1).all() and (self.mean == 0).all()):
+            raise UserError(f"{self.path} holds its own normalisation; leave input_scales out")
+        factor = torch.tensor(scales, dtype=torch.float64)
+        published = self.origin["published"] | {"input_scales": list(scales)}
+        origin = self.origin | {"published": published}
+        return replace(self, scale_in=factor, scale_out=1 / factor, origin=origin, needs_scales=False)
+
+    def crosscoder(self, sources: tuple[str, ...], dtype: torch.dtype = torch.float32) -> Crosscoder:
+        """The same function with one scale for all sources; `sources` names them in the file's order."""
+        scale = float(self.scale_in[0])
+        encoder = self.encoder * (self.scale_in / scale)[:, None, None]
+        decoder = self.decoder * (self.scale_out * scale)[:, None, None]
+        decoder_bias = self.decoder_bias * (self.scale_out * scale)[:, None]
+        sparsity, threshold, own = self._sparsity(decoder.norm(dim=2).sum(0))
+        return Crosscoder(
+            encoder=encoder.permute(2, 0, 1).flatten(1).to(dtype).contiguous(),
+            encoder_bias=self.encoder_bias.to(dtype),
+            decoder=decoder.transpose(0, 1).flatten(1).to(dtype).contiguous(),
+            decoder_bias=decoder_bias.flatten().to(dtype),
+            mean=self.mean.to(dtype),
+            scale=scale,
+            sparsity=sparsity,
+            view=identity(sources),
+            own={name: tensor.to(dtype) for name, tensor in own.items()},
+            threshold=threshold,
+            origin=self.origin,
+        )
+
+    def _sparsity(self, norms: Float64[Tensor, " latent"]) -> tuple[Sparsity, float, dict[str, Tensor]]:
+        """Settings, threshold and parameters of the kind of sparsity, given our measure: the sum of the decoder norms."""
+        match self.activation:
+            case ReLU():
+                return L1Config(), 0.0, {}
+            case JumpReLU(thresholds):
+                return JumpReLUConfig(), 0.0, {"log_threshold": thresholds.log()}
+            case TopK(k, threshold, weight):
+                factor = _constant_factor(norms, weight)
+                if threshold is None and factor is None:
+                    raise UserError(
+                        f"{self.path} keeps the {k} largest f_j w_j of each token, and its w_j are not proportional to the sum "
+                        "of latent j's decoder norms, which ours are: it cannot be read without changing what is active"
+                    )
+                if threshold is None:
+                    return TopKConfig(k=k), 0.0, {}
+                if factor is None:
+                    thresholds = torch.where(weight > 0, threshold / weight, torch.inf)
+                    return JumpReLUConfig(), 0.0, {"log_threshold": thresholds.log()}
+                return BatchTopKConfig(k=k), threshold * factor, {}
+
+
+def _constant_factor(norms: Float64[Tensor, " latent"], weight: Float64[Tensor, " latent"]) -> float | None:
+    """The c of norms = c * weight; None if there is none. Where both are 0 a latent is never active, whatever c is."""
+    counts = (norms > 0) | (weight > 0)
+    if not bool(counts.any()):
+        return 1.0
+    ratio = norms[counts] / weight[counts]
+    middle = float(ratio.median())
+    return middle if bool(((ratio / middle - 1).abs() <= SAME).all()) else None
+
+
+class TensorFile:
+    """The tensors of a file, each to be taken once, with axes that must agree between them.
+
+    Raises:
+        UserError: the file is damaged or holds something else than tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sizes: dict[str, int] = {}
+        try:
+            stored: Any = (
+                load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            )
+        except pickle.UnpicklingError:
+            raise UserError(f"cannot read {path}: it is damaged, or holds more than tensors, which is unsafe to read") from None
+        except Exception as error:  # a damaged pickle raises whatever it runs into
+            raise UserError(f"cannot read {path}: {error}; if it is damaged, download it again") from None
+        if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
+            raise UserError(f"{path} holds no tensors by name; expected the state dict of a coder")
+        self._left: dict[str, Tensor] = {str(name).replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}
+
+    def has(self, key: str) -> bool:
+        """Is it there, and not taken yet?"""
+        return key in self._left
+
+    def n_axes(self, key: str) -> int:
+        """Number of axes of a tensor that is there."""
+        return self._left[key].ndim
+
+    def names(self) -> str:
+        """What is there, for messages."""
+        return ", ".join(sorted(self._left)) or "nothing"
+
+    def take(self, key: str, axes: str, finite: bool = True) -> Float64[Tensor, "..."]:
+        """The tensor with these axes, in float64.
+
+        Raises:
+            UserError: it is missing, has other axes, or holds NaN where it must be finite.
+        """
+        if key not in self._left:
+            raise UserError(f"{self.path} has no {key}; expected it with the axes [{axes}]; left are {self.names()}")
+        tensor = self._left.pop(key)
+        names = axes.split()
+        known = " ".join(f"{name}={self.sizes[name]}" if name in self.sizes else name for name in names)
+        fits = tensor.ndim == len(names) and all(
+            self.sizes.get(name, size) == size for name, size in zip(names, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise UserError(f"{self.path}: {key} has the shape {tuple(tensor.shape)}, expected [{known}]")
+        self.sizes |= dict(zip(names, tensor.shape, strict=True))
+        tensor = tensor.double()
+        if finite and not bool(tensor.isfinite().all()):
+            raise UserError(f"{self.path}: {key} holds numbers that are not finite; download it again")
+        return tensor
+
+    def scalar(self, key: str) -> float:
+        """A tensor without axes."""
+        return float(self.take(key, ""))
+
+    def finish(self) -> None:
+        """Raises `UserError` if something was not taken: it would change what the coder computes."""
+        if self._left:
+            raise UserError(f"{self.path} has unknown keys: {self.names()}; this coder is of a kind that is not read")

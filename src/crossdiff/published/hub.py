@@ -1,0 +1,339 @@
+"""Publish a run on the Hugging Face Hub, fetch one, and load crosscoders and latent tables by name.
+
+A published run has the layout of a run directory, without the activations, and a model card as its README.md. Both ways go
+through the `huggingface_hub` client, which reads its token and endpoint (`HF_TOKEN`, `HF_ENDPOINT`) itself. A transfer that
+broke goes on when the same call is made again: files that arrived are not sent or fetched twice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from crossdiff.diff import open as open_run
+from crossdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+    from huggingface_hub import HfApi
+
+    from crossdiff.crosscoder.crosscoder import Crosscoder
+
+FILES = (
+    "config.json", "model.safetensors", "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet",
+    "examples.sqlite", "health.json", "behaviours.parquet", "train.jsonl", "causal.json", "causal_latents.parquet",
+    "causal_conversations.parquet", "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
+)  # fmt: skip
+"""What is published of each crosscoder, if it is there."""
+WEIGHTS = ("model.safetensors", "cc_weights.pt", "sae_weights.safetensors")
+"""Files that make a folder one of a crosscoder, ours or others'."""
+BESIDE = ("config.json", "trainer_config.json", "cfg.json")
+"""Settings that others' weights have beside them."""
+EARLY_TABLES = "science-of-finetuning/max-activating-examples-gemma-2-2b-l13"
+PUBLISHED_TABLES = {
+    "Butanium/gemma-2-2b-crosscoder-l13-mu4.1e-02-lr1e-04": f"{EARLY_TABLES}-mu4.1e-02-lr1e-04",
+    "ckkissane/crosscoder-gemma-2-2b-model-diff": f"{EARLY_TABLES}-ckissane",
+}
+"""Data sets with the latent tables of crosscoders that were published before the rule of `_table_repositories`."""
+TABLE = "feature_df.csv"
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What `push` sends: the repository, each file with its size in bytes, the card's text, and what to know before."""
+
+    repository: str
+    sizes: dict[str, int]
+    card: str
+    remarks: tuple[str, ...]
+
+
+def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bool = False, licence: str = "") -> Upload:
+    """Publish a run's crosscoders, latent tables, examples and settings with a generated model card.
+
+    The run is only read. The activations stay where they are.
+
+    Examples:
+        >>> crossdiff.push("runs/demo", "me/my-diff", dry_run=True).sizes["batchtopk/config.json"] > 0
+        True
+
+    Args:
+        repository: `owner/name`; made if it does not exist.
+        dry_run: only say what would be sent; the network is not used.
+        private: make a new repository private.
+        licence: the licence of the two models, such as `mit`; by default it is looked up.
+
+    Raises:
+        UserError: no finished run, a wrong name, or what the Hub answers.
+    """
+    from crossdiff.crosscoder.checkpoint import origin_of
+    from crossdiff.report.model_card import model_card
+    from crossdiff.report.reading import read_run
+
+    _check_name(repository)
+    path = open_run(run).path
+    report = read_run(path)
+    files = _files_of(path, (coder.name for coder in report.crosscoders))
+    with _explained(repository):
+        found = licence or _licences(report.base, report.chat, look_up=not dry_run)
+        # The run's settings may have changed since a crosscoder was trained, or name it no longer.
+        trained = {coder.name: origin_of(path / coder.name).get("settings") or {} for coder in report.crosscoders}
+        card = model_card(report, repository, found, trained)
+        sizes = {name: file.stat().st_size for name, file in files.items()} | {"README.md": len(card.encode())}
+        upload = Upload(repository, sizes, card, _remarks(path, report.base, report.chat))
+        if not dry_run:
+            _send(repository, files, card, private)
+    return upload
+
+
+def _files_of(path: Path, names: Iterable[str]) -> dict[str, Path]:
+    """What is published of a run: name in the repository -> file."""
+    files = {f"{name}/{file}": path / name / file for name in names for file in FILES}
+    found = {name: file for name, file in files.items() if file.is_file()}
+    return {"config.yaml": path / "config.yaml"} | found
+
+
+def _send(repository: str, files: dict[str, Path], card: str, private: bool) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    api = _api()
+    api.create_repo(repository, private=private, exist_ok=True)
+    contents: dict[str, Any] = {**files, "README.md": card.encode()}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    with warnings.catch_warnings():
+        # The client asks whether a table should not rather be in a data set; here it belongs to the weights beside it.
+        warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+        api.create_commit(repository, operations, commit_message="Upload a diff by crossdiff")
+
+
+def _remarks(path: Path, base: str | None, chat: str | None) -> tuple[str, ...]:
+    """What whoever publishes should know."""
+    local = [name for name in (base, chat) if name is not None and not (name.startswith("demo:") or NAME.fullmatch(name))]
+    remarks = []
+    if local:
+        remarks.append(
+            f"{' and '.join(local)} are paths of this machine, and the settings and weights name them: whoever pulls this "
+            "cannot load the models by them"
+        )
+    if (path / "activations").is_dir():
+        remarks.append("the activations are not published; the examples hold pieces of the analysed texts")
+    return tuple(remarks)
+
+
+def _licences(base: str | None, chat: str | None, look_up: bool) -> str:
+    """The licence of the two models: one identifier, or both, or "unknown"."""
+    found = dict.fromkeys(_licence(name, look_up) for name in (base, chat) if name is not None)
+    return ", ".join(found) or "unknown"
+
+
+def _licence(model: str, look_up: bool) -> str:
+    if model.startswith("demo:"):
+        return "mit"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        card = folder / "README.md"
+        return _card_licence(card.read_text(encoding="utf-8")) if card.is_file() else "unknown"
+    if not look_up:
+        return "looked up when it is published"
+    from huggingface_hub import errors
+
+    try:
+        data: Any = _api().model_info(model).card_data
+    except errors.RepositoryNotFoundError:
+        return "unknown"
+    return str((data or {}).get("license") or "unknown")
+
+
+def _card_licence(card: str) -> str:
+    found = re.match(r"---\n.*?^license:\s*(\S+)\s*$", card, re.DOTALL | re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+def pull(repository: str, directory: str | Path | None = None, *, revision: str | None = None) -> Path:
+    """Fetch a published run into a folder that `crossdiff.open` reads; returns the folder.
+
+    Args:
+        directory: where to; default `runs/NAME` of `owner/NAME`. A folder with anything but an earlier pull of it is refused.
+        revision: branch, tag or commit.
+
+    Raises:
+        UserError: no such repository, one that holds no run, or what the Hub answers.
+
+    Examples:
+        >>> crossdiff.open(crossdiff.pull("me/my-diff")).names
+        ('l1', 'batchtopk')
+    """
+    _check_name(repository)
+    folder = Path(directory) if directory is not None else Path("runs") / repository.partition("/")[2]
+    if (folder / "manifest.json").exists():
+        raise UserError(f"{folder} is a run of this machine; name another folder to pull {repository} into")
+    with _explained(repository):
+        api = _api()
+        commit = api.model_info(repository, revision=revision).sha
+        files = api.list_repo_files(repository, revision=commit)
+        if "config.yaml" not in files:
+            raise UserError(
+                f"{repository} was not published by crossdiff: it has no config.yaml; `crossdiff.load({repository!r})` reads "
+                "crosscoders of other formats"
+            )
+        wanted = ["config.yaml", "README.md", *(f"*/{name}" for name in FILES)]
+        api.snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=wanted)
+    return folder
+
+
+def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
+    """Load a crosscoder from a folder or from the Hub: one of ours, or one that others have published.
+
+    Read are the folders of this package, of the paper's `dictionary_learning`, of C. Kissane's replication and of SAELens, for
+    example `load("science-of-finetuning/gemma-2-2b-L13-k100-lr1e-04-local-shuffling-CCLoss")`.
+
+    Examples:
+        >>> crossdiff.load("runs/demo", "l1").sources
+        ('base', 'chat')
+
+    Args:
+        name: a crosscoder's folder, a run directory, or `owner/name` on the Hub.
+        crosscoder: which folder, if there are several; default: `batchtopk` if there is one of that name.
+
+    Raises:
+        UserError: nothing of that name, several crosscoders (the message names them), or a format that cannot be read.
+    """
+    from crossdiff.published.formats import read_published
+
+    path = Path(name)
+    if path.is_file():
+        return read_published(path)
+    if path.is_dir():
+        files = [str(file.relative_to(path)) for pattern in ("*", "*/*") for file in path.glob(pattern)]
+        return read_published(path / _choose(files, crosscoder, str(path)))
+    if not NAME.fullmatch(str(name)):
+        raise UserError(f"there is no {name}; give a crosscoder's folder, a run directory, or owner/name on the Hub")
+    with _explained(str(name)):
+        api = _api()
+        commit = api.model_info(str(name)).sha
+        folder = _choose(api.list_repo_files(str(name), revision=commit), crosscoder, str(name))
+        wanted = [str(PurePosixPath(folder, file)) for file in (*WEIGHTS, *BESIDE)]
+        local = api.snapshot_download(str(name), revision=commit, allow_patterns=wanted)
+    return read_published(Path(local) / folder)
+
+
+def _choose(files: Iterable[str], wanted: str | None, where: str) -> str:
+    """The folder of the crosscoder among a repository's files; "." for the top."""
+    folders = sorted({str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name in WEIGHTS})
+    names = [folder for folder in folders if not fnmatch(folder, "old/*") and not fnmatch(folder, "work/*")]
+    if not names:
+        raise UserError(f"{where} holds no crosscoder: expected a file {', '.join(WEIGHTS)} in it or in a folder of it")
+    if wanted is None and len(names) > 1 and "batchtopk" not in names:
+        raise UserError(f"{where} holds {len(names)} crosscoders; name one of them: {', '.join(names)}")
+    if wanted is not None and wanted not in names:
+        raise UserError(f"{where} holds no crosscoder {wanted!r}; it holds {', '.join(names)}")
+    return wanted or (names[0] if len(names) == 1 else "batchtopk")
+
+
+def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
+    """Load a latent table: of a run, of a run on the Hub, or the published table of one of the paper's crosscoders.
+
+    Published tables are data sets of their own; both the data set's name and the crosscoder's are understood. Their columns
+    are converted to ours (delta_norm is 1 for chat-only; see `published/feature_df.py`).
+
+    Examples:
+        >>> crossdiff.load_table("runs/demo", "l1").columns[0]
+        'latent'
+
+    Raises:
+        UserError: no such table, or one that cannot be read.
+    """
+    import polars as pl
+
+    from crossdiff.published.feature_df import read_published_table
+
+    path = Path(name)
+    if path.is_file():
+        return pl.read_parquet(path) if path.suffix == ".parquet" else read_published_table(path)
+    if path.is_dir():
+        files = [str(file.relative_to(path)) for pattern in ("*", "*/*") for file in path.glob(pattern)]
+        table = path / _choose(files, crosscoder, str(path)) / "latents.parquet"
+        if not table.is_file():
+            raise UserError(f"{table} is missing; run `crossdiff analyze {path}` first")
+        return pl.read_parquet(table)
+    _check_name(str(name))
+    with _explained(str(name)):
+        return _fetch_table(str(name), crosscoder)
+
+
+def _fetch_table(name: str, crosscoder: str | None) -> pl.DataFrame:
+    import polars as pl
+
+    from crossdiff.published.feature_df import read_published_table
+
+    api = _api()
+    for repository in _table_repositories(name):
+        if api.repo_exists(repository, repo_type="dataset") and api.file_exists(repository, TABLE, repo_type="dataset"):
+            return read_published_table(Path(api.hf_hub_download(repository, TABLE, repo_type="dataset")))
+    if not api.repo_exists(name):
+        raise UserError(f"there is no {name} on the Hub with a latent table, or it is private and no token is set (HF_TOKEN)")
+    files = api.list_repo_files(name)
+    table = str(PurePosixPath(_choose(files, crosscoder, name), "latents.parquet"))
+    if table not in files:
+        raise UserError(f"{name} has no latent table: neither {table} nor a data set with {TABLE}")
+    return pl.read_parquet(api.hf_hub_download(name, table))
+
+
+def _table_repositories(name: str) -> list[str]:
+    """Data sets that may hold the published table of a crosscoder, or that have this name themselves."""
+    owner, _, title = name.partition("/")
+    by_rule = [name] if title.startswith(("diffing-stats-", "max-activating-examples-")) else [f"{owner}/diffing-stats-{title}"]
+    return [PUBLISHED_TABLES[name]] if name in PUBLISHED_TABLES else by_rule
+
+
+def _check_name(repository: str) -> None:
+    if not NAME.fullmatch(repository):
+        raise UserError(f"{repository!r} is no name on the Hub; expected owner/name, such as me/my-diff")
+
+
+def _api() -> HfApi:
+    """The client at the endpoint that is set now; it finds its token itself."""
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="crossdiff")
+
+
+def _clean(text: str) -> str:
+    """A message without the token, in case a server or a proxy quotes the request."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    shown = text.replace(token, "hf_***") if token else text
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", " ".join(shown.split()))
+
+
+@contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """What the client raises, in words and without secrets."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"there is no {repository} on the Hub, or you may not see it; check the name, and for a private one log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        hint = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+        status = error.response.status_code
+        what = hint if status in (401, 403) else "run the same command again to go on"
+        raise UserError(f"the Hub refused {repository}: {_clean(str(error))}; {what}") from None
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:  # type: ignore[attr-defined]
+        raise UserError(
+            f"cannot reach the Hub for {repository}: {_clean(str(error))}; check the network, and run the same command again "
+            "to go on where it stopped"
+        ) from None

@@ -1,0 +1,167 @@
+"""Which latents are active on a text that both models read now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+
+from crossdiff.activations.passes import paired_residuals
+from crossdiff.errors import UserError
+from crossdiff.models.pair import SOURCES
+from crossdiff.report.cards import prompt_view
+from crossdiff.report.examples import Token, role_of
+from crossdiff.report.inline import fragment
+from crossdiff.report.wording import number
+from crossdiff.text.chat import tokenise_chat, tokenise_prompt
+from crossdiff.text.documents import Document
+from crossdiff.text.sequences import TokenSequence, tokenise
+
+if TYPE_CHECKING:
+    from crossdiff.crosscoder.crosscoder import Crosscoder
+    from crossdiff.models.pair import Pair
+
+STRONGEST = 5
+"""Latents that are shown when none are named."""
+
+Text = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Activations v of some latents on one text; a notebook shows the text once per latent, tinted.
+
+    Examples:
+        >>> run = crossdiff.open("runs/demo")
+        >>> found = run.activations("The sea is cold", latents=[3, 1])
+        >>> found.values.shape == (len(found.tokens), 2)
+        True
+        >>> found.table.columns
+        ['position', 'token', 'role', 'latent_3', 'latent_1']
+
+    Attributes:
+        tokens: the text of each token; roles: bos, template, user, assistant or plain.
+        latents: numbers of the latents, in the order asked for, or the strongest first.
+        values: `[token, latent]`, v = f * sum over sources of ||d^s||; 0 at the left-out positions at the start.
+        highest: per latent, the largest activation known of it: the strongest tint.
+    """
+
+    tokens: tuple[str, ...]
+    roles: tuple[str, ...]
+    flags: tuple[int, ...]
+    latents: tuple[int, ...]
+    values: npt.NDArray[np.float32]
+    highest: tuple[float, ...]
+
+    @property
+    def table(self) -> pl.DataFrame:
+        """One row a token: position, token, role, and a column `latent_J` per latent."""
+        columns: dict[str, Any] = {"position": range(len(self.tokens)), "token": self.tokens, "role": self.roles}
+        return pl.DataFrame(columns | {f"latent_{name}": self.values[:, i] for i, name in enumerate(self.latents)})
+
+    def __repr__(self) -> str:
+        maxima = ", ".join(f"{name}: {number(float(top))}" for name, top in zip(self.latents, self.values.max(0), strict=True))
+        return f"<Activations on {len(self.tokens)} tokens; largest per latent: {maxima or 'no latent is active'}>"
+
+    def _repr_html_(self) -> str:
+        views = []
+        for index, name in enumerate(self.latents):
+            values = self.values[:, index].tolist()
+            tokens = tuple(Token(*token) for token in zip(self.tokens, self.flags, values, strict=True))
+            peak, highest = max(values), max(self.highest[index], *values)
+            origin = f"latent {name} \N{MIDDLE DOT} maximum {number(peak)} here, {number(highest)} at most"
+            views.append(prompt_view(origin, tokens, highest or 1.0))
+        return fragment(views=views, title="" if views else "No latent is active on this text")
+
+
+def read_text(tokenizer: Any, text: Text, max_length: int) -> TokenSequence:
+    """The tokens of a plain text or of a conversation, which is followed by the header of the answer if it has none.
+
+    Raises:
+        UserError: no text, a conversation that cannot be rendered, or more than `max_length` tokens.
+    """
+    if isinstance(text, str):
+        document = Document(0, 0, text, None, "heldout", None, None)
+        sequences = tokenise(document, tokenizer, max(max_length, 2 * len(text.encode()) + 2))
+        if not sequences:
+            raise UserError("the text is empty; give some words, or a list of messages")
+        (sequence,) = sequences
+    else:
+        answered = bool(text) and isinstance(text[-1], Mapping) and text[-1].get("role") == "assistant"
+        chat = (tokenise_chat if answered else tokenise_prompt)(tokenizer, text)
+        sequence = TokenSequence(0, chat.token_ids, chat.flags, chat.template_index, chat.turn, 0)
+    if len(sequence.token_ids) > max_length:
+        raise UserError(
+            f"the text has {len(sequence.token_ids)} tokens, and the sequences of this run had at most {max_length} "
+            "(harvest.max_length); shorten it"
+        )
+    return sequence
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Where latents are active on a text: `token`, `latent` and their activation `v`, `[pair]`."""
+
+    token: npt.NDArray[np.int64]
+    latent: npt.NDArray[np.int64]
+    v: npt.NDArray[np.float32]
+
+
+@torch.no_grad()
+def active_pairs(pair: Pair, crosscoder: Crosscoder, sequence: TokenSequence, leave_out: int) -> Pairs:
+    """Run both models over a text and read the crosscoder.
+
+    Args:
+        leave_out: positions at the start that no latent is read on, as in training.
+    """
+    layer = crosscoder.origin["layer"]
+    streams = dict(zip(SOURCES, paired_residuals(pair, [sequence.token_ids], [layer])[0], strict=True))
+    h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
+    code = crosscoder.sparse_code(crosscoder.normalise(h))
+    v = code.values * crosscoder.norms().sum(1)[code.latent]
+    kept = (code.token >= leave_out) & (v > 0)
+    return Pairs(*(values[kept].cpu().numpy() for values in (code.token, code.latent, v.float())))
+
+
+def activations_on(
+    sequence: TokenSequence,
+    pair: Pair,
+    crosscoder: Crosscoder,
+    leave_out: int,
+    latents: Sequence[int] | None,
+    largest: Mapping[int, float],
+) -> Activations:
+    """The activations of latents on a text.
+
+    Args:
+        leave_out: positions at the start that no latent is read on, as in training.
+        latents: numbers of the latents; None for the strongest on this text.
+        largest: the largest activation known of each latent, from the latent table.
+
+    Raises:
+        UserError: a latent that does not exist.
+    """
+    for latent in latents or ():
+        if not 0 <= latent < crosscoder.n_latents:
+            raise UserError(f"there is no latent {latent}: the crosscoder has {crosscoder.n_latents}, from 0")
+    found = active_pairs(pair, crosscoder, sequence, leave_out)
+    v = np.zeros((len(sequence.token_ids), crosscoder.n_latents), np.float32)
+    v[found.token, found.latent] = found.v
+    if latents is None:
+        top = v.max(0)
+        latents = [int(latent) for latent in np.argsort(-top, kind="stable")[:STRONGEST] if top[latent] > 0]
+    ids, flags = sequence.token_ids.tolist(), tuple(sequence.flags.tolist())
+    texts = tuple(pair.tokenizer.decode([token]) for token in ids)
+    return Activations(
+        tokens=texts,
+        roles=tuple(role_of(Token(text, flag, 0.0)) for text, flag in zip(texts, flags, strict=True)),
+        flags=flags,
+        latents=tuple(latents),
+        values=v[:, list(latents)],
+        highest=tuple(largest.get(latent, 0.0) for latent in latents),
+    )

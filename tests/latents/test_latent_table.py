@@ -1,0 +1,43 @@
+"""delta_norm, classes, ranks and pools by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import torch
+
+from crossdiff.latents.decoder import cosine, delta_norm, delta_norm_class
+from crossdiff.latents.latent_table import _rank_sum, pools
+
+
+def test_delta_norm() -> None:
+    # base 0: 1; equal: 1/2; chat half of base: 1/2 (-1/2 + 1) = 1/4; chat 0: 0; both 0: undefined.
+    norms = torch.tensor([[0.0, 2.0], [1.0, 1.0], [2.0, 1.0], [3.0, 0.0], [0.0, 0.0]])
+    values = delta_norm(norms).tolist()
+    assert values[:4] == [1.0, 0.5, 0.25, 0.0]
+    assert np.isnan(values[4])
+    assert [delta_norm_class(v) for v in (0.0, 0.1, 0.25, 0.4, 0.6, 0.7, 0.9, 1.0, float("nan"))] == [
+        "base_only", "base_only", "other", "shared", "shared", "other", "chat_only", "chat_only", "undefined",
+    ]  # fmt: skip
+
+
+def test_cosine() -> None:
+    directions = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 3.0]]])
+    assert cosine(directions).tolist() == [1.0, 0.0]
+
+
+def test_rank_sum() -> None:
+    ranks = _rank_sum(np.array([0.1, 0.5, np.nan, 0.3]), np.array([0.9, 0.2, 0.1, np.nan]))
+    assert ranks[:2].tolist() == [3.0, 3.0]  # 1 + 2 and 2 + 1, among the two with both defined
+    assert np.isnan(ranks[2:]).all()
+
+
+def test_pools_are_equally_large_and_chosen_by_rank() -> None:
+    rows = [(i, 0.95, float(10 - i), "chat_specific") for i in range(4)]
+    rows += [(10 + i, 0.5, 20.0, "shared") for i in range(3)]
+    rows += [(20, 0.95, float("nan"), "undecided"), (21, 0.7, 30.0, "shared")]  # no rank, and norms that are not alike
+    table = pl.DataFrame(rows, schema=["latent", "delta_norm", "rank_sum", "verdict"], orient="row")
+    chosen = pools(table, 50, seed=0)
+    assert chosen["chat_specific"] == [3, 2, 1]  # lowest rank sums first, no more than there are shared ones
+    assert chosen["shared"] == [10, 11, 12]
+    assert pools(table, 1, seed=0)["chat_specific"] == [3]
