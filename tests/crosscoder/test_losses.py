@@ -22,7 +22,7 @@ from crossdiff.config import (
 )
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import DenseCode, SparseCode
-from crossdiff.crosscoder.losses import StepResult, TokensSinceFired, step_gradients
+from crossdiff.crosscoder.losses import Loss, StepResult, TokensSinceFired
 from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.structure import Constraint, constraint_of
 from crossdiff.crosscoder.view import identity
@@ -56,7 +56,7 @@ def step(crosscoder: Crosscoder, x: Tensor, kind: Any = "squared", dead: tuple[i
     tokens = torch.zeros(N_LATENTS, dtype=torch.int64)
     tokens[list(dead)] = 10**9
     constraint = changes.pop("constraint", constraint_of(FREE, N_LATENTS, crosscoder.n_sources))
-    return step_gradients(crosscoder, x, kind, constraint, TokensSinceFired(tokens, 10**8), **changes)
+    return Loss(crosscoder, kind, constraint).gradients(x, TokensSinceFired(tokens, 10**8), **changes)
 
 
 def check(

@@ -22,7 +22,7 @@ from crossdiff.crosscoder import trainer as trainer_module
 from crossdiff.crosscoder.checkpoint import Checkpoints, load, save
 from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.log import Log
-from crossdiff.crosscoder.losses import StepResult
+from crossdiff.crosscoder.losses import Loss, StepResult
 from crossdiff.crosscoder.metrics import health, heldout_sums
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.train import Job, stop_between_steps, train, train_together
@@ -309,22 +309,22 @@ def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Step 100 goes wrong; an epoch has 71 batches of 128 of the 9,120 training tokens, so it is batch 29 of the second."""
-    original = trainer_module.step_gradients
+    original = trainer_module.Loss.gradients
     calls = 0
 
-    def spoilt(coder: Crosscoder, *rest: Any) -> StepResult:
+    def spoilt(loss: Loss, *rest: Any) -> StepResult:
         nonlocal calls
         calls += 1
-        result = original(coder, *rest)
+        result = original(loss, *rest)
         if calls == 100 and where == "loss":
             result.loss = float("nan")
         if calls == 100 and where == "gradient":
             result.gradients["decoder"][3, 3] = torch.inf
         if calls == 100 and where == "weights":
-            coder.encoder[3, 3] = torch.nan
+            loss.crosscoder.encoder[3, 3] = torch.nan
         return result
 
-    monkeypatch.setattr(trainer_module, "step_gradients", spoilt)
+    monkeypatch.setattr(trainer_module.Loss, "gradients", spoilt)
     (tmp_path / "one").mkdir()
     settings = config(L1Config(), checkpoint_seconds=1e-9)
     message = (

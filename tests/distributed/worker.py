@@ -24,7 +24,7 @@ from crossdiff.config import (
     TopKConfig,
 )
 from crossdiff.crosscoder.crosscoder import Crosscoder
-from crossdiff.crosscoder.losses import StepResult, TokensSinceFired, step_gradients
+from crossdiff.crosscoder.losses import Loss, StepResult, TokensSinceFired
 from crossdiff.crosscoder.mesh import Mesh, mesh_of
 from crossdiff.crosscoder.structure import constraint_of
 from crossdiff.crosscoder.train import Job, train_together
@@ -62,9 +62,8 @@ def step(crosscoder: Crosscoder, x: torch.Tensor, structure: Any, mesh: Mesh) ->
     tokens[list(DEAD)] = 10**9
     constraint = constraint_of(structure, N_LATENTS, 2).of_latents(part)
     # The dead ones cannot fire, so that they stay dead.
-    return step_gradients(
-        crosscoder, x, "squared", constraint, TokensSinceFired(tokens[part], 10**8), weight=0.4, guess=0.5, mesh=mesh
-    )
+    loss = Loss(crosscoder, "squared", constraint, mesh)
+    return loss.gradients(x, TokensSinceFired(tokens[part], 10**8), weight=0.4, guess=0.5)
 
 
 def whole_of(mesh: Mesh, part: torch.Tensor, n_rows: int | None) -> torch.Tensor:

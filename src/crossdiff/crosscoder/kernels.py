@@ -49,6 +49,10 @@ class DenseCode:
     def n_latents(self) -> int:
         return self.f.shape[1]
 
+    def with_values(self, values: Tensor) -> DenseCode:
+        """The same pairs with other activations."""
+        return DenseCode(values, self.mask)
+
     def decode(self, weights: Float[Tensor, "latent column"]) -> Float[Tensor, "batch column"]:
         """sum_j f_ij W_j."""
         return self.f @ weights
@@ -87,6 +91,10 @@ class SparseCode:
     values: Float[Tensor, " pair"]
     n_tokens: int
     n_latents: int
+
+    def with_values(self, values: Float[Tensor, " pair"]) -> SparseCode:
+        """The same pairs with other activations."""
+        return SparseCode(self.token, self.latent, values, self.n_tokens, self.n_latents)
 
     @cached_property
     def _token_offsets(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""The kinds of sparsity: which latents are active, and what that adds to the loss and its gradients.
+"""The kinds of sparsity: which latents are active, and what that adds to the loss.
 
-Each kind is one rule, bound to its settings in `config.py` (they live there so that the command line can list them without
-loading torch). A new kind is its settings, one line in the union `Sparsity`, and its rule here.
+Each kind is one rule, bound to its settings in `config.py`, where the command line can list them without loading torch. A new kind
+is its settings, one line in the union `Sparsity`, and its rule here.
 """
 
 from __future__ import annotations
@@ -14,55 +14,58 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from crossdiff.config import AuxConfig, BatchTopKConfig, JumpReLUConfig, Kind, L1Config, TopKConfig
-from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode, largest_in_rows
+from crossdiff.crosscoder.kernels import Code, Encoded, largest_in_rows
 from crossdiff.crosscoder.mesh import Mesh
+from crossdiff.crosscoder.sparse_autograd import sum_over, total_shortfall, with_straight_through_threshold
 from crossdiff.errors import UserError
-from crossdiff.shapes import Float, Int64, Tensor
+from crossdiff.shapes import Float, Tensor
 
 DENSE_ABOVE = 0.05
 """Share of active latents above which dense products are faster than sparse ones (measured)."""
 
 S = TypeVar("S", bound=Kind)
 RULES: dict[type[Kind], type[Rule[Any]]] = {}
-"""The rule of each settings class; a rule enters itself when its class is defined."""
+"""The rule of each settings class. A rule is entered when its class is defined."""
 
 
-@dataclass
-class Backward:
-    """A batch in the middle of its backward pass; rules add their terms to `on_values` and `gradients` in place.
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One batch as the terms of the loss see it. Gradients flow through `f`, `norms`, `pre_dead`, `decoder_dead` and `weights`.
 
     Attributes:
-        x: inputs, `[batch, column]`; error: xhat - x.
-        source_norms: ||d_j^s||.
-        on_values: gradient of the loss on f at the code's pairs, shaped as `code.values`.
-        gradients: of each parameter, by name.
-        weight: the penalty's weight at this step; shares: each latent's share of it.
-        dead: latents that have been silent for long, this batch included.
+        d_model: width of one source.
+        x: inputs, `[batch, column]`; error: xhat - x, without gradient.
+        f: activations at the pairs of `code`, shaped as `code.values`.
+        norms: sum_s ||d_j^s||.
+        pre_dead, decoder_dead, norms_dead: pre-activations on every token, decoder rows and norms of the latents that have been
+            silent for long, this batch included; empty for a kind that does not revive them.
+        weights: the parameters by name.
+        weight: of the penalty at this step; shares: each latent's share of it.
         mesh: the ranks that have other tokens of the batch, or other latents.
     """
 
+    d_model: int
+    x: Float[Tensor, "batch column"]
     encoded: Encoded
     code: Code
-    x: Float[Tensor, "batch column"]
+    f: Tensor
+    norms: Float[Tensor, " latent"]
     error: Float[Tensor, "batch column"]
-    decoder: Float[Tensor, "latent column"]
-    source_norms: Float[Tensor, "latent source"]
-    on_values: Tensor
-    gradients: dict[str, Tensor]
+    pre_dead: Float[Tensor, "batch dead"]
+    decoder_dead: Float[Tensor, "dead column"]
+    norms_dead: Float[Tensor, " dead"]
+    weights: dict[str, Tensor]
     weight: float
     shares: Float[Tensor, " latent"]
-    dead: Int64[Tensor, " dead"]
     mesh: Mesh
 
-    def add_norm_gradient(self, per_latent: Float[Tensor, " latent"]) -> None:
-        """Adds c_j * (gradient of sum_s ||d_j^s||) to the decoder's gradient: c_j d_j^s / ||d_j^s||."""
-        weight = per_latent.unsqueeze(1) / self.source_norms.clamp(min=1e-12)
-        split = (*self.source_norms.shape, -1)
-        self.gradients["decoder"].view(split).addcmul_(self.decoder.view(split), weight.unsqueeze(2))
+    def weighted(self, weight: float) -> Float[Tensor, " latent"]:
+        """Weight of each latent in a penalty that is a mean over tokens."""
+        return self.shares * (weight / self.encoded.n_tokens)
 
 
 class Rule(ABC, Generic[S]):
-    """One kind of sparsity. The methods that a kind does not need keep their neutral definition."""
+    """One kind of sparsity. A kind overrides the methods that it needs."""
 
     settings_class: ClassVar[type[Kind]]
 
@@ -71,6 +74,11 @@ class Rule(ABC, Generic[S]):
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
+
+    @property
+    def revives_dead(self) -> bool:
+        """Whether the auxiliary loss needs the dead latents."""
+        return False
 
     def own_parameters(self, n_latents: int) -> dict[str, Float[Tensor, " latent"]]:
         """Parameters per latent beside encoder and decoder, at the start of training."""
@@ -88,20 +96,24 @@ class Rule(ABC, Generic[S]):
         """Weight of the penalty after a share `progress` of the run."""
         return 0.0
 
-    def penalty(self, b: Backward) -> float:
-        """The penalty on f. Returns it and adds its gradients on f and on the decoder."""
-        return 0.0
+    def with_threshold(self, f: Tensor, code: Code, encoded: Encoded, weights: dict[str, Tensor]) -> Tensor:
+        """The activations f of a code, with the gradient on a threshold where the kind trains one."""
+        return f
 
-    def finish(self, b: Backward) -> tuple[float, float]:
-        """What comes after the encoder's gradient. Returns more (penalty, auxiliary loss) and adds their gradients."""
-        return 0.0, 0.0
+    def penalty(self, b: TrainingBatch) -> Tensor:
+        """The sparsity penalty."""
+        return b.x.new_zeros(())
+
+    def auxiliary_loss(self, b: TrainingBatch) -> Tensor:
+        """What revives dead latents."""
+        return b.x.new_zeros(())
 
     def check(self, n_latents: int) -> None:
         """Raises `UserError` for settings that no training of this size can have."""
 
 
 class L1(Rule[L1Config]):
-    """f = ReLU(pre); penalty weight * mean_i sum_j f_ij sum_s ||d_j^s||."""
+    """f = ReLU(pre); penalty weight * mean_i sum_j f_ij sum_s ||d_j^s|| (docs/method.md#crosscoder; Lindsey et al. 2024)."""
 
     settings_class = L1Config
 
@@ -111,18 +123,18 @@ class L1(Rule[L1Config]):
     def weight(self, progress: float) -> float:
         return self.settings.mu * min(1.0, progress / max(self.settings.mu_warmup_share, 1e-12))
 
-    def penalty(self, b: Backward) -> float:
-        each = b.shares * (b.weight / b.encoded.n_tokens)
-        total = b.code.sum_tokens(b.code.values)
-        b.on_values += b.code.of_latents(each * b.encoded.norms)
-        b.add_norm_gradient(each * total)
-        return float((each * total * b.encoded.norms).sum())
+    def penalty(self, b: TrainingBatch) -> Tensor:
+        return (b.weighted(b.weight) * b.code.sum_tokens(b.f) * b.norms).sum()
 
 
 class BatchTopK(Rule[BatchTopKConfig]):
-    """The k * batch largest v of a batch; at inference v > threshold."""
+    """The k * batch largest v of a batch; at inference v > threshold (Bussmann et al. 2024; Minder, Dumas et al. 2025)."""
 
     settings_class = BatchTopKConfig
+
+    @property
+    def revives_dead(self) -> bool:
+        return self.settings.aux.weight > 0
 
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         safe = encoded.norms.clamp(min=torch.finfo(encoded.norms.dtype).tiny)
@@ -131,17 +143,21 @@ class BatchTopK(Rule[BatchTopKConfig]):
     def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
         return encoded.largest(self.settings.k * encoded.n_tokens * mesh.data.size, mesh.all)
 
-    def finish(self, b: Backward) -> tuple[float, float]:
-        return 0.0, aux_loss(b, self.settings.aux)
+    def auxiliary_loss(self, b: TrainingBatch) -> Tensor:
+        return aux_k(b, self.settings.aux)
 
     def check(self, n_latents: int) -> None:
         check_k(self.settings.k, n_latents)
 
 
 class TopK(Rule[TopKConfig]):
-    """The k largest v of each token."""
+    """The k largest v of each token (Gao et al. 2024)."""
 
     settings_class = TopKConfig
+
+    @property
+    def revives_dead(self) -> bool:
+        return self.settings.aux.weight > 0
 
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         return encoded.largest_of_each_token(self.settings.k)
@@ -149,8 +165,8 @@ class TopK(Rule[TopKConfig]):
     def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
         return encoded.largest_of_each_token(self.settings.k, mesh.latent), None
 
-    def finish(self, b: Backward) -> tuple[float, float]:
-        return 0.0, aux_loss(b, self.settings.aux)
+    def auxiliary_loss(self, b: TrainingBatch) -> Tensor:
+        return aux_k(b, self.settings.aux)
 
     def check(self, n_latents: int) -> None:
         check_k(self.settings.k, n_latents)
@@ -159,9 +175,9 @@ class TopK(Rule[TopKConfig]):
 class JumpReLU(Rule[JumpReLUConfig]):
     """f = pre where pre > theta_j = exp(t_j), else 0.
 
-    Penalty weight * mean_i sum_j tanh(c f_ij n_j) + p * mean_i sum_j ReLU(theta_j - pre_ij) n_j with n_j = sum_s ||d_j^s||.
-    The gradient on theta is straight-through: d f / d theta = -(theta / w) where |pre - theta| < w / 2, else 0
-    (Rajamanoharan et al. 2024; Anthropic, January 2025).
+    Penalty weight * mean_i sum_j tanh(c f_ij n_j) + p * mean_i sum_j ReLU(theta_j - pre_ij) n_j with n_j = sum_s ||d_j^s||; the
+    second term is what gives silent latents a gradient. The gradient on theta is straight-through: d f / d theta =
+    -(theta / w) where |pre - theta| < w / 2, else 0 (Rajamanoharan et al. 2024; Anthropic, January 2025).
     """
 
     settings_class = JumpReLUConfig
@@ -173,54 +189,32 @@ class JumpReLU(Rule[JumpReLUConfig]):
         return encoded.above(encoded.own["log_threshold"].exp(), dense_above)
 
     def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
-        """The active pairs, and with f = 0 those of the window under the threshold, which have a gradient too."""
+        """The active pairs, and with f = 0 those in the window below the threshold, which have a gradient too."""
         theta = encoded.own["log_threshold"].exp()
         code = encoded.above(theta - self.settings.bandwidth / 2, DENSE_ABOVE)
         active = code.values > code.of_latents(theta)
-        return _replace_values(code, code.values * active), None
+        return code.with_values(code.values * active), None
 
     def weight(self, progress: float) -> float:
         return self.settings.weight * progress
 
-    def penalty(self, b: Backward) -> float:
-        each, c, norms = b.shares * (b.weight / b.encoded.n_tokens), self.settings.tanh_scale, b.encoded.norms
-        bend = torch.tanh(c * b.code.values * b.code.of_latents(norms))
-        slope = (1 - bend.square()) * b.code.of_latents(c * each)
-        b.on_values += slope * b.code.of_latents(norms)
-        b.add_norm_gradient(b.code.sum_tokens(slope * b.code.values))
-        return float((each * b.code.sum_tokens(bend)).sum())
+    def with_threshold(self, f: Tensor, code: Code, encoded: Encoded, weights: dict[str, Tensor]) -> Tensor:
+        theta = weights["log_threshold"].exp()
+        pre = code.of_raw(encoded.raw) + code.of_latents(encoded.bias)
+        near = (pre - code.of_latents(theta.detach())).abs() < self.settings.bandwidth / 2
+        return with_straight_through_threshold(f, theta, near, code, self.settings.bandwidth)
 
-    def finish(self, b: Backward) -> tuple[float, float]:
-        theta = b.encoded.own["log_threshold"].exp()
-        pre = b.code.of_raw(b.encoded.raw) + b.code.of_latents(b.encoded.bias)
-        near = (pre - b.code.of_latents(theta)).abs() < self.settings.bandwidth / 2
-        slope = -theta.square() / self.settings.bandwidth  # d f / d theta * d theta / d t
-        b.gradients["log_threshold"] = slope * b.code.sum_tokens(b.on_values * near)
-        return self._pull_up(b, theta), 0.0
-
-    def _pull_up(self, b: Backward, theta: Float[Tensor, " latent"]) -> float:
-        """p * mean_i sum_j ReLU(theta_j - pre_ij) n_j and its gradients: what gives silent latents a gradient."""
-        each = b.shares * (self.settings.pre_activation_weight / b.encoded.n_tokens)
-        gap = (theta - b.encoded.bias) - b.encoded.raw
-        below = (gap > 0).to(gap.dtype)
-        total, n_below = gap.clamp_(min=0).sum(0), below.sum(0)
-        on_pre = each * b.encoded.norms
-        b.gradients["encoder"] -= on_pre.unsqueeze(1) * (below.T @ b.x)
-        b.gradients["encoder_bias"] -= on_pre * n_below
-        b.gradients["log_threshold"] += on_pre * n_below * theta
-        b.add_norm_gradient(each * total)
-        return float((on_pre * total).sum())
+    def penalty(self, b: TrainingBatch) -> Tensor:
+        bent = torch.tanh(self.settings.tanh_scale * b.f * b.code.of_latents(b.norms))
+        sparsity = (b.weighted(b.weight) * b.code.sum_tokens(bent)).sum()
+        encoder, bias, theta = b.weights["encoder"], b.weights["encoder_bias"], b.weights["log_threshold"].exp()
+        shortfall = total_shortfall(encoder, bias, theta, b.x, b.encoded.raw)
+        return sparsity + (b.weighted(self.settings.pre_activation_weight) * shortfall * b.norms).sum()
 
 
 def rule_of(settings: Kind) -> Rule[Any]:
     """The rule that belongs to the settings."""
     return RULES[type(settings)](settings)
-
-
-def _replace_values(code: Code, values: Tensor) -> Code:
-    if isinstance(code, SparseCode):
-        return SparseCode(code.token, code.latent, values, code.n_tokens, code.n_latents)
-    return type(code)(values, code.mask)
 
 
 def check_k(k: int, n_latents: int) -> None:
@@ -229,28 +223,23 @@ def check_k(k: int, n_latents: int) -> None:
         raise UserError(f"k {k} is larger than the number of latents {n_latents}; lower k or raise expansion")
 
 
-def aux_loss(b: Backward, settings: AuxConfig) -> float:
-    """AuxK (METHOD: crosscoder; Gao et al. 2024): the dead latents reconstruct what the others left over.
+def aux_k(b: TrainingBatch, settings: AuxConfig) -> Tensor:
+    """AuxK (docs/method.md#auxiliary-loss; Gao et al. 2024): the dead latents reconstruct the residual of the others.
 
     weight * mean_i ||r_i - sum_(j in the k largest v of the dead) f_ij d_j||^2 / mean_i ||r_i - mean r||^2, with the
-    residual r = x - xhat detached and no bias.
+    residual r = x - xhat detached and without the bias.
     """
-    n_dead = b.mesh.latent.total(len(b.dead)) if settings.weight else 0
+    n_dead = b.mesh.latent.total(len(b.norms_dead))
     if not n_dead:
-        return 0.0
-    n_tokens, decoder, data = len(b.x), b.decoder[b.dead], b.mesh.data
-    mean = data.mean(b.error.mean(0))
-    variance = float(data.mean((b.error - mean).square().sum() / n_tokens))
+        return b.x.new_zeros(())
+    n_tokens = len(b.x)
+    mean = b.mesh.data.mean(b.error.mean(0))
+    variance = float(b.mesh.data.mean((b.error - mean).square().sum() / n_tokens))
     if variance == 0.0:
-        return 0.0
-    k = settings.k if settings.k is not None else max(1, b.x.shape[1] // (2 * b.source_norms.shape[1]))
-    f = (b.encoded.raw[:, b.dead] + b.encoded.bias[b.dead]).clamp_(min=0)
+        return b.x.new_zeros(())
+    k = settings.k if settings.k is not None else max(1, b.d_model // 2)
+    f = b.pre_dead.relu()
     if k < n_dead:
-        f *= largest_in_rows(f * b.encoded.norms[b.dead], k, b.mesh.latent)
-    error = b.error + b.mesh.latent.sum(f @ decoder)  # the residual is -b.error
-    on_error = error * (2.0 * settings.weight / (n_tokens * variance))
-    on_pre = (on_error @ decoder.T).mul_(f > 0)
-    b.gradients["decoder"].index_add_(0, b.dead, f.T @ on_error)
-    b.gradients["encoder"].index_add_(0, b.dead, on_pre.T @ b.x)
-    b.gradients["encoder_bias"].index_add_(0, b.dead, on_pre.sum(0))
-    return settings.weight * float(error.square().sum()) / n_tokens / variance
+        f = f * largest_in_rows(f.detach() * b.norms_dead, k, b.mesh.latent)
+    error = b.error + sum_over(b.mesh.latent, f @ b.decoder_dead)  # the residual is -b.error
+    return error.square().sum() * (settings.weight / (n_tokens * variance))

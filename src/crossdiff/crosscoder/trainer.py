@@ -12,7 +12,7 @@ import torch
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig, L1Config
 from crossdiff.crosscoder.checkpoint import TrainingState
 from crossdiff.crosscoder.crosscoder import Crosscoder
-from crossdiff.crosscoder.losses import StepResult, TokensSinceFired, step_gradients
+from crossdiff.crosscoder.losses import Loss, StepResult, TokensSinceFired
 from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.structure import constraint_of
 from crossdiff.errors import UserError
@@ -88,7 +88,7 @@ class Trainer:
             crosscoder = crosscoder.of_latents(part)
         if device is not None:
             crosscoder = crosscoder.to(device)
-        self.config, self.crosscoder, self.rule = config, crosscoder, crosscoder.rule
+        self.config, self.crosscoder = config, crosscoder
         self.constraint = constraint_of(config.structure, self.n_latents, crosscoder.n_sources).of_latents(part)
         self.constraint.settle(crosscoder.parameters())
         self.schedule = Schedule(n_steps, config)
@@ -110,20 +110,12 @@ class Trainer:
         Raises:
             Diverged: the loss or its gradient is not finite; the weights are those of before the step.
         """
+        crosscoder = self.crosscoder
         if self._raw is None and x.device.type == "cpu":
-            self._raw = x.new_empty(len(x), self.crosscoder.n_latents)
-        weight = self.rule.weight((self.step + 1) / self.schedule.n_steps)
-        result = step_gradients(
-            self.crosscoder,
-            x,
-            self.config.reconstruction,
-            self.constraint,
-            self.since_fired,
-            weight,
-            self.guess,
-            self._raw,
-            self.mesh,
-        )
+            self._raw = x.new_empty(len(x), crosscoder.n_latents)
+        weight = crosscoder.rule.weight((self.step + 1) / self.schedule.n_steps)
+        loss = Loss(crosscoder, self.config.reconstruction, self.constraint, self.mesh)
+        result = loss.gradients(x, self.since_fired, weight, self.guess, self._raw)
         if not math.isfinite(result.loss):
             raise Diverged(f"the loss is {result.loss}")
         norm = self._norm(result.gradients)
