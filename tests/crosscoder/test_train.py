@@ -20,7 +20,7 @@ from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, J
 from crossdiff.crosscoder import checkpoint as checkpoint_module
 from crossdiff.crosscoder import trainer as trainer_module
 from crossdiff.crosscoder.checkpoint import Checkpoints, load, save
-from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.log import Log
 from crossdiff.crosscoder.losses import Loss, StepResult
 from crossdiff.crosscoder.metrics import health, heldout_sums

@@ -1,7 +1,7 @@
 """The encoder's and the decoder's products as differentiable functions that touch only the active pairs.
 
-With these two, a training loss is plain torch on top of a sparse code. The gradient of a weight matrix is as large as the
-matrix, and autograd would add up the gradients that separate functions return in further passes over memory. So each function writes the
+With these two, a training loss is plain torch on top of a sparse code. The gradient of a weight matrix is as large as the matrix,
+and autograd would add up the gradients that separate functions return in further passes over memory. So each function writes the
 gradient of its matrix once, and also returns what other terms of a loss need from the same matrix.
 """
 
@@ -27,7 +27,7 @@ class _Activations(torch.autograd.Function):
         return code.values.view_as(code.values), raw[:, some] + bias[some]
 
     @staticmethod
-    def backward(ctx: Any, on_f: Tensor, on_some: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, on_f: Tensor, on_some: Tensor | None) -> tuple[Tensor | None, ...]:
         code, x, some = ctx.code, ctx.x, ctx.some
         on_pre = on_f * (code.values > 0)
         on_encoder = code.accumulate(on_pre, x)
@@ -49,9 +49,7 @@ class _Decoded(torch.autograd.Function):
         return code.decode(decoder), source_norms.clone(), decoder[some]
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, on_output: Tensor, on_norms: Tensor | None, on_some: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, on_output: Tensor, on_norms: Tensor | None, on_some: Tensor | None) -> tuple[Tensor | None, ...]:
         code, (decoder, source_norms) = ctx.code, ctx.saved_tensors
         on_f = code.dot(on_output, decoder)
         on_decoder = code.accumulate(code.values, on_output)
@@ -72,7 +70,7 @@ class _StraightThrough(torch.autograd.Function):
         return f.view_as(f)
 
     @staticmethod
-    def backward(ctx: Any, on_f: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, on_f: Tensor) -> tuple[Tensor | None, ...]:
         theta, near = ctx.saved_tensors
         return on_f, -theta / ctx.bandwidth * ctx.code.sum_tokens(on_f * near), None, None, None
 
@@ -85,7 +83,7 @@ class _TotalShortfall(torch.autograd.Function):
         return gap.clamp_(min=0).sum(0)
 
     @staticmethod
-    def backward(ctx: Any, on_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, on_total: Tensor) -> tuple[Tensor | None, ...]:
         x, below = ctx.saved_tensors
         on_theta = on_total * below.sum(0)
         return on_total.neg().unsqueeze(1) * (below.T @ x), -on_theta, on_theta, None, None
@@ -97,8 +95,12 @@ class _SumOverRanks(torch.autograd.Function):
         return ranks.sum(part.clone())
 
     @staticmethod
-    def backward(ctx: Any, on_sum: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, on_sum: Tensor) -> tuple[Tensor, None]:
         return on_sum, None
+
+
+def _apply(function: Any, *inputs: Any) -> Any:
+    return function.apply(*inputs)
 
 
 def activations(
@@ -117,7 +119,7 @@ def activations(
     Returns:
         f, shaped as `code.values`; pre-activations.
     """
-    found: tuple[Tensor, Tensor] = _Activations.apply(encoder, bias, x, raw, code, some)
+    found: tuple[Tensor, Tensor] = _apply(_Activations, encoder, bias, x, raw, code, some)
     return found
 
 
@@ -134,7 +136,7 @@ def decoded(
         f: the code's values, with what autograd knows about them.
         source_norms: ||d_j^s||, which the selection of the code has needed already.
     """
-    found: tuple[Tensor, Tensor, Tensor] = _Decoded.apply(f, decoder, source_norms, code, some)
+    found: tuple[Tensor, Tensor, Tensor] = _apply(_Decoded, f, decoder, source_norms, code, some)
     return found
 
 
@@ -142,7 +144,7 @@ def with_straight_through_threshold(
     f: Tensor, theta: Float[Tensor, " latent"], near: Tensor, code: Code, bandwidth: float
 ) -> Tensor:
     """f as it is, with the straight-through gradient d f / d theta = -(theta / bandwidth) at the pairs `near` the threshold."""
-    found: Tensor = _StraightThrough.apply(f, theta, near, code, bandwidth)
+    found: Tensor = _apply(_StraightThrough, f, theta, near, code, bandwidth)
     return found
 
 
@@ -154,7 +156,7 @@ def total_shortfall(
     raw: Float[Tensor, "batch latent"],
 ) -> Float[Tensor, " latent"]:
     """sum_i ReLU(theta_j - b_j - <x_i, e_j>) over all tokens, where `raw` is <x_i, e_j>."""
-    found: Tensor = _TotalShortfall.apply(encoder, bias, theta, x, raw)
+    found: Tensor = _apply(_TotalShortfall, encoder, bias, theta, x, raw)
     return found
 
 
@@ -162,5 +164,5 @@ def sum_over(ranks: Ranks, part: Tensor) -> Tensor:
     """The sum of every rank's part. Every rank computes the same loss from it, so each part's gradient is the sum's."""
     if ranks.size == 1:
         return part
-    total: Tensor = _SumOverRanks.apply(part, ranks)
+    total: Tensor = _apply(_SumOverRanks, part, ranks)
     return total

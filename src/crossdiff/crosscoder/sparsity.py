@@ -1,7 +1,7 @@
 """The kinds of sparsity: which latents are active, and what that adds to the loss.
 
-Each kind is one rule, bound to its settings in `config.py`, where the command line can list them without loading torch. A new kind
-is its settings, one line in the union `Sparsity`, and its rule here.
+Each kind is one rule, bound to its settings in `config.py`, where the command line can list them without loading torch. A new
+kind is its settings, one line in the union `Sparsity`, and its rule here.
 """
 
 from __future__ import annotations
