@@ -1,7 +1,7 @@
 """The encoder's and the decoder's products as differentiable functions that touch only the active pairs.
 
-With these two, a training loss is plain torch on top of a sparse code. The gradient of a weight matrix is as large as the matrix,
-and autograd would add up the gradients that separate functions return in further passes over memory. So each function writes the
+With these two, a training loss is plain torch on top of a sparse code. A weight matrix has a gradient as large as itself,
+and autograd would add up the gradients of separate functions in further passes over memory. So each function writes the
 gradient of its matrix once, and also returns what other terms of a loss need from the same matrix.
 """
 
