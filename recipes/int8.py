@@ -13,8 +13,9 @@ from rich.console import Console
 
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig, DatasetConfig, HarvestConfig, RunConfig
 from crossdiff.crosscoder.metrics import health, heldout_sums
-from crossdiff.pipeline import Pipeline
 from crossdiff.run import Run
+from crossdiff.stages.pipeline import run_until
+from crossdiff.stages.session import Session
 
 
 def main() -> None:
@@ -29,23 +30,24 @@ def main() -> None:
         DatasetConfig(path="demo:chat_train", max_documents=2 * args.documents, heldout_share=0.2),
     )
     coder = CrosscoderConfig(sparsity=BatchTopKConfig(k=32), n_latents=args.latents, epochs=args.epochs)
-    pipelines = {}
+    sessions = {}
     for dtype in ("float32", "int8"):
         harvest = HarvestConfig(dtype=dtype, batch_tokens=1024)
         config = RunConfig(layer=5, dataset=texts, harvest=harvest, crosscoders={"batchtopk": coder})
-        pipelines[dtype] = Pipeline(Run.open(args.runs / dtype), config, Console())
-        pipelines[dtype].go("train")
-    exact = pipelines["float32"].store()
+        sessions[dtype] = Session(Run.open(args.runs / dtype), config, Console())
+        run_until(sessions[dtype], "train")
+    exact = sessions["float32"].store()
     print("| store | bytes | " + " | ".join(f"FVE {source}" for source in exact.sources) + " | FVE total | L0 |")
     print("|---|---|" + "---|" * (len(exact.sources) + 2))
     total = {}
-    for dtype, pipeline in pipelines.items():
-        found = health(pipeline.crosscoder("batchtopk"), heldout_sums(pipeline.crosscoder("batchtopk"), exact, "heldout", 4096))
-        size = sum(shard["bytes"] for shard in pipeline.store().manifest["shards"])
+    for dtype, session in sessions.items():
+        crosscoder = session.crosscoder("batchtopk")
+        found = health(crosscoder, heldout_sums(crosscoder, exact, "heldout", 4096))
+        size = sum(shard["bytes"] for shard in session.store().manifest["shards"])
         fves = [found["fve"][source] for source in (*exact.sources, "total")]
         print(f"| {dtype} | {size:,} | " + " | ".join(f"{fve:.4f}" for fve in fves) + f" | {found['l0']:.2f} |")
         total[dtype] = found["fve"]["total"]
-        pipeline.run.close()
+        session.run_directory.close()
     print(f"\nint8 loses {total['float32'] - total['int8']:.4f} FVE ({exact.rows('train').size:,} training tokens)")
 
 

@@ -17,8 +17,9 @@ from crossdiff.compare.seeds import compare_seeds, read_seeds
 from crossdiff.compare.terminal import print_seeds
 from crossdiff.config import RunConfig, read_yaml, validate
 from crossdiff.errors import UserError
-from crossdiff.pipeline import Pipeline
 from crossdiff.run import Run
+from crossdiff.stages.pipeline import run_until
+from crossdiff.stages.session import Session
 
 
 def with_seeds(config: RunConfig, names: list[str], seeds: list[int]) -> tuple[RunConfig, dict[str, list[str]]]:
@@ -46,7 +47,7 @@ def main() -> None:
     console, run = Console(), Run.open(args.run)
     try:
         wanted = tuple(name for family in families.values() for name in family)
-        Pipeline(run, config, console, only=wanted).go("analyze")
+        run_until(Session(run, config, console, only=wanted), "analyze")
     finally:
         run.close()
     for family in families.values():

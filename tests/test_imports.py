@@ -36,19 +36,17 @@ ALLOWED = {
     "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
     "report": FOUNDATION | {"text", "latents", "interp"},
     "progress": set(),
-    "corpus": {"config", "errors", "files", "pairs", "models", "activations", "crosscoder"},
-    "pipeline": FOUNDATION
-    | {"corpus", "progress"}
-    | {"pairs", "models", "text", "activations", "crosscoder", "latents", "compare", "report"},
+    "corpus": {"config", "errors", "files", "pairs"},
     "text_activations": FOUNDATION | {"models", "text", "activations", "crosscoder", "report"},
     "diff": FOUNDATION | {"models", "activations", "crosscoder", "report", "text_activations"},
     "published": FOUNDATION | {"text", "crosscoder", "latents", "report", "diff"},
     "dashboard": FOUNDATION | {"text", "activations", "latents", "causal", "report", "text_activations", "diff"},
-    "causal_pipeline": FOUNDATION | {"progress", "pairs", "models", "activations", "causal", "pipeline"},
-    "interp_pipeline": FOUNDATION | {"progress", "models", "interp", "pipeline"},
+    "stages": FOUNDATION
+    | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "compare", "truth", "causal"}
+    | {"interp", "report"},
     "cli": FOUNDATION
-    | {"memory", "pairs", "models", "activations", "crosscoder", "latents", "compare", "truth", "interp", "published"}
-    | {"corpus", "pipeline", "causal_pipeline", "interp_pipeline", "dashboard"},
+    | {"memory", "pairs", "models", "activations", "crosscoder", "compare", "truth", "interp", "published", "corpus"}
+    | {"stages", "dashboard"},
 }
 
 

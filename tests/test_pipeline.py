@@ -57,7 +57,7 @@ def test_a_run_makes_everything_and_a_second_one_makes_nothing(
     run_command(["run", str(run)])
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.yaml"}
     assert before == after
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
 
 
 def test_a_changed_setting_runs_what_depends_on_it_and_keeps_the_old(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
@@ -215,4 +215,4 @@ def test_compare_trains_every_kind_and_keeps_its_table(
     assert not (run / "l1" / "latents.parquet").exists()
     capsys.readouterr()
     run_command(["compare", str(run)])
-    assert "compare: done already" in capsys.readouterr().out
+    assert "compare: already done" in capsys.readouterr().out

@@ -15,8 +15,9 @@ from crossdiff.activations.store import Store
 from crossdiff.config import RunConfig, read_yaml, validate
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.files import read_json
-from crossdiff.pipeline import Pipeline
 from crossdiff.run import Run
+from crossdiff.stages.pipeline import run_until
+from crossdiff.stages.session import Session
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
@@ -59,7 +60,7 @@ def test_a_recipe_of_the_paper_runs_from_end_to_end(tmp_path: Path, recipe: str,
     settings["crosscoders"]["batchtopk"]["sparsity"]["k"] = 4
     run = Run.open(tmp_path / "run")
     try:
-        Pipeline(run, validate(RunConfig, settings, recipe), Console(quiet=True)).go("report")
+        run_until(Session(run, validate(RunConfig, settings, recipe), Console(quiet=True)))
     finally:
         run.close()
     store = Store(run.path / "activations")

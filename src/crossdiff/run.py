@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -127,7 +127,14 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         started = time.time()
         self.ranks.wait()
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if self.ranks.is_first:
+                with suppress(OSError):  # what a stage has written stays, and it resumes from there
+                    folder.rmdir()
+                    folder.parent.rmdir()
+            raise
         self.ranks.wait()
         if self.ranks.is_first:
             self._swap_in(stage, folder, time.time() - started)

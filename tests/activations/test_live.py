@@ -20,8 +20,10 @@ from crossdiff.crosscoder.train import Job, train_together
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.models.pair import Pair
-from crossdiff.pipeline import Pipeline
 from crossdiff.run import Run
+from crossdiff.stages.compare import compare
+from crossdiff.stages.pipeline import run_until
+from crossdiff.stages.session import Session
 
 SETTINGS = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtype="float32", storage="passes")
 
@@ -143,9 +145,9 @@ def test_every_stage_of_a_run_goes_live(tmp_path: Path, tiny_settings: dict[str,
         config = validate(RunConfig, settings | {"harvest": settings["harvest"] | {"storage": storage}}, "the test")
         run = Run.open(tmp_path / storage)
         try:
-            pipeline = Pipeline(run, config, Console(quiet=True))
-            pipeline.go("report")
-            pipeline.compare()
+            session = Session(run, config, Console(quiet=True))
+            run_until(session)
+            compare(session)
         finally:
             run.close()
         results[storage] = read_json(tmp_path / storage / "comparison.json")

@@ -79,7 +79,7 @@ def test_the_causal_test_writes_its_tables_and_runs_once(run: Path, capsys: pyte
     assert joined["latent"].to_list() == [3, 5]
     assert (run / "l1" / "latents.parquet").read_bytes() == before
     causal(run)
-    assert "causal/l1: done already" in capsys.readouterr().out
+    assert "causal/l1: already done" in capsys.readouterr().out
 
 
 def test_a_killed_test_goes_on_after_the_last_batch(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_coder_of_the_difference_is_patched_too(run: Path, capsys: pytest.Capt
     (run.parent / "list.yaml").write_text(yaml.safe_dump(experiment))
     causal(run, "--config", str(run.parent / "settings.yaml"))
     shown = capsys.readouterr().out
-    assert "base_sae: reads one model alone" in shown
+    assert "base_sae: reads only one model" in shown
     report = json.loads((run / "diff_sae" / "causal.json").read_text())
     kl = {(entry["intervention"], entry["span"]): entry["kl"]["value"] for entry in report["results"]}
     assert kl["full_swap", "response"] < 1e-5
@@ -204,13 +204,13 @@ def test_steering_over_labelled_prompts(run: Path, capsys: pytest.CaptureFixture
     assert set(found.columns) >= {"rate", "rate_low", "rate_high", "change", "change_low", "change_high", "degenerate"}
     capsys.readouterr()
     run_command(["steer", str(run), *options, "--rules", str(rules)])
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", "hi"], "which latent"),
+        (["--prompt", "hi"], "no latent given"),
         (["--latent", "64", "--prompt", "hi"], "there is no latent 64: the crosscoder has 64, 0 to 63"),
         (["--latent", "3", "--crosscoder", "l2"], "there is no crosscoder 'l2' of both models in this run; there are l1"),
         (["--latent", "3", "--prompt", "hi", "--strength", "nan"], r"strength.0: .*finite.*nan"),
@@ -225,5 +225,5 @@ def test_wrong_steering(run: Path, options: list[str], message: str) -> None:
 
 
 def test_steering_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no finished run: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"is not a finished run: it has no config\.yaml"):
         run_command(["steer", str(tmp_path), "--latent", "3", "--prompt", "hi"])

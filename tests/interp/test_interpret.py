@@ -72,7 +72,7 @@ def test_explanations_and_scores_are_written_and_cost_once(
         assert 0 <= row["bag_of_words"] <= 1 and row["embedding_examples"] != row["embedding_examples"]
         assert "10 calls made" in capsys.readouterr().out
         interpret(run, server.url, latents)
-        assert "done already" in capsys.readouterr().out
+        assert "already done" in capsys.readouterr().out
         interpret(run, server.url, latents[:1])
         assert len(server.calls) == n_calls
     summary = json.loads((run / "batchtopk" / "interpretation.json").read_text())

@@ -19,7 +19,7 @@ from crossdiff.crosscoder.view import view_of
 from crossdiff.errors import UserError
 from crossdiff.latents.analyze import RANDOM, analyze, measure, with_random_directions
 from crossdiff.latents.groups import cells_of
-from crossdiff.pipeline import ANALYSIS
+from crossdiff.stages.definitions import ANALYSIS
 from planted import planted_activations
 from stores import make_store
 

@@ -1,11 +1,11 @@
-"""Options from settings: every setting of `config.py` is an option and a key of the YAML file."""
+"""Subcommands, and options from settings: every setting of a config is an option and a key of the YAML file."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
 
@@ -13,46 +13,139 @@ from crossdiff.config import Config, merge, read_yaml
 from crossdiff.errors import UserError
 
 FLAGS = {"-h", "--help", "--force", "--debug"}
+HELP_COLUMN = 40
+"""Where the help texts start."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves room for the dotted keys of the settings."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=HELP_COLUMN)
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong option is a user error like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+class Commands:
+    """The subcommands of a command line; each is a parser with the work that it leads to.
+
+    Attributes:
+        argv: the words after the command; some options depend on them.
+    """
+
+    def __init__(self, parser: Parser, argv: Sequence[str]) -> None:
+        self.command, self.argv = argv[0] if argv else "", argv[1:]
+        self.names: list[str] = []
+        self._subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", prog="crossdiff")
+        self._common = Parser(add_help=False)
+        self._common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def add(self, name: str, summary: str, work: Callable[[argparse.Namespace], None], shared: bool = False) -> Parser:
+        """Add a command; `shared` ones are run by every process that torchrun starts, the others by the first alone."""
+        self.names.append(name)
+        description = summary[0].upper() + summary[1:] + "."
+        parser: Parser = self._subparsers.add_parser(
+            name,
+            help=summary,
+            description=description,
+            allow_abbrev=False,
+            parents=[self._common],
+            formatter_class=HelpFormatter,
+        )
+        parser.set_defaults(work=work, shared=shared)
+        return parser
 
 
 class _Setting(NamedTuple):
-    """A setting under its dotted key, as it stands."""
+    """A setting under its dotted key, with its present value."""
 
     key: str
     description: str
     value: Any
     annotation: Any
+    choices: tuple[str, ...]
 
 
-def _settings(config: Config, prefix: str = "") -> Iterator[_Setting]:
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The values that a setting can take, where they are listed."""
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _kinds(annotation: Any) -> tuple[str, ...]:
+    """The kinds of a tagged union."""
+    members = [member for member in get_args(annotation) if "kind" in getattr(member, "model_fields", {})]
+    return tuple(kind for member in members for kind in _choices(member.model_fields["kind"].annotation))
+
+
+def _settings(config: Config, prefix: str = "", kinds: tuple[str, ...] = ()) -> Iterator[_Setting]:
     """Every setting, down through sections and named crosscoders."""
     for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        key = f"{prefix}{name}"
+        value, key = getattr(config, name), f"{prefix}{name}"
         if isinstance(value, Config):
-            yield from _settings(value, f"{key}.")
-        elif isinstance(value, dict) and value and all(isinstance(inner, Config) for inner in value.values()):
+            yield from _settings(value, f"{key}.", _kinds(field.annotation))
+        elif _is_named(value):
             for entry, inner in value.items():
                 yield from _settings(inner, f"{key}.{entry}.")
         else:
-            yield _Setting(key, field.description or name.replace("_", " "), value, field.annotation)
+            choices = kinds if name == "kind" and kinds else _choices(field.annotation)
+            text = field.description or (f"kind of {prefix.split('.')[-2]}" if name == "kind" else name.replace("_", " "))
+            yield _Setting(key, text, value, field.annotation, choices)
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(inner, Config) for inner in value.values())
 
 
 def _show(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(str(getattr(item, "path", item)) for item in value) or "none"
-    return str(value)
+    return "unset" if value is None else str(value)
 
 
-def add_settings(parser: argparse.ArgumentParser, config: Config, title: str) -> None:
-    """An option for every setting, with its present value in the help."""
+def add_settings(parser: Parser, config: Config, title: str = "settings (each is also a key of the YAML file)") -> None:
+    """Add an option for every setting, with its present value in the help.
+
+    The settings of named crosscoders are accepted under each name, and listed once.
+    """
+    parser.usage = f"{' '.join(parser.format_usage().split()).removeprefix('usage: ')} [--SETTING VALUE ...]"
     group = parser.add_argument_group(title)
-    for key, description, value, annotation in _settings(config):
-        many: dict[str, Any] = {"nargs": "+"} if isinstance(value, tuple) else {}
-        text = f"{description} [{_show(value)}]".replace("%", "%%")
-        # A list of texts is taken as it is: read as YAML, a question with a colon would be a mapping.
-        prefix = "text:" if annotation == tuple[str, ...] else "set:"
-        group.add_argument(f"--{key}", dest=prefix + key, metavar="VALUE", help=text, default=argparse.SUPPRESS, **many)
+    named = {name: value for name, value in config if _is_named(value)}
+    for setting in _settings(config):
+        section, _, rest = setting.key.partition(".")
+        _add(group, setting, _show(setting.value), hidden=section in named and bool(rest))
+    for section, entries in named.items():
+        listed = parser.add_argument_group(f"settings of each crosscoder; NAME is one of {', '.join(entries)}")
+        for setting, value in _by_name(section, entries):
+            _add(listed, setting, value)
+
+
+def _by_name(section: str, entries: dict[str, Config]) -> Iterator[tuple[_Setting, str]]:
+    """Each setting once, with its value in every entry that has it."""
+    found: dict[str, dict[str, _Setting]] = {}
+    for name, entry in entries.items():
+        for setting in _settings(entry):
+            found.setdefault(setting.key, {})[name] = setting
+    for key, by_name in found.items():
+        values = {name: _show(setting.value) for name, setting in by_name.items()}
+        is_same = len(by_name) == len(entries) and len(set(values.values())) == 1
+        shown = next(iter(values.values())) if is_same else ", ".join(f"{name}: {value}" for name, value in values.items())
+        yield next(iter(by_name.values()))._replace(key=f"{section}.NAME.{key}"), shown
+
+
+def _add(group: Any, setting: _Setting, value: str, hidden: bool = False) -> None:
+    many: dict[str, Any] = {"nargs": "+"} if isinstance(setting.value, tuple) else {}
+    text = argparse.SUPPRESS if hidden else f"{setting.description} [{value}]".replace("%", "%%")
+    # A list of texts is taken as it is: read as YAML, a question with a colon would be a mapping.
+    prefix = "text:" if setting.annotation == tuple[str, ...] else "set:"
+    metavar = f"{{{','.join(map(str, setting.choices))}}}" if setting.choices else "VALUE"
+    group.add_argument(
+        f"--{setting.key}", dest=prefix + setting.key, metavar=metavar, help=text, default=argparse.SUPPRESS, **many
+    )
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -69,6 +162,8 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
         kind, _, key = name.partition(":")
         if not key:
             continue
+        if ".NAME." in key:
+            raise UserError(f"--{key}: put the name of a crosscoder in place of NAME")
         if kind == "text":
             parsed = value
         else:
@@ -81,15 +176,8 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-class Parser(argparse.ArgumentParser):
-    """A wrong option is an error of the user like any other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-
 def scan(argv: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """The run directory and the options' first values, read before it is known which settings there are."""
+    """The run directory and the first value of each option, read before it is known which settings there are."""
     directory, options = None, {}
     words = iter(argv)
     for word in words:
@@ -102,7 +190,7 @@ def scan(argv: Sequence[str]) -> tuple[str | None, dict[str, str]]:
 
 
 def starting_config(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Settings before the command line's own: --config, else the run's, else those of the embedded pair."""
+    """Settings before those of the command line: --config, else the run's own, else those of the embedded pair."""
     directory, options = scan(argv)
     if "config" in options:
         return read_yaml(Path(options["config"])), options["config"]

@@ -134,7 +134,7 @@ def analyze(
     reference: Crosscoder | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write the files of `crossdiff.pipeline.ANALYSIS` into `folder`.
+    """Write the files of `crossdiff.stages.definitions.ANALYSIS` into `folder`.
 
     Args:
         ranks: the processes that share the passes; the first writes.

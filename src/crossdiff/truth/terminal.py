@@ -1,34 +1,14 @@
-"""`crossdiff truth`: run the benchmark in a run directory and print what came out."""
+"""The tables that `crossdiff truth` prints."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from crossdiff.files import fingerprint, read_json
 from crossdiff.latents.verdict import VERDICTS
-from crossdiff.run import Run, Stage
-from crossdiff.truth.benchmark import benchmark
-from crossdiff.truth.truth_config import TruthConfig
-
-CODE_FORMAT = 2
-"""Raised when the results change although the settings do not."""
-
-
-def run_truth(run: Run, config: TruthConfig, console: Console) -> None:
-    """Run the benchmark unless it is done with these settings, and print its tables."""
-    outputs = ("activations", *config.crosscoders, "truth.json")
-    stage = Stage("truth", fingerprint({"code": CODE_FORMAT, "settings": config.model_dump(mode="json")}), outputs)
-    if not run.is_done(stage):
-        with run.working(stage) as folder:
-            for left in folder.iterdir():  # of a run that was killed: nothing of it is gone on with
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            benchmark(folder, config, console.print)
-    print_truth(read_json(run.path / "truth.json")["crosscoders"], console)
 
 
 def print_truth(crosscoders: dict[str, Any], console: Console) -> None:

@@ -1,0 +1,160 @@
+"""The commands on a finished run: steering, interpretation, null, seeds, checks; and the ground truth."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crossdiff.cli.options import Commands, add_settings, changes_of, scan
+from crossdiff.config import RunConfig, SteerConfig, merge, read_yaml, validate
+from crossdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from crossdiff.stages.session import Session
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add("steer", "generate with a latent added or ablated, beside the unsteered text", steer)
+    parser.add_argument("directory", type=Path, help="run directory with an analysed crosscoder")
+    if commands.command == "steer":
+        add_settings(parser, SteerConfig(), "settings")
+
+    summary = "explain latents with a language model and score the explanations; without a server, score latents by embeddings"
+    parser = commands.add("interpret", summary, interpret)
+    parser.add_argument("directory", type=Path, help="run directory with an analysed crosscoder")
+    parser.add_argument("--dry-run", action="store_true", help="print the calls, tokens and cost without asking the server")
+    if commands.command == "interpret":
+        from crossdiff.interp.interpret_config import InterpretConfig
+
+        add_settings(parser, InterpretConfig(), "settings")
+
+    parser = commands.add("null", "put the verdicts of a run beside those of a null run", null)
+    parser.add_argument("directory", type=Path, help="run directory of the diff")
+    parser.add_argument("--null", type=Path, required=True, help="run directory of the same base model and a null model")
+
+    parser = commands.add("seeds", "compare trainings of one crosscoder from several seeds", seeds)
+    parser.add_argument("directory", type=Path, help="run directory")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="crosscoders of the run, such as l1 l1-seed1 l1-seed2")
+    parser.add_argument("--cosine", type=float, default=0.9, help="two latents are the same above this cosine [0.9]")
+
+    parser = commands.add("truth", "plant known concepts, train on them, and see which measure finds the chat-only ones", truth)
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/truth"), help="run directory [runs/truth]")
+    parser.add_argument("--config", type=Path, help="YAML file with settings")
+    if commands.command == "truth":
+        from crossdiff.truth.truth_config import TruthConfig
+
+        _, options = scan(commands.argv)
+        given = options.get("config")
+        start, origin = (read_yaml(Path(given)), given) if given is not None else ({}, "the defaults")
+        defaults = validate(TruthConfig, start, origin)
+        add_settings(parser, defaults)
+        parser.set_defaults(start=start, origin=origin, defaults=defaults)
+
+    parser = commands.add("store", "check an activation store", store)
+    parser.add_argument("action", choices=["verify"], help="verify: read everything and compare the checksums")
+    parser.add_argument("path", help="the store: a folder such as runs/demo/activations, or a URL such as s3://bucket/folder")
+
+    parser = commands.add("clean", "delete replaced results and unfinished work of a run", clean)
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/demo"), help="run directory [runs/demo]")
+
+
+def steer(args: Namespace) -> None:
+    config = validate(SteerConfig, changes_of(args), "the command line")
+    from crossdiff.stages.steer import steer
+
+    with _finished_run(args.directory) as session:
+        steer(session, config)
+
+
+def interpret(args: Namespace) -> None:
+    from crossdiff.interp.interpret_config import InterpretConfig
+
+    config = validate(InterpretConfig, changes_of(args), "the command line")
+    from crossdiff.stages.interpret import interpret
+
+    with _finished_run(args.directory, config.crosscoders) as session:
+        interpret(session, config, args.dry_run)
+
+
+@contextmanager
+def _finished_run(directory: Path, only: tuple[str, ...] = ()) -> Iterator[Session]:
+    """A finished run, locked by this process, with the settings that it was made with."""
+    from rich.console import Console
+
+    from crossdiff.run import Run
+    from crossdiff.stages.session import Session
+
+    path = directory / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{directory} is not a finished run: it has no config.yaml; run `crossdiff analyze` first")
+    config = validate(RunConfig, read_yaml(path), str(path))
+    run = Run.open(directory)
+    try:
+        yield Session(run, config, Console(), only=only)
+    finally:
+        run.close()
+
+
+def _run_directory(path: Path) -> Path:
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path} is not a run directory: it has no manifest.json")
+    return path
+
+
+def null(args: Namespace) -> None:
+    from crossdiff.compare.null import compare, keep
+    from crossdiff.compare.terminal import print_null
+
+    directory, null = _run_directory(args.directory), _run_directory(args.null)
+    compared = compare(directory, null)
+    keep(directory, null, compared)
+    print_null(compared)
+    print(f"Stored with the run. `crossdiff report {args.directory}` prints both rates and puts them on the page.")
+
+
+def seeds(args: Namespace) -> None:
+    from crossdiff.compare.seeds import compare_seeds, read_seeds
+    from crossdiff.compare.terminal import print_seeds
+
+    print_seeds(compare_seeds(read_seeds(_run_directory(args.directory), args.names), args.cosine))
+
+
+def truth(args: Namespace) -> None:
+    changes = changes_of(args)
+    values = merge(args.defaults.model_dump(), changes) if changes else args.start
+    config = validate(type(args.defaults), values, "the command line" if changes else args.origin)
+
+    from rich.console import Console
+
+    from crossdiff.run import Run
+    from crossdiff.stages.truth import run_truth
+
+    run = Run.open(args.directory)
+    try:
+        run_truth(run, config, Console())
+    finally:
+        run.close()
+
+
+def store(args: Namespace) -> None:
+    from crossdiff.activations.store import verify
+
+    problems = verify(args.path)
+    if problems:
+        raise UserError(
+            f"{args.path} is damaged:\n  " + "\n  ".join(problems) + "\nRestore these files, or harvest again with --force"
+        )
+    print(f"{args.path} is intact")
+
+
+def clean(args: Namespace) -> None:
+    from crossdiff.run import Run
+
+    run = Run.open(_run_directory(args.directory))
+    try:
+        print(f"{run.clean() / 1e6:.1f} MB freed")
+    finally:
+        run.close()

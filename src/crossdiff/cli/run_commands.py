@@ -1,0 +1,149 @@
+"""The commands that go through the stages of a run, and `plan`, which says what they will take."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crossdiff.cli.options import Commands, add_settings, changes_of, starting_config
+from crossdiff.config import CrosscoderConfig, PairedConfig, RunConfig, merge, validate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from crossdiff.models.pair import Pair
+
+STAGES = {
+    "run": "run every stage: harvest, train, analyze, report",
+    "harvest": "collect the paired activations of both models",
+    "train": "train the crosscoders, after what they need",
+    "compare": "train the crosscoders on the same batches and compare them",
+    "analyze": "write the latent tables and example databases, after what they need",
+    "causal": "patch latents into the base model and measure what they do, after what it needs",
+    "report": "write the page and print the summary, after what they need",
+}
+TYPICAL_ACTIVE = 64
+"""Active latents per token that `plan` assumes for a kind of sparsity without a k; L1 crosscoders end near it."""
+
+
+def add(commands: Commands) -> None:
+    for name, summary in STAGES.items():
+        _add(commands, name, summary)
+    _add(commands, "plan", "estimate the tokens, disk, memory and time of a harvest and its trainings from a short measurement")
+
+
+def _add(commands: Commands, name: str, summary: str) -> None:
+    parser = commands.add(name, summary, plan if name == "plan" else run_stages, shared=name != "plan")
+    parser.add_argument("directory", nargs="?", type=Path, help="run directory [runs/demo for the embedded pair]")
+    parser.add_argument("--config", type=Path, help="YAML file with settings")
+    parser.set_defaults(command=name, layers=[])
+    if name != "plan":
+        parser.add_argument("--force", action="store_true", help="harvest again although there is a store")
+        parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="work on these crosscoders of the run only")
+    if name == "harvest":
+        text = "harvest several layers in one pass, each into its own run directory DIRECTORY/layer-L"
+        parser.add_argument("--layers", nargs="+", type=int, metavar="LAYER", help=text)
+    if name == commands.command:
+        start, origin = starting_config(commands.argv)
+        add_settings(parser, validate(RunConfig, start, origin))
+        parser.set_defaults(start=start, origin=origin)
+
+
+def _config(args: Namespace) -> RunConfig:
+    changes = changes_of(args)
+    return validate(RunConfig, merge(args.start, changes), "the command line" if changes else args.origin)
+
+
+def _directory(given: Path | None, config: RunConfig, layers: Sequence[int]) -> Path:
+    if given is not None:
+        return given
+    if config.base.startswith("demo:"):
+        return Path("runs/demo-layers" if layers else "runs/demo")
+    layer = "middle" if config.layer is None else config.layer
+    return Path("runs") / f"{Path(config.chat.rstrip('/')).name}-{'layers' if layers else f'layer-{layer}'}"
+
+
+def run_stages(args: Namespace) -> None:
+    """Run a command of `STAGES`."""
+    config = _config(args)
+    directory = _directory(args.directory, config, args.layers)
+
+    from rich.console import Console
+
+    from crossdiff.files import explain_disk_error
+    from crossdiff.ranks import current
+    from crossdiff.run import Run
+    from crossdiff.stages.harvest import harvest_layers
+    from crossdiff.stages.pipeline import begin, run_until
+    from crossdiff.stages.session import Session
+
+    configs = {directory / f"layer-{layer}": config.model_copy(update={"layer": layer}) for layer in args.layers}
+    ranks = current()
+    console = Console(quiet=not ranks.is_first)
+    with ExitStack() as stack:
+        sessions = []
+        for path, values in (configs or {directory: config}).items():
+            run = Run.open(path, ranks)
+            stack.callback(run.close)
+            sessions.append(Session(run, values, console, args.force, tuple(args.only)))
+        try:
+            if configs:
+                for session in sessions:
+                    begin(session)
+                harvest_layers(sessions)
+            else:
+                run_until(sessions[0], "report" if args.command == "run" else args.command)
+        except OSError as error:
+            if (explained := explain_disk_error(error, directory)) is None:
+                raise
+            raise explained from error
+
+
+def plan(args: Namespace) -> None:
+    """Print what the harvest and the trainings of these settings will take.
+
+    Raises:
+        UserError: there is no room for the store, or its size cannot be known beforehand.
+    """
+    config = _config(args)
+
+    from rich.console import Console
+
+    from crossdiff.activations.folder import open_folder
+    from crossdiff.activations.plan import plan
+    from crossdiff.corpus import check_texts, resolve
+    from crossdiff.models.pair import choose_device, load_pair
+
+    console = Console(highlight=False)
+    check_texts(config)
+    if config.harvest.store is not None:
+        open_folder(config.harvest.store).prepare()
+    pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
+    layer = pair.check_layer(config.layer)
+    found = plan(pair, layer, tuple(resolve(dataset) for dataset in config.dataset), config.harvest)
+    kept = "tokens only" if config.harvest.storage == "live" else config.harvest.dtype
+    rate = f"{found.tokens_per_second:,.0f} tokens/s"
+    console.print(f"harvest of layer {layer}: about {found.n_tokens:,} tokens")
+    console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {kept}")
+    console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB")
+    console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}")
+    for name, crosscoder in config.crosscoders.items():
+        _print_training(name, crosscoder, found.n_tokens, pair, console)
+    free = found.check_disk(_directory(args.directory, config, ()), config.harvest)
+    console.print(f"There is room for it: {free / 1e9:.2f} GB are free")
+
+
+def _print_training(name: str, config: CrosscoderConfig, n_tokens: int, pair: Pair, console: Console) -> None:
+    from crossdiff.crosscoder.cost import Size, calibrate
+
+    n_sources = len(pair.models) if isinstance(config.inputs, PairedConfig) else 1
+    n_latents = config.latents_for(pair.d_model)
+    size = Size(pair.d_model, n_latents, getattr(config.sparsity, "k", TYPICAL_ACTIVE), config.batch_size, n_sources)
+    n_steps = round(config.epochs * n_tokens / config.batch_size)
+    seconds = calibrate(size, pair.device).seconds(size)
+    console.print(f"training of {name}: {n_steps:,} steps of {config.batch_size:,} tokens, {n_latents:,} latents")
+    console.print(f"  memory  {size.memory_bytes() / 1e9:.2f} GB")
+    console.print(f"  time    {n_steps * seconds / 60:.1f} min, {seconds * 1e3:.0f} ms per step on {pair.device}")

@@ -1,0 +1,140 @@
+"""What each stage depends on and what it leaves: a stage whose fingerprint has not changed is not run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crossdiff.config import RunConfig, SingleConfig, SteerConfig
+from crossdiff.corpus import identify_dataset
+from crossdiff.files import fingerprint, read_json, sha256
+from crossdiff.run import Run, Stage
+
+if TYPE_CHECKING:
+    from crossdiff.causal.answers import Rules
+    from crossdiff.interp.interpret_config import InterpretConfig
+    from crossdiff.truth.truth_config import TruthConfig
+
+CODE_FORMAT = 5
+"""Raised when the results of the harvest, the comparison or steering change although the settings do not."""
+TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT, TRUTH_FORMAT = 7, 5, 1, 1, 2
+"""The same for the other stages, each of its own, so that nothing is harvested again for them."""
+ANALYSIS = (
+    "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
+    "behaviours.parquet",
+)  # fmt: skip
+WITHOUT_EFFECT = {
+    "crosscoders", "key_variable", "concurrency", "timeout", "attempts", "input_price", "output_price", "batch_tokens",
+    "answer_limit",
+}  # fmt: skip
+"""Settings of the interpretation that change no result."""
+
+
+def base_sae(config: RunConfig, name: str) -> str | None:
+    """The run's SAE on the base model, if it has one: its latents are compared with a crosscoder's on the behaviours."""
+    if config.crosscoders[name].inputs.kind != "paired":
+        return None
+    saes = (other for other, coder in config.crosscoders.items() if coder.inputs == SingleConfig(source="base"))
+    return next(saes, None)
+
+
+def harvest_stage(config: RunConfig) -> Stage:
+    """Depends on the models' weights, the texts and the harvest settings."""
+    from crossdiff.models.pair import identify
+
+    value = {
+        "code": CODE_FORMAT, "base": identify(config.base), "chat": identify(config.chat), "layer": config.layer,
+        "texts": [identify_dataset(dataset) for dataset in config.dataset],
+        "settings": config.harvest.model_dump(exclude={"store"}),
+    }  # fmt: skip
+    return Stage("harvest", fingerprint(value), ("activations",))
+
+
+def train_stage(config: RunConfig, name: str) -> Stage:
+    """Depends on the store and on this crosscoder's settings."""
+    settings = config.crosscoders[name].model_dump(exclude={"checkpoint_seconds"})
+    value = {"code": TRAINING_FORMAT, "harvest": harvest_stage(config).fingerprint, "settings": settings}
+    return _stage("train", name, value, ("config.json", "model.safetensors", "train.jsonl"))
+
+
+def analyze_stage(config: RunConfig, name: str) -> Stage:
+    """Depends on the crosscoder, on the SAE on the base model, and on the analysis settings."""
+    reference = base_sae(config, name)
+    value = {
+        "code": ANALYSIS_FORMAT, "train": train_stage(config, name).fingerprint, "settings": config.analyze.model_dump(),
+        "reference": None if reference is None else train_stage(config, reference).fingerprint,
+    }  # fmt: skip
+    return _stage("analyze", name, value, ANALYSIS)
+
+
+def compare_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
+    """Depends on the crosscoders and on the settings of the comparison."""
+    trained = {name: train_stage(config, name).fingerprint for name in names}
+    value = {"code": CODE_FORMAT, "train": trained, "settings": config.compare.model_dump()}
+    return Stage("compare", fingerprint(value), ("comparison.json",))
+
+
+def causal_stage(config: RunConfig, name: str) -> Stage:
+    """Depends on the latent table (on the coder, where it has none), on the settings and on the list of interventions."""
+    from crossdiff.causal.causal_test import OUTPUTS, load_experiment
+
+    settings = config.causal
+    is_paired = config.crosscoders[name].inputs.kind == "paired"
+    needed = analyze_stage(config, name) if is_paired else train_stage(config, name)
+    value = {
+        "code": CAUSAL_FORMAT, "needed": needed.fingerprint, "settings": settings.model_dump(exclude={"interventions"}),
+        "experiment": load_experiment(settings).model_dump(mode="json"),
+    }  # fmt: skip
+    return _stage("causal", name, value, OUTPUTS)
+
+
+def report_stage(config: RunConfig, names: tuple[str, ...], run: Run) -> Stage:
+    """Depends on every analysis, on the interpretations, causal tests and null diff of the run, and on the page's code."""
+    from crossdiff.compare.null import FILE
+
+    value = {
+        "page": _identify_page(),
+        "analysed": {name: analyze_stage(config, name).fingerprint for name in names},
+        "others": {key: run.record(key) for name in names for key in (f"interpret/{name}", f"causal/{name}")},
+        "null": read_json(run.path / FILE) if (run.path / FILE).is_file() else None,
+    }
+    return Stage("report", fingerprint(value), ("report.html", "figures"))
+
+
+def interpret_stage(config: RunConfig, name: str, settings: InterpretConfig) -> Stage:
+    """Depends on the latent table and on the settings of the interpretation."""
+    from crossdiff.interp.explanation_table import CONTEXTS_FILE, FILE, SUMMARY_FILE
+
+    value = {
+        "code": INTERPRETATION_FORMAT, "analyze": analyze_stage(config, name).fingerprint,
+        "settings": settings.model_dump(exclude=WITHOUT_EFFECT),
+    }  # fmt: skip
+    return _stage("interpret", name, value, (FILE, CONTEXTS_FILE, SUMMARY_FILE))
+
+
+def steer_stage(config: RunConfig, name: str, settings: SteerConfig, rules: Rules) -> Stage:
+    """Depends on the latent table, on the settings of the steering, and on the rules that find a behaviour in an answer."""
+    title = f"{name}-{settings.latent}-{settings.mode}-{settings.model}"
+    value = {
+        "code": CODE_FORMAT, "analyze": analyze_stage(config, name).fingerprint,
+        "settings": settings.model_dump(exclude={"rules"}), "rules": rules.model_dump(),
+    }  # fmt: skip
+    files = (f"steering/{title}.parquet", f"steering/{title}-rates.parquet")
+    return Stage(f"steer/{title}", fingerprint(value), files)
+
+
+def truth_stage(config: TruthConfig) -> Stage:
+    """Depends on the settings of the benchmark."""
+    value = {"code": TRUTH_FORMAT, "settings": config.model_dump(mode="json")}
+    return Stage("truth", fingerprint(value), ("activations", *config.crosscoders, "truth.json"))
+
+
+def _stage(kind: str, name: str, value: dict[str, Any], files: tuple[str, ...]) -> Stage:
+    return Stage(f"{kind}/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in files))
+
+
+def _identify_page() -> dict[str, str]:
+    """A digest of every file that the report is made of."""
+    folder = Path(__file__).parent.parent / "report"
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return {str(file.relative_to(folder)): sha256(file) for file in files}

@@ -1,0 +1,68 @@
+"""`crossdiff steer`: answer prompts with and without a latent, side by side or as the stage `steer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crossdiff.config import SteerConfig
+from crossdiff.errors import UserError
+from crossdiff.stages.definitions import steer_stage
+from crossdiff.stages.session import Session
+
+if TYPE_CHECKING:
+    from crossdiff.activations.store import Store
+    from crossdiff.causal.steering import Steerer
+
+
+def steer(session: Session, config: SteerConfig) -> None:
+    """Answer given prompts on the terminal, or the run's labelled ones into a table in `steering/`.
+
+    Raises:
+        UserError: no latent is given, it does not exist, or the run has no such crosscoder or no latent table.
+    """
+    import polars as pl
+
+    from crossdiff.causal.steering import Steerer
+    from crossdiff.causal.terminal import print_side_by_side
+
+    names = session.paired_names
+    if not names:
+        raise UserError("no crosscoder of this run reads both models, so none has a latent to steer with")
+    name = config.crosscoder or names[0]
+    if name not in names:
+        raise UserError(f"there is no crosscoder {name!r} of both models in this run; there are {', '.join(names)}")
+    if config.latent is None:
+        raise UserError("no latent given: pass its number with --latent; the report and latents.parquet list them")
+    store, crosscoder = session.store(), session.crosscoder(name)
+    session.check_analysed(name)
+    table = pl.read_parquet(session.path / name / "latents.parquet")
+    steerer = Steerer(session.load_pair(), crosscoder, store.layer, table, store.leave_out)
+    if config.prompt:
+        print_side_by_side(steerer, config, session.console)
+    else:
+        _steer_batch(session, name, steerer, store, config)
+
+
+def _steer_batch(session: Session, name: str, steerer: Steerer, store: Store, config: SteerConfig) -> None:
+    from crossdiff.causal.answers import read_rules
+    from crossdiff.causal.terminal import print_rates
+    from crossdiff.pairs import RULES
+
+    rules = read_rules(RULES if config.rules is None else Path(config.rules))
+    stage = steer_stage(session.config, name, config, rules)
+    title = stage.name.removeprefix("steer/")
+    answers_file, rates_file = stage.outputs
+
+    def work(folder: Path) -> None:
+        from crossdiff.causal.steering_table import labelled_prompts, rates, steering_table
+
+        prompts = labelled_prompts(store, config)
+        (folder / "steering").mkdir(exist_ok=True)
+        with session.progress(f"steer {title}, conditions", None) as advance:
+            table = steering_table(steerer, prompts, config, rules, advance)
+        table.write_parquet(folder / answers_file)
+        rates(table, rules, config.seed).write_parquet(folder / rates_file)
+
+    session.run(stage, work)
+    print_rates(session.path / rates_file, title, session.console)

@@ -1,0 +1,55 @@
+"""The stage `train`: one for each crosscoder; those with the same batches share one pass over the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crossdiff.stages.definitions import train_stage
+from crossdiff.stages.session import Session, run_together
+
+
+def train(session: Session, also: Sequence[str] = ()) -> None:
+    """Train the crosscoders, each into its folder.
+
+    Args:
+        also: crosscoders that were not requested but are needed later.
+    """
+    stages = {name: train_stage(session.config, name) for name in dict.fromkeys((*session.names, *also))}
+    wanted = {name: stage for name, stage in stages.items() if not session.skips(stage)}
+    if not wanted:
+        return
+    from crossdiff.crosscoder.train import Job, train_together
+    from crossdiff.models.pair import choose_device
+
+    config, store = session.config, session.store()
+
+    def work(folders: list[Path]) -> None:
+        jobs = []
+        for (name, stage), folder in zip(wanted.items(), folders, strict=True):
+            (folder / name).mkdir(exist_ok=True)
+            shown_in = session.path / "tensorboard" / f"{name}-{stage.fingerprint}"
+            jobs.append(Job(folder / name, config.crosscoders[name], shown_in))
+        with session.progress(f"train {', '.join(wanted)}, steps", None) as advance:
+            last = 0
+
+            def report(step: int, n_steps: int, records: dict[str, Any]) -> None:
+                nonlocal last
+                advance(max(0, step - last), _note(records), n_steps)
+                last = step
+
+            device = choose_device(config.device)
+            train_together(jobs, store, device, config.trackers, report, session.ranks, config.latent_ranks)
+
+    run_together([(session, stage) for stage in wanted.values()], work)
+
+
+def _note(records: dict[str, Any]) -> str:
+    """The last record of each crosscoder, short enough for one line."""
+    notes = []
+    for name, record in records.items():
+        fve = " ".join(f"{value:.2f}" for key, value in record.items() if key.startswith("fve_"))
+        if record:
+            notes.append(f"{name}: loss {record['loss']:.3g} FVE {fve} L0 {record['l0']:.0f} dead {record['dead_share']:.0%}")
+    return "; ".join(notes)
