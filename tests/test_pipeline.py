@@ -78,7 +78,7 @@ def test_a_changed_setting_runs_what_depends_on_it_and_keeps_the_old(tmp_path: P
 def test_harvesting_again_needs_force_and_says_what_it_costs(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
     run_command(["harvest", str(run), "--config", str(config)])
-    with pytest.raises(UserError, match=r"costs about \d+ s and \d+ MB .*--force"):
+    with pytest.raises(UserError, match=r"takes about \d+ s and another \d+ MB .*--force"):
         run_command(["harvest", str(run), "--layer", "0"])
     assert json.loads((run / "activations" / "manifest.json").read_text())["layer"] == 1
     run_command(["harvest", str(run), "--layer", "0", "--force"])

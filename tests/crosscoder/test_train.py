@@ -209,7 +209,7 @@ def test_a_resumed_training_equals_an_undisturbed_one(tmp_path: Path, store: Sto
         content = bytearray(last.read_bytes())
         content[len(content) // 2] ^= 1
         last.write_bytes(content)
-        with pytest.warns(UserWarning, match=r"checksum of .* does not match; the one before it is used, from step 31"):
+        with pytest.warns(UserWarning, match=r"checksum of .* does not match; resuming from the one before it, at step 31"):
             resumed = train(tmp_path / "cut", store, settings)
     else:
         resumed = train(tmp_path / "cut", store, settings)

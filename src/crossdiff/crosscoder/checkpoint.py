@@ -1,6 +1,9 @@
-"""Crosscoders on disk: `config.json` + `model.safetensors`, with the tensor names and shapes that the paper's fork of
-`dictionary_learning` reads. The training state is a distributed checkpoint of torch, which any number of ranks can read again;
-its table of contents is a pickle, so it is read from the run's own folder only, where this program has written it."""
+"""Crosscoders and training states on disk.
+
+A crosscoder is `config.json` and `model.safetensors`, with the tensor names and shapes that the paper's fork of
+`dictionary_learning` reads. A training state is a distributed checkpoint of torch, which any number of ranks can read. Its
+table of contents is a pickle, so it is only read from the run's own folder, where this program has written it.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,16 @@ from crossdiff.shapes import Tensor
 
 FORMAT = 3
 OWN = "crossdiff"
-"""Metadata entry of `model.safetensors` that holds what the tensors do not say; `config.json` has no room for it."""
+"""Metadata entry of `model.safetensors` for what is not in the tensors and has no place in `config.json`."""
 CROSSCODER_NORM = 1
 """`code_normalization_id`: activations are scaled by the sum of the decoder norms."""
 
 
 def save(crosscoder: Crosscoder, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` into `folder`, as the fork's `from_pretrained(folder, from_hub=True)` reads
-    them. Kinds that it does not have (TopK of each token, JumpReLU) get a `config.json` that it refuses, because it would
-    take them for ReLU."""
+    """Write `config.json` and `model.safetensors` into `folder`, for the fork's `from_pretrained(folder, from_hub=True)`.
+
+    Kinds that the fork lacks (TopK per token, JumpReLU) get a `config.json` that it refuses; it would read them as ReLU.
+    """
     n_sources, d_model, n_latents = crosscoder.n_sources, crosscoder.d_model, crosscoder.n_latents
     split = (n_latents, n_sources, d_model)
     tensors = {
@@ -81,17 +85,17 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
     except (SafetensorError, OSError) as error:
         path.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {error}; make room or make it writable, and run the same command again: it goes on from the "
-            "last checkpoint"
+            f"cannot write {path}: {error}; free some space or make it writable, and run the same command again to "
+            "resume from the last checkpoint"
         ) from None
 
 
 def _published_normalisation(crosscoder: Crosscoder) -> dict[str, Tensor]:
-    """Our x = (h - mean) * scale in the fork's buffers.
+    """The normalisation x = (h - mean) * scale in the fork's buffers.
 
-    The fork computes (h - activation_mean) * activation_global_scale, one scale per source, if no entry of the mean and of
-    the standard deviation is NaN, and h otherwise. Its scale is target_rms / ||std_s||; ours has target_rms^2 = d (the mean
-    of ||x_s||^2), so a standard deviation of 1 / scale in every dimension says the same.
+    The fork computes (h - activation_mean) * activation_global_scale, with one scale per source, if neither the mean nor the
+    standard deviation contains NaN, and h otherwise. Its scale is target_rms / ||std_s||. Here target_rms^2 = d, the mean of
+    ||x_s||^2, so a standard deviation of 1 / scale in every dimension is equivalent.
     """
     scale = torch.full((crosscoder.n_sources,), crosscoder.scale)
     return {
@@ -103,7 +107,7 @@ def _published_normalisation(crosscoder: Crosscoder) -> dict[str, Tensor]:
 
 
 def _published_config(crosscoder: Crosscoder) -> dict[str, Any]:
-    """The arguments of the fork's constructors and nothing else: they are called with every key that is in the file."""
+    """Exactly the arguments of the fork's constructors, which are called with every key in the file."""
     if not isinstance(crosscoder.sparsity, L1Config | BatchTopKConfig):
         return {"architecture": crosscoder.sparsity.kind}
     config: dict[str, Any] = {
@@ -116,13 +120,13 @@ def _published_config(crosscoder: Crosscoder) -> dict[str, Any]:
 
 
 def is_own(path: Path) -> bool:
-    """Is this safetensors file written by `save`?"""
+    """Whether this safetensors file was written by `save`."""
     with safe_open(path, framework="pt") as file:
         return bool(OWN in (file.metadata() or {}))
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
-    """Where the crosscoder of a folder comes from, read without its weights: pair, layer, settings, training_tokens.
+    """The origin of the crosscoder in a folder, read without its weights: pair, layer, settings, training_tokens.
 
     Raises:
         UserError: as `read`.
@@ -141,12 +145,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def load(folder: Path) -> Crosscoder:
-    """Read the crosscoder that `save` wrote into a folder; raises as `read`."""
+    """Read the crosscoder that `save` wrote into a folder; raises like `read`."""
     return read(folder / "model.safetensors")
 
 
 def read(path: Path) -> Crosscoder:
-    """Read the weights' file of a crosscoder written by `save`.
+    """Read the weights file of a crosscoder written by `save`.
 
     Raises:
         UserError: the file is missing or damaged, or of another version or program.
@@ -179,11 +183,11 @@ def read(path: Path) -> Crosscoder:
 
 @dataclass
 class TrainingState:
-    """Everything that the next step depends on, and the sums of the log record in progress.
+    """Everything that the next step depends on, and the sums of the current log record.
 
     Attributes:
-        tensors: the trainer's own by name, distributed ones where ranks share them.
-        settings: fingerprint of what the training is.
+        tensors: the trainer's own tensors by name; distributed ones where ranks share them.
+        settings: fingerprint of the training's settings.
     """
 
     step: int
@@ -196,13 +200,13 @@ class TrainingState:
 
 NUMBERS = ("step", "threshold", "guess", "log_sums")
 STATE = "state.json"
-"""In a checkpoint's folder: the numbers of the state, and the checksum of each of the other files."""
+"""File of a checkpoint with the numbers of the state and the checksums of the other files."""
 
 
 class Checkpoints:
-    """The two latest training states of a folder; the one before the last is there in case the last is damaged.
+    """The two latest training states in a folder; the older one is kept in case the latest is damaged.
 
-    What ranks share is written and read by all of them together.
+    Several ranks write and read them together.
     """
 
     def __init__(self, folder: Path, ranks: Ranks = ALONE) -> None:
@@ -210,10 +214,10 @@ class Checkpoints:
         self.last, self.before = folder / "checkpoint", folder / "checkpoint-before"
 
     def save(self, state: TrainingState) -> None:
-        """Write into a new folder, sync, rename.
+        """Write a state into a new folder, sync, and rename it.
 
         Raises:
-            UserError: the disk is full or cannot be written, and then the last checkpoint is still there.
+            UserError: the disk is full or not writable; the last checkpoint is intact.
         """
         partial, problem = self.folder / f"checkpoint-{state.step}.partial", None
         try:
@@ -228,7 +232,7 @@ class Checkpoints:
             raise UserError(f"cannot write {partial}: {problem}; free some space and run the same command again")
 
     def _keep(self, partial: Path, state: TrainingState) -> str | None:
-        """Make a folder that is written the last checkpoint; returns what stands in the way."""
+        """Make a written folder the last checkpoint; returns the problem if there is one."""
         try:
             checksums = {path.name: _crc32(path) for path in sorted(partial.iterdir())}
             numbers = {key: getattr(state, key) for key in NUMBERS}
@@ -242,32 +246,36 @@ class Checkpoints:
         return None
 
     def load(self, state: TrainingState, warn: Callable[[str], None]) -> bool:
-        """Read the latest checkpoint that is whole into a state; False without one. A damaged one is named to `warn`.
+        """Read the latest intact checkpoint into a state; False if there is none. `warn` is called about a damaged one.
 
         Raises:
-            UserError: there are checkpoints, and all are damaged, or the last one is of another training.
+            UserError: every checkpoint is damaged, or the latest belongs to another training.
         """
         path, problems = self.ranks.once(self._latest)
         if path is None and problems:
-            raise UserError("; ".join(problems) + "; delete it to start this training anew")
+            raise UserError("; ".join(problems) + "; delete it to restart this training")
         if path is None:
             return False
         numbers = self.ranks.once(lambda: read_json(path / STATE))
         if numbers["settings"] != state.settings:
-            raise UserError(f"the checkpoint {path} is of a training with other settings; delete it, or choose another folder")
+            raise UserError(
+                f"the checkpoint {path} belongs to a training with other settings; delete it, or choose another folder"
+            )
         try:
             with _quiet():
                 load_shared(dict(state.tensors), checkpoint_id=path, no_dist=self.ranks.size == 1)
         except CheckpointException as error:
-            raise UserError(f"cannot read the checkpoint {path}: {_reason(error)}; delete it to begin anew") from None
+            raise UserError(
+                f"cannot read the checkpoint {path}: {_reason(error)}; delete it to restart this training"
+            ) from None
         for key in NUMBERS:
             setattr(state, key, numbers[key])
         for problem in problems if self.ranks.is_first else ():
-            warn(f"{problem}; the one before it is used, from step {state.step}")
+            warn(f"{problem}; resuming from the one before it, at step {state.step}")
         return True
 
     def _latest(self) -> tuple[Path | None, list[str]]:
-        """The last checkpoint that is whole, and what is wrong with one after it, which is deleted then."""
+        """The latest intact checkpoint, and what is wrong with a later one, which is deleted."""
         for partial in self.folder.glob("checkpoint-*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         problems: list[str] = []
@@ -282,16 +290,16 @@ class Checkpoints:
         return None, problems
 
     def check_space(self, state: TrainingState) -> None:
-        """Check before training that two checkpoints can be written.
+        """Check before training that there is room for two checkpoints.
 
         Raises:
-            UserError: the folder cannot be written, or the disk is too full.
+            UserError: the folder is not writable, or the disk is too full.
         """
         needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
-                f"the disk of {self.folder} has {free / 1e6:.0f} MB left, and the training writes up to "
+                f"the disk of {self.folder} has {free / 1e6:.0f} MB left, but the training writes up to "
                 f"{needed / 1e6:.0f} MB (two checkpoints and the crosscoder); free some space and run the same command again"
             )
         try:
@@ -303,7 +311,7 @@ class Checkpoints:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None when they are what was written."""
+    """What is wrong with a checkpoint's files; None if they are intact."""
     try:
         checksums = json.loads((folder / STATE).read_text(encoding="utf-8"))["checksums"]
         for name, checksum in checksums.items():
@@ -323,7 +331,7 @@ def _crc32(path: Path) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What is behind the failure of a distributed checkpoint, which reports the ranks' failures wrapped."""
+    """The cause of a failure; a distributed checkpoint wraps the failures of the ranks."""
     if isinstance(error, CheckpointException):
         return "; ".join(str(failure[0]) for failure in error.failures.values())
     return str(error)
@@ -331,7 +339,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warning that one process is one process."""
+    """Suppress torch's warning that a single process is not distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,9 +1,9 @@
-"""What a training step costs: time from three kinds of work, memory and traffic from the sizes alone.
+"""The cost of a training step: time from three kinds of work, memory and traffic from the sizes.
 
     seconds = a * (encoder's product) + b * (products over active pairs) + c * (update of the weights)
 
-The rates 1/a, 1/b and 1/c belong to a machine; they are fitted to a few small steps that are timed there (`calibrate`), or
-written down for one that is not at hand.
+The rates 1/a, 1/b and 1/c belong to a machine. They are fitted to a few small steps timed on it (`calibrate`), or entered by
+hand for a machine that is not available.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.trainer import Trainer
 
 WARMUP, TIMED = 3, 5
-"""Steps that are not counted, and steps whose median is."""
+"""Number of steps before timing starts, and of steps whose median is taken."""
 PER_PRE_ACTIVATION = 500
-"""Writing a pre-activation and looking at it costs about as much as so many multiply-adds of the product that makes it
-(measured on a CPU with six sizes; docs/scaling.md)."""
+"""Writing and reading a pre-activation costs about as much as this many multiply-adds of the encoder's product (measured on a
+CPU with six sizes; docs/scaling.md)."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A training step: so many latents of so many sources of width d_model, `active` of them on each token of the batch."""
+    """The size of a training step; `active` is the number of active latents per token."""
 
     d_model: int
     n_latents: int
@@ -44,20 +44,20 @@ class Size:
 
     @property
     def n_parameters(self) -> int:
-        """Of encoder and decoder."""
+        """Number of parameters of encoder and decoder."""
         return 2 * self.n_latents * self.columns
 
     def work(self, latent_ranks: int = 1) -> tuple[float, float, float]:
-        """Of each rank: multiply-adds of the encoder's product, with the selection from it; of decoding and the three gradients
-        over active pairs; parameters that are updated."""
+        """Work of each rank: multiply-adds of the encoder's product with the selection; multiply-adds of decoding and of the
+        three gradients over active pairs; number of parameters updated."""
         pairs = self.batch * self.active / latent_ranks
         dense = self.batch * self.n_latents * (self.columns + PER_PRE_ACTIVATION) / latent_ranks
         return dense, 4 * pairs * self.columns, self.n_parameters / latent_ranks
 
     def memory_bytes(self, latent_ranks: int = 1) -> float:
-        """Of each rank: weights, gradient and Adam's two moments in float32; the pre-activations with the selection's mask, and
-        in the first step, which knows no threshold, each positive one as a candidate; inputs, error, its gradient and the
-        reconstruction."""
+        """Memory of each rank: weights, gradient and Adam's two moments in float32; pre-activations with the selection's mask,
+        and in the first step, which has no threshold yet, every positive one as a candidate; inputs, error, its gradient and
+        the reconstruction."""
         return (
             16 * self.n_parameters / latent_ranks
             + 22 * self.batch * self.n_latents / latent_ranks
@@ -65,8 +65,8 @@ class Size:
         )
 
     def traffic_bytes(self, latent_ranks: int, data_ranks: int) -> float:
-        """What each rank sends a step, in a ring: the reconstruction among those that share the latents, the gradients among
-        those that share the batch, candidates of the selection among all."""
+        """Bytes that each rank sends per step, in a ring: the reconstruction to the ranks that share the latents, the gradients
+        to those that share the batch, candidates of the selection to all."""
         own_batch = self.batch / data_ranks
         reconstruction = 2 * (latent_ranks - 1) / latent_ranks * 4 * own_batch * self.columns
         gradients = 2 * (data_ranks - 1) / data_ranks * 4 * self.n_parameters / latent_ranks
@@ -76,14 +76,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of a machine: multiply-adds a second in dense products and over active pairs, parameters updated a second."""
+    """Rates of a machine: multiply-adds per second in dense products and over active pairs, parameters updated per second."""
 
     dense: float
     pairs: float
     parameters: float
 
     def seconds(self, size: Size, latent_ranks: int = 1, data_ranks: int = 1) -> float:
-        """Of a step, without what the ranks send each other."""
+        """Duration of a step, without communication between ranks."""
         own = replace(size, batch=size.batch // data_ranks)
         return sum(
             amount / rate
@@ -92,7 +92,7 @@ class Rates:
 
 
 def fit(timed: Sequence[tuple[Size, float]]) -> Rates:
-    """The rates that come nearest to timed steps, relative to each; three sizes at least, which differ in kind."""
+    """The rates with the smallest relative errors on timed steps, of at least three sizes that differ in kind."""
     weighed = np.array([np.array(size.work()) / seconds for size, seconds in timed])
     scale = weighed.max(0)
     costs, _ = nnls(weighed / scale, np.ones(len(timed)))
@@ -113,13 +113,13 @@ def time_step(size: Size, device: torch.device, steps: int = TIMED) -> float:
     seconds = []
     for _ in range(WARMUP + steps):
         started = time.perf_counter()
-        trainer.train_step(x)  # ends with numbers on the host, so that a device has finished
+        trainer.train_step(x)  # returns numbers on the host, so a device has finished
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[WARMUP:])
 
 
 def calibrate(size: Size, device: torch.device) -> Rates:
-    """Time three steps that are small beside `size` and like it, and fit."""
+    """Fit the rates to three timed steps of smaller sizes with similar proportions."""
     n_latents, batch = max(512, size.n_latents // 8), max(128, size.batch // 4)
     active = max(1, min(size.active, n_latents // 8))
     small = Size(size.d_model, n_latents, active, batch, size.n_sources)

@@ -1,4 +1,4 @@
-"""The crosscoder: parameters, encoding, decoding, and the views of its directions that the later stages use."""
+"""The crosscoder: its parameters, encoding and decoding, and its decoder directions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from crossdiff.shapes import Float, Tensor
 class Crosscoder:
     """Weights in the normalised space, latent-major with source and d_model flattened into columns.
 
-    f_j(x) = act(sum_s <x_s, e_j^s> + b_j),  xhat_s = sum_j f_j d_j^s + b^s      (METHOD: crosscoder; Lindsey et al. 2024)
+    f_j(x) = act(sum_s <x_s, e_j^s> + b_j),  xhat_s = sum_j f_j d_j^s + b^s     (docs/method.md#crosscoder; Lindsey et al. 2024)
 
-    An SAE and a diff-SAE are crosscoders whose view of the stored sources has one source.
+    SAEs and diff-SAEs are crosscoders with a single source: one of the stored ones, or their difference (`view`).
 
     Examples:
         >>> crosscoder = crossdiff.load("runs/demo", "batchtopk")
@@ -38,10 +38,10 @@ class Crosscoder:
         encoder_bias: `[latent]`; decoder_bias: `[source * d_model]`.
         mean: `[source, d_model]` and scale: the normalisation x = (view(h) - mean) * scale.
         sparsity: settings of the kind of sparsity, one of the union `Sparsity` in `config.py`.
-        view: what the sources are in terms of the stored ones.
-        own: parameters per latent that belong to the kind of sparsity.
-        threshold: smallest v that counts as active at inference (BatchTopK; 0 for the others).
-        origin: what it was trained on: pair, layer, sources, settings.
+        view: how the sources follow from the stored ones.
+        own: parameters per latent of the kind of sparsity.
+        threshold: v above which a latent is active at inference (BatchTopK; 0 for the others).
+        origin: what it was trained on: pair, layer, settings, training_tokens.
     """
 
     encoder: Float[Tensor, "latent column"]
@@ -74,7 +74,7 @@ class Crosscoder:
 
     @property
     def rule(self) -> Rule[Any]:
-        """The kind of sparsity at work."""
+        """The rule of its kind of sparsity."""
         return rule_of(self.sparsity)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Crosscoder:
         return replace(self, **moved, own={name: tensor.to(device) for name, tensor in self.own.items()})
 
     def of_latents(self, part: slice) -> Crosscoder:
-        """The same crosscoder with some of its latents, copied."""
+        """A copy with some of its latents."""
         own = {name: tensor[part].clone() for name, tensor in self.own.items()}
         kept = {name: getattr(self, name)[part].clone() for name in ("encoder", "encoder_bias", "decoder")}
         return replace(self, **kept, own=own)
@@ -129,7 +129,7 @@ class Crosscoder:
         return self.normalise(h.to(self.encoder))
 
     def normalise(self, h: Float[Tensor, "batch stored_source d_model"]) -> Float[Tensor, "batch source d_model"]:
-        """From the models' space to the crosscoder's; `h` holds the sources that the view reads, in its order."""
+        """Map activations from the models' space to the crosscoder's; `h` has the sources that the view reads, in its order."""
         return (self.view.apply(h) - self.mean.to(h)) * self.scale
 
     def encode(
@@ -139,7 +139,7 @@ class Crosscoder:
         guess: float = 0.0,
         out: Float[Tensor, "batch latent"] | None = None,
     ) -> Encoded:
-        """The encoder's product; `norms` are the sums of the decoder norms. bfloat16 off the CPU, in `out` on it."""
+        """The encoder's product: in bfloat16 on an accelerator, into `out` on the CPU. `norms` are those of `norm_sums`."""
         if x.device.type == "cpu":
             raw = torch.mm(x.flatten(1), self.encoder.T, out=out)
         else:
@@ -152,11 +152,11 @@ class Crosscoder:
         return self.encode(x, self.norm_sums()).pre()
 
     def code(self, x: Float[Tensor, "batch source d_model"]) -> Code:
-        """Latent activations of normalised inputs, as at inference."""
+        """Latent activations of normalised inputs at inference."""
         return self.rule.code(self.encode(x, self.norm_sums()), DENSE_ABOVE)
 
     def sparse_code(self, x: Float[Tensor, "batch source d_model"]) -> SparseCode:
-        """The same, always as active pairs."""
+        """Latent activations of normalised inputs at inference, always as active pairs."""
         code = self.rule.code(self.encode(x, self.norm_sums()), dense_above=1.0)
         assert isinstance(code, SparseCode)
         return code
@@ -166,7 +166,7 @@ class Crosscoder:
         return (code.decode(self.decoder) + self.decoder_bias).view(-1, self.n_sources, self.d_model)
 
     def reconstruct(self, h: Float[Tensor, "batch stored_source d_model"]) -> Float[Tensor, "batch source d_model"]:
-        """Reconstruction of view(h) in the models' own space, bias mean_s + b^s / scale."""
+        """Reconstruction of view(h) in the models' own space, with the bias mean_s + b^s / scale."""
         return self.decode(self.code(self.normalise(h))) / self.scale + self.mean.to(h)
 
 
@@ -179,7 +179,7 @@ def new_crosscoder(
     seed: int,
     view: View | None = None,
 ) -> Crosscoder:
-    """Random directions, the same for every source, each of norm `decoder_norm`; the encoder is their transpose."""
+    """A new crosscoder: random directions of norm `decoder_norm`, equal in every source; the encoder is their transpose."""
     n_sources, d_model = mean.shape
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(n_latents, d_model, generator=generator)

@@ -1,12 +1,11 @@
 """Codes of a batch, dense and sparse, with the products that a training step and the analysis need.
 
-A code holds the latent activations f `[batch, latent]`. Both kinds offer the same products, and each product equals what
-plain dense autograd gives; the tests hold them against it in float64. Weights are latent-major: `[latent, column]`, where
-the columns are source and d_model flattened, so that each latent's weights lie side by side in memory.
+A code holds the latent activations f `[batch, latent]`. Both kinds offer the same products, and each product equals what plain
+dense autograd gives; the tests compare them with it in float64. Weights are latent-major: `[latent, column]`, where the columns
+are source and d_model flattened, so that the weights of a latent are contiguous in memory.
 
-The sparse products are embedding bags: their cost grows with the number of (token, latent) pairs only. What bounds them is
-reading rows of a table in random order, so the table is the smaller one where there is a choice, and taken in slices that
-stay in the cache.
+The sparse products are embedding bags: their cost grows only with the number of (token, latent) pairs. It is bounded by reading
+rows of a table in random order, so the table is the smaller one where there is a choice, in slices that stay in the cache.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Bool, Float, Int64, Tensor
 
 CACHED = 10_000_000
-"""Bytes of a table that the CPU's cache keeps while its rows are read in random order (measured: below 5 MB the copying of the
-slices costs more than it saves, above 16 MB they leave the cache)."""
+"""Bytes of a table whose rows can be read in random order from the CPU's cache (measured: below 5 MB, copying the slices costs
+more than it saves; above 16 MB, they no longer fit the cache)."""
 
 
 @dataclass(frozen=True)
 class DenseCode:
-    """A code as a full matrix; cheaper when more than a few percent of it is active.
+    """A code as a full matrix, which is cheaper when more than a few percent of it is active.
 
     Attributes:
-        mask: the pairs that the code is about; f is 0 elsewhere.
+        mask: the pairs of the code; f is 0 elsewhere.
     """
 
     f: Float[Tensor, "batch latent"]
@@ -84,7 +83,7 @@ class DenseCode:
 
 @dataclass(frozen=True)
 class SparseCode:
-    """(token, latent) pairs in the order of their tokens; f is 0 everywhere else."""
+    """A code as (token, latent) pairs in the order of their tokens; f is 0 elsewhere."""
 
     token: Int64[Tensor, " pair"]
     latent: Int64[Tensor, " pair"]
@@ -103,7 +102,7 @@ class SparseCode:
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
-        """The tokens of the pairs sorted by latent, the sorting order, and where each latent starts in it."""
+        """The order of the pairs sorted by latent, and where each latent starts in it."""
         if self.latent.device.type == "cpu":
             small = self.n_latents <= np.iinfo(np.uint16).max
             key = self.latent.numpy().astype(np.uint16 if small else np.int64)  # radix sort below 2^16
@@ -122,7 +121,7 @@ class SparseCode:
         return _sum_of_rows(weights, self.latent, self._token_offsets, self.values.to(weights.dtype))
 
     def dot(self, table: Float[Tensor, "batch column"], weights: Float[Tensor, "latent column"]) -> Float[Tensor, " pair"]:
-        """<table_i, W_j> of each pair, without gathering rows: the gradient on the sample weights of `accumulate`'s bags."""
+        """<table_i, W_j> of each pair, without gathering rows: the gradient on the sample weights of `accumulate`."""
         order, offsets = self.by_latent
         by_latent: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             weights, table, self._tokens_by_latent, offsets, self.latent[order], 0, -1
@@ -140,7 +139,7 @@ class SparseCode:
     def accumulate(
         self, values: Float[Tensor, " pair"], table: Float[Tensor, "batch column"]
     ) -> Float[Tensor, "latent column"]:
-        """sum_i values_ij table_i: a bag per latent over its tokens, so that nothing is scattered."""
+        """sum_i values_ij table_i, as one bag of tokens per latent, so that nothing is scattered."""
         order, offsets = self.by_latent
         return _sum_of_rows(table, self._tokens_by_latent, offsets, values[order])
 
@@ -162,7 +161,7 @@ def _sum_of_rows(
     offsets: Int64[Tensor, " bag"],
     amounts: Float[Tensor, " pair"],
 ) -> Float[Tensor, "bag column"]:
-    """Per bag the sum of amount * row, on the CPU a slice of columns at a time."""
+    """The sum of amount * row for each bag; on the CPU, one slice of columns at a time."""
     n_columns = table.shape[1]
     width = max(64, CACHED // max(1, len(table) * table.element_size())) if table.device.type == "cpu" else n_columns
     if width >= n_columns:
@@ -176,12 +175,12 @@ def _sum_of_rows(
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder gives for a batch; the activation function is still to come.
+    """The encoder's output for a batch, before the activation function.
 
     Attributes:
         raw: sum_s <x_s, e_j^s>, without bias.
         norms: sum_s ||d_j^s||, so that v = f * norms.
-        threshold: BatchTopK's at inference; own: what the kind of sparsity trains per latent, such as JumpReLU's thresholds.
+        threshold: BatchTopK's threshold at inference; own: parameters of the kind of sparsity, such as JumpReLU's thresholds.
         guess: where `largest` starts to look.
     """
 
@@ -207,26 +206,26 @@ class Encoded:
         return token, latent, self.raw.view(-1)[flat] + self.bias[latent]
 
     def at(self, flat: Int64[Tensor, " pair"]) -> SparseCode:
-        """The code whose pairs stand at ascending positions in the flattened matrix; f is the pre-activation there."""
+        """The code of the pairs at ascending positions in the flattened matrix; f is the pre-activation."""
         return SparseCode(*self._pairs(flat), *self.raw.shape)
 
     def above(self, limit: Float[Tensor, " latent"] | float, dense_above: float = 1.0) -> Code:
-        """Pairs with a pre-activation over a latent's limit (at least 0); dense if they are more than a share of all."""
+        """The pairs whose pre-activation is above the latent's limit (at least 0); dense if they are many."""
         mask = self.raw > limit - self.bias
         if dense_above < 1.0 and count_true(mask) > dense_above * mask.numel():
             return DenseCode((self.raw + self.bias).mul_(mask), mask)
         return self.at(true_positions(mask))
 
     def largest(self, n_keep: int, ranks: Ranks = ALONE) -> tuple[SparseCode, float]:
-        """BatchTopK: keep the `n_keep` largest v_ij = ReLU(pre_ij) * norms_j of the whole batch, exactly.
+        """BatchTopK: keep exactly the `n_keep` largest v_ij = ReLU(pre_ij) * norms_j of the whole batch.
 
-        Of several ranks, each of which has other tokens or latents, those are kept that are among the largest of all.
+        With several ranks, each of which has other tokens or latents, the largest are those among all ranks.
 
-        The search begins at `guess`, best a little under the smallest kept v. It changes the cost only: with too few
-        candidates it is lowered, down to 0, where every positive v is one.
+        The search starts at `guess`, ideally a little below the smallest kept v. The guess only affects the cost: with too few
+        candidates it is lowered, down to 0, where every positive v is a candidate.
 
         Returns:
-            The code (fewer pairs when fewer are positive), and the smallest kept v (0 when none is).
+            The code (with fewer pairs when fewer are positive), and the smallest kept v (0 when there is none).
         """
         guess, safe = self.guess, self.norms.clamp(min=torch.finfo(self.norms.dtype).tiny)
         while True:
@@ -242,15 +241,15 @@ class Encoded:
         return SparseCode(token, latent, f, *self.raw.shape), smallest
 
     def largest_of_each_token(self, k: int, ranks: Ranks = ALONE) -> SparseCode:
-        """TopK: keep the k largest positive v of each token; of several ranks, each of which has other latents, of all."""
+        """TopK: keep the k largest positive v of each token, among all ranks, each of which has other latents."""
         v = self.pre().mul_(self.norms)
         return self.at(true_positions(largest_in_rows(v, k, ranks) & (v > 0)))
 
 
 def largest_values(v: Float[Tensor, " pair"], n: int, ranks: Ranks = ALONE) -> tuple[Int64[Tensor, " kept"] | None, float]:
-    """Ascending positions of the `n` largest among all ranks' values (None: every one is kept), and the smallest of them all.
+    """Ascending positions of this rank's values among the `n` largest of all ranks (None: all), and the smallest of those `n`.
 
-    Of equal values those of the first ranks, and there the first ones, are kept.
+    Ties are broken in the order of the ranks, then of the positions.
     """
     if ranks.size == 1:
         kept = torch.topk(v, n, sorted=False).indices.sort().values if len(v) > n else None
@@ -269,7 +268,7 @@ def largest_values(v: Float[Tensor, " pair"], n: int, ranks: Ranks = ALONE) -> t
 def largest_in_rows(v: Float[Tensor, "row column"], k: int, ranks: Ranks = ALONE) -> Bool[Tensor, "row column"]:
     """Which entries are among the `k` largest of their row; the ranks have other columns of the same rows.
 
-    Of equal values those of the first ranks, and there the first columns, are chosen.
+    Ties are broken in the order of the ranks, then of the columns.
     """
     if ranks.size == 1:
         chosen = torch.zeros_like(v, dtype=torch.bool)
@@ -286,12 +285,12 @@ def largest_in_rows(v: Float[Tensor, "row column"], k: int, ranks: Ranks = ALONE
 
 
 def count_true(mask: Bool[Tensor, "batch latent"]) -> int:
-    """Number of True; numpy counts bytes a vector at a time."""
+    """Number of True entries; numpy counts several bytes at a time."""
     return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask))
 
 
 def true_positions(mask: Tensor) -> Int64[Tensor, " pair"]:
-    """Ascending flat positions of True; numpy's search is twice as fast as torch's on the CPU."""
+    """Ascending flat positions of True entries; numpy's search is twice as fast as torch's on the CPU."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero().squeeze(1)

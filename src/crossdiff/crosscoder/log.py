@@ -1,4 +1,4 @@
-"""The log of a training: one JSON object a line, and the same numbers for TensorBoard and Weights & Biases."""
+"""The log of a training: one JSON object per line, and the same numbers for TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from crossdiff.errors import UserError
 
 LOG_EVERY = 25
 DIVERGED = 10.0
-"""A training has diverged when its squared error over a record, after the warm-up, is so many times the squared input."""
+"""A training has diverged when, after the warm-up, the squared error of a record is this many times the squared input."""
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Something that shows metrics while a training runs."""
+    """A place that shows metrics while a training runs."""
 
     def write(self, step: int, record: dict[str, float]) -> None: ...
 
@@ -26,7 +26,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in a folder; records after the step gone on from are taken back."""
+    """TensorBoard event files in a folder; records after the step that a training resumes from are purged."""
 
     def __init__(self, folder: Path, name: str, step: int) -> None:
         from tensorboardX import SummaryWriter
@@ -42,13 +42,15 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, named after the crosscoder; needs the package `wandb`."""
+    """A Weights & Biases run, named after the crosscoder; needs the package `wandb`."""
 
     def __init__(self, folder: Path, name: str, step: int) -> None:
         try:
             import wandb
         except ImportError:
-            raise UserError("trackers: wandb is not installed; pip install 'crossdiff[wandb]', or leave it out") from None
+            raise UserError(
+                "trackers: wandb is not installed; pip install 'crossdiff[wandb]', or remove it from the trackers"
+            ) from None
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(project="crossdiff", name=name, dir=str(folder), resume="allow", id=folder.name)
 
@@ -63,11 +65,11 @@ TRACKERS: dict[str, Callable[[Path, str, int], Tracker]] = {"tensorboard": Tenso
 
 
 class Log:
-    """Means of the metrics over the steps since the last record, in a file and the trackers.
+    """Writes the means of the metrics over the steps since the last record to a file and to the trackers.
 
     Args:
-        path: of the file; None on a rank that only follows the means.
-        sums: of the steps since the last record, from the checkpoint that is gone on from.
+        path: the file; None on ranks that only keep the means.
+        sums: sums over the steps since the last record, from the checkpoint that the training resumes from.
     """
 
     def __init__(self, path: Path | None, trainer: Trainer, trackers: Sequence[Tracker], sums: dict[str, float]) -> None:
@@ -75,7 +77,7 @@ class Log:
         self._drop_records_after(trainer.step)
 
     def _drop_records_after(self, step: int) -> None:
-        """The resumed run writes the records after the checkpoint again."""
+        """Drop the records after the checkpoint, which the resumed training writes again."""
         if self.path is None:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
@@ -83,7 +85,7 @@ class Log:
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, result: StepResult) -> dict[str, Any] | None:
-        """Collect a step; writes and returns a record every `LOG_EVERY` steps and at the end.
+        """Add a step. Every `LOG_EVERY` steps and at the end, write and return a record.
 
         Raises:
             Diverged: the error is far larger than the input.

@@ -13,7 +13,7 @@ import torch
 
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.mesh import Mesh
-from crossdiff.crosscoder.sparse_autograd import activations, decoded, sum_over
+from crossdiff.crosscoder.sparse_autograd import Activations, Decode, SumOverRanks, apply
 from crossdiff.crosscoder.sparsity import TrainingBatch
 from crossdiff.crosscoder.structure import Constraint
 from crossdiff.shapes import Float, Float64, Int64, Tensor
@@ -114,10 +114,10 @@ class Loss:
         weights = {name: tensor.detach().requires_grad_() for name, tensor in crosscoder.parameters().items()}
         columns = x.flatten(1)
         with torch.enable_grad():
-            f, pre_dead = activations(weights["encoder"], weights["encoder_bias"], columns, encoded.raw, code, dead)
+            f, pre_dead = apply(Activations, weights["encoder"], weights["encoder_bias"], columns, encoded.raw, code, dead)
             f = rule.with_threshold(f, code, encoded, weights)
-            xhat, norms, decoder_dead = decoded(f, weights["decoder"], source_norms, code, dead)
-            error = (sum_over(mesh.latent, xhat) + weights["decoder_bias"]).view_as(x) - x
+            xhat, norms, decoder_dead = apply(Decode, f, weights["decoder"], source_norms, code, dead)
+            error = (apply(SumOverRanks, xhat, mesh.latent) + weights["decoder_bias"]).view_as(x) - x
             squares = error.square().sum(2)
             batch = TrainingBatch(
                 d_model=x.shape[2], x=columns, encoded=encoded, code=code, f=f, norms=norms.sum(1),

@@ -1,8 +1,8 @@
-"""How the ranks share a training: in one direction they split the tokens of a batch, in the other the crosscoder's latents.
+"""How ranks share a training: they split the tokens of a batch, the latents of the crosscoder, or both.
 
-With the latents split, each rank holds its latents' weights, moments and counters and reads the whole batch; what goes between
-the ranks is the reconstruction, `[batch, source, d_model]`, and the candidates of a selection, whatever the number of latents.
-With the batch split, each rank holds all the latents, and their gradients go between the ranks.
+With the latents split, each rank holds the weights, moments and counters of its latents and reads the whole batch. The ranks
+exchange the reconstruction, `[batch, source, d_model]`, and the candidates of a selection, whatever the number of latents.
+With the batch split, each rank holds all latents, and the ranks exchange their gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Two directions over the ranks `all`: `data` splits the batch, `latent` the latents."""
+    """The ranks `all` as a grid: the `data` ranks split the batch, the `latent` ranks split the latents."""
 
     data: Ranks = ALONE
     latent: Ranks = ALONE
@@ -30,10 +30,10 @@ class Mesh:
     device_mesh: DeviceMesh | None = None
 
     def placed(self, part: Tensor, n_rows: int | None) -> Tensor:
-        """A tensor as a distributed one, which knows its place in the whole, as a checkpoint's reader needs it.
+        """This rank's part of a tensor as a distributed tensor, which is how checkpoints store it.
 
         Args:
-            n_rows: of the whole, of which this rank has `latent.part(n_rows)`; None when every rank has all of it.
+            n_rows: rows of the full tensor, of which this rank has `latent.part(n_rows)`; None when every rank has all of it.
         """
         if self.device_mesh is None:
             return part
@@ -48,7 +48,7 @@ class Mesh:
 
 
 def mesh_of(ranks: Ranks, latent_ranks: int | None, device: torch.device) -> Mesh:
-    """All ranks with the latents split over `latent_ranks` of them (all, if None), the rest splitting the batch.
+    """Split the latents over `latent_ranks` of the ranks (None: all of them) and the batch over the others.
 
     Raises:
         UserError: `latent_ranks` does not divide the number of ranks.

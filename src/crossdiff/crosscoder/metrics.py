@@ -1,4 +1,4 @@
-"""The quality of a crosscoder on held-out tokens: variance explained, sparsity, dead latents."""
+"""Quality of a crosscoder on held-out tokens: variance explained, sparsity, dead latents."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import t as student
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
+from crossdiff.statistics import jackknife_se, student_t
 
 MASSIVE = 5.0
 """A token is massive when its norm in a source is more than this many times the median norm of that source."""
@@ -24,10 +24,10 @@ BLOCKS = 20
 
 @dataclass
 class HeldoutSums:
-    """Sums over held-out tokens in blocks of documents, in float64; `kind` is 0 for ordinary, 1 for massive tokens.
+    """Sums over held-out tokens in blocks of documents, in float64; `kind` is 0 for ordinary and 1 for massive tokens.
 
     Attributes:
-        limit: norm in the models' own space above which a token is massive, per source.
+        limit: norm above which a token is massive, per source, in the models' own space.
     """
 
     limit: Float[Tensor, " source"]
@@ -39,7 +39,7 @@ class HeldoutSums:
 
     @classmethod
     def empty(cls, crosscoder: Crosscoder, store: Store, rows: npt.NDArray[np.int64]) -> HeldoutSums:
-        """For the tokens of the given rows, of which there are some."""
+        """Empty sums for the tokens of the given rows; at least one row."""
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), 4096)).astype(np.int64)]
         sample = crosscoder.view.apply(store.gather(chosen)[:, source_indices(store, crosscoder.view.reads)])
         per_source = (2, BLOCKS, crosscoder.n_sources)
@@ -60,8 +60,7 @@ class HeldoutSums:
         error: Float[Tensor, "batch source d_model"],
         counts: Int64[Tensor, " latent"],
     ) -> None:
-        """Add tokens: their documents, their normalised activations, what the reconstruction leaves, and active tokens per
-        latent."""
+        """Add tokens: their documents, normalised activations, reconstruction errors, and the active tokens of each latent."""
         norms = (x / crosscoder.scale + crosscoder.mean).norm(dim=2)
         cell = (norms > self.limit).any(1).long() * BLOCKS + torch.from_numpy(document % BLOCKS).long()
         self.n += torch.bincount(cell, minlength=2 * BLOCKS).view(2, BLOCKS)
@@ -71,13 +70,13 @@ class HeldoutSums:
         self.counts += counts
 
     def over(self, ranks: Ranks) -> HeldoutSums:
-        """Merge the passes of several ranks, in place."""
+        """Sum over the ranks, in place."""
         for tensor in (self.n, self.squared_error, self.square, self.total, self.counts):
             ranks.sum(tensor)
         return self
 
     def fve(self, kind: int, blocks: Tensor | None = None) -> Float64[Tensor, " entry"]:
-        """1 - sum ||x - xhat||^2 / sum ||x - mean||^2 per source, and over all of them at the end."""
+        """1 - sum ||x - xhat||^2 / sum ||x - mean||^2 for each source, and for all of them together at the end."""
         chosen = slice(None) if blocks is None else blocks
         n, error = self.n[kind][chosen].sum(), self.squared_error[kind][chosen].sum(0)
         mean_square = (self.total[kind][chosen].sum(0).view(len(error), -1) / n).square().sum(1)
@@ -93,11 +92,11 @@ def heldout_sums(
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> HeldoutSums:
     """One pass over the tokens of a split."""
-    index, rows, document = source_indices(store, crosscoder.view.reads), store.rows(split), store.column("document")
+    rows, document = store.rows(split), store.column("document")
     sums = HeldoutSums.empty(crosscoder, store, rows)
     for first in range(0, len(rows), batch_tokens):
         part = rows[first : first + batch_tokens]
-        x = crosscoder.normalise(store.gather(part)[:, index])
+        x = crosscoder.inputs(store, part)
         code = crosscoder.code(x)
         sums.add(crosscoder, document[part], x, x - crosscoder.decode(code), code.counts())
         advance(len(part))
@@ -105,13 +104,12 @@ def heldout_sums(
 
 
 def health(crosscoder: Crosscoder, sums: HeldoutSums) -> dict[str, Any]:
-    """The report on held-out tokens: FVE with jackknife intervals, L0, dead latents, massive tokens apart."""
+    """Metrics on held-out tokens: FVE with jackknife intervals, L0, dead latents; massive tokens are reported separately."""
     names = [*crosscoder.sources, "total"]
     value = sums.fve(0)
     filled = (sums.n[0] > 0).nonzero().squeeze(1)
     left_out = torch.stack([sums.fve(0, filled[filled != block]) for block in filled])
-    se = ((len(filled) - 1) * (left_out - left_out.mean(0)).square().mean(0)).sqrt()
-    half = se * float(student.ppf(0.975, max(1, len(filled) - 1)))
+    half = jackknife_se(left_out) * student_t(max(2, len(filled)))
     n_tokens, n_massive = int(sums.n.sum()), int(sums.n[1].sum())
     report: dict[str, Any] = {
         "n_tokens": n_tokens,
@@ -128,7 +126,7 @@ def health(crosscoder: Crosscoder, sums: HeldoutSums) -> dict[str, Any]:
 
 
 def frequency_histogram(sums: HeldoutSums) -> dict[str, list[float]]:
-    """Latents by log10 of their frequency; dead latents are not in it."""
+    """Histogram of log10 of the latents' frequencies, without dead latents."""
     frequency = sums.counts[sums.counts > 0].double() / sums.n.sum()
     edges = np.linspace(-6, 0, 25)
     counts, _ = np.histogram(np.log10(frequency.numpy()), bins=edges)

@@ -16,7 +16,7 @@ import torch
 from crossdiff.config import AuxConfig, BatchTopKConfig, JumpReLUConfig, Kind, L1Config, TopKConfig
 from crossdiff.crosscoder.kernels import Code, Encoded, largest_in_rows
 from crossdiff.crosscoder.mesh import Mesh
-from crossdiff.crosscoder.sparse_autograd import sum_over, total_shortfall, with_straight_through_threshold
+from crossdiff.crosscoder.sparse_autograd import StraightThroughThreshold, SumOverRanks, TotalShortfall, apply
 from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Tensor
 
@@ -124,7 +124,8 @@ class L1(Rule[L1Config]):
         return self.settings.mu * min(1.0, progress / max(self.settings.mu_warmup_share, 1e-12))
 
     def penalty(self, b: TrainingBatch) -> Tensor:
-        return (b.weighted(b.weight) * b.code.sum_tokens(b.f) * b.norms).sum()
+        penalty: Tensor = (b.weighted(b.weight) * b.code.sum_tokens(b.f) * b.norms).sum()
+        return penalty
 
 
 class BatchTopK(Rule[BatchTopKConfig]):
@@ -202,13 +203,14 @@ class JumpReLU(Rule[JumpReLUConfig]):
         theta = weights["log_threshold"].exp()
         pre = code.of_raw(encoded.raw) + code.of_latents(encoded.bias)
         near = (pre - code.of_latents(theta.detach())).abs() < self.settings.bandwidth / 2
-        return with_straight_through_threshold(f, theta, near, code, self.settings.bandwidth)
+        found: Tensor = apply(StraightThroughThreshold, f, theta, near, code, self.settings.bandwidth)
+        return found
 
     def penalty(self, b: TrainingBatch) -> Tensor:
         bent = torch.tanh(self.settings.tanh_scale * b.f * b.code.of_latents(b.norms))
         sparsity = (b.weighted(b.weight) * b.code.sum_tokens(bent)).sum()
         encoder, bias, theta = b.weights["encoder"], b.weights["encoder_bias"], b.weights["log_threshold"].exp()
-        shortfall = total_shortfall(encoder, bias, theta, b.x, b.encoded.raw)
+        shortfall: Tensor = apply(TotalShortfall, encoder, bias, theta, b.x, b.encoded.raw)
         return sparsity + (b.weighted(self.settings.pre_activation_weight) * shortfall * b.norms).sum()
 
 
@@ -241,5 +243,5 @@ def aux_k(b: TrainingBatch, settings: AuxConfig) -> Tensor:
     f = b.pre_dead.relu()
     if k < n_dead:
         f = f * largest_in_rows(f.detach() * b.norms_dead, k, b.mesh.latent)
-    error = b.error + sum_over(b.mesh.latent, f @ b.decoder_dead)  # the residual is -b.error
+    error: Tensor = b.error + apply(SumOverRanks, f @ b.decoder_dead, b.mesh.latent)  # the residual is -b.error
     return error.square().sum() * (settings.weight / (n_tokens * variance))

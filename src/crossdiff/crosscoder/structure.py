@@ -1,6 +1,6 @@
-"""How latents are tied between the sources: nothing, one decoder for all of them, or one source alone.
+"""How latents are tied between sources: not at all, by one decoder for all sources, or by belonging to one source only.
 
-A constraint holds from the start because the parameters begin with it and every gradient is projected onto it.
+A constraint holds throughout because the parameters satisfy it at the start and every gradient is projected onto it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from crossdiff.shapes import Bool, Float, Tensor
 
 @dataclass(frozen=True)
 class Constraint:
-    """What holds for each latent.
+    """The constraint on each latent.
 
     Attributes:
-        tied: has the same decoder direction in every source (Anthropic, February 2025).
-        present: has an encoder and a decoder direction in the source at all (DFC, arXiv 2602.11729).
+        tied: whether it has the same decoder direction in every source (Anthropic, February 2025).
+        present: whether it has an encoder and a decoder direction in a source (DFC, arXiv 2602.11729).
         shares: its share of the sparsity penalty.
     """
 
@@ -34,11 +34,11 @@ class Constraint:
         return not bool(self.tied.any()) and bool(self.present.all())
 
     def of_latents(self, part: slice) -> Constraint:
-        """What holds for some of the latents."""
+        """The constraint on some of the latents."""
         return Constraint(self.tied[part], self.present[part], self.shares[part])
 
     def settle(self, parameters: dict[str, Tensor]) -> None:
-        """Make parameters obey the constraint, in place: a tied direction is the mean over the sources."""
+        """Make parameters satisfy the constraint, in place: a tied direction becomes the mean over the sources."""
         if self.is_free:
             return
         decoder = parameters["decoder"].view(*self.present.shape, -1)
@@ -48,7 +48,7 @@ class Constraint:
     def project(self, gradients: dict[str, Tensor]) -> None:
         """Project gradients onto the constraint, in place.
 
-        A tied direction has one parameter that stands in every source; the gradient on it is the sum over the sources.
+        A tied direction is one parameter used in every source, so its gradient is the sum over the sources.
         """
         if self.is_free:
             return
@@ -88,7 +88,7 @@ def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constr
 
 
 def check_sizes(config: CrosscoderConfig, d_model: int, n_sources: int) -> None:
-    """Check what a crosscoder's settings ask of its size, before anything is harvested for it.
+    """Check that a crosscoder's settings fit its size, before anything is harvested for it.
 
     Raises:
         UserError: more active latents than there are, or groups of latents that do not fit.
@@ -100,4 +100,4 @@ def check_sizes(config: CrosscoderConfig, d_model: int, n_sources: int) -> None:
 
 def _check_group(n_group: int, most: int, what: str) -> None:
     if not 1 <= n_group <= most:
-        raise UserError(f"{what} makes a group of {n_group} latents; from 1 to {most} are possible with these sizes")
+        raise UserError(f"{what} makes a group of {n_group} latents; with these sizes, a group can have 1 to {most}")

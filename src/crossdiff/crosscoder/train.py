@@ -1,4 +1,4 @@
-"""Train crosscoders on a store: those of equal batches share one pass over it, and every one can be killed and resumed."""
+"""Train crosscoders on a store. Those with the same batches share one pass over it; each can be killed and resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Tensor
 
 Report: TypeAlias = Callable[[int, int, dict[str, Any]], None]
-"""Called after each step of a shared pass with the step, the number of steps, and the last log record by crosscoder."""
+"""Called after each step of a shared pass with the step, the number of steps, and the last log record of each crosscoder."""
 
 
 def _ignore(step: int, n_steps: int, records: dict[str, Any]) -> None: ...
@@ -36,7 +36,7 @@ def _ignore(step: int, n_steps: int, records: dict[str, Any]) -> None: ...
 
 @dataclass(frozen=True)
 class Job:
-    """One crosscoder to train into a folder; `shown_in` is the folder of the trackers' files."""
+    """One crosscoder to train into a folder; the trackers write their files into `shown_in`."""
 
     folder: Path
     config: CrosscoderConfig
@@ -44,7 +44,7 @@ class Job:
 
 
 class _Training:
-    """A job under way."""
+    """A job in progress."""
 
     def __init__(
         self, job: Job, store: Store, n_steps: int, device: torch.device, trackers: tuple[str, ...], mesh: Mesh
@@ -65,12 +65,14 @@ class _Training:
 
     @property
     def is_due(self) -> bool:
-        """Whether the last checkpoint is so old that another should be written."""
+        """Whether it is time for another checkpoint."""
         return time.monotonic() - self._saved_at > self.job.config.checkpoint_seconds
 
     def step(self, h: Float[Tensor, "batch stored_source d_model"], place: str, due: bool) -> None:
-        """One update from stored activations, and a checkpoint after it where one is due; `place` says where in the data
-        they are.
+        """Make one update from stored activations, and write a checkpoint if one is due.
+
+        Args:
+            place: where in the data the activations are, for messages.
 
         Raises:
             UserError: the loss is not finite or has diverged.
@@ -98,7 +100,7 @@ class _Training:
         return f"the last good checkpoint is {self.checkpoints.last}"
 
     def save(self) -> None:
-        """Write a checkpoint; one with weights that are not finite is not written, so that the last one stays good."""
+        """Write a checkpoint, unless a weight is not finite, so that the last one stays good."""
         if self.trainer.step == self._saved_step:
             return
         try:
@@ -111,9 +113,9 @@ class _Training:
         self._saved_at, self._saved_step = time.monotonic(), self.trainer.step
 
     def finish(self) -> Crosscoder | None:
-        """Write the crosscoder; returns it on the first rank."""
+        """Write the crosscoder, and return it on the first rank."""
         self.log.close()
-        crosscoder = self.trainer.whole()
+        crosscoder = self.trainer.assembled()
         if crosscoder is not None:
             save(crosscoder, self.job.folder)
         return crosscoder
@@ -133,7 +135,7 @@ def _start(config: CrosscoderConfig, store: Store, n_steps: int) -> Crosscoder:
 
 
 def normalisation_of(view: View, store: Store) -> tuple[Float[Tensor, "source d_model"], float]:
-    """Mean and scale of a view of a store's sources."""
+    """Normalisation (mean and scale) of a view of a store's sources."""
     index = source_indices(store, view.reads)
     matrix = torch.zeros(len(view.names), len(store.sources), dtype=torch.float64)
     matrix[:, index] = view.matrix.double()
@@ -142,7 +144,7 @@ def normalisation_of(view: View, store: Store) -> tuple[Float[Tensor, "source d_
 
 @contextmanager
 def stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM and the first Ctrl-C only ask for a stop; yields whether one was asked for."""
+    """Within the block, SIGTERM and the first Ctrl-C only request a stop. Yields a function that tells whether one was."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -153,7 +155,7 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # not the main thread, which alone handles signals
         before = {}
     try:
         yield lambda: asked
@@ -171,18 +173,17 @@ def train_together(
     ranks: Ranks = ALONE,
     latent_ranks: int | None = None,
 ) -> list[Crosscoder]:
-    """Train several crosscoders; those of the same batch size and seed see the same batches, read once.
+    """Train several crosscoders; those with the same batch size and seed see the same batches, which are read once.
 
-    Writes config.json, model.safetensors and train.jsonl into each folder. A folder with a checkpoint is gone on with
-    from there; SIGTERM and Ctrl-C write one.
+    Writes config.json, model.safetensors and train.jsonl into each folder. A folder with a checkpoint is resumed from there;
+    SIGTERM and Ctrl-C write one.
 
     Args:
-        ranks, latent_ranks: the processes that share the training, see `mesh_of`. The result is the first one's; it is empty on
-            the others.
+        ranks, latent_ranks: the processes that share the training, see `mesh_of`. Only the first returns the crosscoders.
 
     Raises:
         UserError: settings that do not fit the store or each other, a disk too full, or a loss that is not finite.
-        KeyboardInterrupt: after a signal, when the checkpoints are written.
+        KeyboardInterrupt: after a signal, once the checkpoints are written.
     """
     passes: dict[tuple[int, int], Batches] = {}
     trainings, mesh = [], mesh_of(ranks, latent_ranks, device)
@@ -208,7 +209,7 @@ def _shared_pass(trainings: list[_Training], batches: Batches, report: Report, r
     with stop_between_steps() as asked:
         for step in range(first, n_steps):
             h = batches[step]
-            # The ranks write their checkpoints together, so they agree on when, and on whether one was asked to stop.
+            # The ranks write their checkpoints together, so they agree on when to do so and on whether to stop.
             stop, *due = ranks.any([asked(), *(training.is_due for training in trainings)])
             for training, is_due in zip(trainings, due, strict=True):
                 if training.trainer.step == step and not training.trainer.is_done:

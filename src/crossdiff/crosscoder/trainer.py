@@ -1,4 +1,4 @@
-"""One crosscoder in training: schedules, Adam on clipped gradients, threshold, dead latents."""
+"""Training of one crosscoder: schedules, Adam on clipped gradients, the inference threshold, dead latents."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from crossdiff.files import fingerprint
 from crossdiff.shapes import Float, Tensor
 
 GUESS_MARGIN = 0.93
-"""The k-th largest v moves by a few percent from batch to batch; the search starts a little under the last one."""
+"""The k-th largest v moves by a few percent from batch to batch; the search starts a little below the last one."""
 RESAMPLED_ENCODER = 0.2
-"""Norm of a resampled latent's encoder direction over the mean of the living ones (Bricken et al. 2023)."""
+"""Norm of a resampled latent's encoder direction over the mean of the live ones (Bricken et al. 2023)."""
 
 EVERYWHERE = "decoder_bias"
-"""The parameter that belongs to no latent, so that every rank has all of it."""
+"""The parameter that does not belong to a latent, so every rank has all of it."""
 
 
 class Diverged(Exception):
-    """A training has come to where it cannot go on from; says what was found."""
+    """A training cannot continue; the message says what was found."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,19 @@ class Schedule:
     config: CrosscoderConfig
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, constant, linear decay to 0."""
+        """Learning rate: linear warm-up, constant, linear decay to 0."""
         up = (step + 1) / max(1, self.config.warmup_steps)
         down = (self.n_steps - step) / max(1.0, self.config.decay_share * self.n_steps)
         return self.config.lr * min(1.0, up, down)
 
     @property
     def dead_after(self) -> int:
-        """Tokens without an activation after which a latent is dead (METHOD: min(10M, 5% of the run's tokens))."""
+        """Tokens after which a silent latent is dead (docs/method.md#auxiliary-loss: min(10M, 5% of the run's tokens))."""
         given = self.config.dead_after_tokens
         return given if given is not None else min(10_000_000, max(1, self.n_steps * self.config.batch_size // 20))
 
     def resamples_after(self, step: int) -> bool:
-        """Whether dead latents are started anew after this many steps: evenly up to the middle of the run."""
+        """Whether dead latents are resampled after this many steps: evenly up to the middle of the run."""
         if not isinstance(self.config.sparsity, L1Config):
             return False
         times = self.config.sparsity.resamplings
@@ -60,9 +60,9 @@ class Schedule:
 
 
 class Trainer:
-    """Updates a crosscoder batch by batch. The same batches give the same weights, wherever it is stopped and resumed.
+    """Updates a crosscoder batch by batch. The same batches give the same weights, wherever training is stopped and resumed.
 
-    Of several ranks each has the latents `mesh.latent.part(n_latents)` and its part of each batch; see `mesh`.
+    Each of several ranks has the latents `mesh.latent.part(n_latents)` and its part of each batch; see `mesh`.
 
     Raises:
         UserError: settings that do not fit the sizes.
@@ -105,10 +105,10 @@ class Trainer:
         return self.step >= self.schedule.n_steps
 
     def train_step(self, x: Float[Tensor, "batch source d_model"]) -> StepResult:
-        """One update from normalised inputs, this rank's part of the batch.
+        """Make one update from normalised inputs, this rank's part of the batch.
 
         Raises:
-            Diverged: the loss or its gradient is not finite; the weights are those of before the step.
+            Diverged: the loss or its gradient is not finite; the weights are left as they were before the step.
         """
         crosscoder = self.crosscoder
         if self._raw is None and x.device.type == "cpu":
@@ -131,15 +131,15 @@ class Trainer:
         return result
 
     def _norm(self, gradients: dict[str, Tensor]) -> float:
-        """Of the whole gradient."""
+        """Norm of the gradient of all parameters."""
         squares = {name: float(torch.linalg.vector_norm(gradients[name])) ** 2 for name in self.crosscoder.parameters()}
         on_bias = squares.pop(EVERYWHERE)
         return math.sqrt(self.mesh.latent.total(sum(squares.values())) + on_bias)
 
     def _update_threshold(self, smallest: float) -> None:
-        """theta: the running mean of the smallest kept v, begun anew when the run has settled.
+        """Update theta, the running mean of the smallest kept v, which starts over when the run has settled.
 
-        Until there are 1 / (1 - beta) values it is their plain mean: in a short run the first value would outweigh the rest.
+        Until there are 1 / (1 - beta) values it is their plain mean; in a short run, the first value would outweigh the rest.
         """
         settings = self.config.sparsity
         assert isinstance(settings, BatchTopKConfig)
@@ -149,7 +149,7 @@ class Trainer:
         self.crosscoder.threshold += share * (smallest - self.crosscoder.threshold)
 
     def check_weights(self) -> None:
-        """Raises `Diverged` when a weight is not finite."""
+        """Raises `Diverged` if a weight is not finite."""
         parameters = self.crosscoder.parameters()
         spoilt = self.mesh.all.any([not torch.isfinite(p.sum()) for p in parameters.values()])  # one NaN makes the sum NaN
         for name, is_spoilt in zip(parameters, spoilt, strict=True):
@@ -157,7 +157,7 @@ class Trainer:
                 raise Diverged(f"the update made {name} infinite or NaN")
 
     def _adam(self, gradients: dict[str, Tensor], norm: float) -> None:
-        """Adam (Kingma & Ba 2015); clipping to the norm of the whole gradient is passed to it as a scale of the gradients."""
+        """Adam (Kingma & Ba 2015); the gradient is clipped by passing the clipping factor to it as a gradient scale."""
         parameters = self.crosscoder.parameters()
         device = self.crosscoder.encoder.device
         torch._fused_adam_(
@@ -172,10 +172,10 @@ class Trainer:
         )  # fmt: skip
 
     def _resample(self, x: Float[Tensor, "batch source d_model"], token_error: Float[Tensor, " batch"]) -> None:
-        """Start dead latents anew at inputs that are reconstructed badly (Bricken et al. 2023).
+        """Restart dead latents at inputs that are reconstructed badly (Bricken et al. 2023).
 
-        A token is drawn with probability in proportion to its squared loss; its input less the decoder's bias gives the
-        direction, with the living latents' mean decoder norm and a fifth of their mean encoder norm.
+        Tokens are drawn with a probability proportional to their squared loss. The input minus the decoder bias gives the
+        direction, with the mean decoder norm of the live latents and a fifth of their mean encoder norm.
         """
         dead, coder, latent = self.since_fired.dead(), self.crosscoder, self.mesh.latent
         numbers = latent.gather(len(dead))
@@ -201,7 +201,7 @@ class Trainer:
         self.since_fired.tokens[dead] = 0
 
     def state(self) -> TrainingState:
-        """Everything that the next step depends on. The tensors are the trainer's own: what is read into them is restored."""
+        """Everything that the next step depends on. The tensors are the trainer's own, so reading into them restores it."""
         groups = {
             "parameters": self.crosscoder.parameters(), "first_moments": self.first_moments,
             "second_moments": self.second_moments,
@@ -214,11 +214,11 @@ class Trainer:
         return TrainingState(self.step, self.crosscoder.threshold, self.guess, tensors, fingerprint(settings))
 
     def restore(self, state: TrainingState) -> None:
-        """Go on from a state whose tensors are those of `state`."""
+        """Resume from a state whose tensors are those of `state()`."""
         self.step, self.guess, self.crosscoder.threshold = state.step, state.guess, state.threshold
 
-    def whole(self) -> Crosscoder | None:
-        """The crosscoder with all its latents, in the host's memory of the first rank; None on the others."""
+    def assembled(self) -> Crosscoder | None:
+        """The crosscoder with all its latents, in host memory, on the first rank; None on the others."""
         coder, latent = self.crosscoder.to(torch.device("cpu")), self.mesh.latent
         if latent.size == 1:
             return coder if self.mesh.all.is_first else None
@@ -230,13 +230,13 @@ class Trainer:
         return replace(coder, **whole, own=own)
 
     def _n_rows(self, name: str) -> int | None:
-        """Of a parameter as a whole; None of the one that is no latent's."""
+        """Number of rows of the full parameter; None for the one that does not belong to a latent."""
         return None if name == EVERYWHERE else self.n_latents
 
 
 def _check_split(batch_size: int, n_latents: int, mesh: Mesh) -> None:
     if batch_size % mesh.data.size:
-        raise UserError(f"batch_size {batch_size} cannot be split over {mesh.data.size} processes evenly; choose a multiple")
+        raise UserError(f"batch_size {batch_size} cannot be split evenly over {mesh.data.size} processes; choose a multiple")
     step = -(-n_latents // mesh.latent.size)
     if step * (mesh.latent.size - 1) >= n_latents:
         raise UserError(f"{n_latents} latents are too few for {mesh.latent.size} processes; use fewer, or set latent_ranks")

@@ -1,4 +1,4 @@
-"""What a coder reads: every source, one of them, or a difference, as a linear map of the stored sources."""
+"""What a coder reads: every stored source, one of them, or their difference, as a linear map."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from crossdiff.config import DifferenceConfig, Inputs, SingleConfig
 from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Tensor
+from crossdiff.sources import SOURCES
 
 
 @dataclass(frozen=True)
 class View:
-    """x_v = sum_s matrix_vs h_s: the identity on some sources, or the difference of two.
+    """The linear map x_v = sum_s matrix_vs h_s: the identity on some sources, or the difference of two.
 
     Attributes:
-        reads: names of the stored sources that the columns of the matrix stand for.
-        names: what the rows are called.
+        reads: names of the stored sources, one per column of the matrix.
+        names: names of the results, one per row.
     """
 
     matrix: Float[Tensor, "view source"]
@@ -29,7 +30,7 @@ class View:
         return self.reads == self.names
 
     def apply(self, h: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch view d_model"]:
-        """The map on activations, or on anything that is linear in them."""
+        """Apply the map to activations, or to anything linear in them."""
         return h if self.is_identity else torch.einsum("vs,bsd->bvd", self.matrix.to(h), h)
 
     def writes(self) -> tuple[str, ...]:
@@ -39,19 +40,19 @@ class View:
     def written(
         self, h: Float[Tensor, "batch source d_model"], reconstruction: Float[Tensor, "batch view d_model"]
     ) -> dict[str, Float[Tensor, "batch d_model"]]:
-        """The activations of each source that the view writes; a difference is added to the base's own, `h[:, 0]`."""
+        """Reconstructed activations of each source that the view writes; a difference is added to those of the base model."""
         if self.is_identity:
             return {name: reconstruction[:, i] for i, name in enumerate(self.names)}
         return {self.reads[-1]: h[:, 0] + reconstruction[:, 0]}
 
 
-def identity(names: tuple[str, ...] = ("base", "chat")) -> View:
-    """Every source as it is."""
+def identity(names: tuple[str, ...] = SOURCES) -> View:
+    """The view that leaves the sources as they are."""
     return View(torch.eye(len(names)), names, names)
 
 
 def view_of(inputs: Inputs, sources: tuple[str, ...]) -> View:
-    """The view of a store's sources that the settings ask for.
+    """The view of a store's sources that the settings describe.
 
     Raises:
         UserError: a source that the store does not have, or a difference of other than two sources.
