@@ -221,7 +221,7 @@ def test_a_resumed_training_equals_an_undisturbed_one(tmp_path: Path, store: Sto
 def test_damaged_checkpoints_are_named(tmp_path: Path, store: Store) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "state.json").write_bytes(os.urandom(100))
-    with pytest.raises(UserError, match=r"/checkpoint is damaged.*delete it to start this training anew"):
+    with pytest.raises(UserError, match=r"/checkpoint is damaged.*delete it to restart this training"):
         train(tmp_path, store, config(L1Config()))
 
 
@@ -266,7 +266,7 @@ def test_resampled_latents_come_to_life(tmp_path: Path, store: Store) -> None:
 
 def test_a_full_disk_is_found_before_training(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"has 0 MB left, and the training writes up to"):
+    with pytest.raises(UserError, match=r"has 0 MB left, but the training writes up to"):
         train(tmp_path, store, config(L1Config()))
     assert not (tmp_path / "train.jsonl").exists()
 
@@ -366,5 +366,5 @@ def test_only_a_second_ctrl_c_ends_a_step() -> None:
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path, store: Store) -> None:
     interrupted(tmp_path, store, config(BatchTopKConfig(k=2)), [31])
-    with pytest.raises(UserError, match="checkpoint is of a training with other settings; delete it"):
+    with pytest.raises(UserError, match="checkpoint belongs to a training with other settings; delete it"):
         train(tmp_path, store, config(BatchTopKConfig(k=3)))
