@@ -273,7 +273,7 @@ class Pipeline:
 
     def compare(self) -> None:
         """Write `comparison.json` and print it."""
-        from crossdiff.compare.coders import comparison_table
+        from crossdiff.compare.terminal import comparison_table
 
         stage = self.compare_stage()
         if not self._skip(stage):
@@ -282,7 +282,7 @@ class Pipeline:
             self.console.print(comparison_table(read_json(self.run.path / "comparison.json")))
 
     def _compare(self, stage: Stage) -> None:
-        from crossdiff.compare.coders import compare
+        from crossdiff.compare.coders import compare_coders
 
         store, config = self.store(), self.config.compare
         crosscoders = {name: self.crosscoder(name) for name in self.names}
@@ -291,7 +291,8 @@ class Pipeline:
             progress_bar(self.console, "compare, tokens", config.max_tokens) as advance,
         ):
             if self.run.ranks.is_first:
-                write_json(folder / "comparison.json", compare(crosscoders, store, self.load_pair(), config, advance))
+                comparison = compare_coders(crosscoders, store, self.load_pair(), config, advance)
+                write_json(folder / "comparison.json", comparison)
         self._say_done(stage)
 
     def analyze(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""`crossdiff truth`: run the benchmark in a run directory and print what came out."""
+"""`crossdiff truth`: run the benchmark in a run directory and print its results."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from crossdiff.truth.benchmark import benchmark
 from crossdiff.truth.truth_config import TruthConfig
 
 CODE_FORMAT = 2
-"""Raised when the results change although the settings do not."""
+"""Raised when the results change although the settings stay the same."""
 
 
 def run_truth(run: Run, config: TruthConfig, console: Console) -> None:
-    """Run the benchmark unless it is done with these settings, and print its tables."""
+    """Run the benchmark, unless it is done with these settings, and print its tables."""
     outputs = ("activations", *config.crosscoders, "truth.json")
     stage = Stage("truth", fingerprint({"code": CODE_FORMAT, "settings": config.model_dump(mode="json")}), outputs)
     if not run.is_done(stage):
         with run.working(stage) as folder:
-            for left in folder.iterdir():  # of a run that was killed: nothing of it is gone on with
+            for left in folder.iterdir():  # a run that was killed is not resumed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             benchmark(folder, config, console.print)
     print_truth(read_json(run.path / "truth.json")["crosscoders"], console)
 
 
 def print_truth(crosscoders: dict[str, Any], console: Console) -> None:
-    """Print the rankings and the verdicts of every crosscoder of a `truth.json`."""
+    """Print the rankings and the verdicts of every crosscoder in a `truth.json`."""
     rankings = Table(title="Which latents stand for chat-only concepts?", title_justify="left")
     for name in ("crosscoder", "ranking"):
         rankings.add_column(name)
-    for name in ("called", "precision", "recall", "AUROC", "of no concept"):
+    for name in ("called", "precision", "recall", "AUROC", "matching no concept"):
         rankings.add_column(name, justify="right")
-    rankings.add_column("wrong ones stand for", overflow="fold")
+    rankings.add_column("concepts of the wrong ones", overflow="fold")
     for name, result in crosscoders.items():
         for ranking, score in result["scores"].items():
             numbers = (score["precision"], score["recall"], score["auroc"])
