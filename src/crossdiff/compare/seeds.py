@@ -76,8 +76,7 @@ def largest_cosines(rows: Float[Tensor, "row d_model"], others: Float[Tensor, "o
 
 
 def _chat_directions(seed: Seed, members: pl.Expr) -> Float[Tensor, "member d_model"]:
-    latents = seed.table.filter(members)["latent"].to_numpy()
-    return seed.crosscoder.directions()[CHAT_INDEX][torch.from_numpy(latents)]
+    return seed.crosscoder.directions()[CHAT_INDEX][seed.table.filter(members)["latent"].to_torch()]
 
 
 def compare_seeds(seeds: list[Seed], smallest_cosine: float = 0.9) -> SeedReport:
@@ -110,9 +109,7 @@ def _behaviours(seeds: list[Seed]) -> pl.DataFrame:
     for index, seed in enumerate(seeds):
         if seed.behaviours is None:
             return found.clear()
-        chosen = seed.behaviours.filter(
-            pl.col("question") == "before_answer", pl.col("pool").is_in(["chat_specific", "shared"])
-        )
-        scores = chosen.select(*keys, pl.col("auroc").alias(seed.name))
+        pools = seed.behaviours.filter(pl.col("pool").is_in(["chat_specific", "shared"]), question="before_answer")
+        scores = pools.select(*keys, pl.col("auroc").alias(seed.name))
         found = found.join(scores, on=keys, how="inner") if index else scores
     return found.sort(keys)

@@ -33,9 +33,7 @@ class PlantedConfig(Config):
     weaker_low: float = Field(0.3, gt=0, le=1, description="smallest ratio of base to chat amplitude of a weaker concept")
     weaker_high: float = Field(0.8, gt=0, le=1, description="largest ratio of base to chat amplitude of a weaker concept")
     rotated_cosine: float = Field(0.3, ge=0, le=1, description="largest cosine of the two directions of a rotated concept")
-    decoupled_overlap: float = Field(
-        0.6, ge=0, le=1, description="share of a decoupled concept's tokens that both models share"
-    )
+    decoupled_overlap: float = Field(0.6, ge=0, le=1, description="share of a decoupled concept's tokens with both models")
     active: float = Field(6.0, gt=0, description="mean number of concepts active per token in the chat model")
     rate_spread: float = Field(0.5, ge=0, description="standard deviation of the log of how often concepts fire")
     concept_spread: float = Field(0.3, ge=0, description="standard deviation of the log of the concepts' mean amplitudes")
