@@ -32,9 +32,6 @@ from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Tensor
 from crossdiff.sources import SOURCES
 
-RANDOM = -1
-"""Index of the random control among the measured directions, after those of base and chat."""
-
 
 def check_store(store: Store, config: AnalyzeConfig) -> None:
     """Check that a store has what an analysis needs, before any long work.
@@ -149,7 +146,7 @@ def analyze(
         return
     table = _write_tables(folder, crosscoder, measured, config)
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
-    write_json(folder / "health.json", _health_report(crosscoder, store, measured, table, directions))
+    write_json(folder / "health.json", _health_report(crosscoder, store, measured, table))
 
     scored = {}
     for name, (coder, latents) in _pools(crosscoder, reference, store, table, config).items():
@@ -186,13 +183,7 @@ def _write_tables(folder: Path, crosscoder: Crosscoder, measured: Measured, conf
     return table
 
 
-def _health_report(
-    crosscoder: Crosscoder,
-    store: Store,
-    measured: Measured,
-    table: pl.DataFrame,
-    directions: Float[Tensor, "direction latent d_model"],
-) -> dict[str, Any]:
+def _health_report(crosscoder: Crosscoder, store: Store, measured: Measured, table: pl.DataFrame) -> dict[str, Any]:
     sums = measured.scaling.sums
     return {
         "architecture": crosscoder.sparsity.kind,
@@ -208,7 +199,7 @@ def _health_report(
         "decoder_norm_movement": _norm_movement(crosscoder),
         "counts": counts(table),
         "controls": {
-            **random_directions(crosscoder, sums, RANDOM, directions),
+            **random_directions(crosscoder, sums, crosscoder.n_sources),
             "shared_latents": shared_latents(table),
             "split_halves": split_halves(crosscoder, sums, table),
         },

@@ -11,7 +11,6 @@ from scipy.stats import spearmanr
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, SHARED
 from crossdiff.latents.scaling import Sums, numerators, scaling
-from crossdiff.shapes import Float, Tensor
 from crossdiff.sources import SOURCES
 
 MEASURES = ("error", "reconstruction")
@@ -19,12 +18,9 @@ ALIKE = 0.9
 """Decoder cosine above which a latent with equal norms is certainly the same in both models."""
 
 
-def random_directions(
-    crosscoder: Crosscoder, sums: Sums, direction: int, directions: Float[Tensor, "direction latent d_model"]
-) -> dict[str, float]:
+def random_directions(crosscoder: Crosscoder, sums: Sums, direction: int) -> dict[str, float]:
     """Median beta along random directions, which must be near 0."""
-    targets = ("error", "activation_nobias")
-    result = scaling(crosscoder, sums, direction, BASE_INDEX, CHAT_INDEX, directions, targets)
+    result = scaling(crosscoder, sums, direction, BASE_INDEX, CHAT_INDEX, ("error", "activation_nobias"))
     return {
         f"random_direction_{target}_{SOURCES[model]}": float(beta.value.nanmedian())
         for (target, model), beta in result.betas.items()

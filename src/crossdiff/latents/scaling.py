@@ -37,11 +37,13 @@ class Sums:
     """Sums per block, in float64.
 
     Attributes:
+        directions: the measured directions in the normalised space: the crosscoder's own, one set per source, then others.
         n, f, f2: number of active tokens, sum of f and of f^2, `[block, latent]`.
         products: sum f <y^m, d^t>, `[direction, model, block, latent]`, where y is `reconstruction` or `error`, without bias;
             for a coder with one decoder, one of `TARGETS_OF_ONE_DECODER`.
     """
 
+    directions: Float[Tensor, "direction latent d_model"]
     n: Int64[Tensor, "block latent"]
     f: Float64[Tensor, "block latent"]
     f2: Float64[Tensor, "block latent"]
@@ -50,15 +52,14 @@ class Sums:
     def of_blocks(self, blocks: Int64[Tensor, " block"]) -> Sums:
         """The sums of some blocks alone."""
         products = {key: value[:, :, blocks] for key, value in self.products.items()}
-        return Sums(self.n[blocks], self.f[blocks], self.f2[blocks], products)
+        return Sums(self.directions, self.n[blocks], self.f[blocks], self.f2[blocks], products)
 
 
 class ScalingAccumulator:
     """Collects `sums` from the chunks of a pass.
 
     Args:
-        directions: `[direction, latent, d_model]` in the normalised space, such as random ones as a control; by default the
-            crosscoder's own, one set per source.
+        directions: those of `Sums`; by default the crosscoder's own.
         means: mean activations of the models; needed for a coder with one decoder.
     """
 
@@ -80,6 +81,7 @@ class ScalingAccumulator:
         per_block = (n_blocks, crosscoder.n_latents)
         per_pair = (len(directions), self._n_models, *per_block)
         self.sums = Sums(
+            directions=directions,
             n=torch.zeros(per_block, dtype=torch.int64),
             f=torch.zeros(per_block, dtype=torch.float64),
             f2=torch.zeros(per_block, dtype=torch.float64),
@@ -132,20 +134,17 @@ class Scaling(NamedTuple):
     nus: dict[str, Estimate[Tensor]]
 
 
-def numerators(
-    crosscoder: Crosscoder, sums: Sums, direction: int, directions: Float[Tensor, "direction latent d_model"] | None = None
-) -> dict[str, Float64[Tensor, "source block latent"]]:
+def numerators(crosscoder: Crosscoder, sums: Sums, direction: int) -> dict[str, Float64[Tensor, "source block latent"]]:
     """sum_i f <y_i^m, d_j> of every target that the coder has, for each model m and block.
 
     Args:
-        direction: index into the coder's own directions, or into `directions` if given; negative counts from the end.
+        direction: index into `sums.directions`; negative counts from the end of the coder's own.
     """
-    direction = range(crosscoder.n_sources if directions is None else len(directions))[direction]
-    products = {target: values[direction] for target, values in sums.products.items()}
+    products = {target: values[_position(crosscoder, direction)] for target, values in sums.products.items()}
     if crosscoder.n_sources == 1:
         return products
     own = crosscoder.directions().double()
-    d = (own if directions is None else directions.double())[direction]
+    d = sums.directions[_position(crosscoder, direction)].double()
     bias = crosscoder.decoder_bias.view(crosscoder.n_sources, -1).double() + crosscoder.mean.double() * crosscoder.scale
     on_bias = torch.einsum("sd,jd->sj", bias, d).unsqueeze(1) * sums.f
     on_self = torch.einsum("sjd,jd->sj", own, d).unsqueeze(1) * sums.f2
@@ -160,6 +159,10 @@ def numerators(
     }
 
 
+def _position(crosscoder: Crosscoder, direction: int) -> int:
+    return direction if direction >= 0 else crosscoder.n_sources + direction
+
+
 def _without_each(values: Float64[Tensor, "... block latent"]) -> Float64[Tensor, "... block latent"]:
     """Sums over all blocks but one."""
     return values.sum(-2, keepdim=True) - values
@@ -171,19 +174,18 @@ def scaling(
     direction: int,
     numerator: int,
     denominator: int,
-    directions: Float[Tensor, "direction latent d_model"] | None = None,
     targets: Iterable[str] = TARGETS,
 ) -> Scaling:
-    """Estimates along `direction`, one of the accumulator's, for those targets that the coder has.
+    """Estimates along a direction, for those targets that the coder has.
 
     Args:
+        direction: as in `numerators`.
         numerator, denominator: the models whose betas nu divides.
     """
-    d = (crosscoder.directions() if directions is None else directions)[direction].double()
-    square = d.square().sum(1)
+    square = sums.directions[_position(crosscoder, direction)].double().square().sum(1)
     scale = square * sums.f2.sum(0)
     scale_left_out = square * _without_each(sums.f2)
-    found = numerators(crosscoder, sums, direction, directions)
+    found = numerators(crosscoder, sums, direction)
     betas, nus = {}, {}
     for target in (name for name in targets if name in found):
         value = found[target].sum(1) / scale

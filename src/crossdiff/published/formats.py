@@ -27,7 +27,7 @@ from crossdiff.sources import SOURCES
 
 CODE_NORMALISATIONS = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
 """The fork's `code_normalization_id`: what f_j is multiplied by before latents are selected. In order: sum_s ||d_j^s||; the
-norm over all sources together; a weighted sum of these two; 1; each source's own norm, so that a latent is active per source."""
+norm over all sources together; a weighted sum of these two; 1; each source's own norm, which selects latents per source."""
 NORMALISATION_KEYS = ("target_rms", "activation_mean", "activation_std", "activation_global_scale")
 FORK_EPSILON = 1e-8
 """The fork divides by (scale + this) on the way out."""
