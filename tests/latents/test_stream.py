@@ -89,7 +89,7 @@ def test_a_crosscoder_of_other_activations(store: Store, origin: dict[str, Any],
 
 
 def test_a_crosscoder_of_another_width(store: Store) -> None:
-    with pytest.raises(UserError, match=r"reads width 7, but the store .* holds width 6"):
+    with pytest.raises(UserError, match=r"trained on width 7, but the store .* holds width 6"):
         run(other_crosscoder(d_model=7), store)
 
 

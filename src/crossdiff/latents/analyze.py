@@ -129,7 +129,7 @@ def analyze(
     reference: Crosscoder | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write all files of the analysis into `folder`.
+    """Write the files of `crossdiff.stages.definitions.ANALYSIS` into `folder`.
 
     Args:
         ranks: the processes that share the pass; the first one writes.

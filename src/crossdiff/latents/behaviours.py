@@ -160,32 +160,38 @@ def _resamples(generator: np.random.Generator, n: int) -> npt.NDArray[np.int64]:
     return np.bincount(drawn.ravel(), minlength=BOOTSTRAPS * n).reshape(BOOTSTRAPS, n)
 
 
-def _bag_of_words(
-    prompts: npt.NDArray[Any], positive: npt.NDArray[np.bool_], heldout: npt.NDArray[np.bool_]
-) -> npt.NDArray[Any]:
-    """Log-odds of a logistic regression on the words of the prompt, fitted on the training conversations."""
-    vectorizer = CountVectorizer(lowercase=True, token_pattern=r"(?u)\b\w+\b", binary=True)
-    train = vectorizer.fit_transform(prompts[~heldout])
-    model = LogisticRegression(max_iter=1000, class_weight="balanced").fit(train, positive[~heldout])
-    scores: npt.NDArray[Any] = model.decision_function(vectorizer.transform(prompts))
-    return scores
+class Contrast(NamedTuple):
+    """The conversations with a behaviour (`positive`) and their negatives, per conversation."""
 
+    positive: npt.NDArray[np.bool_]
+    heldout: npt.NDArray[np.bool_]
+    prompts: npt.NDArray[Any]
 
-def _scored(
-    positive: npt.NDArray[np.bool_],
-    heldout: npt.NDArray[np.bool_],
-    prompts: npt.NDArray[Any],
-    score: npt.NDArray[Any],
-    seed: int,
-) -> dict[str, float]:
-    """AUROC on both halves, with its interval on the held-out one."""
-    low, high = bootstrap_interval(positive[heldout], score[heldout], prompts[heldout], seed)
-    return {
-        "auroc_train": auroc(positive[~heldout], score[~heldout]),
-        "auroc": auroc(positive[heldout], score[heldout]),
-        "auroc_low": low,
-        "auroc_high": high,
-    }
+    def size(self, *, positive: bool, heldout: bool) -> int:
+        return int(((self.positive == positive) & (self.heldout == heldout)).sum())
+
+    def best(self, scores: npt.NDArray[np.float32]) -> int:
+        """The column with the best AUROC on the training half."""
+        return int(np.argmax(aurocs(self.positive[~self.heldout], scores[~self.heldout])))
+
+    def bag_of_words(self) -> npt.NDArray[Any]:
+        """Log-odds of a logistic regression on the words of the prompt, fitted on the training half."""
+        vectorizer = CountVectorizer(lowercase=True, token_pattern=r"(?u)\b\w+\b", binary=True)
+        train = vectorizer.fit_transform(self.prompts[~self.heldout])
+        model = LogisticRegression(max_iter=1000, class_weight="balanced").fit(train, self.positive[~self.heldout])
+        scores: npt.NDArray[Any] = model.decision_function(vectorizer.transform(self.prompts))
+        return scores
+
+    def scored(self, score: npt.NDArray[Any], seed: int) -> dict[str, float]:
+        """AUROC on both halves, with its interval on the held-out one."""
+        positive, heldout = self.positive, self.heldout
+        low, high = bootstrap_interval(positive[heldout], score[heldout], self.prompts[heldout], seed)
+        return {
+            "auroc_train": auroc(positive[~heldout], score[~heldout]),
+            "auroc": auroc(positive[heldout], score[heldout]),
+            "auroc_low": low,
+            "auroc_high": high,
+        }
 
 
 def behaviour_table(pools: dict[str, Pool], seed: int) -> pl.DataFrame:
@@ -200,25 +206,23 @@ def behaviour_table(pools: dict[str, Pool], seed: int) -> pl.DataFrame:
     for behaviour in sorted(set(conversations.labels)):
         negatives = CONTRASTS.get(behaviour, tuple(set(conversations.labels) - {behaviour}))
         chosen = np.isin(conversations.labels, (behaviour, *negatives))
-        positive = conversations.labels[chosen] == behaviour
-        heldout = conversations.heldout[chosen]
-        prompts = conversations.prompts[chosen]
-        sizes = {
-            (side, held): int(((positive == side) & (heldout == held)).sum())
-            for side in (True, False)
-            for held in (True, False)
-        }
-        if min(sizes.values()) < MIN_CONVERSATIONS:
+        contrast = Contrast(
+            conversations.labels[chosen] == behaviour, conversations.heldout[chosen], conversations.prompts[chosen]
+        )
+        if (
+            min(contrast.size(positive=side, heldout=half) for side in (True, False) for half in (True, False))
+            < MIN_CONVERSATIONS
+        ):
             continue
-        common = {"behaviour": behaviour, "n_positive": sizes[True, True], "n_negative": sizes[False, True]}
+        n_positive, n_negative = (contrast.size(positive=side, heldout=True) for side in (True, False))
+        common = {"behaviour": behaviour, "n_positive": n_positive, "n_negative": n_negative}
         for question in (BEFORE_ANSWER, WHOLE_CONVERSATION):
             for name, pool in pools.items():
                 if pool.latents:
                     scores = pool.conversations.scores[question][chosen]
-                    best = int(np.argmax(aurocs(positive[~heldout], scores[~heldout])))
+                    best = contrast.best(scores)
                     names = {"question": question, "pool": name, "pool_size": len(pool.latents), "latent": pool.latents[best]}
-                    rows.append(common | names | _scored(positive, heldout, prompts, scores[:, best], seed))
-        words = _bag_of_words(prompts, positive, heldout)
+                    rows.append(common | names | contrast.scored(scores[:, best], seed))
         names = {"question": BEFORE_ANSWER, "pool": "bag_of_words", "pool_size": 1, "latent": None}
-        rows.append(common | names | _scored(positive, heldout, prompts, words, seed))
+        rows.append(common | names | contrast.scored(contrast.bag_of_words(), seed))
     return pl.DataFrame(rows, schema=TABLE_SCHEMA)

@@ -71,13 +71,9 @@ def encode(crosscoder: Crosscoder, x: Float[Tensor, "token source d_model"]) -> 
 
 
 def check_fits(crosscoder: Crosscoder, store: Store) -> None:
-    """Check that a store holds the models, layer and width that a crosscoder was trained on.
-
-    Raises:
-        UserError: names both sides.
-    """
-    trained_on = crosscoder.origin["pair"] | {"layer": crosscoder.origin["layer"]}
-    found = store.pair | {"layer": store.layer}
+    """Check that a store holds the models, layer and width that a crosscoder was trained on; a `UserError` names both sides."""
+    trained_on = crosscoder.origin["pair"] | {"layer": crosscoder.origin["layer"], "width": crosscoder.d_model}
+    found = store.pair | {"layer": store.layer, "width": store.d_model}
     differ = [key for key in {**trained_on, **found} if trained_on.get(key) != found.get(key)]
     if differ:
         theirs, ours = (", ".join(f"{key} {side.get(key)}" for key in differ) for side in (trained_on, found))
@@ -85,20 +81,11 @@ def check_fits(crosscoder: Crosscoder, store: Store) -> None:
             f"the crosscoder was trained on {theirs}, but the store {store.folder} holds {ours}; "
             "train again on this store, or analyse the store it was trained on"
         )
-    if crosscoder.d_model != store.d_model:
-        raise UserError(
-            f"the crosscoder reads width {crosscoder.d_model}, but the store {store.folder} holds width {store.d_model}; "
-            "train again on this store"
-        )
     source_indices(store, crosscoder.view.reads)
 
 
 def blocks_of_sequences(store: Store, n_blocks: int) -> list[npt.NDArray[np.int64]]:
-    """The sequences of each block. A document belongs to one block, and every dataset is spread over all blocks.
-
-    Raises:
-        UserError: there are fewer documents than blocks.
-    """
+    """The sequences of each block. A document belongs to one block, and every dataset is spread over all blocks."""
     if len(store.documents) < n_blocks:
         raise UserError(f"{len(store.documents)} documents cannot make {n_blocks} blocks; lower analyze.blocks or harvest more")
     first_rows = store.sequences()[:-1]

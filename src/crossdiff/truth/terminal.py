@@ -1,4 +1,4 @@
-"""`crossdiff truth`: run the benchmark in a run directory and print its results."""
+"""`crossdiff truth`: run the benchmark in a run directory and print what came out."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from crossdiff.truth.benchmark import benchmark
 from crossdiff.truth.truth_config import TruthConfig
 
 CODE_FORMAT = 2
-"""Raised when the results change although the settings stay the same."""
+"""Raised when the results change although the settings do not."""
 
 
 def run_truth(run: Run, config: TruthConfig, console: Console) -> None:
-    """Run the benchmark, unless it is done with these settings, and print its tables."""
+    """Run the benchmark unless it is done with these settings, and print its tables."""
     outputs = ("activations", *config.crosscoders, "truth.json")
     stage = Stage("truth", fingerprint({"code": CODE_FORMAT, "settings": config.model_dump(mode="json")}), outputs)
     if not run.is_done(stage):
         with run.working(stage) as folder:
-            for left in folder.iterdir():  # a run that was killed is not resumed
+            for left in folder.iterdir():  # of a run that was killed: nothing of it is gone on with
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             benchmark(folder, config, console.print)
     print_truth(read_json(run.path / "truth.json")["crosscoders"], console)
