@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 
@@ -68,6 +69,9 @@ class SyntheticStore(Store):
             "document": range(n_documents), "dataset": ["synthetic"] * n_documents, "label": [None] * n_documents,
             "split": ["heldout" if i % 5 == 0 else "train" for i in range(n_documents)],
         })  # fmt: skip
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        return self.activations[0][torch.from_numpy(rows)].float()
 
 
 class Words:
