@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -153,18 +153,13 @@ def _called(table: pl.DataFrame, name: str, n_positive: int, config: AnalyzeConf
     return reaches
 
 
-def score(table: pl.DataFrame, kinds: npt.NDArray[Any], n_concepts: int, name: str, config: AnalyzeConfig) -> Score:
-    """Score one ranking of a latent table that has the column `concept`.
-
-    Args:
-        kinds: kind of each latent's concept, "none" for unmatched latents.
-        n_concepts: number of planted chat-only concepts.
-    """
+def score(table: pl.DataFrame, n_concepts: int, name: str, config: AnalyzeConfig) -> Score:
+    """Score one ranking of a matched latent table, given the number of planted chat-only concepts."""
+    kinds = table["kind"].to_numpy()
     matched = kinds != "none"
     positive = kinds == "chat_only"
     called = _called(table, name, int(positive.sum()), config)
     right = called & positive
-    found = len(set(table["concept"].to_numpy()[right].tolist()))
     n_called = int((called & matched).sum())
     wrong = {kind: int((called & (kinds == kind)).sum()) for kind in KINDS if kind != "chat_only"}
     return Score(
@@ -172,53 +167,39 @@ def score(table: pl.DataFrame, kinds: npt.NDArray[Any], n_concepts: int, name: s
         n_called=n_called,
         n_unmatched=int((called & ~matched).sum()),
         precision=float(right.sum()) / n_called if n_called else math.nan,
-        recall=found / n_concepts,
+        recall=table.filter(pl.Series(right))["concept"].n_unique() / n_concepts,
         auroc=auroc(positive[matched], _ranking(table, name)[matched].clip(-1e300, 1e300)),
         wrong={kind: n for kind, n in wrong.items() if n},
     )
 
 
-def judge_coder(
-    folder: Path, crosscoder: Crosscoder, store: Store, concepts: Concepts, config: TruthConfig
-) -> tuple[pl.DataFrame, npt.NDArray[Any]]:
-    """Analyse and match a crosscoder; writes latents.parquet.
-
-    Returns:
-        The latent table with `concept`, `kind`, `match_cosine` and `match_correlation`, and the kinds.
-    """
-    planted = config.planted
-    fresh = draw(concepts, planted.model_copy(update={"documents": MATCHING_DOCUMENTS}), MATCHING_STREAM)
+def _matched_table(crosscoder: Crosscoder, store: Store, concepts: Concepts, config: TruthConfig) -> pl.DataFrame:
+    """The latent table with `concept` (-1 for none), `kind` ("none" for none), `match_cosine` and `match_correlation`."""
+    planted = config.planted.model_copy(update={"documents": MATCHING_DOCUMENTS})
+    fresh = draw(concepts, planted, MATCHING_STREAM)
     matches = match(crosscoder, concepts, fresh, config.match_cosine, config.match_correlation)
-    table = analysed(crosscoder, store, config.analyze)
-    kinds = np.array([*KINDS, "none"])[torch.where(matches.concept >= 0, concepts.kind[matches.concept], -1).numpy()]
-    table = table.with_columns(
+    kinds = torch.where(matches.concept >= 0, concepts.kind[matches.concept], -1)
+    return analysed(crosscoder, store, config.analyze).with_columns(
         concept=pl.Series(matches.concept.numpy()),
-        kind=pl.Series(kinds),
+        kind=pl.Series(np.array([*KINDS, "none"])[kinds.numpy()]),
         match_cosine=pl.Series(matches.cosine.double().numpy()),
         match_correlation=pl.Series(matches.correlation.numpy()),
     )
-    table.write_parquet(folder / "latents.parquet")
-    return table, kinds
 
 
 def _result(
     folder: Path, trained: Trained, store: Store, concepts: Concepts, config: TruthConfig, target: float | None
 ) -> CoderResult:
-    table, kinds = judge_coder(folder, trained.crosscoder, store, concepts, config)
-    alive = table["n_active"].to_numpy() > 0
-    concept_kind = np.array(KINDS)[concepts.kind.numpy()]
-    found = {
-        kind: len(set(table["concept"].to_numpy()[alive & (kinds == kind)].tolist())) / int((concept_kind == kind).sum())
-        for kind in KINDS
-        if (concept_kind == kind).any()
-    }
-    verdicts = {
-        kind: dict(table.filter(pl.Series(alive & (kinds == kind)))["verdict"].value_counts(sort=True).iter_rows())
-        for kind in (*KINDS, "none")
-    }
+    """Analyse and score a trained crosscoder; writes latents.parquet."""
+    table = _matched_table(trained.crosscoder, store, concepts, config)
+    table.write_parquet(folder / "latents.parquet")
+    live = table.filter(pl.col("n_active") > 0)
+    n_planted = dict(zip(KINDS, torch.bincount(concepts.kind, minlength=len(KINDS)).tolist(), strict=True))
+    found = {kind: live.filter(kind=kind)["concept"].n_unique() / n for kind, n in n_planted.items() if n}
+    verdicts = {kind: dict(live.filter(kind=kind)["verdict"].value_counts(sort=True).iter_rows()) for kind in (*KINDS, "none")}
     compares = trained.crosscoder.n_sources > 1
     rankings = RANKINGS if compares else RANKINGS_OF_ONE_DECODER
-    scores = {name: score(table, kinds, config.planted.chat_only, name, config.analyze) for name in rankings}
+    scores = {name: score(table, config.planted.chat_only, name, config.analyze) for name in rankings}
     return CoderResult(
         architecture=trained.config.sparsity.kind,
         mu=trained.mu,
@@ -226,8 +207,8 @@ def _result(
         l0=trained.l0,
         l0_matched=target is None or not compares or abs(trained.l0 / target - 1) <= config.l0_tolerance,
         fve=trained.fve,
-        n_dead=int((~alive).sum()),
-        n_matched=int((kinds != "none").sum()),
+        n_dead=table.height - live.height,
+        n_matched=table.filter(pl.col("kind") != "none").height,
         found=found,
         verdicts=verdicts,
         scores=scores,
