@@ -22,7 +22,7 @@ from crossdiff.causal.interventions import Arm
 from crossdiff.causal.patching import Patcher
 from crossdiff.config import DatasetConfig, L1Config
 from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
-from crossdiff.latents.activity import GROUPS
+from crossdiff.latents.groups import GROUPS
 from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair, load_pair
 from crossdiff.pairs import demo_path

@@ -27,8 +27,8 @@ from urllib.parse import urlencode
 import numpy as np
 import polars as pl
 
-from crossdiff.latents.example_database import SCHEMA
-from crossdiff.latents.groups import ROW_GROUP
+from crossdiff.latents.activity import ROW_GROUP
+from crossdiff.latents.example_schema import SCHEMA
 
 N_SEQUENCES, LENGTH, VOCABULARY, ACTIVE = 40_000, 256, 32_000, 24
 READERS, PER_READER = 20, 15

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 
@@ -36,11 +37,12 @@ from crossdiff.activations.store import COLUMNS, Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.latents.activity import Activity, group_of
+from crossdiff.latents.activity import Activity
 from crossdiff.latents.example_collector import ExampleCollector
 from crossdiff.latents.example_database import write_examples
+from crossdiff.latents.groups import Cells
 from crossdiff.latents.scaling import ScalingAccumulator, scaling
-from crossdiff.latents.stream import Chunk, chunks, encode
+from crossdiff.latents.stream import Chunk, accumulate, encode
 
 LENGTH, GROUP, SAMPLE = 256, 128, 512
 PAIR = {"base": "synthetic", "chat": "synthetic"}
@@ -67,6 +69,9 @@ class SyntheticStore(Store):
             "document": range(n_documents), "dataset": ["synthetic"] * n_documents, "label": [None] * n_documents,
             "split": ["heldout" if i % 5 == 0 else "train" for i in range(n_documents)],
         })  # fmt: skip
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        return self.activations[0][torch.from_numpy(rows)].float()
 
 
 class Words:
@@ -122,23 +127,20 @@ def encode_seconds(crosscoder: Crosscoder, store: Store, batch_tokens: int) -> f
 def scaling_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> None:
     """All targets of all latents, with the estimates along both directions."""
     accumulator = ScalingAccumulator(crosscoder, config.blocks)
-    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens):
-        accumulator.add(chunk)
-    sums = accumulator.finish()
+    accumulate([accumulator], crosscoder, store, config.blocks, config.batch_tokens)
     for direction in (0, 1):
-        scaling(crosscoder, sums, direction, 1 - direction, direction)
+        scaling(crosscoder, accumulator.sums, direction, 1 - direction, direction)
 
 
 def whole_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> None:
     """Scaling, activity and the collection of examples in one pass."""
-    accumulator, norms = ScalingAccumulator(crosscoder, config.blocks), crosscoder.norms().sum(1)
-    groups, activity = group_of(store.column("flags")), Activity.empty(crosscoder.n_latents)
-    collector = ExampleCollector(store, crosscoder.n_latents, config)
-    for chunk in chunks(crosscoder, store, config.blocks, config.batch_tokens):
-        accumulator.add(chunk)
-        activity.add(chunk, groups[chunk.rows], norms)
-        collector.add(chunk, norms)
-    accumulator.finish()
+    cells = Cells(pl.DataFrame({"dataset": ["synthetic"], "group": ["plain"]}), np.zeros(store.n_tokens, dtype=np.int64))
+    accumulators = (
+        ScalingAccumulator(crosscoder, config.blocks),
+        Activity.empty(cells, crosscoder.n_latents),
+        ExampleCollector(store, crosscoder.n_latents, config),
+    )
+    accumulate(accumulators, crosscoder, store, config.blocks, config.batch_tokens)
 
 
 def published_seconds(crosscoder: Crosscoder, store: Store) -> tuple[float, float]:
@@ -189,16 +191,19 @@ def drawn_chunks(n_tokens: int, often: torch.Tensor, batch_tokens: int) -> Itera
         code = SparseCode(flat // n_latents, flat % n_latents, 1 + torch.rand(len(flat)), n, n_latents)
         rows = np.arange(first, first + n)
         sequence = torch.from_numpy(rows // LENGTH - first // LENGTH)
-        yield Chunk(0, rows, sequence, np.unique(rows // LENGTH), nothing, code, nothing, nothing, nothing.unsqueeze(1))
+        yield Chunk(
+            block=0, rows=rows, sequence=sequence, numbers=np.unique(rows // LENGTH), x=nothing, code=code, v=code.values,
+            reconstruction=nothing, error=nothing, h=nothing.unsqueeze(1),
+        )  # fmt: skip
 
 
 def examples_seconds(n_tokens: int, n_latents: int, l0: int, config: AnalyzeConfig) -> tuple[float, float, int, int]:
     """Seconds to collect and to write the examples of drawn codes, active pairs, and bytes of the database."""
     store = SyntheticStore(torch.empty(n_tokens, 2, 0))
-    collector, norms = ExampleCollector(store, n_latents, config), torch.ones(n_latents)
+    collector = ExampleCollector(store, n_latents, config)
     collecting, pairs = 0.0, 0
     for chunk in drawn_chunks(n_tokens, frequencies(n_latents, l0), config.batch_tokens):
-        collecting += timed(lambda chunk=chunk: collector.add(chunk, norms))
+        collecting += timed(lambda chunk=chunk: collector.add(chunk))
         pairs += len(chunk.code.values)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "examples.sqlite"

@@ -13,7 +13,7 @@ from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.scaling import ScalingAccumulator, Sums, numerators, scaling
 from crossdiff.latents.stream import Chunk
 from crossdiff.statistics import jackknife_se, ratio, student_t
-from crossdiff.truth.planted import BASE, CHAT, KINDS, Concepts, Tokens, draw, plant
+from crossdiff.truth.planted import BASE_INDEX, CHAT_INDEX, KINDS, Concepts, Tokens, draw, plant
 from crossdiff.truth.truth_config import PlantedConfig
 
 BLOCKS = 20
@@ -65,7 +65,7 @@ def test_a_small_denominator_stretches_the_upper_side() -> None:
 def frozen(concepts: Concepts) -> Crosscoder:
     """A crosscoder made from the concepts, with the base direction of the weaker ones shrunk to 0."""
     strength = concepts.strength.clone()
-    strength[BASE, concepts.kind == KINDS.index("weaker")] = 0.0
+    strength[BASE_INDEX, concepts.kind == KINDS.index("weaker")] = 0.0
     directions = concepts.directions * (strength > 0).unsqueeze(2)
     decoder = directions.transpose(0, 1).flatten(1)
     readers = (strength > 0).sum(0).unsqueeze(1)
@@ -85,9 +85,11 @@ def sums_of(coder: Crosscoder, documents: Iterable[Tokens], n_blocks: int) -> Su
         code = coder.sparse_code(x)
         reconstruction = code.decode(coder.decoder)
         error = x.flatten(1) - reconstruction - coder.decoder_bias
-        rows = np.arange(len(h))
-        sequence = torch.zeros(len(h), dtype=torch.int64)
-        accumulator.add(Chunk(block, rows, sequence, np.array([0]), x.flatten(1), code, reconstruction, error, h))
+        chunk = Chunk(
+            block=block, rows=np.arange(len(h)), sequence=torch.zeros(len(h), dtype=torch.int64), numbers=np.array([0]),
+            x=x.flatten(1), code=code, v=coder.v(code), reconstruction=reconstruction, error=error, h=h,
+        )  # fmt: skip
+        accumulator.add(chunk)
 
     for tokens in documents:
         if n_blocks == 1:  # the truth, from many documents: not kept
@@ -98,7 +100,7 @@ def sums_of(coder: Crosscoder, documents: Iterable[Tokens], n_blocks: int) -> Su
     for block, held in enumerate(parts):
         if held:
             add(block, torch.cat(held))
-    return accumulator.finish()
+    return accumulator.sums
 
 
 @pytest.mark.slow
@@ -113,15 +115,15 @@ def test_the_interval_holds_the_truth_in_95_percent_of_the_latents() -> None:
         concepts = plant(config)
         coder = frozen(concepts)
         many = config.model_copy(update={"documents": 50 * config.documents})
-        exact = numerators(coder, sums_of(coder, draw(concepts, many, stream=1), 1), CHAT)
+        exact = numerators(coder, sums_of(coder, draw(concepts, many, stream=1), 1), CHAT_INDEX)
         for stream in (2, 3):
             sums = sums_of(coder, draw(concepts, config, stream), BLOCKS)
-            found = scaling(coder, sums, CHAT, BASE, CHAT)
+            found = scaling(coder, sums, CHAT_INDEX, BASE_INDEX, CHAT_INDEX)
             enough = (sums.n.sum(0) >= 100) & ((sums.n > 0).sum(0) >= BLOCKS / 2)
             for target in ("error", "reconstruction"):
                 nu = found.nus[target]
                 usable = enough & nu.value.isfinite()
-                truth = exact[target][BASE, 0] / exact[target][CHAT, 0]
+                truth = exact[target][BASE_INDEX, 0] / exact[target][CHAT_INDEX, 0]
                 covered.append(((nu.low <= truth) & (truth <= nu.high))[usable])
     share = torch.cat(covered).double()
     assert len(share) > 200

@@ -17,7 +17,7 @@ from crossdiff.config import DifferenceConfig, L1Config
 from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.view import identity, view_of
 from crossdiff.errors import UserError
-from crossdiff.latents.activity import GROUPS
+from crossdiff.latents.groups import GROUPS
 from crossdiff.text.chat import Flag
 from stores import make_store
 

@@ -12,7 +12,7 @@ from setting import LAYER, D, arm, make_crosscoder, make_difference_coder, make_
 from crossdiff.causal.conversations import SPANS, span_of
 from crossdiff.causal.interventions import Arm
 from crossdiff.causal.patching import Divergences, Patcher, Reference
-from crossdiff.latents.activity import GROUPS, group_of
+from crossdiff.latents.groups import GROUPS, group_of
 from crossdiff.models.access import edited_after
 from crossdiff.models.pair import Pair
 from crossdiff.text.sequences import TokenSequence

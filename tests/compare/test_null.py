@@ -61,7 +61,7 @@ def test_coders_with_one_decoder_are_left_out(tmp_path: Path) -> None:
 
 def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ["shared"])
-    with pytest.raises(UserError, match=r"same base model, but .*'a'.* has .*'b'"):
+    with pytest.raises(UserError, match=r"the same base model, but .*'a'.* has .*'b'"):
         compare(run, write_run(tmp_path / "b", ["shared"], base="b"))
     with pytest.raises(UserError, match=r"same layer, but .* has 3 and .* has 4"):
         compare(run, write_run(tmp_path / "c", ["shared"], layer=4))

@@ -10,8 +10,9 @@ import torch
 
 from crossdiff.activations.harvest import harvest
 from crossdiff.activations.store import Store
-from crossdiff.compare.coders import compare, comparison_table
+from crossdiff.compare.coders import compare_coders
 from crossdiff.compare.recovered import AS_IT_IS, BLOCKS, MEAN, heldout_sequences, run_on_reconstructions
+from crossdiff.compare.terminal import comparison_table
 from crossdiff.config import (
     BatchTopKConfig,
     CompareConfig,
@@ -112,7 +113,7 @@ def test_sums_against_one_sequence_at_a_time(store: Store, pair: Pair) -> None:
 
 def test_the_comparison_has_an_interval_for_everything(store: Store, pair: Pair) -> None:
     coders = {"perfect": perfect(store, PairedConfig()), "difference": perfect(store, DifferenceConfig())}
-    result = compare(coders, store, pair, CompareConfig(max_tokens=1000, batch_tokens=300))
+    result = compare_coders(coders, store, pair, CompareConfig(max_tokens=1000, batch_tokens=300))
     row = result["crosscoders"]["perfect"]
     assert row["recovered"]["base"]["low"] <= row["recovered"]["base"]["value"] <= row["recovered"]["base"]["high"]
     assert set(result["crosscoders"]["difference"]["recovered"]) == {"chat"}

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from crossdiff.cli import run_command
-from crossdiff.compare import seeds
 from crossdiff.compare.seeds import Seed, compare_seeds, largest_cosines, read_seeds
 from crossdiff.config import L1Config
 from crossdiff.crosscoder.checkpoint import save
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
+from crossdiff.latents import decoder
 
 
 def seed(name: str, chat: list[list[float]], verdicts: list[str]) -> Seed:
@@ -65,7 +65,7 @@ def test_latents_found_again() -> None:
 
 
 def test_largest_cosines_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeds, "BLOCK", 3)
+    monkeypatch.setattr(decoder, "BLOCK", 3)
     generator = torch.Generator().manual_seed(0)
     rows, others = torch.randn(10, 4, generator=generator), torch.randn(7, 4, generator=generator)
     a, b = rows.double().numpy(), others.double().numpy()

@@ -28,10 +28,11 @@ from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.train import Job, stop_between_steps, train, train_together
 from crossdiff.crosscoder.trainer import Schedule, Trainer
 from crossdiff.errors import UserError
-from crossdiff.latents.activity import Activity, group_of
+from crossdiff.latents.activity import Activity
+from crossdiff.latents.groups import cells_of
 from crossdiff.latents.latent_table import latent_table
 from crossdiff.latents.scaling import ScalingAccumulator
-from crossdiff.latents.stream import chunks
+from crossdiff.latents.stream import accumulate
 from planted import CHAT_ONLY, SHARED, WEAKER, planted_activations
 from stores import make_store
 
@@ -49,12 +50,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.mark.parametrize("sparsity", [L1Config(mu=0.8), BatchTopKConfig(k=1)], ids=["l1", "batchtopk"])
 def test_planted_concepts_get_the_nu_they_were_planted_with(tmp_path: Path, store: Store, sparsity: Any) -> None:
     coder = train(tmp_path, store, config(sparsity, epochs=40, decoder_norm=0.3))
-    accumulator, activity = ScalingAccumulator(coder, 20), Activity.empty(32)
-    groups, norms = group_of(store.column("flags")), coder.norms().sum(1)
-    for chunk in chunks(coder, store, 20, 2000):
-        accumulator.add(chunk)
-        activity.add(chunk, groups[chunk.rows], norms)
-    table = latent_table(coder, accumulator.finish(), activity, AnalyzeConfig(min_active=30))
+    accumulator, activity = ScalingAccumulator(coder, 20), Activity.empty(cells_of(store, None), 32)
+    accumulate([accumulator, activity], coder, store, 20, 2000)
+    table = latent_table(coder, accumulator.sums, activity, AnalyzeConfig(min_active=30))
     directions = planted_activations(1)[1]  # [concept, d]
     cosine = torch.nn.functional.cosine_similarity(coder.directions()[1][:, None], directions[None], dim=2)
     best = cosine.max(0)

@@ -17,7 +17,7 @@ from crossdiff.crosscoder.metrics import heldout_sums
 from crossdiff.crosscoder.train import normalisation_of
 from crossdiff.crosscoder.view import view_of
 from crossdiff.errors import UserError
-from crossdiff.latents.analyze import RANDOM, analyze, measure, with_random_directions
+from crossdiff.latents.analyze import analyze, measure, with_random_directions
 from crossdiff.latents.groups import cells_of
 from crossdiff.stages.definitions import ANALYSIS
 from planted import planted_activations
@@ -31,8 +31,8 @@ def test_random_directions_have_the_norms_and_nothing_else_of_the_decoder() -> N
     coder = new_crosscoder(200, torch.zeros(2, 64), 1.0, BatchTopKConfig(), 0.7, seed=0)
     directions = with_random_directions(coder, seed=0)
     assert torch.equal(directions[:2], coder.directions())
-    torch.testing.assert_close(directions[RANDOM].norm(dim=1), torch.full((200,), 0.7))
-    cosine = torch.nn.functional.cosine_similarity(directions[RANDOM], coder.directions()[1])
+    torch.testing.assert_close(directions[2].norm(dim=1), torch.full((200,), 0.7))
+    cosine = torch.nn.functional.cosine_similarity(directions[2], coder.directions()[1])
     assert float(cosine.abs().mean()) < 0.15  # about sqrt(2 / (pi * 64)) = 0.1
 
 
@@ -46,7 +46,7 @@ def crosscoder(store: Store) -> Crosscoder:
 def test_the_pass_measures_the_held_out_tokens_as_a_pass_over_them_does(tmp_path: Path) -> None:
     store = make_store(tmp_path, planted_activations(3000)[0])  # with tokens on which much more than the median fires
     coder = crosscoder(store)
-    found = measure(coder, store, cells_of(store, make_tokenizer()), CONFIG, coder.directions()).heldout
+    found = measure(coder, store, cells_of(store, make_tokenizer()), CONFIG, coder.directions()).heldout.sums
     expected = heldout_sums(coder, store, "heldout", 1000)
     assert int(found.n[1].sum()) > 1 and torch.equal(found.n, expected.n) and torch.equal(found.counts, expected.counts)
     for key in ("squared_error", "square", "total"):
@@ -61,7 +61,7 @@ def test_bad_input_is_refused_before_the_pass(tmp_path: Path, trouble: str) -> N
     if trouble == "too few documents":
         config, message = CONFIG.model_copy(update={"blocks": 21}), "20 documents cannot make 21 blocks"
     if trouble == "another layer":
-        coder.origin["layer"], message = 7, "trained on layer 7, the store .* holds layer 1"
+        coder.origin["layer"], message = 7, "trained on layer 7, but the store .* holds layer 1"
     read: list[int] = []
     with pytest.raises(UserError, match=message):
         analyze(tmp_path, coder, store, None, config, read.append)

@@ -15,7 +15,7 @@ from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig, BatchTopKConfig, L1Config
 from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.latents import example_collector
-from crossdiff.latents.example_collector import ExampleCollector, Ranking, context_hashes, quantile_picks
+from crossdiff.latents.example_collector import ExampleCollector, context_hashes, quantile_picks, ranking_of
 from crossdiff.latents.example_database import write_examples
 from crossdiff.latents.stream import chunks
 from planted import planted_activations
@@ -53,7 +53,7 @@ def crosscoder(store: Store) -> Crosscoder:
 def collect(coder: Crosscoder, store: Store, config: AnalyzeConfig = CONFIG) -> ExampleCollector:
     collector = ExampleCollector(store, coder.n_latents, config)
     for chunk in chunks(coder, store, config.blocks, config.batch_tokens):
-        collector.add(chunk, coder.norms().sum(1))
+        collector.add(chunk)
     return collector
 
 
@@ -141,7 +141,7 @@ def test_memory_is_bounded_per_latent(store: Store, monkeypatch: pytest.MonkeyPa
     coder = crosscoder(store)
     collector, most = ExampleCollector(store, 24, CONFIG), 0
     for chunk in chunks(coder, store, CONFIG.blocks, 40):
-        collector.add(chunk, coder.norms().sum(1))
+        collector.add(chunk)
         most = max(most, sum(len(part.latent) for part in collector._parts))
         # At most twice what was last kept, and a chunk of 2 sequences.
         assert collector._n_pairs <= 2 * 24 * (4 + N_SAMPLED) * 20 + 1 + 2 * 24 * 20
@@ -160,9 +160,9 @@ def test_the_sample_is_a_uniform_one_of_distinct_contexts(store: Store) -> None:
     for seed in range(n_seeds):
         collector = ExampleCollector(store, 24, CONFIG.model_copy(update={"seed": seed}))
         for chunk in chunk_list:
-            collector.add(chunk, coder.norms().sum(1))
+            collector.add(chunk)
         candidates, _ = collector.finish()
-        for c in np.flatnonzero(Ranking.of(candidates).by_key < N_SAMPLED):
+        for c in np.flatnonzero(ranking_of(candidates).by_key < N_SAMPLED):
             hits[int(candidates.latent[c]), float(candidates.value[c])] += 1
     v, ids = dense(coder, store), store.column("token_id").reshape(-1, 20)
     for latent in (0, 5, 23):
@@ -202,7 +202,7 @@ def test_quantile_picks() -> None:
     assert quantile_picks(np.array([]), 3) == []
 
 
-def test_a_crosscoder_that_is_silent_throughout_and_no_quantile_examples(tmp_path: Path, store: Store) -> None:
+def test_a_crosscoder_that_is_never_active_and_no_quantile_examples(tmp_path: Path, store: Store) -> None:
     coder = crosscoder(store)
     coder.encoder_bias -= 1e6
     assert write(coder, store, tmp_path / "examples.sqlite") == []

@@ -10,7 +10,8 @@ import torch
 
 from crossdiff.activations.store import Store
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.latents.groups import COLUMNS, Cells, GroupActivity, activity_table, cells_of
+from crossdiff.latents.activity import COLUMNS, Activity, activity_table
+from crossdiff.latents.groups import GROUPS, Cells, cells_of, group_of
 from crossdiff.latents.stream import Chunk
 from crossdiff.text.chat import Flag
 from stores import make_store
@@ -68,28 +69,27 @@ def test_the_most_frequent_token_names_a_cell(store: Store) -> None:
     assert table.select("group", "role", "template_index", "token").rows() == [("template", "other", 3, "<8>")]
 
 
-def chunk_of(f: torch.Tensor, rows: np.ndarray) -> Chunk:  # type: ignore[type-arg]
-    token, latent = f.nonzero(as_tuple=True)
-    code = SparseCode(token, latent, f[token, latent], *f.shape)
-    empty = torch.zeros(len(f), 8)
-    return Chunk(0, rows, torch.zeros(len(f), dtype=torch.int64), np.array([0]), empty, code, empty, empty, empty.unsqueeze(1))
+def chunk_of(v: torch.Tensor, rows: np.ndarray) -> Chunk:  # type: ignore[type-arg]
+    token, latent = v.nonzero(as_tuple=True)
+    code = SparseCode(token, latent, torch.ones(len(token)), *v.shape)
+    empty = torch.zeros(len(v), 8)
+    return Chunk(
+        block=0, rows=rows, sequence=torch.zeros(len(v), dtype=torch.int64), numbers=np.array([0]), x=empty, code=code,
+        v=v[token, latent], reconstruction=empty, error=empty, h=empty.unsqueeze(1),
+    )  # fmt: skip
 
 
 def test_statistics_against_a_loop(store: Store) -> None:
     cells, generator = cells_of(store, Decoder()), torch.Generator().manual_seed(0)
-    f = torch.rand(N, LATENTS, generator=generator)
-    f[f < 0.4] = 0
-    f[:, 3] = 0  # dead
-    norms = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
-    n_cells = cells.table.height
-    whole = GroupActivity.empty(n_cells, LATENTS)
+    activations = torch.rand(N, LATENTS, generator=generator)
+    activations[activations < 0.4] = 0
+    activations[:, 3] = 0  # dead
+    activity = Activity.empty(cells, LATENTS)
     for rows in (np.arange(1, 10), np.arange(10, N)):  # the BOS is left out
-        part = GroupActivity.empty(n_cells, LATENTS)
-        part.add(chunk_of(f[rows], rows), cells, norms)
-        whole = whole + part
-    table = activity_table(whole, cells)
+        activity.add(chunk_of(activations[rows], rows))
+    table = activity_table(activity)
     assert table.columns == list(COLUMNS)
-    v, seen = (f * norms).numpy(), set()
+    v, seen = activations.numpy(), set()
     for row in table.iter_rows(named=True):
         key = (row["dataset"], row["group"], row["role"], row["template_index"])
         members = [i for i in range(1, N) if name(cells, i) == key]
@@ -102,3 +102,7 @@ def test_statistics_against_a_loop(store: Store) -> None:
         seen.add((row["latent"], *key))
     active_cells = {(j, *name(cells, i)) for i in range(1, N) for j in range(LATENTS) if v[i, j] > 0}
     assert seen == active_cells
+    tokens, counts = activity.by_group()
+    group = group_of(store.column("flags"))[1:]
+    assert tokens.tolist() == [int((group == g).sum()) for g in range(len(GROUPS))]
+    assert counts.tolist() == [(v[1:][group == g] > 0).sum(0).tolist() for g in range(len(GROUPS))]

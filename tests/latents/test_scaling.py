@@ -33,10 +33,10 @@ def chunk_of(coder: Crosscoder, h: torch.Tensor, block: int) -> Chunk:
     assert isinstance(code, SparseCode)
     reconstruction = code.decode(coder.decoder)
     error = x.flatten(1) - reconstruction - coder.decoder_bias
-    rows = np.arange(len(h))
     return Chunk(
-        block, rows, torch.zeros(len(h), dtype=torch.int64), np.array([0]), x.flatten(1), code, reconstruction, error, h
-    )
+        block=block, rows=np.arange(len(h)), sequence=torch.zeros(len(h), dtype=torch.int64), numbers=np.array([0]),
+        x=x.flatten(1), code=code, v=coder.v(code), reconstruction=reconstruction, error=error, h=h,
+    )  # fmt: skip
 
 
 def collect(coder: Crosscoder, parts: list[torch.Tensor]) -> Sums:
@@ -44,7 +44,7 @@ def collect(coder: Crosscoder, parts: list[torch.Tensor]) -> Sums:
     for block, h in enumerate(parts):
         for piece in h.split(11):
             accumulator.add(chunk_of(coder, piece, block))
-    return accumulator.finish()
+    return accumulator.sums
 
 
 def part_of(sums: Sums, key: str) -> torch.Tensor:
@@ -103,18 +103,16 @@ def test_many_tokens_do_not_cost_precision() -> None:
         accumulator.add(chunk_of(coder, piece, 0))
     wide.add(chunk_of(widened(coder), h.double(), 0))
     for key in ("f", "f2", "reconstruction", "error"):
-        found, expected = part_of(accumulator.finish(), key), part_of(wide.finish(), key)
+        found, expected = part_of(accumulator.sums, key), part_of(wide.sums, key)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_sums_of_disjoint_tokens_add_up() -> None:
     coder, parts = crosscoder(), activations()
     whole = collect(coder, parts)
-    halves = collect(coder, [part[:15] for part in parts]) + collect(coder, [part[15:] for part in parts])
+    first, second = collect(coder, [part[:15] for part in parts]), collect(coder, [part[15:] for part in parts])
     for key in ("n", "f", "f2", "reconstruction", "error"):
-        torch.testing.assert_close(part_of(halves, key), part_of(whole, key), rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match="do not add up"):
-        _ = whole + ScalingAccumulator(coder, BLOCKS + 1).finish()
+        torch.testing.assert_close(part_of(first, key) + part_of(second, key), part_of(whole, key), rtol=1e-5, atol=1e-4)
 
 
 def planted(kind: str) -> Crosscoder:

@@ -48,6 +48,7 @@ def test_a_pass_sees_every_counted_token_once_with_its_error(tmp_path: Path) -> 
         assert (store.column("document")[chunk.rows] % 5 == chunk.block).all()
         h = store.gather(chunk.rows)
         xhat = coder.decode(coder.code(coder.normalise(h)))
+        torch.testing.assert_close(chunk.v, coder.v(chunk.code))
         torch.testing.assert_close(chunk.error, (coder.normalise(h) - xhat).flatten(1), rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(store.column("sequence")[chunk.rows], chunk.numbers[chunk.sequence.numpy()])
     assert n_tokens == 950  # 50 sequences of 20, position 0 left out
@@ -62,7 +63,7 @@ def store(tmp_path: Path) -> Store:
     return make_store(tmp_path / "store", torch.randn(400, 2, D, generator=torch.Generator().manual_seed(0)))
 
 
-def foreign(d_model: int = D, sources: tuple[str, ...] = ("base", "chat"), **origin: Any) -> Crosscoder:
+def other_crosscoder(d_model: int = D, sources: tuple[str, ...] = ("base", "chat"), **origin: Any) -> Crosscoder:
     coder = new_crosscoder(8, torch.zeros(2, d_model), 1.0, L1Config(), 1.0, seed=0, view=identity(sources))
     coder.origin = {"pair": PAIR, "layer": 1, **origin}
     return coder
@@ -84,16 +85,16 @@ def run(coder: Crosscoder, store: Store) -> None:
 )
 def test_a_crosscoder_of_other_activations(store: Store, origin: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run(foreign(**origin), store)
+        run(other_crosscoder(**origin), store)
 
 
 def test_a_crosscoder_of_another_width(store: Store) -> None:
-    with pytest.raises(UserError, match=r"reads width 7, the store .* holds 6"):
-        run(foreign(d_model=7), store)
+    with pytest.raises(UserError, match=r"trained on width 7, but the store .* holds width 6"):
+        run(other_crosscoder(d_model=7), store)
 
 
 def test_a_latent_that_does_not_exist(store: Store) -> None:
-    with pytest.raises(UserError, match="there is no latent 8: the crosscoder has 8, 0 to 7"):
-        conversation_scores(foreign(), store, [0, 8], 100)
+    with pytest.raises(UserError, match="there is no latent 8: the crosscoder has 8, from 0 to 7"):
+        conversation_scores(other_crosscoder(), store, [0, 8], 100)
     with pytest.raises(UserError, match="no latent -1"):
-        conversation_scores(foreign(), store, [-1], 100)
+        conversation_scores(other_crosscoder(), store, [-1], 100)

@@ -10,16 +10,16 @@ import torch
 from crossdiff.config import L1Config
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.latents import twins
+from crossdiff.latents import decoder, twins
 from crossdiff.latents.stream import Chunk
-from crossdiff.latents.twins import NEIGHBOUR_COLUMNS, TWIN_COLUMNS, CoActivation, candidates, neighbour_table, twin_table
+from crossdiff.latents.twins import NEIGHBOUR_COLUMNS, TWIN_COLUMNS, CoActivation, neighbour_table, twin_candidates, twin_table
 
 D, LATENTS, TOKENS = 5, 40, 300
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(twins, "BLOCK", 7)
+    monkeypatch.setattr(decoder, "BLOCK", 7)
 
 
 def crosscoder() -> Crosscoder:
@@ -41,16 +41,9 @@ def chunk_of(f: torch.Tensor) -> Chunk:
     code = SparseCode(token, latent, f[token, latent], *f.shape)
     empty = torch.zeros(len(f), 2 * D)
     return Chunk(
-        0,
-        np.arange(len(f)),
-        torch.zeros(len(f), dtype=torch.int64),
-        np.array([0]),
-        empty,
-        code,
-        empty,
-        empty,
-        empty.unsqueeze(1),
-    )
+        block=0, rows=np.arange(len(f)), sequence=torch.zeros(len(f), dtype=torch.int64), numbers=np.array([0]), x=empty,
+        code=code, v=code.values, reconstruction=empty, error=empty, h=empty.unsqueeze(1),
+    )  # fmt: skip
 
 
 def cosines(coder: Crosscoder, source: int) -> torch.Tensor:
@@ -65,7 +58,7 @@ def test_every_pair_over_the_limit_with_its_overlap() -> None:
     f = torch.rand(TOKENS, LATENTS, generator=torch.Generator().manual_seed(1))
     f[f < 0.8] = 0
     f[:, 15] = 0  # a twin that is dead
-    coactive = CoActivation(candidates(coder, 0.95), LATENTS)
+    coactive = CoActivation(twin_candidates(coder, 0.95), LATENTS)
     for part in f.split(64):
         coactive.add(chunk_of(part))
     n_active = (f > 0).sum(0)
@@ -92,7 +85,7 @@ def test_every_pair_over_the_limit_with_its_overlap() -> None:
 def test_no_chat_only_latent_has_no_twins() -> None:
     coder = crosscoder()
     coder.decoder[:, :D] = coder.decoder[:, D:]
-    coactive = CoActivation(candidates(coder, 0.9), LATENTS)
+    coactive = CoActivation(twin_candidates(coder, 0.9), LATENTS)
     coactive.add(chunk_of(torch.ones(10, LATENTS)))
     table = twin_table(coder, coactive, torch.full((LATENTS,), 10))
     assert table.height == 0 and table["twin_class"].dtype == pl.String
@@ -101,7 +94,7 @@ def test_no_chat_only_latent_has_no_twins() -> None:
 def test_a_latent_keeps_its_best_twins_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(twins, "MAX_TWINS", 2)
     coder = crosscoder()
-    found = candidates(coder, 0.5)
+    found = twin_candidates(coder, 0.5)
     matrix = cosines(coder, 0)
     for latent in range(15):
         mine = found.twin[found.latent == latent].tolist()

@@ -37,21 +37,21 @@ UNDEFINED = {
 @pytest.mark.parametrize(
     ("changes", "verdict", "words"),
     [
-        ({}, "chat_specific", "nu_error 0.05 [0.00, 0.10] and nu_reconstruction 0.05 [0.00, 0.10] under 0.2 and 0.5"),
+        ({}, "chat_specific", "nu_error 0.05 [0.00, 0.10] and nu_reconstruction 0.05 [0.00, 0.10] are below 0.2 and 0.5"),
         ({"delta_norm": 0.75}, "chat_specific", "delta_norm 0.75"),
         # The point value is under the limit, the interval's end is not.
-        (nus("error", 0.16), "undecided", "nu_error 0.16 [0.11, 0.21] reaches over 0.2"),
-        (nus("reconstruction", 0.48), "undecided", "nu_reconstruction 0.48 [0.43, 0.53] reaches over 0.5"),
-        (nus("error", 0.6), "complete_shrinkage", "it is in the base model's error"),
-        (nus("reconstruction", 0.8), "latent_decoupling", "no twin carries it alone"),
+        (nus("error", 0.16), "undecided", "the interval of nu_error 0.16 [0.11, 0.21] includes its limit 0.2"),
+        (nus("reconstruction", 0.48), "undecided", "nu_reconstruction 0.48 [0.43, 0.53] includes its limit 0.5"),
+        (nus("error", 0.6), "complete_shrinkage", "the concept is in the base model's error"),
+        (nus("reconstruction", 0.8), "latent_decoupling", "no single twin carries it"),
         # More than half of it is carried by others: decoupling, also where the error holds some.
         (nus("reconstruction", 0.8) | nus("error", 0.3), "latent_decoupling", "nu_error 0.30"),
         # Norms that have not vanished hide nothing: plainly shared.
-        ({"delta_norm": 0.8} | nus("error", 0.6), "shared", "nu_error 0.60 [0.55, 0.65] over 0.2"),
+        ({"delta_norm": 0.8} | nus("error", 0.6), "shared", "nu_error 0.60 [0.55, 0.65] is above 0.2"),
         ({"delta_norm": 0.5} | nus("reconstruction", 0.9), "shared", "nu_reconstruction 0.90"),
         ({"delta_norm": 0.5, "decoder_cosine": 0.1}, "rotated", "decoder cosine 0.10"),
-        ({"delta_norm": 0.5, "decoder_cosine": 0.1} | nus("error", 0.16), "undecided", "reaches over"),
-        ({"delta_norm": 0.5}, "undecided", "say that both have it"),
+        ({"delta_norm": 0.5, "decoder_cosine": 0.1} | nus("error", 0.16), "undecided", "includes its limit"),
+        ({"delta_norm": 0.5}, "undecided", "suggest that both models have it"),
         # At the base model's end only the mirrored ratios count, even where the others are undefined.
         ({"delta_norm": 0.1} | nus("error", 0.9), "base_specific", "nu_error_mirrored 0.05"),
         ({"delta_norm": 0.0} | UNDEFINED, "base_specific", "delta_norm 0.00"),
@@ -78,7 +78,7 @@ def test_twins_stand_in_the_reason() -> None:
     twins = pl.DataFrame({"latent": [3, 3], "twin": [17, 9]})
     reasons = with_verdicts(table, twins, AnalyzeConfig())["verdict_reason"].to_list()
     assert reasons[0].endswith("carried by twins 17, 9")
-    assert reasons[1].endswith("no twin carries it alone")
+    assert reasons[1].endswith("no single twin carries it")
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_what_is_imported(tmp_path: Path, ours: Path) -> None:
         ("UPDATE activation_details SET positions = x'07000000' WHERE sequence_idx = 9", "1 positions and 1 activations in 3"),
         ("UPDATE quantile_examples SET quantile_idx = 6", "is in band 6"),
         ("DELETE FROM sequences WHERE sequence_idx = 3", "latent 0 on sequence 3 .*expected a sequence of the table"),
-        ("UPDATE sequences SET token_ids = x'0A000000'", "token id 10, the tokenizer only 10 tokens"),
+        ("UPDATE sequences SET token_ids = x'0A000000'", "token id 10, but the tokenizer has only 10 tokens"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, ours: Path, change: str, message: str) -> None:
@@ -131,14 +131,14 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, ours: Path, c
 def test_wrong_files_are_named(tmp_path: Path, ours: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.sqlite is missing"):
         export_examples(tmp_path / "absent.sqlite", tmp_path / "a.db")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         export_examples(ours, ours)
     (tmp_path / "text").write_text("no database " * 100)
-    with pytest.raises(UserError, match="is no example database"):
+    with pytest.raises(UserError, match="is not an example database"):
         export_examples(tmp_path / "text", tmp_path / "a.db")
     with closing(sqlite3.connect(tmp_path / "empty.db")) as database:
         database.executescript(SCHEMA)
-    with pytest.raises(UserError, match="is no example database: no such table"):
+    with pytest.raises(UserError, match="is not an example database: no such table"):
         export_examples(tmp_path / "empty.db", tmp_path / "a.db")
 
 

@@ -55,9 +55,9 @@ def test_the_later_spelling_and_no_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "rows", "message"),
     [
-        (",tag", ["0,x"], "lacks the columns dec_norm_diff; it has .*tag"),
+        (",tag", ["0,x"], "lacks the column dec_norm_diff; it has .*tag"),
         (",dec_norm_diff", ["0,1.5"], r"dec_norm_diff must lie in \[0, 1\] \(0 = chat-only\), found 1.5"),
-        (",dec_norm_diff", ["0,much"], "column 'dec_norm_diff' has values that are no numbers"),
+        (",dec_norm_diff", ["0,much"], "column 'dec_norm_diff' has values that are not numbers"),
         (",dec_norm_diff", ["0,0.5", "0,0.6"], "must number the latents, each once"),
         (",dec_norm_diff", ["-1,0.5"], "must number the latents"),
     ],

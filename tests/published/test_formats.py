@@ -47,10 +47,10 @@ def check(
 ) -> Crosscoder:
     """The coder of the file has these activations and this reconstruction, exactly and as it is read (float32)."""
     assert 0.02 < float((f > 0).double().mean()) < 0.98  # or nothing would be tested
-    foreign = read_coder(TensorFile(path))
-    foreign = foreign if scales is None else foreign.with_input_scales(scales)
+    coder = read_coder(TensorFile(path))
+    coder = coder if scales is None else coder.with_input_scales(scales)
     names = tuple("abc"[: h.shape[1]])
-    exact = foreign.crosscoder(names, torch.float64)
+    exact = coder.crosscoder(names, torch.float64)
     found_f, found = dense(exact, h)
     torch.testing.assert_close(found_f, f, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(found, reconstruction, rtol=1e-11, atol=1e-11)
@@ -269,7 +269,7 @@ def test_round_trip_of_our_own(tmp_path: Path, sparsity: Any) -> None:
         assert torch.equal(again.mean, coder.mean)
         assert (again.scale, again.threshold, again.sparsity) == (coder.scale, coder.threshold, coder.sparsity)
         assert (again.origin, again.sources) == (coder.origin, coder.sources)
-    with pytest.raises(UserError, match="leave both out"):
+    with pytest.raises(UserError, match="omit both options"):
         read_published(tmp_path, sources=("a", "b"))
 
 
@@ -285,7 +285,7 @@ def test_our_own_read_as_the_forks(tmp_path: Path, sparsity: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_damaged_or_foreign_crosscoder_is_not_loaded_as_our_own(tmp_path: Path) -> None:
+def test_a_damaged_or_published_crosscoder_is_not_loaded_as_our_own(tmp_path: Path) -> None:
     save_file(fork_tensors(), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors has format None, this version reads 3"):
         load(tmp_path)
@@ -406,7 +406,7 @@ def test_saelens(tmp_path: Path, case: str) -> None:
     assert read_published(tmp_path, input_scales=scales).origin["published"]["format"] == "SAELens"
 
 
-def test_what_it_was_trained_as_is_said(tmp_path: Path) -> None:
+def test_the_training_architecture_is_reported(tmp_path: Path) -> None:
     config = NEW | {"architecture": "jumprelu"}
     config["metadata"] = NEW["metadata"] | {"training_architecture": "batchtopk"}
     write_saelens(tmp_path, config, {"threshold": torch.ones(F)})
@@ -438,10 +438,11 @@ FORK_ERRORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     ),
     "no such normalisation": (fork_tensors() | {"code_normalization_id": torch.tensor(9)}, {}, "is 9, expected 1 to 5"),
     "two normalisations": (
-        fork_tensors() | IDENTIFIER, {"code_normalization": "NONE"}, "says CROSSCODER, the settings beside it NONE",
+        fork_tensors() | IDENTIFIER, {"code_normalization": "NONE"},
+        "has the code normalisation CROSSCODER, but the settings beside it have NONE",
     ),
     "unknown normalisation": (
-        fork_tensors(), {"code_normalization": "ODD"}, "say code_normalization ODD, expected one of CROSSCODER",
+        fork_tensors(), {"code_normalization": "ODD"}, "have code_normalization ODD, expected one of CROSSCODER",
     ),
     "topk of another measure": (
         fork_tensors() | {"code_normalization_id": torch.tensor(4)} | batch_topk(3, -1.0), {}, "keeps the 3 largest f_j w_j",
@@ -458,9 +459,9 @@ FORK_ERRORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         fork_tensors() | fork_normalisation((0.3, 0.3)) | {"activation_mean": torch.cat([NAN[:1], torch.zeros(1, D)])}, {},
         "must be NaN throughout or finite",
     ),
-    "other sizes": (fork_tensors(), {"dict_size": 99}, "say dict_size 99, expected 10"),
-    "other sources": (fork_tensors(), {"encoder_layers": [1, 0]}, r"say encoder_layers \[1, 0\], expected \[0, 1\]"),
-    "no format": ({"weight": torch.zeros(2)}, {}, r"in no known format: expected encoder\.weight or W_enc, found weight"),
+    "other sizes": (fork_tensors(), {"dict_size": 99}, "have dict_size 99, expected 10"),
+    "other sources": (fork_tensors(), {"encoder_layers": [1, 0]}, r"have encoder_layers \[1, 0\], expected \[0, 1\]"),
+    "no format": ({"weight": torch.zeros(2)}, {}, r"not in a known format: expected encoder\.weight or W_enc, found weight"),
 }  # fmt: skip
 
 
@@ -475,17 +476,17 @@ def test_what_the_fork_did_not_write_is_named(tmp_path: Path, case: str) -> None
 
 
 SAELENS_ERRORS: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
-    "gated": ({"architecture": "gated"}, {}, "architecture gated; standard, jumprelu, topk and batchtopk can be read"),
+    "gated": ({"architecture": "gated"}, {}, "architecture gated; only standard, jumprelu, topk and batchtopk can be read"),
     "other function": ({"activation_fn_str": "tanh-relu"}, {}, "architecture tanh-relu"),
     "layer norm": ({"normalize_activations": "layer_norm"}, {}, "normalize_activations is 'layer_norm'"),
     "unknown scale": ({"normalize_activations": "expected_average_only_in"}, {}, r"give it as input_scales, sqrt\(6\)"),
     "heads": ({"hook_name": "blocks.5.attn.hook_z"}, {}, "reads attention heads"),
-    "size": ({"d_in": 7}, {}, "has d_model 6, its cfg.json says d_in 7"),
+    "size": ({"d_in": 7}, {}, "has d_model 6, but its cfg.json has d_in 7"),
     "no threshold": ({"architecture": "jumprelu"}, {}, "has no threshold"),
     "no k": ({"architecture": "topk"}, {}, "k is None, expected a whole number"),
     "another measure": ({"architecture": "topk", "k": 3}, {}, "keeps the 3 largest"),
     "threshold of a ReLU": ({"architecture": "standard"}, {"threshold": torch.ones(F)}, "unknown keys: threshold"),
-    "factors": ({}, {"scaling_factor": torch.full((F,), 2.0)}, "does not say finetuning_scaling_factor"),
+    "factors": ({}, {"scaling_factor": torch.full((F,), 2.0)}, "does not have finetuning_scaling_factor"),
 }
 
 
@@ -497,8 +498,8 @@ def test_saes_that_have_no_form_here_are_refused(tmp_path: Path, case: str) -> N
         read_published(tmp_path)
 
 
-def test_files_that_are_not_there_or_damaged(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no"):
+def test_missing_and_damaged_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; give the folder"):
         read_published(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"expected one of model\.safetensors, .*, found notes\.txt"):
@@ -508,20 +509,20 @@ def test_files_that_are_not_there_or_damaged(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"cannot read .*{name}: "):
             read_published(tmp_path / name)
     torch.save({"code": Path("x"), "W_enc": torch.zeros(2)}, tmp_path / "e.pt")
-    with pytest.raises(UserError, match=r"e\.pt: it is damaged, or holds more than tensors, which is unsafe"):
+    with pytest.raises(UserError, match=r"e\.pt: it is damaged or holds more than tensors, which is unsafe"):
         read_published(tmp_path / "e.pt")
     torch.save([1, 2], tmp_path / "f.pt")
-    with pytest.raises(UserError, match="holds no tensors by name"):
+    with pytest.raises(UserError, match="does not hold named tensors"):
         read_published(tmp_path / "f.pt")
 
 
-def test_what_the_user_says_of_the_inputs_is_checked(tmp_path: Path) -> None:
+def test_sources_and_input_scales_are_checked(tmp_path: Path) -> None:
     torch.save(kissane_tensors(), tmp_path / "cc_weights.pt")
     for scales in ((1.0,), (1.0, 0.0), (1.0, math.nan)):
         with pytest.raises(UserError, match="must be 2 positive numbers"):
             read_published(tmp_path, input_scales=scales)
     for sources in (("a",), ("a", "a")):
-        with pytest.raises(UserError, match="must be as many different names"):
+        with pytest.raises(UserError, match="give 2 different names"):
             read_published(tmp_path, sources=sources)
     save_file(fork_tensors() | fork_normalisation((0.3, 0.3)), tmp_path / "n.safetensors")
     with pytest.raises(UserError, match="holds its own normalisation"):

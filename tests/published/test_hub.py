@@ -42,7 +42,7 @@ def test_what_is_pushed_is_pulled_byte_for_byte(
     run_command(["push", str(run_path), NAME])
     run_command(["pull", NAME, str(tmp_path / "pulled")])
     out = capsys.readouterr().out
-    assert f"sent to {NAME}" in out and "batchtopk/model.safetensors" in out and "paths of this machine" in out
+    assert f"sent to {NAME}" in out and "batchtopk/model.safetensors" in out and "by local paths" in out
     for file in ("config.yaml", "l1/model.safetensors", "batchtopk/latents.parquet", "batchtopk/examples.sqlite"):
         assert (tmp_path / "pulled" / file).read_bytes() == (run_path / file).read_bytes(), file
     assert not (tmp_path / "pulled" / "activations").exists()
@@ -99,10 +99,10 @@ def test_a_dry_run_needs_no_network(
     assert "would be sent to me/my-diff" in capsys.readouterr().out
 
 
-def test_a_broken_upload_goes_on_where_it_stopped(hub: HubServer, run_path: Path) -> None:
+def test_a_broken_upload_resumes_where_it_stopped(hub: HubServer, run_path: Path) -> None:
     sent = {path: path.read_bytes() for path in run_path.rglob("*") if path.stat().st_size >= LARGE and path.is_file()}
     hub.fail = lambda method, path: 403 if method == "POST" and "/commit/" in path else None
-    with pytest.raises(UserError, match=rf"the Hub refused {NAME}: .*may write there"):
+    with pytest.raises(UserError, match=rf"the Hub refused {NAME}: .*with write access"):
         push(run_path, NAME)
     assert {path for method, path in hub.log if method == "PUT"} == {f"/objects/{name}" for name in hub.objects}
     assert hub.objects and "README.md" not in hub.repositories[f"models/{NAME}"]
@@ -113,7 +113,7 @@ def test_a_broken_upload_goes_on_where_it_stopped(hub: HubServer, run_path: Path
     assert len(large) == len([path for path in sent if "activations" not in path.parts])
 
 
-def test_a_broken_download_goes_on_in_the_middle_of_a_file(
+def test_a_broken_download_resumes_in_the_middle_of_a_file(
     hub: HubServer, run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # 10 MB otherwise
@@ -134,7 +134,7 @@ def test_pulling_again_fetches_nothing_again(hub: HubServer, run_path: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(401, "hf auth login"), (403, "may write there"), (404, "run the same command")]
+    ("status", "message"), [(401, "hf auth login"), (403, "with write access"), (404, "run the same command")]
 )
 def test_no_token_is_ever_printed(
     hub: HubServer, run_path: Path, status: int, message: str, capfd: pytest.CaptureFixture[str]
@@ -154,11 +154,11 @@ def test_no_token_is_ever_printed(
 
 
 def test_no_server_and_no_repository_are_told_apart(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"there is no me/none on the Hub, or you may not see it"):
+    with pytest.raises(UserError, match=r"me/none does not exist on the Hub, or you have no access to it"):
         pull("me/none", tmp_path / "x")
-    with pytest.raises(UserError, match=r"'none' is no name on the Hub; expected owner/name"):
+    with pytest.raises(UserError, match=r"'none' is not a name on the Hub; expected owner/name"):
         pull("none")
-    with pytest.raises(UserError, match=r"there is no \./nowhere; give a crosscoder's folder"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; give a crosscoder's folder"):
         load("./nowhere")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -167,7 +167,7 @@ def test_no_server_and_no_repository_are_told_apart(hub: HubServer, tmp_path: Pa
 
 
 def test_a_run_of_this_machine_is_not_pulled_over(hub: HubServer, run_path: Path) -> None:
-    with pytest.raises(UserError, match="is a run of this machine; name another folder"):
+    with pytest.raises(UserError, match="is a run made on this machine; name another folder"):
         pull(NAME, run_path)
 
 
@@ -179,7 +179,7 @@ def test_a_crosscoder_is_loaded_by_name_alone(hub: HubServer, run_path: Path) ->
     fetched = {path.partition("/resolve/")[2].partition("/")[2] for method, path in hub.log if "/resolve/" in path}
     assert fetched == {"l1/config.json", "l1/model.safetensors"}
     assert load(NAME).sparsity.kind == "batchtopk"
-    with pytest.raises(UserError, match=r"me/my-diff holds no crosscoder 'x'; it holds batchtopk, l1"):
+    with pytest.raises(UserError, match=r"me/my-diff has no crosscoder 'x'; it has batchtopk, l1"):
         load(NAME, "x")
     assert load_table(NAME, "l1").equals(pl.read_parquet(run_path / "l1" / "latents.parquet"), null_equal=True)
 
@@ -220,7 +220,7 @@ def test_the_papers_checkpoint_and_table_are_read_by_name(hub: HubServer, tmp_pa
         table = load_table(asked)
         assert table["delta_norm"].to_list() == [0.95, 0.5]  # theirs turned round: 0 is chat-only there
         assert table["nu_error"].to_list() == [0.1, 0.9]
-    with pytest.raises(UserError, match="there is no a/b on the Hub with a latent table"):
+    with pytest.raises(UserError, match="a/b does not exist on the Hub"):
         load_table("a/b")
 
 
@@ -231,7 +231,7 @@ def test_of_several_published_coders_one_has_to_be_named(hub: HubServer, tmp_pat
         files |= {f"{folder}/{file}": content for file, content in list(files.items()) if "/" not in file}
     for file in ("model.safetensors", "config.json", "trainer_config.json"):
         del files[file]
-    with pytest.raises(UserError, match=r"lab/coders holds 2 crosscoders; name one of them: layer-3, layer-7"):
+    with pytest.raises(UserError, match=r"lab/coders has 2 crosscoders; name one of them: layer-3, layer-7"):
         load("lab/coders")
     assert load("lab/coders", "layer-7").n_latents == 9
     with pytest.raises(UserError, match=r"was not published by crossdiff: .*crossdiff\.load\('lab/coders'\)"):

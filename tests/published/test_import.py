@@ -46,6 +46,6 @@ def test_a_batch_topk_is_read_as_one(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_cannot_be_imported_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no .*nothing; give the folder of a published coder"):
+    with pytest.raises(UserError, match=r"nothing does not exist; give the folder of a published coder"):
         run_command(["import", str(tmp_path / "nothing"), str(tmp_path / "ours")])
     assert not (tmp_path / "ours").exists()

@@ -29,8 +29,8 @@ SMALL = PlantedConfig(
 
 def test_scores_by_hand() -> None:
     # Latents: two of chat-only concept 0, one of chat-only concept 1, one weaker, one shared, one of no concept.
-    kinds = np.array(["chat_only", "chat_only", "chat_only", "weaker", "shared", "none"])
     table = pl.DataFrame({
+        "kind": ["chat_only", "chat_only", "chat_only", "weaker", "shared", "none"],
         "concept": [0, 0, 1, 5, 6, -1],
         "delta_norm": [0.95, 0.97, 0.6, 0.96, 0.5, 0.99],
         "nu_error": [0.1, 0.3, NAN, 0.6, 1.0, 0.0],
@@ -38,7 +38,7 @@ def test_scores_by_hand() -> None:
         "rank_sum": [3.0, 5.0, NAN, 6.0, 10.0, 2.0],
         "chat_specific": [True, False, False, False, False, False],
     })  # fmt: skip
-    found = {name: score(table, kinds, 4, name, AnalyzeConfig()) for name in ("delta_norm", "nu_error", "rank_sum", "verdict")}
+    found = {name: score(table, 4, name, AnalyzeConfig()) for name in ("delta_norm", "nu_error", "rank_sum", "verdict")}
     # delta_norm >= 0.9: latents 0, 1 and the weaker one, and one of no concept; concept 0 of 4 is found.
     naive = found["delta_norm"]
     assert (naive.n_called, naive.n_unmatched, naive.precision, naive.recall) == (3, 1, pytest.approx(2 / 3), 0.25)
@@ -54,8 +54,8 @@ def test_scores_by_hand() -> None:
 
 
 def test_nothing_called_has_no_precision() -> None:
-    table = pl.DataFrame({"concept": [0, 1], "delta_norm": [0.5, 0.5]})
-    found = score(table, np.array(["chat_only", "shared"]), 1, "delta_norm", AnalyzeConfig())
+    table = pl.DataFrame({"kind": ["chat_only", "shared"], "concept": [0, 1], "delta_norm": [0.5, 0.5]})
+    found = score(table, 1, "delta_norm", AnalyzeConfig())
     assert math.isnan(found.precision) and found.recall == 0.0 and found.auroc == 0.5
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crossdiff.activations.store import verify
-from crossdiff.truth.planted import BASE, CHAT, KINDS, Concepts, draw, plant, write_store
+from crossdiff.truth.planted import BASE_INDEX, CHAT_INDEX, KINDS, Concepts, draw, plant, write_store
 from crossdiff.truth.truth_config import PlantedConfig
 
 CONFIG = PlantedConfig(
@@ -33,7 +33,7 @@ def of(concepts: Concepts, kind: str) -> torch.Tensor:
 
 
 def test_kinds_are_what_they_are_called(concepts: Concepts, amplitude: torch.Tensor) -> None:
-    base, chat = amplitude[BASE], amplitude[CHAT]
+    base, chat = amplitude[BASE_INDEX], amplitude[CHAT_INDEX]
     assert not base[:, of(concepts, "chat_only")].any() and not chat[:, of(concepts, "base_only")].any()
     for kind in ("shared", "rotated"):
         assert torch.equal(base[:, of(concepts, kind)], chat[:, of(concepts, kind)])
@@ -41,7 +41,7 @@ def test_kinds_are_what_they_are_called(concepts: Concepts, amplitude: torch.Ten
     fires = chat[:, weaker] > 0
     ratio = (base[:, weaker] / chat[:, weaker])[fires]
     assert float(ratio.min()) >= 0.3 and float(ratio.max()) <= 0.8
-    cosine = (concepts.directions[BASE] * concepts.directions[CHAT]).sum(1)
+    cosine = (concepts.directions[BASE_INDEX] * concepts.directions[CHAT_INDEX]).sum(1)
     turned = of(concepts, "rotated")
     assert float(cosine[turned].max()) <= 0.3 + 1e-6 and float(cosine[turned].min()) >= -1e-6
     torch.testing.assert_close(cosine[~turned], torch.ones(int((~turned).sum())))
@@ -51,7 +51,7 @@ def test_decoupled_concepts_share_part_of_their_tokens_and_no_amplitude(concepts
     base, chat = (side[:, of(concepts, "decoupled")] for side in amplitude)
     both, either = (base > 0) & (chat > 0), (base > 0) | (chat > 0)
     assert float(both.sum() / either.sum()) == pytest.approx(0.6, abs=0.05)
-    strength = concepts.strength[CHAT, of(concepts, "decoupled")]
+    strength = concepts.strength[CHAT_INDEX, of(concepts, "decoupled")]
     pairs = torch.stack([(base / strength)[both].log(), (chat / strength)[both].log()])
     assert abs(float(torch.corrcoef(pairs)[0, 1])) < 0.1
 
@@ -60,7 +60,7 @@ def test_rates_topics_and_superposition(concepts: Concepts, amplitude: torch.Ten
     assert CONFIG.n_concepts == 26 > CONFIG.d_model
     fires = (amplitude > 0).float()
     # The topics of 600 documents differ from their mean a little.
-    assert float(fires[CHAT].sum(1).mean()) == pytest.approx(CONFIG.active, rel=0.1)
+    assert float(fires[CHAT_INDEX].sum(1).mean()) == pytest.approx(CONFIG.active, rel=0.1)
     per_document = fires.amax(0).view(CONFIG.documents, -1, CONFIG.n_concepts).sum(1)
     correlation = torch.corrcoef(per_document.T)
     same = concepts.topic.unsqueeze(0) == concepts.topic.unsqueeze(1)

@@ -28,7 +28,7 @@ from crossdiff.config import CausalConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
 from crossdiff.files import write_json
-from crossdiff.latents.activity import GROUPS
+from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.stream import check_fits
 from crossdiff.models.pair import SOURCES, Pair
 from crossdiff.ranks import ALONE, Ranks

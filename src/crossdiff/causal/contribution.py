@@ -11,7 +11,7 @@ from crossdiff.activations.store import Store
 from crossdiff.causal.conversations import training_rows
 from crossdiff.causal.patching import DecoderDifference
 from crossdiff.crosscoder.crosscoder import Crosscoder
-from crossdiff.latents.activity import GROUPS
+from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.stream import encode
 
 MAX_TOKENS = 65536

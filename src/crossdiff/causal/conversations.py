@@ -13,7 +13,7 @@ import torch
 
 from crossdiff.activations.store import Store
 from crossdiff.errors import UserError
-from crossdiff.latents.activity import GROUPS, group_of
+from crossdiff.latents.groups import GROUPS, group_of
 from crossdiff.shapes import Float64, Int, Tensor
 from crossdiff.text.chat import Flag
 from crossdiff.text.sequences import TokenSequence

@@ -17,7 +17,7 @@ from crossdiff.causal.conversations import SPANS, pad, pad_column, span_of
 from crossdiff.causal.interventions import Arm
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.latents.activity import GROUPS, group_of
+from crossdiff.latents.groups import GROUPS, group_of
 from crossdiff.models.access import UpperHalf, residuals_after
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Float64, Int, Tensor

@@ -1,7 +1,7 @@
-"""The null diff: how often a run calls latents chat-specific where nothing was taught (METHOD: ground truth, a null).
+"""The null diff: how often a run calls latents chat-specific when nothing was taught (docs/method.md#null).
 
-The null run compares the same base model with one that was trained further on plain text alone, as long and at the same rate as
-the chat tuning. What it calls chat-specific is what any training does to a model, or noise.
+The null run compares the same base model with one that was trained further on plain text alone, for the same time and at the
+same rate as the chat tuning. Whatever it calls chat-specific is an effect of any training, or noise.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from crossdiff.files import read_json, write_json
 from crossdiff.latents.verdict import SETS, VERDICTS
 
 FILE = "null.json"
-"""In the run directory: the null run's rates, which the report puts beside the run's own."""
+"""In the run directory: the null run's rates, which the report shows next to the run's own."""
 RATES = (*SETS, *(name for name in VERDICTS if name not in SETS and name != "dead"))
 
 
 def analysed_names(run: Path) -> list[str]:
-    """The crosscoders of a run directory that have a latent table with verdicts; coders with one decoder have none.
+    """The crosscoders of a run directory that have a latent table with verdicts, which coders with one decoder lack.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     tables = {path.parent.name: pl.scan_parquet(path) for path in sorted(run.glob("*/latents.parquet"))}
     names = [name for name, table in tables.items() if _compares(table)]
@@ -37,12 +37,12 @@ def analysed_names(run: Path) -> list[str]:
 def _compares(table: pl.LazyFrame) -> bool:
     """Whether any latent has a delta_norm."""
     if "delta_norm" not in table.collect_schema():
-        return True  # another version's, of which `rates` says so
+        return True  # a table of another version, which `rates` refuses with a message
     return bool(table.select(pl.col("delta_norm").is_not_nan().any()).collect().item())
 
 
 def rates(path: Path) -> tuple[int, dict[str, float]]:
-    """The number of live latents of a latent table, and their share in each set and verdict.
+    """The number of live latents in a latent table, and their share in each set and verdict.
 
     Raises:
         UserError: the table is of another version.
@@ -56,10 +56,12 @@ def rates(path: Path) -> tuple[int, dict[str, float]]:
     return live.height, {name: float(flags.sum()) / max(1, live.height) for name, flags in found.items()}
 
 
-def _side(run: Path) -> dict[str, Any]:
+def _facts(run: Path) -> dict[str, Any]:
+    """What a run and its null run must have in common."""
     manifest: dict[str, Any] = read_json(run / "activations" / "manifest.json")
-    settings = read_yaml(run / "config.yaml").get("analyze") if (run / "config.yaml").is_file() else None
-    limits = validate(AnalyzeConfig, settings or {}, f"{run / 'config.yaml'}")
+    path = run / "config.yaml"
+    settings = read_yaml(path).get("analyze") if path.is_file() else None
+    limits = validate(AnalyzeConfig, settings or {}, str(path))
     return {
         "base model": manifest["pair"]["base"],
         "layer": manifest["layer"],
@@ -68,37 +70,41 @@ def _side(run: Path) -> dict[str, Any]:
 
 
 def compare(run: Path, null: Path) -> pl.DataFrame:
-    """Rates of a run beside those of a null run, a row per crosscoder that both have and set or verdict.
+    """Rates of a run next to those of a null run: one row per set or verdict of each crosscoder that both runs have.
 
-    Columns: crosscoder, rate (key of `SETS` or `VERDICTS`), real, null (shares of the live latents), n_real, n_null (their
-    numbers).
+    Columns: crosscoder, rate (key of `SETS` or `VERDICTS`), real, null (shares of the live latents), n_real, n_null (numbers of
+    live latents).
 
     Raises:
-        UserError: the runs have different base models, layers or limits of the verdicts, or no crosscoder of one name.
+        UserError: the runs have different base models, layers or limits of the verdicts, or no crosscoder of the same name.
     """
-    names = [name for name in analysed_names(run) if name in analysed_names(null)]
+    ours, theirs = analysed_names(run), analysed_names(null)
+    names = [name for name in ours if name in theirs]
     if not names:
-        sides = f"{', '.join(analysed_names(run))} in {run} and {', '.join(analysed_names(null))} in {null}"
-        raise UserError(f"the two runs have no analysed crosscoder of the same name: {sides}")
-    real_side, null_side = _side(run), _side(null)
-    for key in real_side:
-        if real_side[key] != null_side[key]:
+        raise UserError(
+            f"the two runs have no analysed crosscoder of the same name: {', '.join(ours)} in {run} and {', '.join(theirs)} in "
+            f"{null}; train one of the same name in both"
+        )
+    real_facts, null_facts = _facts(run), _facts(null)
+    for key in real_facts:
+        if real_facts[key] != null_facts[key]:
             raise UserError(
-                f"a null diff has the same {key}, but {run} has {real_side[key]} and {null} has {null_side[key]}; "
-                "make the null run with the base model, layer and analysis settings of the other"
+                f"a null diff must have the same {key}, but {run} has {real_facts[key]} and {null} has {null_facts[key]}; "
+                "make the null run with the base model, layer and analysis settings of the other run"
             )
     rows = []
     for name in names:
-        (n_real, real), (n_null, other) = (rates(folder / name / "latents.parquet") for folder in (run, null))
+        n_real, real = rates(run / name / "latents.parquet")
+        n_null, other = rates(null / name / "latents.parquet")
         sizes = {"n_real": n_real, "n_null": n_null}
         rows += [{"crosscoder": name, "rate": key, "real": real[key], "null": other[key]} | sizes for key in RATES]
     return pl.DataFrame(rows)
 
 
 def keep(run: Path, null: Path, compared: pl.DataFrame) -> None:
-    """Store the null run's rates with the run."""
+    """Store the null run's rates in the run directory."""
     crosscoders = {
-        str(name[0]): {"n_live": part["n_null"][0], "rates": dict(part.select("rate", "null").iter_rows())}
-        for name, part in compared.group_by("crosscoder", maintain_order=True)
+        str(name): {"n_live": part["n_null"][0], "rates": dict(part.select("rate", "null").iter_rows())}
+        for (name,), part in compared.group_by("crosscoder", maintain_order=True)
     }
     write_json(run / FILE, {"null_run": str(null), "crosscoders": crosscoders})

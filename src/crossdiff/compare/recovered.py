@@ -1,10 +1,10 @@
 """Do the models still work on the reconstruction? Cross-entropy recovered, and KL on the tokens of the answers.
 
-A model's activations at the layer are replaced by what the crosscoder makes of them, and the model's upper half goes on:
+A model's activations at the layer are replaced by the crosscoder's reconstruction, and the layers above run on it:
 
     recovered = (CE(mean) - CE(reconstruction)) / (CE(mean) - CE(as it is))
 
-where `mean` replaces them by their mean over the training tokens. 1 is nothing lost, 0 no better than the mean.
+where `mean` replaces them by their mean over the training tokens. 1 means that nothing is lost, 0 no better than the mean.
 """
 
 from __future__ import annotations
@@ -15,33 +15,24 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import t as student
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
-from crossdiff.activations.store import Store, consecutive
+from crossdiff.activations.store import Store
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.models.access import UpperHalf, residuals_after
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Float64, Int64, Tensor
+from crossdiff.statistics import UNDEFINED, Estimate, jackknife
 from crossdiff.text.chat import Flag
 
 BLOCKS = 20
 AS_IT_IS, MEAN = "as it is", "mean"
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """A value with its 95% jackknife interval over blocks of documents."""
-
-    value: float
-    low: float
-    high: float
-
-
 @dataclass
 class Sums:
-    """Per arm (what the activations are replaced by) sums over the predicted tokens of each block of documents."""
+    """Sums over the predicted tokens of each block of documents, per arm: what the activations are replaced by."""
 
     arms: tuple[str, ...]
     n: Float64[Tensor, " block"]
@@ -51,44 +42,39 @@ class Sums:
 
     @classmethod
     def empty(cls, arms: tuple[str, ...]) -> Sums:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, BLOCKS, dtype=torch.float64)
+        per_block = torch.zeros(BLOCKS, dtype=torch.float64)
+        per_arm = torch.zeros(len(arms), BLOCKS, dtype=torch.float64)
+        return cls(arms, per_block, per_arm, per_block.clone(), per_arm.clone())
 
-        return cls(arms, zeros(), zeros(len(arms)), zeros(), zeros(len(arms)))
+    def recovered(self, arm: str) -> Estimate[float]:
+        """Share of the cross-entropy between the mean and the unchanged model."""
+        mean, chosen, unchanged = (self.arms.index(name) for name in (MEAN, arm, AS_IT_IS))
+        return _of_means(self.cross_entropy, self.n, lambda ce: (ce[mean] - ce[chosen]) / (ce[mean] - ce[unchanged]))
 
-    def recovered(self, arm: str) -> Quantity:
-        """Share of the cross-entropy between the mean and the model as it is."""
-        index = {name: i for i, name in enumerate(self.arms)}
-
-        def value(ce: Tensor) -> Tensor:
-            return (ce[index[MEAN]] - ce[index[arm]]) / (ce[index[MEAN]] - ce[index[AS_IT_IS]])
-
-        return _jackknife(self.cross_entropy, self.n, value)
-
-    def mean_cross_entropy(self, arm: str) -> Quantity:
+    def mean_cross_entropy(self, arm: str) -> Estimate[float]:
         """Mean cross-entropy per token, in nats."""
-        return _jackknife(self.cross_entropy, self.n, lambda ce: ce[self.arms.index(arm)])
+        return _of_means(self.cross_entropy, self.n, lambda ce: ce[self.arms.index(arm)])
 
-    def mean_answer_kl(self, arm: str) -> Quantity:
+    def mean_answer_kl(self, arm: str) -> Estimate[float]:
         """Mean KL(as it is || arm) of the next-token distributions on the assistant's tokens, in nats."""
-        return _jackknife(self.answer_kl, self.n_answer, lambda kl: kl[self.arms.index(arm)])
+        return _of_means(self.answer_kl, self.n_answer, lambda kl: kl[self.arms.index(arm)])
 
 
-def _jackknife(sums: Float64[Tensor, "arm block"], n: Float64[Tensor, " block"], value: Callable[[Tensor], Tensor]) -> Quantity:
-    """`value` of the mean per token, and its interval from leaving out one block at a time; NaN without tokens."""
+def _of_means(
+    sums: Float64[Tensor, "arm block"], n: Float64[Tensor, " block"], value: Callable[[Tensor], Tensor]
+) -> Estimate[float]:
+    """`value` of the means per token, with its jackknife interval over blocks; NaN with fewer than two blocks of tokens."""
     filled = (n > 0).nonzero().squeeze(1)
     if len(filled) < 2:
-        return Quantity(float("nan"), float("nan"), float("nan"))
-    whole = float(value(sums.sum(1) / n.sum()))
+        return UNDEFINED
     left_out = torch.stack([value((sums.sum(1) - sums[:, b]) / (n.sum() - n[b])) for b in filled])
-    se = float(((len(filled) - 1) * (left_out - left_out.mean()).square().mean()).sqrt())
-    half = se * float(student.ppf(0.975, len(filled) - 1))
-    return Quantity(whole, whole - half, whole + half)
+    found = jackknife(value(sums.sum(1) / n.sum()), left_out)
+    return Estimate(float(found.value), float(found.low), float(found.high))
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some held-out sequences, right-padded."""
+    """Held-out sequences, right-padded. `kept` marks tokens, `counted` those past the left-out positions."""
 
     ids: Int64[Tensor, "sequence position"]
     kept: Bool[Tensor, "sequence position"]
@@ -104,33 +90,33 @@ class _Batch:
 
 
 def heldout_sequences(store: Store, max_tokens: int) -> npt.NDArray[np.int64]:
-    """Indices of held-out sequences, evenly spread over the store, with about `max_tokens` tokens."""
-    bounds, document = store.sequences(), store.column("document")
-    held = set(store.documents.filter(store.documents["split"] == "heldout")["document"].to_list())
-    members = np.array([i for i, row in enumerate(bounds[:-1]) if int(document[row]) in held], dtype=np.int64)
-    lengths = bounds[members + 1] - bounds[members]
-    n = max(1, round(len(members) * min(1.0, max_tokens / max(1, lengths.sum()))))
-    return members[np.linspace(0, len(members) - 1, min(n, len(members))).astype(np.int64)]
+    """Indices of held-out sequences with about `max_tokens` tokens, evenly spread over the store."""
+    bounds = store.sequences()
+    document = store.column("document")[bounds[:-1]]
+    heldout = store.documents.filter(store.documents["split"] == "heldout")["document"].to_numpy()
+    numbers = np.flatnonzero(np.isin(document, heldout))
+    n_tokens = np.diff(bounds)[numbers].sum()
+    n = max(1, round(len(numbers) * min(1.0, max_tokens / max(1, n_tokens))))
+    return numbers[np.linspace(0, len(numbers) - 1, min(n, len(numbers))).astype(np.int64)]
 
 
-def _batches(store: Store, members: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
-    bounds, document = store.sequences(), store.column("document")
-    ids, flags, position = store.column("token_id"), store.column("flags"), store.column("position")
-    order = members[np.argsort(bounds[members + 1] - bounds[members], kind="stable")]
-    lengths = bounds[order + 1] - bounds[order]
-    for first, last in consecutive(np.concatenate([[0], np.cumsum(lengths)]), batch_tokens):
-        spans = [(bounds[n], bounds[n + 1]) for n in order[first:last]]
+def _batches(store: Store, numbers: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
+    ids, flags, document = store.column("token_id"), store.column("flags"), store.column("document")
+    counted = store.column("position") >= store.leave_out
+    lengths = np.diff(store.sequences())[numbers]
+    for batch in store.batches_of_sequences(numbers[np.argsort(lengths, kind="stable")], batch_tokens):
+        first = np.flatnonzero(np.diff(batch.sequence, prepend=-1))
 
-        def padded(values: npt.NDArray[np.generic], spans: list[tuple[int, int]] = spans) -> Tensor:
-            return pad_sequence([torch.from_numpy(values[a:b].copy()) for a, b in spans], batch_first=True)
+        def padded(values: npt.NDArray[np.generic], first: npt.NDArray[np.int64] = first) -> Tensor:
+            return pad_sequence([torch.from_numpy(part) for part in np.split(values, first[1:])], batch_first=True)
 
         yield _Batch(
-            ids=padded(ids).long(),
-            kept=padded(np.ones(len(ids), dtype=np.bool_)),
-            counted=padded(position >= store.leave_out),
-            answer=padded((flags & Flag.ASSISTANT) != 0),
-            block=torch.tensor([int(document[a]) % BLOCKS for a, _ in spans]),
-            h=store.gather(np.concatenate([np.arange(a, b) for a, b in spans])),
+            ids=padded(ids[batch.rows]).long(),
+            kept=padded(np.ones(len(batch.rows), dtype=np.bool_)),
+            counted=padded(counted[batch.rows]),
+            answer=padded((flags[batch.rows] & Flag.ASSISTANT) != 0),
+            block=torch.from_numpy(document[batch.rows[first]] % BLOCKS).long(),
+            h=store.gather(batch.rows),
         )
 
 
@@ -143,39 +129,38 @@ def run_on_reconstructions(
     batch_tokens: int,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> dict[str, Sums]:
-    """Run each model as it is, on its mean, and on every crosscoder's reconstruction of it, over held-out text.
+    """Run each model over held-out text as it is, on its mean, and on every crosscoder's reconstruction of it.
 
-    Activations of the left-out positions stay as they are. A crosscoder is an arm of the models whose activations its
-    view determines; a difference is added to the base model's own activation.
+    Activations of the left-out positions stay as they are. A crosscoder is an arm of those models whose activations its view
+    determines; a reconstructed difference is added to the base model's own activation.
 
     Returns:
         Source name -> sums.
     """
-    device = next(pair.base.parameters()).device
-    arms = {
-        source: (AS_IT_IS, MEAN, *(name for name, coder in crosscoders.items() if source in coder.view.writes()))
+    index = {source: i for i, source in enumerate(store.sources)}
+    models = dict(zip(store.sources, pair.models, strict=True))
+    sums = {
+        source: Sums.empty((AS_IT_IS, MEAN, *(name for name, coder in crosscoders.items() if source in coder.view.writes())))
         for source in store.sources
     }
-    sums = {source: Sums.empty(arms[source]) for source in store.sources}
-    members = heldout_sequences(store, max_tokens)
+    device = next(pair.base.parameters()).device
     mean = store.normalisation.mean.float()
-    upper = {source: UpperHalf(model, store.layer) for source, model in zip(store.sources, pair.models, strict=True)}
-    for batch in _batches(store, members, batch_tokens):
-        index = {source: i for i, source in enumerate(store.sources)}
+    upper = {source: UpperHalf(model, store.layer) for source, model in models.items()}
+    for batch in _batches(store, heldout_sequences(store, max_tokens), batch_tokens):
         replaced = {(MEAN, source): mean[index[source]].expand(len(batch.h), -1) for source in store.sources}
         for name, coder in crosscoders.items():
             h = batch.h[:, [index[source] for source in coder.view.reads]]
             for source, tensor in coder.view.written(h, coder.reconstruct(h)).items():
                 replaced[name, source] = tensor
-        for source, model in zip(store.sources, pair.models, strict=True):
-            read = (pair.base_ids(batch.ids) if model is pair.base else batch.ids).to(device)
-            hidden = residuals_after(model, read, [store.layer])[0]
-            reference: Tensor | None = None
-            for number, arm in enumerate(arms[source]):
+        for source, model in models.items():
+            ids = (pair.base_ids(batch.ids) if model is pair.base else batch.ids).to(device)
+            hidden = residuals_after(model, ids, [store.layer])[0]
+            unchanged: Tensor | None = None
+            for number, arm in enumerate(sums[source].arms):
                 edited = hidden if arm == AS_IT_IS else _replaced(hidden, batch, replaced[arm, source])
-                logits = upper[source].logits(edited, read, batch.kept.long().to(device), batch.predicts.to(device)).float()
-                reference = logits if reference is None else reference
-                _add(sums[source], number, batch, logits, reference)
+                logits = upper[source].logits(edited, ids, batch.kept.long().to(device), batch.predicts.to(device)).float()
+                unchanged = logits if unchanged is None else unchanged
+                _add(sums[source], number, batch, logits, unchanged)
         advance(int(batch.kept.sum()))
     return sums
 
@@ -194,14 +179,15 @@ def _add(
     arm: int,
     batch: _Batch,
     logits: Float[Tensor, "prediction vocabulary"],
-    reference: Float[Tensor, "prediction vocabulary"],
+    unchanged: Float[Tensor, "prediction vocabulary"],
 ) -> None:
     """Add a batch's cross-entropy and KL; a token is predicted at the position before it."""
     kept, answer = batch.kept[:, 1:], batch.answer[:, 1:]
     ce = cross_entropy(logits, batch.ids[:, 1:][kept].to(logits.device), reduction="none").double().cpu()
     of_answer = answer[kept].to(logits.device)
-    own, clean = log_softmax(logits[of_answer], 1), log_softmax(reference[of_answer], 1)
-    kl = (clean.exp() * (clean - own)).sum(1).double().cpu()
+    log_q = log_softmax(logits[of_answer], 1)
+    log_p = log_softmax(unchanged[of_answer], 1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(1).double().cpu()
     block, answer_block = (batch.block.unsqueeze(1).expand_as(mask)[mask] for mask in (kept, answer))
     sums.cross_entropy[arm].index_add_(0, block, ce)
     sums.answer_kl[arm].index_add_(0, answer_block, kl)

@@ -1,50 +1,99 @@
-"""What `crossdiff null` and `crossdiff seeds` print."""
+"""Terminal output of `crossdiff compare`, `crossdiff null` and `crossdiff seeds`."""
 
 from __future__ import annotations
 
-import polars as pl
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from rich.console import Console
 from rich.table import Table
 
-from crossdiff.compare.seeds import SeedReport
+if TYPE_CHECKING:
+    import polars as pl
+
+    from crossdiff.compare.seeds import SeedReport
+
+Row = dict[str, Any]
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """An empty table with columns aligned to the left, then to the right."""
+    table = Table(*left, title=title, title_justify="left")
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def comparison_table(comparison: dict[str, Any]) -> Table:
+    """The comparison of crosscoders, one column each, with intervals below their values."""
+    rows: dict[str, Row] = comparison["crosscoders"]
+    table = Table("", *rows, title="held-out tokens, 95% intervals", show_lines=True)
+
+    def add(title: str, cell: Callable[[Row], str]) -> None:
+        table.add_row(title, *(cell(row) for row in rows.values()))
+
+    def add_estimates(title: str, measure: str) -> None:
+        for source in comparison["models"]:
+            add(f"{title},\n{source}", lambda row: _estimate(row[measure].get(source)))  # noqa: B023
+
+    add("reads", lambda row: row["architecture"][0])
+    add("latents tied", lambda row: row["architecture"][1])
+    add("sparsity", lambda row: row["architecture"][2])
+    add("latents", lambda row: f"{row['n_latents']:,}")
+    add("FVE", lambda row: "\n".join(f"{s} {value:.3f}" for s, value in row["heldout"]["fve"].items() if s != "total"))
+    add("L0", lambda row: f"{row['heldout']['l0']:.1f}")
+    add("dead", lambda row: f"{row['heldout']['dead_share']:.1%}")
+    add_estimates("CE recovered", "recovered")
+    add_estimates("answer KL", "answer_kl")
+    return table
+
+
+def _estimate(estimate: dict[str, float] | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate['value']:.3f}\n{estimate['low']:.3f} to {estimate['high']:.3f}"
 
 
 def print_null(rates: pl.DataFrame, console: Console | None = None) -> None:
-    """Print the rates of `latents.null.compare`."""
+    """Print the rates of `compare.null.compare`."""
     console = console or Console()
-    for name, part in rates.group_by("crosscoder", maintain_order=True):
+    for (name,), part in rates.group_by("crosscoder", maintain_order=True):
         sizes = part.row(0, named=True)
-        title = f"{name[0]}: shares of {sizes['n_real']:,} live latents, and of {sizes['n_null']:,} in the null diff"
-        table = Table("", title=title, title_justify="left")
-        for heading in ("this run", "null", "null / this"):
-            table.add_column(heading, justify="right")
+        title = f"{name}: shares of {sizes['n_real']:,} live latents, and of {sizes['n_null']:,} in the null diff"
+        table = _table(title, ("",), ("this run", "null", "null / this run"))
         for row in part.iter_rows(named=True):
             ratio = f"{row['null'] / row['real']:.2f}" if row["real"] else ""
-            table.add_row(row["rate"].replace("_", " "), f"{row['real']:.2%}", f"{row['null']:.2%}", ratio)
+            table.add_row(_words(row["rate"]), f"{row['real']:.2%}", f"{row['null']:.2%}", ratio)
         console.print(table)
 
 
 def print_seeds(report: SeedReport, console: Console | None = None) -> None:
-    """Print the counts of each training with their spread, what is found again, and how well the best latents predict."""
+    """Print each training's counts and their spread, the latents found again, and how well the best latents predict."""
     console = console or Console()
-    table = Table(title="Latents by training", title_justify="left")
-    for index, name in enumerate(report.counts.columns):
-        table.add_column(name, justify="right" if index else "left")
+    first, *others = report.counts.columns
+    table = _table("Latents by training", (first,), tuple(others))
     for name, *numbers, mean, sd in report.counts.iter_rows():
-        table.add_row(name.replace("_", " "), *(f"{n:,}" for n in numbers), f"{mean:.1f}", f"{sd:.1f}")
+        table.add_row(_words(name), *(f"{n:,}" for n in numbers), f"{mean:.1f}", f"{sd:.1f}")
     console.print(table)
-    table = Table(title="Chat-specific latents found again", title_justify="left")
-    for heading in ("of", "in", "latents", "as any latent", "as a chat-specific one", "median cosine", "of all live ones"):
-        table.add_column(heading, justify="left" if heading in ("of", "in") else "right")
+    right = ("latents", "as any live latent", "as a chat-specific latent", "median cosine", "median cosine of all live latents")
+    table = _table("Chat-specific latents found again in another training", ("of", "in"), right)
     for match in report.matches.iter_rows(named=True):
-        shares = ("" if value != value else f"{value:.0%}" for value in (match["matched"], match["matched_specific"]))
-        cosines = ("" if value != value else f"{value:.2f}" for value in (match["median_cosine"], match["median_cosine_live"]))
+        shares = (_number(match[key], ".0%") for key in ("matched", "matched_specific"))
+        cosines = (_number(match[key], ".2f") for key in ("median_cosine", "median_cosine_live"))
         table.add_row(match["seed"], match["other"], f"{match['n_specific']:,}", *shares, *cosines)
     console.print(table)
     if report.behaviours.height:
-        table = Table(title="Held-out AUROC before the answer, best latent of each pool", title_justify="left")
-        for name in report.behaviours.columns:
-            table.add_column(name, justify="left" if name in ("behaviour", "pool") else "right")
+        title = "Held-out AUROC before the answer, best latent of each pool"
+        table = _table(title, ("behaviour", "pool"), tuple(report.behaviours.columns[2:]))
         for behaviour, pool, *scores in report.behaviours.iter_rows():
-            table.add_row(behaviour.replace("_", " "), pool.replace("_", " "), *(f"{score:.2f}" for score in scores))
+            table.add_row(_words(behaviour), _words(pool), *(f"{score:.2f}" for score in scores))
         console.print(table)

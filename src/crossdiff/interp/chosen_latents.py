@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from crossdiff.errors import UserError
-from crossdiff.latents.stream import check_latents
+from crossdiff.errors import UserError, check_latents
 from crossdiff.latents.verdict import VERDICTS
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from crossdiff.errors import UserError
 from crossdiff.interp.prompts import Explanation, Renderer, Request, explain_request
 from crossdiff.interp.windows import Texts, Window
-from crossdiff.latents.activity import GROUPS
-from crossdiff.latents.example_database import FORMAT
+from crossdiff.latents.example_schema import FORMAT
+from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.verdict import VERDICTS
 
 

@@ -1,17 +1,17 @@
-"""One pass over a store in blocks of documents: what every accumulator of the analysis reads."""
+"""One pass over a store in blocks of documents, which feeds every accumulator of the analysis."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from crossdiff.activations.loader import source_indices
-from crossdiff.activations.store import Store, consecutive
+from crossdiff.activations.store import Store
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.errors import UserError
@@ -19,7 +19,7 @@ from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Int64, Tensor
 
 PIECE_BYTES = 1 << 24
-"""Pre-activations that are computed and selected from at a time."""
+"""Size of the pre-activations that are computed and selected from at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Chunk:
 
     Attributes:
         rows: rows of the store, `[token]`.
-        sequence: index of each token's sequence within the chunk, `[token]`; `numbers` are the sequences' indices in the store.
-        h: activations of both models, in their own space; x: normalised ones of what the coder reads; code: active pairs;
-            reconstruction: sum_j f_j d_j, without bias; error: x - xhat.
+        sequence: index of each token's sequence within the chunk, `[token]`; numbers: the sequences' indices in the store.
+        h: activations of both models in their own space; x: normalised activations of what the coder reads.
+        code: active pairs; v: their activations f * sum of decoder norms.
+        reconstruction: sum_j f_j d_j, without bias; error: x - xhat.
     """
 
     block: int
@@ -39,14 +40,25 @@ class Chunk:
     numbers: npt.NDArray[np.int64]
     x: Float[Tensor, "token column"]
     code: SparseCode
+    v: Float[Tensor, " pair"]
     reconstruction: Float[Tensor, "token column"]
     error: Float[Tensor, "token column"]
     h: Float[Tensor, "token source d_model"]
 
 
+@runtime_checkable
+class Accumulator(Protocol):
+    """Collects what one part of the analysis needs from the chunks of a pass."""
+
+    def add(self, chunk: Chunk) -> None:
+        """Add a chunk; the order of the chunks does not matter."""
+
+    def over(self, ranks: Ranks) -> Any:
+        """Merge the passes of several ranks, in place; at least the first rank has the result."""
+
+
 def encode(crosscoder: Crosscoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
-    """The active pairs of a chunk, piece by piece: the pre-activations of a piece stay in the cache and in memory that is
-    used again, where those of a whole chunk would be fetched from the system anew each time."""
+    """Active pairs of many tokens, computed in pieces whose pre-activations stay in the cache and reuse the same memory."""
     size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
     parts = [crosscoder.sparse_code(piece) for piece in torch.split(x, size)]
     return SparseCode(
@@ -59,46 +71,21 @@ def encode(crosscoder: Crosscoder, x: Float[Tensor, "token source d_model"]) -> 
 
 
 def check_fits(crosscoder: Crosscoder, store: Store) -> None:
-    """A crosscoder is analysed on activations of the models and layer that it was trained on.
-
-    Raises:
-        UserError: names both sides.
-    """
-    origin = crosscoder.origin
-    trained_on, found = origin["pair"] | {"layer": origin["layer"]}, store.pair | {"layer": store.layer}
+    """Check that a store holds the models, layer and width that a crosscoder was trained on; a `UserError` names both sides."""
+    trained_on = crosscoder.origin["pair"] | {"layer": crosscoder.origin["layer"], "width": crosscoder.d_model}
+    found = store.pair | {"layer": store.layer, "width": store.d_model}
     differ = [key for key in {**trained_on, **found} if trained_on.get(key) != found.get(key)]
     if differ:
-        theirs, ours = ({key: side.get(key) for key in differ} for side in (trained_on, found))
+        theirs, ours = (", ".join(f"{key} {side.get(key)}" for key in differ) for side in (trained_on, found))
         raise UserError(
-            f"the crosscoder was trained on {_named(theirs)}, the store {store.folder} holds {_named(ours)}; "
-            "train again on this store, or analyse the one that it was trained on"
+            f"the crosscoder was trained on {theirs}, but the store {store.folder} holds {ours}; "
+            "train again on this store, or analyse the store it was trained on"
         )
-    if crosscoder.d_model != store.d_model:
-        raise UserError(f"the crosscoder reads width {crosscoder.d_model}, the store {store.folder} holds {store.d_model}")
     source_indices(store, crosscoder.view.reads)
 
 
-def _named(side: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in side.items())
-
-
-def check_latents(latents: Iterable[int], n_latents: int) -> None:
-    """Latents that somebody asks for have to exist.
-
-    Raises:
-        UserError: names the first that does not.
-    """
-    for latent in latents:
-        if not 0 <= latent < n_latents:
-            raise UserError(f"there is no latent {latent}: the crosscoder has {n_latents}, 0 to {n_latents - 1}")
-
-
 def blocks_of_sequences(store: Store, n_blocks: int) -> list[npt.NDArray[np.int64]]:
-    """The sequences of each block; a document lies in one block, and every dataset is spread over all of them.
-
-    Raises:
-        UserError: fewer documents than blocks.
-    """
+    """The sequences of each block. A document belongs to one block, and every dataset is spread over all blocks."""
     if len(store.documents) < n_blocks:
         raise UserError(f"{len(store.documents)} documents cannot make {n_blocks} blocks; lower analyze.blocks or harvest more")
     first_rows = store.sequences()[:-1]
@@ -114,32 +101,56 @@ def chunks(
     advance: Callable[[int], None] = lambda n_tokens: None,
     ranks: Ranks = ALONE,
 ) -> Iterator[Chunk]:
-    """Every counted token of the store once, block after block; no more than a chunk is in memory.
+    """Yield every counted token of a store once, block by block, with one chunk in memory at a time.
 
-    Several ranks take the chunks in turn. `advance` is told of all of them, also of those that others have.
+    Several ranks take turns; `advance` counts the tokens of all of them.
     """
     check_fits(crosscoder, store)
-    number = -1
-    index, whole = source_indices(store, crosscoder.view.reads), crosscoder.view.reads == store.sources
-    bounds, positions = store.sequences(), store.column("position")
-    for block, members in enumerate(blocks_of_sequences(store, n_blocks)):
-        lengths = bounds[members + 1] - bounds[members]
-        for first, last in consecutive(np.concatenate([[0], np.cumsum(lengths)]), batch_tokens):
-            numbers = members[first:last]
-            number += 1
-            if not ranks.has(number):
-                advance(int(lengths[first:last].sum()))
-                continue
-            rows = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in numbers])
-            sequence = np.repeat(np.arange(len(numbers)), lengths[first:last])
-            counted = positions[rows] >= store.leave_out
-            advance(len(rows))
-            rows, sequence = rows[counted], sequence[counted]
-            if not len(rows):
-                continue
-            h = store.gather(rows)
-            x = crosscoder.normalise(h if whole else h[:, index])
-            code = encode(crosscoder, x)
-            reconstruction = code.decode(crosscoder.decoder)
-            error = (x.flatten(1) - reconstruction).sub_(crosscoder.decoder_bias)
-            yield Chunk(block, rows, torch.from_numpy(sequence), numbers, x.flatten(1), code, reconstruction, error, h)
+    index = source_indices(store, crosscoder.view.reads)
+    reads_all = crosscoder.view.reads == store.sources
+    counted = store.column("position") >= store.leave_out
+    norms = crosscoder.norm_sums()
+    batches = (
+        (block, batch)
+        for block, numbers in enumerate(blocks_of_sequences(store, n_blocks))
+        for batch in store.batches_of_sequences(numbers, batch_tokens)
+    )
+    for number, (block, batch) in enumerate(batches):
+        advance(len(batch.rows))
+        keep = counted[batch.rows]
+        if not ranks.has(number) or not keep.any():
+            continue
+        rows = batch.rows[keep]
+        h = store.gather(rows)
+        x = crosscoder.normalise(h if reads_all else h[:, index])
+        code = encode(crosscoder, x)
+        reconstruction = code.decode(crosscoder.decoder)
+        yield Chunk(
+            block=block,
+            rows=rows,
+            sequence=torch.from_numpy(batch.sequence[keep]),
+            numbers=batch.numbers,
+            x=x.flatten(1),
+            code=code,
+            v=code.values * code.of_latents(norms),
+            reconstruction=reconstruction,
+            error=(x.flatten(1) - reconstruction).sub_(crosscoder.decoder_bias),
+            h=h,
+        )
+
+
+def accumulate(
+    accumulators: Sequence[Accumulator],
+    crosscoder: Crosscoder,
+    store: Store,
+    n_blocks: int,
+    batch_tokens: int,
+    advance: Callable[[int], None] = lambda n_tokens: None,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Feed every counted token of a store to the accumulators, encoded once by one of the ranks, and merge the ranks."""
+    for chunk in chunks(crosscoder, store, n_blocks, batch_tokens, advance, ranks):
+        for accumulator in accumulators:
+            accumulator.add(chunk)
+    for accumulator in accumulators:
+        accumulator.over(ranks)

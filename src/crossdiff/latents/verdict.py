@@ -1,18 +1,17 @@
-"""One verdict per latent, with its reason in words (METHOD: latent scaling; Minder, Dumas et al. 2025).
+"""One verdict per latent, with its reason in words (docs/method.md#latent-scaling; Minder, Dumas et al. 2025).
 
-A verdict answers one question: which model has the concept. It rests on the ends of the 95% intervals, never on point values,
+A verdict answers one question: which model has the concept? It rests on the ends of the 95% intervals, never on point values,
 and a latent whose intervals do not decide is `undecided`. Latents whose decoder norm leans to the base model are judged along
 their base direction (`nu_*_mirrored`), all others along their chat direction.
 
-Where a latent fires is another question, so `template_only` is a set beside the verdicts and no verdict: it is the part of the
-chat-specific latents that fire on template tokens almost only, and such a latent is no less specific to the chat model.
+Where a latent fires is another question, so `template_only` is a set beside the verdicts rather than a verdict. It contains the
+chat-specific latents that fire almost only on template tokens. Such a latent is no less specific to the chat model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -33,6 +32,7 @@ VERDICTS = {
     "dead": "never active on the analysed tokens",
     "undecided": "too few activations, or an interval that reaches over its limit",
 }
+"""What each verdict means. The explainer's prompts quote these texts, so a change invalidates its cached answers."""
 SETS = {
     "chat_specific": "verdict chat_specific",
     "chat_specific_paper": "the published rule: point values under both limits and delta_norm at least 0.9",
@@ -41,15 +41,14 @@ SETS = {
 
 
 class Verdict(NamedTuple):
-    """A key of `VERDICTS`, and why."""
+    """A key of `VERDICTS` and the reason for it."""
 
     name: str
     reason: str
 
 
-@dataclass(frozen=True)
-class Nu:
-    """A ratio with the ends of its interval and its limit."""
+class Nu(NamedTuple):
+    """A ratio with its interval and its limit."""
 
     name: str
     value: float
@@ -89,42 +88,41 @@ def judge(row: Mapping[str, Any], twins: tuple[int, ...], config: AnalyzeConfig)
         return _absent(row, error, reconstruction, config)
     if error.above or reconstruction.above:
         return _present(row, error, reconstruction, twins)
-    open_ones = [nu for nu in (error, reconstruction) if not nu.below]
-    return Verdict("undecided", " and ".join(f"{nu} reaches over {nu.limit:g}" for nu in open_ones))
+    open_nus = [nu for nu in (error, reconstruction) if not nu.below]
+    return Verdict("undecided", " and ".join(f"the interval of {nu} includes its limit {nu.limit:g}" for nu in open_nus))
 
 
 def _absent(row: Mapping[str, Any], error: Nu, reconstruction: Nu, config: AnalyzeConfig) -> Verdict:
-    """The direction is in one model alone: by the norms it is specific, or both models have their own direction."""
+    """The direction is in one model alone. By the norms it is specific, or each model has its own direction."""
     delta, cosine = row["delta_norm"], row["decoder_cosine"]
-    found = f"{error} and {reconstruction} under {error.limit:g} and {reconstruction.limit:g}"
+    found = f"{error} and {reconstruction} are below {error.limit:g} and {reconstruction.limit:g}"
     if delta >= config.delta_norm:
-        where = ""
-        if row["share_template"] >= config.template_share:
-            where = f"; {row['share_template']:.0%} of its active tokens are template tokens"
+        share = row["share_template"]
+        where = f"; {share:.0%} of its active tokens are template tokens" if share >= config.template_share else ""
         return Verdict("chat_specific", f"{found}, delta_norm {delta:.2f}{where}")
     if delta <= 1 - config.delta_norm:
         return Verdict("base_specific", f"{found}, delta_norm {delta:.2f}")
+    found = f"{found}, but delta_norm {delta:.2f} and decoder cosine {cosine:.2f}"
     if cosine < config.rotated_cosine:
-        return Verdict("rotated", f"{found}, but delta_norm {delta:.2f} and decoder cosine {cosine:.2f}")
-    return Verdict("undecided", f"{found}, but delta_norm {delta:.2f} and decoder cosine {cosine:.2f} say that both have it")
+        return Verdict("rotated", f"{found} show a different direction in each model")
+    return Verdict("undecided", f"{found} suggest that both models have it")
 
 
 def _present(row: Mapping[str, Any], error: Nu, reconstruction: Nu, twins: tuple[int, ...]) -> Verdict:
-    """Both models have the direction; a latent whose base norm has all but vanished hides it.
+    """Both models have the direction; a latent whose base norm has almost vanished hides that.
 
-    At delta_norm >= 0.9 the base direction is at most 0.2 of the chat one, so what nu has beyond that is in the error or comes
-    from other latents. More than half of it in the reconstruction (the limit of nu_reconstruction) makes decoupling the
-    main fact, also where an L1 penalty leaves some of it in the error.
+    At delta_norm >= 0.9 the base direction is at most 0.2 of the chat direction, so whatever nu has beyond that is in the error
+    or comes from other latents. More than half of it in the reconstruction (the limit of nu_reconstruction) makes decoupling
+    the main fact, even where an L1 penalty leaves some of it in the error.
     """
-    found = " and ".join(f"{nu} over {nu.limit:g}" for nu in (error, reconstruction) if nu.above)
+    found = " and ".join(f"{nu} is above {nu.limit:g}" for nu in (error, reconstruction) if nu.above)
     if row["delta_norm"] < CHAT_ONLY[0]:
         return Verdict("shared", found)
-    looks = f"delta_norm {row['delta_norm']:.2f} looks chat-only, but "
-    if reconstruction.above:
-        names = ", ".join(str(twin) for twin in twins)
-        carried = f"carried by twins {names}" if twins else "no twin carries it alone"
-        return Verdict("latent_decoupling", f"{looks}{found}: {carried}")
-    return Verdict("complete_shrinkage", f"{looks}{found}: it is in the base model's error")
+    looks = f"delta_norm {row['delta_norm']:.2f} looks chat-only, but {found}"
+    if not reconstruction.above:
+        return Verdict("complete_shrinkage", f"{looks}: the concept is in the base model's error")
+    carried = f"carried by twins {', '.join(map(str, twins))}" if twins else "no single twin carries it"
+    return Verdict("latent_decoupling", f"{looks}: {carried}")
 
 
 def with_verdicts(table: pl.DataFrame, twins: pl.DataFrame, config: AnalyzeConfig) -> pl.DataFrame:
@@ -143,18 +141,20 @@ def with_verdicts(table: pl.DataFrame, twins: pl.DataFrame, config: AnalyzeConfi
             yield judge(row, carriers.get(row["latent"], ()), config)
 
     judged = pl.DataFrame(list(verdicts()), schema={"verdict": pl.String, "verdict_reason": pl.String}, orient="row")
-    table = table.hstack(judged)
     specific = pl.col("verdict") == "chat_specific"
-    under = (pl.col("nu_error") < config.nu_error) & (pl.col("nu_reconstruction") < config.nu_reconstruction)
-    return table.with_columns(
+    below = (pl.col("nu_error") < config.nu_error) & (pl.col("nu_reconstruction") < config.nu_reconstruction)
+    return table.hstack(judged).with_columns(
         chat_specific=specific,
-        chat_specific_paper=under & pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") >= CHAT_ONLY[0]),
+        chat_specific_paper=below & pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") >= CHAT_ONLY[0]),
         template_only=specific & (pl.col("share_template") >= config.template_share),
     )
 
 
 def counts(table: pl.DataFrame) -> dict[str, int]:
-    """Latents of each delta_norm class, set and verdict; the verdict `shared` is `verdict_shared` beside the class `shared`."""
+    """Number of latents in each delta_norm class, set and verdict.
+
+    The verdict `shared` is counted as `verdict_shared`, since `shared` is also a class.
+    """
     classes = ("chat_only", "base_only", "shared", "other")
     found = {name: table.filter(pl.col("delta_norm_class") == name).height for name in classes}
     found |= {name: table.filter(pl.col(name)).height for name in SETS}

@@ -1,4 +1,4 @@
-"""A published coder in its own terms, the folding into ours, and the file that its tensors come from."""
+"""A published coder in its own terms, its conversion into ours, and the file that its tensors come from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crossdiff.errors import UserError
 from crossdiff.shapes import Float64, Tensor
 
 SAME = 1e-6
-"""Relative difference, of the size of float32's rounding, up to which two measures select alike."""
+"""Relative difference, about float32's rounding, up to which two measures count as proportional."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ReLU:
 
 @dataclass(frozen=True)
 class TopK:
-    """f = ReLU(pre) where f * weight > threshold; without a threshold, where f * weight is among the token's k largest."""
+    """f = ReLU(pre) where f * weight > threshold or, without a threshold, among the k largest f * weight of the token."""
 
     k: int
     threshold: float | None
@@ -48,9 +48,9 @@ class PublishedCoder:
 
     Attributes:
         path: its file, for messages.
-        scale_in, scale_out: one number per source; the second is the first's inverse up to what a format rounds.
-        origin: what goes into the crosscoder's `origin`.
-        needs_scales: scale_in is not in the file, and 1 is wrong.
+        scale_in, scale_out: one number per source; the second is the inverse of the first, up to a format's rounding.
+        origin: the `origin` of the crosscoder.
+        needs_scales: the coder needs a scale_in that is not in the file.
     """
 
     path: Path
@@ -66,19 +66,14 @@ class PublishedCoder:
     needs_scales: bool = False
 
     def with_input_scales(self, scales: tuple[float, ...]) -> PublishedCoder:
-        """The same coder on activations that are multiplied by a number per source first.
-
-        Raises:
-            UserError: not one positive number for each source, or the file holds a normalisation.
-        """
+        """The same coder on activations that are first multiplied by one number per source."""
         n_sources = len(self.scale_in)
         if len(scales) != n_sources or not all(math.isfinite(scale) and scale > 0 for scale in scales):
-            raise UserError(f"input_scales {scales} must be {n_sources} positive numbers, one for each source of {self.path}")
+            raise UserError(f"input_scales {scales} must be {n_sources} positive numbers, one per source of {self.path}")
         if not bool((self.scale_in == 1).all() and (self.mean == 0).all()):
-            raise UserError(f"{self.path} holds its own normalisation; leave input_scales out")
+            raise UserError(f"{self.path} holds its own normalisation; omit input_scales")
         factor = torch.tensor(scales, dtype=torch.float64)
-        published = self.origin["published"] | {"input_scales": list(scales)}
-        origin = self.origin | {"published": published}
+        origin = self.origin | {"published": self.origin["published"] | {"input_scales": list(scales)}}
         return replace(self, scale_in=factor, scale_out=1 / factor, origin=origin, needs_scales=False)
 
     def crosscoder(self, sources: tuple[str, ...], dtype: torch.dtype = torch.float32) -> Crosscoder:
@@ -103,7 +98,7 @@ class PublishedCoder:
         )
 
     def _sparsity(self, norms: Float64[Tensor, " latent"]) -> tuple[Sparsity, float, dict[str, Tensor]]:
-        """Settings, threshold and parameters of the kind of sparsity, given our measure: the sum of the decoder norms."""
+        """Settings, threshold and parameters of the kind of sparsity, given our measure, the sums of the decoder norms."""
         match self.activation:
             case ReLU():
                 return L1Config(), 0.0, {}
@@ -114,7 +109,7 @@ class PublishedCoder:
                 if threshold is None and factor is None:
                     raise UserError(
                         f"{self.path} keeps the {k} largest f_j w_j of each token, and its w_j are not proportional to the sum "
-                        "of latent j's decoder norms, which ours are: it cannot be read without changing what is active"
+                        "of latent j's decoder norms as ours are; it cannot be read without changing which latents are active"
                     )
                 if threshold is None:
                     return TopKConfig(k=k), 0.0, {}
@@ -125,7 +120,7 @@ class PublishedCoder:
 
 
 def _constant_factor(norms: Float64[Tensor, " latent"], weight: Float64[Tensor, " latent"]) -> float | None:
-    """The c of norms = c * weight; None if there is none. Where both are 0 a latent is never active, whatever c is."""
+    """The c of norms = c * weight, or None. A latent for which both are 0 is never active and fits any c."""
     counts = (norms > 0) | (weight > 0)
     if not bool(counts.any()):
         return 1.0
@@ -135,10 +130,10 @@ def _constant_factor(norms: Float64[Tensor, " latent"], weight: Float64[Tensor, 
 
 
 class TensorFile:
-    """The tensors of a file, each to be taken once, with axes that must agree between them.
+    """The tensors of a file, each to be taken once, with axes whose sizes must agree.
 
     Raises:
-        UserError: the file is damaged or holds something else than tensors.
+        UserError: the file is damaged or holds something other than tensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,52 +144,48 @@ class TensorFile:
                 load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
             )
         except pickle.UnpicklingError:
-            raise UserError(f"cannot read {path}: it is damaged, or holds more than tensors, which is unsafe to read") from None
-        except Exception as error:  # a damaged pickle raises whatever it runs into
+            raise UserError(
+                f"cannot read {path}: it is damaged or holds more than tensors, which is unsafe to read; download it again"
+            ) from None
+        except Exception as error:  # a damaged pickle can raise anything
             raise UserError(f"cannot read {path}: {error}; if it is damaged, download it again") from None
         if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
-            raise UserError(f"{path} holds no tensors by name; expected the state dict of a coder")
+            raise UserError(f"{path} does not hold named tensors; expected the state dict of a coder")
         self._left: dict[str, Tensor] = {str(name).replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}
 
     def has(self, key: str) -> bool:
-        """Is it there, and not taken yet?"""
+        """Whether a tensor is left."""
         return key in self._left
 
     def n_axes(self, key: str) -> int:
-        """Number of axes of a tensor that is there."""
         return self._left[key].ndim
 
     def names(self) -> str:
-        """What is there, for messages."""
+        """The tensors that are left, for messages."""
         return ", ".join(sorted(self._left)) or "nothing"
 
     def take(self, key: str, axes: str, finite: bool = True) -> Float64[Tensor, "..."]:
-        """The tensor with these axes, in float64.
-
-        Raises:
-            UserError: it is missing, has other axes, or holds NaN where it must be finite.
-        """
+        """Take the tensor with these axes, in float64; `UserError` if it is missing, misshapen, or not finite as required."""
         if key not in self._left:
-            raise UserError(f"{self.path} has no {key}; expected it with the axes [{axes}]; left are {self.names()}")
+            raise UserError(f"{self.path} has no {key}; expected it with the axes [{axes}]; remaining: {self.names()}")
         tensor = self._left.pop(key)
         names = axes.split()
-        known = " ".join(f"{name}={self.sizes[name]}" if name in self.sizes else name for name in names)
         fits = tensor.ndim == len(names) and all(
             self.sizes.get(name, size) == size for name, size in zip(names, tensor.shape, strict=True)
         )
         if not fits:
+            known = " ".join(f"{name}={self.sizes[name]}" if name in self.sizes else name for name in names)
             raise UserError(f"{self.path}: {key} has the shape {tuple(tensor.shape)}, expected [{known}]")
         self.sizes |= dict(zip(names, tensor.shape, strict=True))
-        tensor = tensor.double()
         if finite and not bool(tensor.isfinite().all()):
             raise UserError(f"{self.path}: {key} holds numbers that are not finite; download it again")
-        return tensor
+        return tensor.double()
 
     def scalar(self, key: str) -> float:
-        """A tensor without axes."""
+        """Take a tensor without axes."""
         return float(self.take(key, ""))
 
     def finish(self) -> None:
-        """Raises `UserError` if something was not taken: it would change what the coder computes."""
+        """Check that every tensor was taken: any other would change what the coder computes."""
         if self._left:
-            raise UserError(f"{self.path} has unknown keys: {self.names()}; this coder is of a kind that is not read")
+            raise UserError(f"{self.path} has unknown keys: {self.names()}; this kind of coder cannot be read")

@@ -1,4 +1,4 @@
-"""The layout of the `examples.db` that the paper's authors publish for their crosscoders: written and read.
+"""Export to and import from the `examples.db` layout that the paper's authors publish for their crosscoders.
 
     sequences           sequence_idx INTEGER PRIMARY KEY, token_ids BLOB (int32)
     quantile_examples   feature_idx, quantile_idx INTEGER, activation REAL, sequence_idx
@@ -6,10 +6,9 @@
 
 (feature_idx, sequence_idx) is the primary key of the last two.
 
-A feature is a latent. `quantile_idx` is no quantile of a distribution but a band of the latent's range: band q holds sequences
-whose largest activation lies above `BANDS[q - 1]` and up to `BANDS[q]` times the latent's largest one (a sixth band, above it,
-is read as the fifth). Activations are v.
-Datasets, documents and flags have no place there and are lost on export.
+A feature is a latent. Despite its name, `quantile_idx` is a band of the latent's range: band q holds sequences whose largest
+activation lies above `BANDS[q - 1]` and up to `BANDS[q]` times the latent's largest one. A sixth band, above these, is read as
+the fifth. Activations are v. The layout has no place for datasets, documents and flags, so an export loses them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdiff.errors import UserError
-from crossdiff.latents.example_database import FORMAT, write_database
+from crossdiff.files import open_sqlite
+from crossdiff.latents.example_database import write_database
+from crossdiff.latents.example_schema import FORMAT
 from crossdiff.text.chat import Flag
 
 BANDS = (0.25, 0.5, 0.75, 0.95, 1.0)
@@ -42,14 +43,8 @@ CREATE TABLE activation_details (
 """
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: expected an SQLite database of examples")
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-
-
 def band_of(activation: float, largest: float) -> int:
-    """The band of a sequence whose maximum is `activation` for a latent whose largest activation is `largest`."""
+    """The band of a sequence with maximum `activation` for a latent whose largest activation is `largest`."""
     return min(int(np.searchsorted(BANDS, activation / largest)), len(BANDS) - 1)
 
 
@@ -59,48 +54,47 @@ def export_examples(source: Path, target: Path) -> int:
     A latent and a sequence make one row there, however often the sequence is among the latent's examples here.
 
     Raises:
-        UserError: `source` is no example database of this version, or `target` exists.
+        UserError: `source` is not an example database of this version, or `target` exists.
     """
-    _refuse_existing(target)
+    _check_paths(source, target)
     try:
-        with closing(_open(source)) as ours:
-            metadata = dict(ours.execute("SELECT key, value FROM metadata"))
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{source} has format {metadata.get('format')!r}, expected {FORMAT!r}: analyse again")
+        with closing(open_sqlite(source)) as ours:
+            found = dict(ours.execute("SELECT key, value FROM metadata")).get("format")
+            if found != FORMAT:
+                raise UserError(f"{source} has format {found!r}, expected {FORMAT!r}; run `crossdiff analyze` again")
             sequences = ours.execute("SELECT sequence, token_ids FROM sequences").fetchall()
             examples = ours.execute(
                 "SELECT latent, sequence, max(activation), max(CASE kind WHEN 'band' THEN quantile END), positions, "
                 "activations, max(max(activation)) OVER (PARTITION BY latent) FROM examples GROUP BY latent, sequence"
             ).fetchall()
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{source} is no example database: {error}") from error
-    bands = [BANDS.index(band) if band is not None else band_of(value, top) for _, _, value, band, _, _, top in examples]
+        raise UserError(f"{source} is not an example database: {error}; expected an examples.sqlite") from error
+    summaries, details = [], []
+    for latent, sequence, activation, upper_end, positions, activations, largest in examples:
+        band = band_of(activation, largest) if upper_end is None else BANDS.index(upper_end)
+        summaries.append((latent, band, activation, sequence))
+        details.append((latent, sequence, positions, activations))
     with closing(sqlite3.connect(target)) as published, published:
         published.executescript(SCHEMA)
         published.executemany("INSERT INTO sequences VALUES (?, ?)", sequences)
-        published.executemany(
-            "INSERT INTO quantile_examples VALUES (?, ?, ?, ?)",
-            ((row[0], band, row[2], row[1]) for row, band in zip(examples, bands, strict=True)),
-        )
-        published.executemany(
-            "INSERT INTO activation_details VALUES (?, ?, ?, ?)", ((row[0], row[1], row[4], row[5]) for row in examples)
-        )
+        published.executemany("INSERT INTO quantile_examples VALUES (?, ?, ?, ?)", summaries)
+        published.executemany("INSERT INTO activation_details VALUES (?, ?, ?, ?)", details)
     return len(examples)
 
 
 def import_examples(source: Path, target: Path, tokenizer: Any) -> int:
     """Write the published examples of `source` as our database `target`; returns their number.
 
-    Each becomes an example of the kind 'band'. Documents and datasets stay NULL and flags 0, but for the BOS token; the
-    number of latents is taken to be the largest latent's and one.
+    Each becomes an example of kind 'band'. Documents and datasets stay NULL and flags 0, except for the BOS token. The number
+    of latents is set to the largest latent's number plus one.
 
     Raises:
-        UserError: `source` is not of the published layout or contradicts itself, the tokens are not the tokenizer's, or
+        UserError: `source` does not have the published layout or contradicts itself, its tokens are not the tokenizer's, or
             `target` exists.
     """
-    _refuse_existing(target)
+    _check_paths(source, target)
     try:
-        with closing(_open(source)) as published:
+        with closing(open_sqlite(source)) as published:
             sequences = {
                 number: _array(source, f"the tokens of sequence {number}", blob, "<i4")
                 for number, blob in published.execute("SELECT sequence_idx, token_ids FROM sequences ORDER BY sequence_idx")
@@ -111,13 +105,14 @@ def import_examples(source: Path, target: Path, tokenizer: Any) -> int:
                 "ORDER BY feature_idx, quantile_idx DESC, activation DESC, sequence_idx"
             ).fetchall()
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{source} does not have the published layout: {error}") from error
+        raise UserError(f"{source} does not have the published layout: {error}; expected an examples.db") from error
     if not rows:
-        raise UserError(f"{source} has no examples: its table quantile_examples is empty")
+        raise UserError(f"{source} has no examples: its table quantile_examples is empty; download it again")
     largest_id = max((int(ids.max()) for ids in sequences.values() if len(ids)), default=-1)
     if largest_id >= len(tokenizer):
         raise UserError(
-            f"{source} has the token id {largest_id}, the tokenizer only {len(tokenizer)} tokens; name the models' own one"
+            f"{source} has the token id {largest_id}, but the tokenizer has only {len(tokenizer)} tokens; "
+            "name the tokenizer of the published models"
         )
     kept = [
         (number, None, None, None, ids.tobytes(), ((ids == tokenizer.bos_token_id) * Flag.BOS.value).astype(np.uint8).tobytes())
@@ -130,11 +125,12 @@ def import_examples(source: Path, target: Path, tokenizer: Any) -> int:
 def _imported_rows(
     source: Path, rows: list[tuple[Any, ...]], sequences: dict[int, npt.NDArray[np.int32]]
 ) -> Iterator[tuple[Any, ...]]:
-    """Rows of our table of examples, from those of the join, which are sorted by latent and then from the strongest down."""
+    """Rows of our table of examples from the joined rows, which are sorted by latent, then from the strongest down."""
     previous, rank = None, 0
     for latent, band, activation, sequence, *blobs in rows:
         what = f"latent {latent} on sequence {sequence}"
-        rank, previous = (rank + 1 if latent == previous else 0), latent
+        rank = rank + 1 if latent == previous else 0
+        previous = latent
         positions = _array(source, f"the positions of {what}", blobs[0], "<i4")
         values = _array(source, f"the activations of {what}", blobs[1], "<f4")
         if sequence not in sequences or not 0 <= band <= len(BANDS):
@@ -146,7 +142,7 @@ def _imported_rows(
         if not len(positions) or len(positions) != len(values) or positions.min() < 0 or positions.max() >= n_tokens:
             raise UserError(
                 f"{source}: {what} has {len(positions)} positions and {len(values)} activations in {n_tokens} tokens; expected "
-                "as many of both, at least one, and all positions inside"
+                "the same number of both, at least one, and positions within the tokens"
             )
         peak = int(positions[values.argmax()])
         yield latent, "band", BANDS[min(band, len(BANDS) - 1)], rank, sequence, peak, activation, blobs[0], blobs[1]
@@ -159,6 +155,8 @@ def _array(source: Path, what: str, blob: object, dtype: str) -> npt.NDArray[Any
     return np.frombuffer(blob, dtype=dtype)
 
 
-def _refuse_existing(target: Path) -> None:
+def _check_paths(source: Path, target: Path) -> None:
     if target.exists():
-        raise UserError(f"{target} exists already; name another file, or delete it")
+        raise UserError(f"{target} already exists; name another file, or delete it")
+    if not source.is_file():
+        raise UserError(f"{source} is missing; expected an SQLite database of examples")

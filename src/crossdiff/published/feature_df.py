@@ -1,9 +1,9 @@
 """The latent table that the paper's authors publish (`feature_df.csv`), under our column names.
 
-Theirs calls the relative decoder norm `dec_norm_diff` and turns it round: 0 is chat-only there, so delta_norm is 1 minus it.
-Their `beta_ratio_*` is nu; the first unnamed column is the number of the latent. Later repositories of theirs write `ft` for
-`chat` and `beta_ratio_activation` for `beta_activation_ratio`; both spellings are read. There are no intervals, so there are no
-verdicts but the published rule's: `chat_specific_paper`.
+Their relative decoder norm is called `dec_norm_diff` and reversed: 0 is chat-only there, so delta_norm is 1 minus it. Their
+`beta_ratio_*` is nu; the first unnamed column is the number of the latent. Their later repositories write `ft` for `chat` and
+`beta_ratio_activation` for `beta_activation_ratio`; both spellings are read. The tables have no intervals, so the only verdict
+that can be derived is the published rule's: `chat_specific_paper`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from crossdiff.config import AnalyzeConfig
 from crossdiff.errors import UserError
 from crossdiff.latents.decoder import CHAT_ONLY, delta_norm_class
 
-REQUIRED = ("dec_norm_diff",)
+DIFFERENCE = "dec_norm_diff"
 INDEX = ("", "column_0", "Unnamed: 0", "index", "latent")
 """Spellings of the column that numbers the latents."""
 NAMES: dict[str, tuple[str, ...]] = {
@@ -37,20 +37,46 @@ NAMES: dict[str, tuple[str, ...]] = {
         for source, spellings in (("base", ("base",)), ("chat", ("chat", "ft")))
     },
 }  # fmt: skip
-"""Our columns, and what the published tables call them."""
+"""Our columns, and their names in the published tables."""
 TABLE_COLUMNS = ("latent", "delta_norm", "delta_norm_class", *NAMES, "rank_sum", "chat_specific_paper", "dead")
 
 
-def _number(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
+def read_published_table(path: Path) -> pl.DataFrame:
+    """Read a published latent table; `TABLE_COLUMNS` lists the columns, NaN where the file has no value.
+
+    Raises:
+        UserError: the file is missing or not a CSV, lacks `dec_norm_diff`, or has values that do not fit.
+    """
+    try:
+        table = pl.read_csv(path, infer_schema_length=None)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"cannot read {path} as CSV: {error}; expected a published feature_df.csv") from None
+    if DIFFERENCE not in table.columns:
+        raise UserError(f"{path} lacks the column {DIFFERENCE}; it has {', '.join(table.columns[:20])}")
+    difference = _numbers(table, DIFFERENCE, path)
+    outside = difference.filter((difference < 0) | (difference > 1) & difference.is_not_nan())
+    if len(outside):
+        raise UserError(f"{path}: {DIFFERENCE} must lie in [0, 1] (0 = chat-only), found {outside[0]}; download it again")
+    delta = 1 - difference
+    columns = {"latent": _latents(table, path), "delta_norm": delta}
+    columns["delta_norm_class"] = pl.Series([delta_norm_class(value) for value in delta.to_list()], dtype=pl.String)
+    for ours, spellings in NAMES.items():
+        found = next((name for name in spellings if name in table.columns), None)
+        columns[ours] = _numbers(table, found, path) if found else pl.repeat(float("nan"), table.height, eager=True)
+    columns["dead"] = _dead(table)
+    return pl.DataFrame(columns).with_columns(**_paper_rule(AnalyzeConfig())).select(TABLE_COLUMNS).sort("latent")
+
+
+def _numbers(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
     """A column as float64, NaN where it is empty."""
     try:
         return table[column].cast(pl.Float64).fill_null(float("nan"))
     except pl.exceptions.InvalidOperationError as error:
-        raise UserError(f"{path}: column {column!r} has values that are no numbers: {error}") from None
+        raise UserError(f"{path}: column {column!r} has values that are not numbers: {error}; download it again") from None
 
 
 def _latents(table: pl.DataFrame, path: Path) -> pl.Series:
-    """The latents' numbers: an index column, or else the rows in order."""
+    """The latents' numbers: the index column, or the order of the rows if there is none."""
     name = next((column for column in table.columns if column in INDEX), None)
     if name is None:
         return pl.Series("latent", range(table.height), dtype=pl.Int64)
@@ -62,47 +88,19 @@ def _latents(table: pl.DataFrame, path: Path) -> pl.Series:
     return numbers.alias("latent")
 
 
-def read_published_table(path: Path, config: AnalyzeConfig | None = None) -> pl.DataFrame:
-    """Read a published latent table; `TABLE_COLUMNS` lists the columns, NaN where the file has no value.
-
-    Raises:
-        UserError: the file is missing or no CSV, lacks `dec_norm_diff`, or holds something else than it should.
-    """
-    config = config or AnalyzeConfig()
-    try:
-        table = pl.read_csv(path, infer_schema_length=None)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"cannot read {path} as CSV: {error}") from None
-    missing = [name for name in REQUIRED if name not in table.columns]
-    if missing:
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table.columns[:20])}")
-    difference = _number(table, "dec_norm_diff", path)
-    outside = difference.filter((difference < 0) | (difference > 1) & difference.is_not_nan())
-    if len(outside):
-        raise UserError(f"{path}: dec_norm_diff must lie in [0, 1] (0 = chat-only), found {outside[0]}")
-    delta = 1 - difference
-    columns = {"latent": _latents(table, path), "delta_norm": delta}
-    columns["delta_norm_class"] = pl.Series([delta_norm_class(value) for value in delta.to_list()], dtype=pl.String)
-    for ours, theirs in NAMES.items():
-        found = next((name for name in theirs if name in table.columns), None)
-        columns[ours] = _number(table, found, path) if found else pl.repeat(float("nan"), table.height, eager=True)
-    result = pl.DataFrame(columns)
-    return _with_rule(result, config).with_columns(dead=_dead(table)).select(TABLE_COLUMNS).sort("latent")
-
-
 def _dead(table: pl.DataFrame) -> pl.Series:
-    """Their `dead` column, which is text or true/false; null where they do not say."""
+    """Their `dead` column, which is text or true/false; null if the file has none."""
     if "dead" not in table.columns:
         return pl.repeat(None, table.height, dtype=pl.Boolean, eager=True)
     return table["dead"].cast(pl.String).str.to_lowercase().is_in(["true", "1", "1.0"])
 
 
-def _with_rule(table: pl.DataFrame, config: AnalyzeConfig) -> pl.DataFrame:
-    """Add the sum of the two ranks among the latents with both nu, and the published rule's set."""
+def _paper_rule(config: AnalyzeConfig) -> dict[str, pl.Expr]:
+    """The sum of the two ranks among the latents with both nus, and the set of the published rule."""
     both = pl.col("nu_error").is_finite() & pl.col("nu_reconstruction").is_finite()
     ranks = [pl.when(both).then(pl.col(name)).rank("ordinal") for name in ("nu_error", "nu_reconstruction")]
-    under = (pl.col("nu_error") < config.nu_error) & (pl.col("nu_reconstruction") < config.nu_reconstruction)
-    return table.with_columns(
-        rank_sum=pl.when(both).then((ranks[0] + ranks[1]).cast(pl.Float64)).otherwise(float("nan")),
-        chat_specific_paper=both & under & (pl.col("delta_norm") >= CHAT_ONLY[0]),
-    )
+    below = (pl.col("nu_error") < config.nu_error) & (pl.col("nu_reconstruction") < config.nu_reconstruction)
+    return {
+        "rank_sum": pl.when(both).then((ranks[0] + ranks[1]).cast(pl.Float64)).otherwise(float("nan")),
+        "chat_specific_paper": both & below & (pl.col("delta_norm") >= CHAT_ONLY[0]),
+    }

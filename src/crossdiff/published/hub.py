@@ -1,8 +1,8 @@
 """Publish a run on the Hugging Face Hub, fetch one, and load crosscoders and latent tables by name.
 
-A published run has the layout of a run directory, without the activations, and a model card as its README.md. Both ways go
-through the `huggingface_hub` client, which reads its token and endpoint (`HF_TOKEN`, `HF_ENDPOINT`) itself. A transfer that
-broke goes on when the same call is made again: files that arrived are not sent or fetched twice.
+A published run has the layout of a run directory, without the activations, and a model card as its README.md. Transfers use the
+`huggingface_hub` client, which reads its token and endpoint (`HF_TOKEN`, `HF_ENDPOINT`) itself. To resume a broken transfer,
+repeat the call: files that arrived are not sent or fetched twice.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from crossdiff.diff import open as open_run
 from crossdiff.errors import UserError
+from crossdiff.published import WEIGHTS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,24 +32,22 @@ FILES = (
     "examples.sqlite", "health.json", "behaviours.parquet", "train.jsonl", "causal.json", "causal_latents.parquet",
     "causal_conversations.parquet", "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
 )  # fmt: skip
-"""What is published of each crosscoder, if it is there."""
-WEIGHTS = ("model.safetensors", "cc_weights.pt", "sae_weights.safetensors")
-"""Files that make a folder one of a crosscoder, ours or others'."""
-BESIDE = ("config.json", "trainer_config.json", "cfg.json")
-"""Settings that others' weights have beside them."""
+"""The files of each crosscoder that are published if they exist."""
+SETTINGS = ("config.json", "trainer_config.json", "cfg.json")
+"""Settings files that published weights come with."""
 EARLY_TABLES = "science-of-finetuning/max-activating-examples-gemma-2-2b-l13"
 PUBLISHED_TABLES = {
     "Butanium/gemma-2-2b-crosscoder-l13-mu4.1e-02-lr1e-04": f"{EARLY_TABLES}-mu4.1e-02-lr1e-04",
     "ckkissane/crosscoder-gemma-2-2b-model-diff": f"{EARLY_TABLES}-ckissane",
 }
-"""Data sets with the latent tables of crosscoders that were published before the rule of `_table_repositories`."""
+"""Data sets with the latent tables of crosscoders whose names do not follow the rule of `_table_repository`."""
 TABLE = "feature_df.csv"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What `push` sends: the repository, each file with its size in bytes, the card's text, and what to know before."""
+    """What `push` sends: the repository, each file with its size in bytes, the card's text, and remarks to read first."""
 
     repository: str
     sizes: dict[str, int]
@@ -59,20 +58,20 @@ class Upload:
 def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bool = False, licence: str = "") -> Upload:
     """Publish a run's crosscoders, latent tables, examples and settings with a generated model card.
 
-    The run is only read. The activations stay where they are.
+    The run itself does not change, and its activations are not published.
 
     Examples:
         >>> crossdiff.push("runs/demo", "me/my-diff", dry_run=True).sizes["batchtopk/config.json"] > 0
         True
 
     Args:
-        repository: `owner/name`; made if it does not exist.
-        dry_run: only say what would be sent; the network is not used.
-        private: make a new repository private.
-        licence: the licence of the two models, such as `mit`; by default it is looked up.
+        repository: `owner/name`; created if it does not exist.
+        dry_run: return what would be sent without using the network.
+        private: create the repository as private if it is new.
+        licence: the licence of the two models, such as `mit`; looked up by default.
 
     Raises:
-        UserError: no finished run, a wrong name, or what the Hub answers.
+        UserError: the run is not finished, the name is malformed, or the Hub refuses.
     """
     from crossdiff.crosscoder.checkpoint import origin_of
     from crossdiff.report.model_card import model_card
@@ -84,7 +83,7 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
     files = _files_of(path, (coder.name for coder in report.crosscoders))
     with _explained(repository):
         found = licence or _licences(report.base, report.chat, look_up=not dry_run)
-        # The run's settings may have changed since a crosscoder was trained, or name it no longer.
+        # The run's settings may have changed since a crosscoder was trained, or no longer name it.
         trained = {coder.name: origin_of(path / coder.name).get("settings") or {} for coder in report.crosscoders}
         card = model_card(report, repository, found, trained)
         sizes = {name: file.stat().st_size for name, file in files.items()} | {"README.md": len(card.encode())}
@@ -95,7 +94,7 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
 
 
 def _files_of(path: Path, names: Iterable[str]) -> dict[str, Path]:
-    """What is published of a run: name in the repository -> file."""
+    """The files of a run that are published: name in the repository -> file."""
     files = {f"{name}/{file}": path / name / file for name in names for file in FILES}
     found = {name: file for name, file in files.items() if file.is_file()}
     return {"config.yaml": path / "config.yaml"} | found
@@ -109,27 +108,27 @@ def _send(repository: str, files: dict[str, Path], card: str, private: bool) -> 
     contents: dict[str, Any] = {**files, "README.md": card.encode()}
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     with warnings.catch_warnings():
-        # The client asks whether a table should not rather be in a data set; here it belongs to the weights beside it.
+        # The client suggests a data set for tables, but here they belong to the weights.
         warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
         api.create_commit(repository, operations, commit_message="Upload a diff by crossdiff")
 
 
 def _remarks(path: Path, base: str | None, chat: str | None) -> tuple[str, ...]:
-    """What whoever publishes should know."""
+    """What to know before publishing."""
     local = [name for name in (base, chat) if name is not None and not (name.startswith("demo:") or NAME.fullmatch(name))]
     remarks = []
     if local:
         remarks.append(
-            f"{' and '.join(local)} are paths of this machine, and the settings and weights name them: whoever pulls this "
-            "cannot load the models by them"
+            f"the settings and weights name the models by local paths ({' and '.join(local)}), from which nobody else can load "
+            "them"
         )
     if (path / "activations").is_dir():
-        remarks.append("the activations are not published; the examples hold pieces of the analysed texts")
+        remarks.append("the activations are not published, but the examples contain excerpts of the analysed texts")
     return tuple(remarks)
 
 
 def _licences(base: str | None, chat: str | None, look_up: bool) -> str:
-    """The licence of the two models: one identifier, or both, or "unknown"."""
+    """The licences of the two models: one identifier, both, or "unknown"."""
     found = dict.fromkeys(_licence(name, look_up) for name in (base, chat) if name is not None)
     return ", ".join(found) or "unknown"
 
@@ -140,7 +139,9 @@ def _licence(model: str, look_up: bool) -> str:
     folder = Path(model).expanduser()
     if folder.is_dir():
         card = folder / "README.md"
-        return _card_licence(card.read_text(encoding="utf-8")) if card.is_file() else "unknown"
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        found = re.match(r"---\n.*?^license:\s*(\S+)\s*$", text, re.DOTALL | re.MULTILINE)
+        return found[1] if found else "unknown"
     if not look_up:
         return "looked up when it is published"
     from huggingface_hub import errors
@@ -152,20 +153,15 @@ def _licence(model: str, look_up: bool) -> str:
     return str((data or {}).get("license") or "unknown")
 
 
-def _card_licence(card: str) -> str:
-    found = re.match(r"---\n.*?^license:\s*(\S+)\s*$", card, re.DOTALL | re.MULTILINE)
-    return found[1] if found else "unknown"
-
-
 def pull(repository: str, directory: str | Path | None = None, *, revision: str | None = None) -> Path:
     """Fetch a published run into a folder that `crossdiff.open` reads; returns the folder.
 
     Args:
-        directory: where to; default `runs/NAME` of `owner/NAME`. A folder with anything but an earlier pull of it is refused.
+        directory: target folder; default `runs/NAME` for `owner/NAME`. A run of this machine is never overwritten.
         revision: branch, tag or commit.
 
     Raises:
-        UserError: no such repository, one that holds no run, or what the Hub answers.
+        UserError: the repository does not exist or does not contain a run, or the Hub refuses.
 
     Examples:
         >>> crossdiff.open(crossdiff.pull("me/my-diff")).names
@@ -174,15 +170,15 @@ def pull(repository: str, directory: str | Path | None = None, *, revision: str 
     _check_name(repository)
     folder = Path(directory) if directory is not None else Path("runs") / repository.partition("/")[2]
     if (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is a run of this machine; name another folder to pull {repository} into")
+        raise UserError(f"{folder} is a run made on this machine; name another folder to pull {repository} into")
     with _explained(repository):
         api = _api()
         commit = api.model_info(repository, revision=revision).sha
         files = api.list_repo_files(repository, revision=commit)
         if "config.yaml" not in files:
             raise UserError(
-                f"{repository} was not published by crossdiff: it has no config.yaml; `crossdiff.load({repository!r})` reads "
-                "crosscoders of other formats"
+                f"{repository} was not published by crossdiff: it has no config.yaml; use `crossdiff.load({repository!r})` to "
+                "read crosscoders of other formats"
             )
         wanted = ["config.yaml", "README.md", *(f"*/{name}" for name in FILES)]
         api.snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=wanted)
@@ -192,7 +188,7 @@ def pull(repository: str, directory: str | Path | None = None, *, revision: str 
 def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
     """Load a crosscoder from a folder or from the Hub: one of ours, or one that others have published.
 
-    Read are the folders of this package, of the paper's `dictionary_learning`, of C. Kissane's replication and of SAELens, for
+    The formats are those of this package, of the paper's `dictionary_learning`, of C. Kissane's replication and of SAELens, for
     example `load("science-of-finetuning/gemma-2-2b-L13-k100-lr1e-04-local-shuffling-CCLoss")`.
 
     Examples:
@@ -201,10 +197,10 @@ def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
 
     Args:
         name: a crosscoder's folder, a run directory, or `owner/name` on the Hub.
-        crosscoder: which folder, if there are several; default: `batchtopk` if there is one of that name.
+        crosscoder: which folder, if there are several; default: `batchtopk` if there is one.
 
     Raises:
-        UserError: nothing of that name, several crosscoders (the message names them), or a format that cannot be read.
+        UserError: nothing has that name, there are several crosscoders (the message names them), or the format cannot be read.
     """
     from crossdiff.published.formats import read_published
 
@@ -212,17 +208,20 @@ def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
     if path.is_file():
         return read_published(path)
     if path.is_dir():
-        files = [str(file.relative_to(path)) for pattern in ("*", "*/*") for file in path.glob(pattern)]
-        return read_published(path / _choose(files, crosscoder, str(path)))
+        return read_published(path / _choose(_local_files(path), crosscoder, str(path)))
     if not NAME.fullmatch(str(name)):
-        raise UserError(f"there is no {name}; give a crosscoder's folder, a run directory, or owner/name on the Hub")
+        raise UserError(f"{name} does not exist; give a crosscoder's folder, a run directory, or owner/name on the Hub")
     with _explained(str(name)):
         api = _api()
         commit = api.model_info(str(name)).sha
         folder = _choose(api.list_repo_files(str(name), revision=commit), crosscoder, str(name))
-        wanted = [str(PurePosixPath(folder, file)) for file in (*WEIGHTS, *BESIDE)]
+        wanted = [str(PurePosixPath(folder, file)) for file in (*WEIGHTS, *SETTINGS)]
         local = api.snapshot_download(str(name), revision=commit, allow_patterns=wanted)
     return read_published(Path(local) / folder)
+
+
+def _local_files(folder: Path) -> list[str]:
+    return [str(file.relative_to(folder)) for pattern in ("*", "*/*") for file in folder.glob(pattern)]
 
 
 def _choose(files: Iterable[str], wanted: str | None, where: str) -> str:
@@ -230,26 +229,26 @@ def _choose(files: Iterable[str], wanted: str | None, where: str) -> str:
     folders = sorted({str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name in WEIGHTS})
     names = [folder for folder in folders if not fnmatch(folder, "old/*") and not fnmatch(folder, "work/*")]
     if not names:
-        raise UserError(f"{where} holds no crosscoder: expected a file {', '.join(WEIGHTS)} in it or in a folder of it")
+        raise UserError(f"{where} has no crosscoder: expected one of {', '.join(WEIGHTS)} in it or in one of its folders")
     if wanted is None and len(names) > 1 and "batchtopk" not in names:
-        raise UserError(f"{where} holds {len(names)} crosscoders; name one of them: {', '.join(names)}")
+        raise UserError(f"{where} has {len(names)} crosscoders; name one of them: {', '.join(names)}")
     if wanted is not None and wanted not in names:
-        raise UserError(f"{where} holds no crosscoder {wanted!r}; it holds {', '.join(names)}")
+        raise UserError(f"{where} has no crosscoder {wanted!r}; it has {', '.join(names)}")
     return wanted or (names[0] if len(names) == 1 else "batchtopk")
 
 
 def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
-    """Load a latent table: of a run, of a run on the Hub, or the published table of one of the paper's crosscoders.
+    """Load a latent table: of a local run, of a run on the Hub, or the published table of one of the paper's crosscoders.
 
-    Published tables are data sets of their own; both the data set's name and the crosscoder's are understood. Their columns
-    are converted to ours (delta_norm is 1 for chat-only; see `published/feature_df.py`).
+    Published tables are separate data sets; give the name of the data set or of the crosscoder. Their columns are converted to
+    ours (delta_norm is 1 for chat-only; see `published/feature_df.py`).
 
     Examples:
         >>> crossdiff.load_table("runs/demo", "l1").columns[0]
         'latent'
 
     Raises:
-        UserError: no such table, or one that cannot be read.
+        UserError: the table does not exist or cannot be read.
     """
     import polars as pl
 
@@ -259,8 +258,7 @@ def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
     if path.is_file():
         return pl.read_parquet(path) if path.suffix == ".parquet" else read_published_table(path)
     if path.is_dir():
-        files = [str(file.relative_to(path)) for pattern in ("*", "*/*") for file in path.glob(pattern)]
-        table = path / _choose(files, crosscoder, str(path)) / "latents.parquet"
+        table = path / _choose(_local_files(path), crosscoder, str(path)) / "latents.parquet"
         if not table.is_file():
             raise UserError(f"{table} is missing; run `crossdiff analyze {path}` first")
         return pl.read_parquet(table)
@@ -275,39 +273,42 @@ def _fetch_table(name: str, crosscoder: str | None) -> pl.DataFrame:
     from crossdiff.published.feature_df import read_published_table
 
     api = _api()
-    for repository in _table_repositories(name):
-        if api.repo_exists(repository, repo_type="dataset") and api.file_exists(repository, TABLE, repo_type="dataset"):
-            return read_published_table(Path(api.hf_hub_download(repository, TABLE, repo_type="dataset")))
+    repository = _table_repository(name)
+    if api.repo_exists(repository, repo_type="dataset") and api.file_exists(repository, TABLE, repo_type="dataset"):
+        return read_published_table(Path(api.hf_hub_download(repository, TABLE, repo_type="dataset")))
     if not api.repo_exists(name):
-        raise UserError(f"there is no {name} on the Hub with a latent table, or it is private and no token is set (HF_TOKEN)")
+        raise UserError(
+            f"{name} does not exist on the Hub, or it is private and no token is set; check the name, or set HF_TOKEN"
+        )
     files = api.list_repo_files(name)
     table = str(PurePosixPath(_choose(files, crosscoder, name), "latents.parquet"))
     if table not in files:
-        raise UserError(f"{name} has no latent table: neither {table} nor a data set with {TABLE}")
+        raise UserError(f"{name} has no latent table: it has no {table}, and there is no data set of it with {TABLE}")
     return pl.read_parquet(api.hf_hub_download(name, table))
 
 
-def _table_repositories(name: str) -> list[str]:
-    """Data sets that may hold the published table of a crosscoder, or that have this name themselves."""
+def _table_repository(name: str) -> str:
+    """The data set that may hold the published table of a crosscoder, or that has this name itself."""
     owner, _, title = name.partition("/")
-    by_rule = [name] if title.startswith(("diffing-stats-", "max-activating-examples-")) else [f"{owner}/diffing-stats-{title}"]
-    return [PUBLISHED_TABLES[name]] if name in PUBLISHED_TABLES else by_rule
+    if title.startswith(("diffing-stats-", "max-activating-examples-")):
+        return name
+    return PUBLISHED_TABLES.get(name, f"{owner}/diffing-stats-{title}")
 
 
 def _check_name(repository: str) -> None:
     if not NAME.fullmatch(repository):
-        raise UserError(f"{repository!r} is no name on the Hub; expected owner/name, such as me/my-diff")
+        raise UserError(f"{repository!r} is not a name on the Hub; expected owner/name, such as me/my-diff")
 
 
 def _api() -> HfApi:
-    """The client at the endpoint that is set now; it finds its token itself."""
+    """The client at the current endpoint; it finds its token itself."""
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="crossdiff")
 
 
 def _clean(text: str) -> str:
-    """A message without the token, in case a server or a proxy quotes the request."""
+    """A message without the token, which a server or a proxy may quote."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -317,23 +318,23 @@ def _clean(text: str) -> str:
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """What the client raises, in words and without secrets."""
+    """Turn the client's errors into messages without secrets."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"there is no {repository} on the Hub, or you may not see it; check the name, and for a private one log in with "
-            "`hf auth login` or set HF_TOKEN"
+            f"{repository} does not exist on the Hub, or you have no access to it; check the name, and for a private one "
+            "log in with `hf auth login` or set HF_TOKEN"
         ) from None
     except errors.HfHubHTTPError as error:
-        hint = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
-        status = error.response.status_code
-        what = hint if status in (401, 403) else "run the same command again to go on"
-        raise UserError(f"the Hub refused {repository}: {_clean(str(error))}; {what}") from None
+        remedy = "run the same command again to resume"
+        if error.response.status_code in (401, 403):
+            remedy = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
+        raise UserError(f"the Hub refused {repository}: {_clean(str(error))}; {remedy}") from None
     except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:  # type: ignore[attr-defined]
         raise UserError(
             f"cannot reach the Hub for {repository}: {_clean(str(error))}; check the network, and run the same command again "
-            "to go on where it stopped"
+            "to resume"
         ) from None

@@ -15,14 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdiff.errors import UserError
+from crossdiff.latents.example_schema import FORMAT
 from crossdiff.text.chat import Flag
 
 TOP_EXAMPLES = 5
 TOKENS_BEFORE = 26
 TOKENS_AFTER = 14
-
-
-FORMAT = "2"
 
 _SELECT = """
     SELECT kind, quantile, dataset, label, document, position, activation, token_ids, flags, positions, activations, sequence

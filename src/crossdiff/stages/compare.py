@@ -11,16 +11,16 @@ from crossdiff.stages.session import Session
 
 def compare(session: Session) -> None:
     """Write `comparison.json` and print it."""
-    from crossdiff.compare.coders import comparison_table
+    from crossdiff.compare.terminal import comparison_table
 
     def work(folder: Path) -> None:
-        from crossdiff.compare.coders import compare
+        from crossdiff.compare.coders import compare_coders
 
         store, config = session.store(), session.config.compare
         crosscoders = {name: session.crosscoder(name) for name in session.names}
         if session.ranks.is_first:
             with session.progress("compare, tokens", config.max_tokens) as advance:
-                write_json(folder / "comparison.json", compare(crosscoders, store, session.load_pair(), config, advance))
+                write_json(folder / "comparison.json", compare_coders(crosscoders, store, session.load_pair(), config, advance))
 
     session.run(compare_stage(session.config, session.names), work)
     if session.ranks.is_first:

@@ -1,1 +1,1 @@
-"""Ground truth: activations made from known concepts, and what the analysis makes of them."""
+"""Ground truth: activations generated from known concepts, and how well the analysis recovers them."""

@@ -1,4 +1,4 @@
-"""Which planted concept a latent stands for: by decoder direction and by activation, both."""
+"""Which planted concept a latent stands for, by decoder direction and by activation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.shapes import Float, Float64, Int64, Tensor
+from crossdiff.sources import SOURCES
 from crossdiff.truth.planted import Concepts, Tokens
 
-SOURCES = ("base", "chat")
 NOTHING = 1e-6
 SMALL_NORM = 0.1
-"""A direction shorter than this share of the latent's longer one says nothing about where it points."""
+"""A direction shorter than this share of the latent's longer one says nothing about where the latent points."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Matches:
 
 
 def seen_directions(crosscoder: Crosscoder, concepts: Concepts) -> Float[Tensor, "view way concept d_model"]:
-    """The directions in which a concept can show in what the coder reads: of each model alone, and of both together.
+    """The directions in which a concept can appear in what the coder reads: from each model alone, and from both together.
 
-    Of norm 1, or 0 where it does not show: of an unchanged concept the difference of the models shows nothing.
+    Their norm is 1, or 0 where the concept does not appear: the difference of the models shows nothing of an unchanged concept.
     """
     placed = concepts.strength.unsqueeze(2) * concepts.directions
     alone = torch.einsum("vs,scd->vscd", crosscoder.view.matrix, placed[_read(crosscoder)])
@@ -39,8 +39,9 @@ def seen_directions(crosscoder: Crosscoder, concepts: Concepts) -> Float[Tensor,
 
 
 def direction_cosines(crosscoder: Crosscoder, concepts: Concepts) -> Float[Tensor, "latent concept"]:
-    """The largest cosine with a way in which the concept shows, where the latent has a direction; else -1."""
-    unit, ways = torch.nn.functional.normalize(crosscoder.directions(), dim=2), seen_directions(crosscoder, concepts)
+    """The largest cosine between a latent's directions and the directions in which a concept appears; -1 without any."""
+    unit = torch.nn.functional.normalize(crosscoder.directions(), dim=2)
+    ways = seen_directions(crosscoder, concepts)
     cosines = torch.einsum("vjd,vwcd->vwjc", unit, ways)
     norms = crosscoder.norms()
     points = (norms > SMALL_NORM * norms.max(1, keepdim=True).values).T
@@ -50,7 +51,7 @@ def direction_cosines(crosscoder: Crosscoder, concepts: Concepts) -> Float[Tenso
 
 
 def _read(crosscoder: Crosscoder) -> list[int]:
-    """Which of the planted models the coder reads."""
+    """Indices of the planted models that the coder reads."""
     return [SOURCES.index(name) for name in crosscoder.view.reads]
 
 
@@ -60,7 +61,8 @@ class Correlation:
     def __init__(self, n_latents: int, n_sources: int, n_concepts: int) -> None:
         wide = torch.float64
         self.n = 0
-        self.v, self.vv = torch.zeros(n_latents, dtype=wide), torch.zeros(n_latents, dtype=wide)
+        self.v = torch.zeros(n_latents, dtype=wide)
+        self.vv = torch.zeros(n_latents, dtype=wide)
         self.a = torch.zeros(n_sources, n_concepts, dtype=wide)
         self.aa = torch.zeros(n_sources, n_concepts, dtype=wide)
         self.va = torch.zeros(n_sources, n_latents, n_concepts, dtype=wide)
@@ -76,9 +78,11 @@ class Correlation:
 
     def finish(self) -> Float64[Tensor, "latent concept"]:
         """The larger of the correlations with the two sources' amplitudes; -1 where one side does not vary."""
-        covariance = self.va / self.n - (self.v / self.n)[:, None] * (self.a / self.n)[:, None, :]
-        spread_v = (self.vv / self.n - (self.v / self.n).square()).clamp(min=0).sqrt()
-        spread_a = (self.aa / self.n - (self.a / self.n).square()).clamp(min=0).sqrt()
+        mean_v = self.v / self.n
+        mean_a = self.a / self.n
+        covariance = self.va / self.n - mean_v[:, None] * mean_a[:, None, :]
+        spread_v = (self.vv / self.n - mean_v.square()).clamp(min=0).sqrt()
+        spread_a = (self.aa / self.n - mean_a.square()).clamp(min=0).sqrt()
         correlation = covariance / (spread_v[:, None] * spread_a[:, None, :])
         largest: Tensor = correlation.nan_to_num(-1.0, -1.0, -1.0).amax(0)
         return largest
@@ -87,13 +91,13 @@ class Correlation:
 def match(
     crosscoder: Crosscoder, concepts: Concepts, tokens: Iterable[Tokens], smallest_cosine: float, smallest_correlation: float
 ) -> Matches:
-    """The concept with the largest product of cosine and correlation, where both reach their limits."""
+    """Match each latent to the concept with the largest product of cosine and correlation, if both reach their limits."""
     n_sources, n_concepts = concepts.strength.shape
-    sums, norms = Correlation(crosscoder.n_latents, n_sources, n_concepts), crosscoder.norms().sum(1)
+    sums = Correlation(crosscoder.n_latents, n_sources, n_concepts)
     for part in tokens:
         code = crosscoder.sparse_code(crosscoder.normalise(part.h[:, _read(crosscoder)]))
         v = torch.zeros(len(part.h), crosscoder.n_latents)
-        v[code.token, code.latent] = code.values * norms[code.latent]
+        v[code.token, code.latent] = crosscoder.v(code)
         sums.add(v, part.amplitude)
     cosine, correlation = direction_cosines(crosscoder, concepts), sums.finish()
     best = (cosine.clamp(min=0) * correlation.clamp(min=0)).argmax(1, keepdim=True)

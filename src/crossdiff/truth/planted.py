@@ -1,9 +1,9 @@
-"""Activations made from concepts whose place is known (METHOD: ground truth, planted dictionaries).
+"""Activations generated from known concepts (docs/method.md#ground-truth).
 
     h[i, s] = mean[s] + sum_c amplitude[s, i, c] * direction[s, c] + noise
 
-There are more concepts than dimensions, so that their directions interfere. Every concept belongs to a topic and fires more
-often in the documents of its topic, so that concepts fire together and documents differ.
+There are more concepts than dimensions, so their directions interfere. Every concept belongs to a topic and fires more often in
+documents of that topic, so concepts fire together and documents differ.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from crossdiff.activations.store import COLUMNS, Store
 from crossdiff.activations.writer import DOCUMENT_COLUMNS, Origin, finish_store, summed_moments
 from crossdiff.config import HarvestConfig
 from crossdiff.shapes import Float, Int64, Tensor
+from crossdiff.sources import BASE, CHAT, SOURCES
 from crossdiff.truth.truth_config import PlantedConfig
 
 KINDS = ("shared", "chat_only", "base_only", "weaker", "rotated", "decoupled")
-BASE, CHAT = 0, 1
+BASE_INDEX, CHAT_INDEX = SOURCES.index(BASE), SOURCES.index(CHAT)
 BLOCK = 250
-"""Documents that are drawn at a time."""
+"""Number of documents that are drawn at a time."""
 MEAN_NORM = 1.0
-"""Norm of each model's constant part, which the normalisation takes off."""
+"""Norm of each model's constant part, which the normalisation removes."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Concepts:
     """The planted dictionary.
 
     Attributes:
-        kind: index into `KINDS`; topic: of each concept.
-        directions: of norm 1; strength: factor on the amplitude in each source (0 where it is absent).
+        kind: index into `KINDS`; topic: index of the topic.
+        directions: unit directions; strength: factor on the amplitude in each source, 0 where the concept is absent.
         rate: probability to fire on a token outside the concept's topic.
         mean: constant part of each source, `[source, d_model]`.
     """
@@ -52,10 +53,11 @@ class Concepts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some whole documents.
+    """Whole documents.
 
     Attributes:
         h: activations; amplitude: of each concept in each source, 0 where it does not fire.
+        document: number of each token's document.
     """
 
     h: Float[Tensor, "token source d_model"]
@@ -68,29 +70,29 @@ def _unit(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def plant(config: PlantedConfig) -> Concepts:
-    """Draw the dictionary."""
+    """Draw a dictionary of concepts."""
     generator = torch.Generator().manual_seed(config.seed)
     sizes = torch.tensor([getattr(config, kind) for kind in KINDS])
     kind = torch.repeat_interleave(torch.arange(len(KINDS)), sizes)
     n, d = config.n_concepts, config.d_model
     chat = _unit(generator, n, d)
     base = chat.clone()
-    # A rotated concept's base direction: c times the chat one and the rest at a right angle to it.
+    # The base direction of a rotated concept is c times the chat direction plus an orthogonal rest.
     other = torch.randn(n, d, generator=generator)
     other = torch.nn.functional.normalize(other - (other * chat).sum(1, keepdim=True) * chat, dim=1)
     cosine = config.rotated_cosine * torch.rand(n, 1, generator=generator)
     turned = kind == KINDS.index("rotated")
     base[turned] = (cosine * chat + (1 - cosine.square()).sqrt() * other)[turned]
     strength = torch.exp(config.concept_spread * torch.randn(n, generator=generator)).repeat(2, 1)
-    strength[BASE, kind == KINDS.index("chat_only")] = 0.0
-    strength[CHAT, kind == KINDS.index("base_only")] = 0.0
+    strength[BASE_INDEX, kind == KINDS.index("chat_only")] = 0.0
+    strength[CHAT_INDEX, kind == KINDS.index("base_only")] = 0.0
     ratio = config.weaker_low + (config.weaker_high - config.weaker_low) * torch.rand(n, generator=generator)
     weaker = kind == KINDS.index("weaker")
-    strength[BASE, weaker] *= ratio[weaker]
+    strength[BASE_INDEX, weaker] *= ratio[weaker]
     rate = torch.exp(config.rate_spread * torch.randn(n, generator=generator))
     share = config.topics_per_document / config.topics
     boosted = rate * (1 + share * (config.topic_boost - 1))  # mean over documents
-    in_chat = strength[CHAT] > 0
+    in_chat = strength[CHAT_INDEX] > 0
     rate = rate * config.active / boosted[in_chat].sum()
     return Concepts(
         kind=kind,
@@ -103,13 +105,14 @@ def plant(config: PlantedConfig) -> Concepts:
 
 
 def _fires(concepts: Concepts, probability: Tensor, config: PlantedConfig, generator: torch.Generator) -> Tensor:
-    """Which concepts fire where, `[source, token, concept]`: the same tokens in both models but for the decoupled ones.
+    """Which concepts fire where, `[source, token, concept]`: on the same tokens in both models, except for decoupled concepts.
 
-    A decoupled concept fires on `decoupled_overlap` of all its tokens in both models, on half of the others in each alone.
+    A decoupled concept fires in both models on `decoupled_overlap` of all its tokens, and in each model alone on half of the
+    others.
     """
     decoupled = concepts.kind == KINDS.index("decoupled")
     alone = (1 - config.decoupled_overlap) / 2
-    # Tokens of either model: so many more that each model has its rate.
+    # The tokens of both models together are more numerous, so that each model has its rate.
     probability = torch.where(decoupled, probability / (1 - alone), probability).clamp(max=1.0)
     either = torch.rand(probability.shape, generator=generator) < probability
     part = torch.rand(probability.shape, generator=generator)
@@ -119,7 +122,7 @@ def _fires(concepts: Concepts, probability: Tensor, config: PlantedConfig, gener
 
 
 def draw(concepts: Concepts, config: PlantedConfig, stream: int = 0) -> Iterator[Tokens]:
-    """All documents, a block at a time; another `stream` gives other documents from the same concepts."""
+    """Draw all documents, a block at a time; another `stream` gives other documents from the same concepts."""
     decoupled = concepts.kind == KINDS.index("decoupled")
     for first in range(0, config.documents, BLOCK):
         seed = int(np.random.SeedSequence([config.seed, stream, first]).generate_state(1)[0])
@@ -141,10 +144,10 @@ def draw(concepts: Concepts, config: PlantedConfig, stream: int = 0) -> Iterator
 
 
 def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream: int = 0) -> Store:
-    """Write the documents as an activation store, a shard a block; the last `heldout_share` of them are held out."""
+    """Write the documents as an activation store, one shard per block; the last `heldout_share` of them are held out."""
     folder.mkdir(parents=True, exist_ok=True)
-    length, n_heldout = config.document_tokens, max(1, round(config.heldout_share * config.documents))
-    n_train = config.documents - n_heldout
+    length = config.document_tokens
+    n_train = config.documents - max(1, round(config.heldout_share * config.documents))
     settings = HarvestConfig(max_length=length, dtype="float32", leave_out=0)
     log = ProgressLog(folder, {"planted": config.model_dump(), "stream": stream})
     writers = ShardWriters([log], BLOCK * length, 2, config.d_model, settings.dtype)
@@ -169,7 +172,7 @@ def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream:
 
 
 def _columns(tokens: Tokens, length: int) -> dict[str, Tensor]:
-    """The store's columns: every document is one sequence of plain text, of no particular tokens."""
+    """The store's columns. Every document is one sequence of plain text without particular tokens."""
     n = len(tokens.document)
     columns = {name: torch.zeros(n, dtype=dtype) for name, dtype in COLUMNS.items()}
     columns |= {"document": tokens.document.int(), "sequence": tokens.document.int()}

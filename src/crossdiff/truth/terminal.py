@@ -12,13 +12,13 @@ from crossdiff.latents.verdict import VERDICTS
 
 
 def print_truth(crosscoders: dict[str, Any], console: Console) -> None:
-    """Print the rankings and the verdicts of every crosscoder of a `truth.json`."""
+    """Print the rankings and the verdicts of every crosscoder in a `truth.json`."""
     rankings = Table(title="Which latents stand for chat-only concepts?", title_justify="left")
     for name in ("crosscoder", "ranking"):
         rankings.add_column(name)
-    for name in ("called", "precision", "recall", "AUROC", "of no concept"):
+    for name in ("called", "precision", "recall", "AUROC", "matching no concept"):
         rankings.add_column(name, justify="right")
-    rankings.add_column("wrong ones stand for", overflow="fold")
+    rankings.add_column("concepts of the wrong ones", overflow="fold")
     for name, result in crosscoders.items():
         for ranking, score in result["scores"].items():
             numbers = (score["precision"], score["recall"], score["auroc"])

@@ -1,4 +1,4 @@
-"""Settings of `crossdiff truth`: the planted concepts, the crosscoders that are trained on them, and the analysis."""
+"""Settings of `crossdiff truth`: the planted concepts, the crosscoders trained on them, and the analysis."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from crossdiff.config import (
 )
 
 SHORT: dict[str, Any] = {"n_latents": 256, "epochs": 8, "lr": 3e-3}
-"""Some 1,100 steps, so a higher rate than the default."""
+"""The trainings have about 1,100 steps, so their learning rate is higher than the default."""
 
 
 class PlantedConfig(Config):
-    """Activations made from known concepts. All draws depend on the seed alone."""
+    """Activations generated from known concepts. All draws depend on the seed alone."""
 
     d_model: int = Field(64, ge=2, description="width of the activations")
     shared: int = Field(80, ge=0, description="concepts with one direction and the same amplitude in both models")
-    chat_only: int = Field(16, ge=1, description="concepts of the chat model alone")
-    base_only: int = Field(8, ge=0, description="concepts of the base model alone")
+    chat_only: int = Field(16, ge=1, description="concepts that only the chat model has")
+    base_only: int = Field(8, ge=0, description="concepts that only the base model has")
     weaker: int = Field(16, ge=0, description="shared concepts with a smaller amplitude in the base model")
     rotated: int = Field(12, ge=0, description="shared concepts with another direction in the base model")
-    decoupled: int = Field(12, ge=0, description="shared concepts whose amplitudes and part of whose tokens differ")
+    decoupled: int = Field(12, ge=0, description="shared concepts with other amplitudes and partly other tokens in each model")
     weaker_low: float = Field(0.3, gt=0, le=1, description="smallest ratio of base to chat amplitude of a weaker concept")
-    weaker_high: float = Field(0.8, gt=0, le=1, description="largest one")
+    weaker_high: float = Field(0.8, gt=0, le=1, description="largest ratio of base to chat amplitude of a weaker concept")
     rotated_cosine: float = Field(0.3, ge=0, le=1, description="largest cosine of the two directions of a rotated concept")
     decoupled_overlap: float = Field(0.6, ge=0, le=1, description="share of a decoupled concept's tokens with both models")
     active: float = Field(6.0, gt=0, description="mean number of concepts active per token in the chat model")
@@ -39,13 +39,13 @@ class PlantedConfig(Config):
     concept_spread: float = Field(0.3, ge=0, description="standard deviation of the log of the concepts' mean amplitudes")
     amplitude_spread: float = Field(0.4, ge=0, description="standard deviation of the log of a concept's amplitudes")
     topics: int = Field(12, ge=1, description="groups of concepts that fire in the same documents")
-    topics_per_document: int = Field(2, ge=1)
-    topic_boost: float = Field(8.0, ge=1, description="how much more often a concept fires in documents of its topic")
+    topics_per_document: int = Field(2, ge=1, description="topics in each document")
+    topic_boost: float = Field(8.0, ge=1, description="factor on how often a concept fires in documents of its topic")
     noise: float = Field(0.05, ge=0, description="standard deviation of the noise on each dimension of each model")
-    documents: int = Field(2500, ge=10)
-    document_tokens: int = Field(64, ge=2)
-    heldout_share: float = Field(0.1, gt=0, lt=1)
-    seed: int = 0
+    documents: int = Field(2500, ge=10, description="number of documents")
+    document_tokens: int = Field(64, ge=2, description="tokens per document")
+    heldout_share: float = Field(0.1, gt=0, lt=1, description="share of the documents that is held out")
+    seed: int = Field(0, description="seed of all draws")
 
     @property
     def n_concepts(self) -> int:
@@ -54,14 +54,14 @@ class PlantedConfig(Config):
     @model_validator(mode="after")
     def _ranges(self) -> PlantedConfig:
         if self.weaker_low > self.weaker_high:
-            raise ValueError(f"weaker_low {self.weaker_low} is above weaker_high {self.weaker_high}")
+            raise ValueError(f"weaker_low {self.weaker_low} is above weaker_high {self.weaker_high}; swap them")
         if self.topics_per_document > self.topics:
-            raise ValueError(f"topics_per_document {self.topics_per_document} is more than the {self.topics} topics")
+            raise ValueError(f"topics_per_document {self.topics_per_document} is more than the {self.topics} topics; lower it")
         return self
 
 
 class TruthConfig(Config):
-    """The whole benchmark."""
+    """Settings of the benchmark."""
 
     planted: PlantedConfig = PlantedConfig()
     crosscoders: dict[str, CrosscoderConfig] = Field(
@@ -71,10 +71,10 @@ class TruthConfig(Config):
             "dfc": CrosscoderConfig(sparsity=BatchTopKConfig(k=12), structure=PartitionedConfig(exclusive_share=0.1), **SHORT),
             "diff_sae": CrosscoderConfig(sparsity=BatchTopKConfig(k=6), inputs=DifferenceConfig(), **SHORT),
         },
-        description="what is trained; the first one sets the held-out L0 that those with a mu are tuned to",
+        description="crosscoders to train; the first sets the held-out L0 to which those with a mu are tuned",
     )
-    l0_tolerance: float = Field(0.1, gt=0, description="largest relative difference of the held-out L0 to the first one's")
-    l0_trials: int = Field(6, ge=1, description="trainings of a crosscoder with a mu at most")
-    match_cosine: float = Field(0.7, ge=0, le=1, description="a latent stands for a concept: decoder cosine at least")
-    match_correlation: float = Field(0.5, ge=0, le=1, description="and correlation of its activations at least")
+    l0_tolerance: float = Field(0.1, gt=0, description="largest relative difference from the first crosscoder's held-out L0")
+    l0_trials: int = Field(6, ge=1, description="largest number of trainings of a crosscoder with a mu")
+    match_cosine: float = Field(0.7, ge=0, le=1, description="smallest decoder cosine of a latent that stands for a concept")
+    match_correlation: float = Field(0.5, ge=0, le=1, description="smallest correlation of its activations with the concept's")
     analyze: AnalyzeConfig = AnalyzeConfig()
