@@ -1,4 +1,4 @@
-"""The one typed definition of every setting: YAML files, the command line and the defaults all come from here."""
+"""The typed definition of every setting, from which YAML files, the command line and the defaults follow."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from crossdiff.errors import UserError
 
 
 def check_url(url: str) -> str:
-    """A URL of a folder that can stand in a file which others read.
+    """Check the URL of a folder, which is stored in files that others read.
 
     Raises:
-        UserError: no URL, a chain of several, or one with a password in it.
+        UserError: not a URL, a chain of several, or one that contains a password.
     """
     if "://" not in url or "::" in url:
-        raise UserError(f"{url!r} is no URL of a folder; expected one such as s3://bucket/folder")
+        raise UserError(f"{url!r} is not the URL of a folder; expected something like s3://bucket/folder")
     host = url.partition("://")[2].partition("/")[0]
     if ":" in host.rpartition("@")[0]:
-        raise UserError("a URL must not hold a password; give credentials as the protocol's driver expects them")
+        raise UserError("a URL must not contain a password; give credentials the way the protocol's driver expects them")
     return url
 
 
 class Config(BaseModel):
-    """Frozen, and unknown keys are refused."""
+    """A frozen group of settings that rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -45,15 +45,15 @@ class DatasetConfig(Config):
     """One source of text: plain documents or conversations."""
 
     path: str = Field(description="local .jsonl, .jsonl.gz, .parquet or .txt file, or the name of a Hub dataset")
-    name: str | None = Field(None, description="what tables call it; default: the file's stem")
+    name: str | None = Field(None, description="its name in tables; default: the file's stem")
     split: str = Field("train", description="the split of a Hub dataset")
     text_column: str = "text"
     messages_column: str = "messages"
-    label_column: str | None = Field(None, description="column with a label per conversation, for the behaviour tables")
+    label_column: str | None = Field(None, description="column with the label of each conversation, for the behaviour tables")
     sub_label_column: str | None = None
-    heldout_share: float = Field(0.1, ge=0, le=1, description="share of documents kept out of training, by content hash")
+    heldout_share: float = Field(0.1, ge=0, le=1, description="share of documents held out of training, chosen by content hash")
     max_documents: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1, description="reading ends with the document that reaches this many tokens")
+    max_tokens: int | None = Field(None, ge=1, description="stop after the document that reaches this many tokens")
 
     @property
     def title(self) -> str:
@@ -69,32 +69,34 @@ class HarvestConfig(Config):
 
     max_length: int = Field(256, ge=2, description="tokens per sequence; longer plain text is cut into windows")
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
-        "float16", description="of the stored activations; int8 has a scale per token and source"
+        "float16", description="of the stored activations; int8 stores a scale per token and source"
     )
     batch_tokens: int = Field(8192, ge=1, description="padded tokens per forward pass")
     shard_tokens: int = Field(65536, ge=1, description="tokens per shard of the store")
-    leave_out: int = Field(1, ge=0, description="leading positions of a sequence left out of training and statistics")
+    leave_out: int = Field(1, ge=0, description="leading positions of each sequence to exclude from training and statistics")
     storage: Literal["blocks", "passes", "live"] = Field(
         "blocks",
-        description="blocks: activations on disk, trained on in shuffled blocks of 128 tokens; passes: on disk, shuffled by "
-        "whole forward passes; live: only the tokens on disk, the models run again for each reading, in the order of passes",
-        exclude_if=lambda value: value == "blocks",  # stores harvested before there was a choice keep their fingerprint
+        description="blocks: activations on disk, shuffled in blocks of 128 tokens; passes: on disk, shuffled by whole forward "
+        "passes; live: only the tokens on disk, and the models run again for every reading, in the order of passes",
+        exclude_if=lambda value: value == "blocks",  # stores from before this setting existed keep their fingerprint
     )
     store: Annotated[str, AfterValidator(check_url)] | None = Field(
         None,
-        description="URL of a folder such as s3://bucket/stores: the activations are kept there, in a folder of their own, "
-        "instead of in the run directory (s3:// needs pip install 'crossdiff[remote]')",
+        description="URL of a folder such as s3://bucket/stores, to keep the activations there instead of in the run directory "
+        "(s3:// needs pip install 'crossdiff[remote]')",
         exclude_if=lambda value: value is None,
     )
-    max_damaged: float = Field(0.01, ge=0, le=1, description="share of a dataset's records that may be damaged and left out")
+    max_damaged: float = Field(
+        0.01, ge=0, le=1, description="share of a dataset's records that may be damaged; they are skipped"
+    )
     base_tokens: dict[str, str] = Field(
         {},
-        description="tokens that the base model was never trained on, such as template tokens, and what it reads instead",
+        description="tokens that the base model was never trained on, such as template tokens, and the tokens it reads instead",
     )
 
 
 class Kind(Config):
-    """A member of a union, which `kind` tells from the others."""
+    """A member of a union, identified by its `kind`."""
 
     kind: str
 
@@ -105,18 +107,18 @@ class L1Config(Kind):
     kind: Literal["l1"] = "l1"
     mu: float = Field(0.04, ge=0, description="weight of the sparsity penalty")
     mu_warmup_share: float = Field(0.2, ge=0, le=1, description="share of the steps over which mu grows from 0")
-    resamplings: int = Field(2, ge=0, description="times that dead latents are started anew, within the first half of the run")
+    resamplings: int = Field(2, ge=0, description="times that dead latents are resampled, within the first half of the run")
 
 
 class AuxConfig(Config):
-    """What revives dead latents where no penalty acts on them (Gao et al. 2024)."""
+    """The auxiliary loss that revives dead latents where there is no penalty (Gao et al. 2024)."""
 
     weight: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss")
     k: int | None = Field(None, ge=1, description="dead latents per token in the auxiliary loss; default d/2")
 
 
 class BatchTopKConfig(Kind):
-    """The k x batch largest activations of a batch stay (Bussmann et al. 2024; Minder, Dumas et al. 2025)."""
+    """Keeps the k * batch largest activations of a batch (Bussmann et al. 2024; Minder, Dumas et al. 2025)."""
 
     kind: Literal["batchtopk"] = "batchtopk"
     k: int = Field(32, ge=1, description="mean number of active latents per token")
@@ -126,7 +128,7 @@ class BatchTopKConfig(Kind):
 
 
 class TopKConfig(Kind):
-    """The k largest activations of each token stay (Gao et al. 2024)."""
+    """Keeps the k largest activations of each token (Gao et al. 2024)."""
 
     kind: Literal["topk"] = "topk"
     k: int = Field(32, ge=1, description="active latents per token")
@@ -134,38 +136,40 @@ class TopKConfig(Kind):
 
 
 class JumpReLUConfig(Kind):
-    """A threshold per latent, trained by a straight-through gradient; a tanh penalty (Anthropic, January 2025)."""
+    """A trained threshold per latent, with a straight-through gradient, and a tanh penalty (Anthropic, January 2025)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
     weight: float = Field(1.0, ge=0, description="weight of the tanh sparsity penalty; grows from 0 over the whole run")
     tanh_scale: float = Field(4.0, gt=0, description="c in tanh(c * f * decoder norm)")
-    pre_activation_weight: float = Field(3e-6, ge=0, description="weight of the loss that pulls silent latents up")
-    bandwidth: float = Field(2.0, gt=0, description="width of the window around the threshold that gives it a gradient")
-    threshold: float = Field(0.1, gt=0, description="threshold of every latent at the start")
+    pre_activation_weight: float = Field(
+        3e-6, ge=0, description="weight of the loss that raises the pre-activations of silent latents"
+    )
+    bandwidth: float = Field(2.0, gt=0, description="width of the window around the threshold in which it gets a gradient")
+    threshold: float = Field(0.1, gt=0, description="initial threshold of every latent")
 
 
 Sparsity = Annotated[L1Config | BatchTopKConfig | TopKConfig | JumpReLUConfig, Field(discriminator="kind")]
 
 
 class FreeConfig(Kind):
-    """No constraint: every latent has an encoder and a decoder direction of its own in every source."""
+    """No constraint: every latent has its own encoder and decoder direction in every source."""
 
     kind: Literal["free"] = "free"
 
 
 class DesignatedConfig(Kind):
-    """Designated shared latents: some have one decoder for all sources and a lower penalty (Anthropic, February 2025)."""
+    """Designated shared latents: some have the same decoder in all sources and a lower penalty (Anthropic, February 2025)."""
 
     kind: Literal["designated"] = "designated"
-    shared_share: float = Field(0.1, gt=0, lt=1, description="share of the latents that are designated, the first ones")
-    penalty_factor: float = Field(0.1, gt=0, le=1, description="their share of the sparsity penalty, where there is one")
+    shared_share: float = Field(0.1, gt=0, lt=1, description="share of the latents that are designated; they come first")
+    penalty_factor: float = Field(0.1, gt=0, le=1, description="factor on their sparsity penalty, if there is one")
 
 
 class PartitionedConfig(Kind):
-    """Dedicated features: some latents belong to one source alone (DFC, arXiv 2602.11729)."""
+    """Dedicated features: some latents belong to one source only (DFC, arXiv 2602.11729)."""
 
     kind: Literal["partitioned"] = "partitioned"
-    exclusive_share: float = Field(0.05, gt=0, description="share of the latents exclusive to each source, the first ones")
+    exclusive_share: float = Field(0.05, gt=0, description="share of the latents exclusive to each source; they come first")
 
 
 Structure = Annotated[FreeConfig | DesignatedConfig | PartitionedConfig, Field(discriminator="kind")]
@@ -178,7 +182,7 @@ class PairedConfig(Kind):
 
 
 class DifferenceConfig(Kind):
-    """A diff-SAE: reads and writes the chat activation minus the base one."""
+    """A diff-SAE: reads and writes the chat activation minus the base activation."""
 
     kind: Literal["difference"] = "difference"
 
@@ -194,7 +198,7 @@ Inputs = Annotated[PairedConfig | DifferenceConfig | SingleConfig, Field(discrim
 
 
 class CrosscoderConfig(Config):
-    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the steps.
+    """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the optimiser.
 
     Examples:
         >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 16}, expansion=4)
@@ -207,16 +211,16 @@ class CrosscoderConfig(Config):
     inputs: Inputs = PairedConfig()
     expansion: int | None = Field(8, ge=1, description="latents per dimension of the residual stream")
     n_latents: int | None = Field(None, ge=1, description="number of latents; overrides the expansion")
-    reconstruction: Literal["squared", "norm"] = Field("squared", description="squared error, or its unsquared norm")
-    decoder_norm: float = Field(1.0, gt=0, description="norm of each decoder direction at the start")
+    reconstruction: Literal["squared", "norm"] = Field("squared", description="squared error, or the norm of the error")
+    decoder_norm: float = Field(1.0, gt=0, description="initial norm of each decoder direction")
     epochs: float = Field(2.0, gt=0, description="passes over the training tokens")
     batch_size: int = Field(1024, ge=2, description="tokens per step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (Adam)")
-    warmup_steps: int = Field(100, ge=0)
-    decay_share: float = Field(0.3, ge=0, le=1, description="share of the steps over which the rate falls to 0")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    warmup_steps: int = Field(100, ge=0, description="steps over which the learning rate rises")
+    decay_share: float = Field(0.3, ge=0, le=1, description="share of the steps over which the learning rate falls to 0")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of all parameters")
     dead_after_tokens: int | None = Field(
-        None, ge=1, description="silent for so many tokens = dead; default min(10M, 5% of the run's tokens)"
+        None, ge=1, description="tokens after which a silent latent is dead; default: min(10M, 5% of the run's tokens)"
     )
     checkpoint_seconds: float = Field(30.0, gt=0, description="seconds between checkpoints")
     seed: int = 0
@@ -233,7 +237,9 @@ class CrosscoderConfig(Config):
         if self.n_latents is None and self.expansion is None:
             raise ValueError("either expansion or n_latents must be set")
         if self.inputs.kind != "paired" and self.structure.kind != "free":
-            raise ValueError(f"structure {self.structure.kind} ties latents between sources; inputs {self.inputs.kind} has one")
+            raise ValueError(
+                f"structure {self.structure.kind} ties latents between sources; inputs {self.inputs.kind} has only one"
+            )
         return self
 
 
@@ -242,12 +248,14 @@ class AnalyzeConfig(Config):
 
     batch_tokens: int = Field(4096, ge=1, description="tokens per step of the pass")
     blocks: int = Field(20, ge=2, description="blocks of documents of the jackknife")
-    nu_error: float = Field(0.2, gt=0, description="chat-specific: nu_error below")
-    nu_reconstruction: float = Field(0.5, gt=0, description="chat-specific: nu_reconstruction below")
-    delta_norm: float = Field(0.75, ge=0.5, le=1, description="chat-specific: delta_norm at least")
-    rotated_cosine: float = Field(0.5, ge=-1, le=1, description="rotated: cosine of the two decoder directions below")
-    template_share: float = Field(0.9, gt=0, le=1, description="template_only: share of active tokens on template tokens")
-    twin_cosine: float = Field(0.9, ge=0, le=1, description="twins: cosine of chat and base direction above")
+    nu_error: float = Field(0.2, gt=0, description="chat-specific: nu_error below this")
+    nu_reconstruction: float = Field(0.5, gt=0, description="chat-specific: nu_reconstruction below this")
+    delta_norm: float = Field(0.75, ge=0.5, le=1, description="chat-specific: delta_norm at least this")
+    rotated_cosine: float = Field(0.5, ge=-1, le=1, description="rotated: cosine of the two decoder directions below this")
+    template_share: float = Field(
+        0.9, gt=0, le=1, description="template_only: share of active tokens on template tokens at least this"
+    )
+    twin_cosine: float = Field(0.9, ge=0, le=1, description="twins: cosine of chat and base direction above this")
     min_active: int = Field(100, ge=1, description="a latent with fewer active tokens is undecided")
     examples: int = Field(12, ge=1, description="highest-activating examples kept per latent")
     examples_per_quantile: int = Field(3, ge=0, description="examples kept per activation quantile")
@@ -256,19 +264,19 @@ class AnalyzeConfig(Config):
 
 
 class CompareConfig(Config):
-    """How the models are run on the crosscoders' reconstructions."""
+    """The comparison of crosscoders, for which the models run on the reconstructions."""
 
     max_tokens: int = Field(50_000, ge=1000, description="held-out tokens that the models are run on")
     batch_tokens: int = Field(4096, ge=1, description="tokens per forward pass")
 
 
 class CausalConfig(Config):
-    """The causal test: which conversations are patched, and how the numbers are made."""
+    """The causal test: which conversations are patched, and how the numbers are computed."""
 
     interventions: str | None = Field(None, description="YAML file of interventions; default: the list in the package")
     split: Literal["heldout", "train"] = Field("heldout", description="split of the conversations")
     max_conversations: int | None = Field(256, ge=2, description="conversations, chosen by content hash; null for all")
-    pool: int | None = Field(None, ge=2, description="latents ranked against each other; default: 5% of all")
+    pool: int | None = Field(None, ge=2, description="number of latents that are ranked against each other; default: 5% of all")
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples of the conversations")
     seed: int = 0
@@ -277,31 +285,33 @@ class CausalConfig(Config):
 class SteerConfig(Config):
     """Steering with one latent: a few prompts side by side, or a table over the labelled prompts."""
 
-    crosscoder: str | None = Field(None, description="whose latent it is; default: the first of the run")
+    crosscoder: str | None = Field(None, description="the latent's crosscoder; default: the first of the run")
     latent: int | None = Field(None, description="number of the latent")
-    mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or take the contribution out")
+    mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or remove the latent's contribution")
     strength: tuple[FiniteFloat, ...] = Field(
-        (1.0,), min_length=1, description="in units of the latent's mean contribution where active"
+        (1.0,), min_length=1, description="in units of the latent's mean contribution where it is active"
     )
     model: Literal["chat", "base"] = Field("chat", description="the model that is steered")
     tokens: Literal["all", "prompt", "template", "generated"] = Field("all", description="tokens that are edited")
-    prompt: tuple[str, ...] = Field((), description="questions; without any, the labelled prompts of the run are asked")
-    labels: tuple[str, ...] = Field((), description="labels of the prompts that are asked; default: all")
+    prompt: tuple[str, ...] = Field((), description="questions to ask; default: the labelled prompts of the run")
+    labels: tuple[str, ...] = Field((), description="labels of the prompts to ask; default: all")
     prompts_per_label: int = Field(100, ge=1, description="labelled prompts of each kind, chosen by content hash")
     split: Literal["heldout", "train"] = Field("heldout", description="split of the labelled prompts")
-    controls: int = Field(3, ge=0, description="random latents of like frequency and norm, with labelled prompts")
+    controls: int = Field(
+        3, ge=0, description="control latents of similar frequency and norm to compare with, on labelled prompts"
+    )
     rules: str | None = Field(None, description="YAML file of behaviours; default: those of the embedded pair")
-    max_new_tokens: int = Field(60, ge=1)
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
+    max_new_tokens: int = Field(60, ge=1, description="longest answer")
+    temperature: float = Field(0.0, ge=0, description="0 always takes the likeliest token")
     seed: int = 0
 
 
 TAKEN = {"activations", "interpretation", "old", "tensorboard", "work"}
-"""Folders of a run that are no crosscoder's."""
+"""Folders of a run that do not hold a crosscoder."""
 
 
 class RunConfig(Config):
-    """A whole diff: two models, a layer, texts, and the crosscoders to train.
+    """A complete diff: two models, a layer, texts, and the crosscoders to train.
 
     Examples:
         >>> config = crossdiff.RunConfig(base="org/base", chat="org/chat", dataset=["texts.jsonl"])
@@ -315,12 +325,12 @@ class RunConfig(Config):
     dataset: tuple[Annotated[DatasetConfig, BeforeValidator(_dataset_from_text)], ...] = Field(
         (), description="texts: paths, Hub names, or mappings with the keys of a dataset"
     )
-    device: str = Field("auto", description="auto, cpu, or what torch calls the accelerator")
+    device: str = Field("auto", description="auto, cpu, or torch's name of the accelerator")
     latent_ranks: int | None = Field(
         None,
         ge=1,
-        description="under torchrun: processes over which latents are split in training, the others splitting the "
-        "batch; default: all",
+        description="under torchrun: number of processes over which the latents are split in training; the batch is split over "
+        "the rest; default: all",
     )
     harvest: HarvestConfig = HarvestConfig()
     crosscoders: dict[str, CrosscoderConfig] = Field(
@@ -328,10 +338,10 @@ class RunConfig(Config):
             "l1": CrosscoderConfig(sparsity=L1Config(), decoder_norm=0.1),
             "batchtopk": CrosscoderConfig(sparsity=BatchTopKConfig()),
         },
-        description="one folder each",
+        description="the crosscoders to train, each into its own folder",
     )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        ("tensorboard",), description="where the metrics of a training go beside train.jsonl"
+        ("tensorboard",), description="where the metrics of a training go besides train.jsonl"
     )
     analyze: AnalyzeConfig = AnalyzeConfig()
     compare: CompareConfig = CompareConfig()
@@ -342,7 +352,7 @@ class RunConfig(Config):
     def _names_are_folders(cls, value: dict[str, CrosscoderConfig]) -> dict[str, CrosscoderConfig]:
         for name in value:
             if not name.replace("-", "").replace("_", "").isalnum() or name in TAKEN:
-                raise ValueError(f"{name!r} cannot name a crosscoder's folder: use letters, digits, - and _")
+                raise ValueError(f"{name!r} cannot be the name of a crosscoder: use letters, digits, - and _")
         if not value:
             raise ValueError("at least one crosscoder is needed")
         return value
@@ -352,7 +362,7 @@ C = TypeVar("C", bound=Config)
 
 
 def validate(model: type[C], values: Any, origin: str) -> C:
-    """Build `model` from plain values; a `UserError` lists every wrong key with its value and what was expected."""
+    """Build `model` from plain values. A `UserError` lists every wrong key with its value and what was expected."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -366,7 +376,7 @@ def validate(model: type[C], values: Any, origin: str) -> C:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; a `UserError` names the file when it is missing, unreadable or no mapping."""
+    """Read a YAML mapping. A `UserError` names a file that is missing, unreadable or not a mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -376,12 +386,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping of settings, found {type(values).__name__}")
+        raise UserError(f"{path} must contain a mapping of settings, found {type(values).__name__}")
     return values
 
 
 def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes` put over them, key by key down the tree."""
+    """Merge `changes` into `values`, key by key down the tree."""
     merged = dict(values)
     for key, change in changes.items():
         old = merged.get(key)

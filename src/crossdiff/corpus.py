@@ -17,7 +17,7 @@ def check_texts(config: RunConfig) -> None:
 
 
 def resolve(dataset: DatasetConfig) -> DatasetConfig:
-    """The dataset with the file behind a `demo:` name, keeping its title."""
+    """The dataset with a `demo:` name replaced by the file that it stands for; the title stays."""
     if not dataset.path.startswith("demo:"):
         return dataset
     from crossdiff.pairs import demo_path
@@ -26,7 +26,7 @@ def resolve(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def identify_dataset(dataset: DatasetConfig) -> dict[str, Any]:
-    """Settings and, for a local file, a digest of its content: what tells whether the text is still the same."""
+    """What identifies a dataset: its settings and, for a local file, a digest of the content."""
     path = Path(resolve(dataset).path)
     if not path.is_file():
         return dataset.model_dump()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message names the value, what was expected and what to do.
+    """A problem that the user can fix. The message names the value, what was expected and what to do.
 
     Examples:
         >>> try:

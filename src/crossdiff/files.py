@@ -1,4 +1,4 @@
-"""Files: JSON, writing that is complete or leaves the file as it was, digests, and disk errors in words."""
+"""Files: JSON, atomic writing, digests, read-only SQLite, and disk errors in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crossdiff.errors import UserError
 
 
 def fingerprint(value: Any) -> str:
-    """A short stable digest of plain data (JSON with sorted keys)."""
+    """A short, stable digest of plain data (JSON with sorted keys)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -56,7 +56,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a `UserError` names a file that is missing or damaged."""
+    """Read JSON. A `UserError` names a file that is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -75,7 +75,7 @@ def open_sqlite(path: Path, any_thread: bool = False) -> sqlite3.Connection:
 
 
 def explain_disk_error(error: OSError, path: Path) -> UserError | None:
-    """A full or read-only disk, in words; None when the error is something else."""
+    """A full or read-only disk as a `UserError`; None if the error is something else."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         free = shutil.disk_usage(path).free / 1e6 if path.exists() else 0.0
         return UserError(f"the disk of {path} is full ({free:.0f} MB left); free some space and run the same command again")

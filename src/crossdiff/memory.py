@@ -1,4 +1,4 @@
-"""What the process asks of the system's memory."""
+"""Settings of the memory allocator."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep what is freed instead of giving it back to the system.
+    """Let the allocator keep freed memory instead of returning it to the system.
 
-    Every step makes the same large temporaries; glibc maps each anew, and the first touch of every page costs more than
-    the arithmetic on it. Does nothing with another C library.
+    Every step allocates the same large temporaries. By default glibc maps each one again, and the first touch of every page
+    costs more than the arithmetic on it. Does nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

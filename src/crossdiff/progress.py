@@ -1,4 +1,4 @@
-"""Progress of long work in the terminal."""
+"""Progress bars for long work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def progress_bar(console: Console, title: str, total: int | None) -> Iterator[Ca
         progress.start()
     except BaseException:
         # An interrupt while the bar is first drawn: its own `with` would leave the cursor hidden and stderr redirected.
-        with suppress(IndexError):  # it had not come to what it takes back
+        with suppress(IndexError):  # the bar had not started yet
             progress.stop()
         console.show_cursor(True)
         raise

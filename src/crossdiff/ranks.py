@@ -1,7 +1,7 @@
-"""The processes that share one command: one is the usual case, `torchrun` starts more, on one machine or on many.
+"""The processes (ranks) that share one command: usually one; `torchrun` starts more, on one machine or on several.
 
-All of them go through the same code and see the same files. What differs is which part of the work is theirs; what they have
-to know of each other goes through the collectives here, which cost nothing where there is one process.
+All ranks run the same code and see the same files; each does its own part of the work. They communicate only through the
+collectives here, which cost nothing when there is a single process.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long the ranks wait for the first, which may have work of its own."""
+"""How long the ranks wait for the first one, which may have work of its own."""
 TIMEOUT = timedelta(minutes=30)
-"""After so long without an answer a rank is taken for lost; one whose process ended is noticed at once."""
+"""A rank that does not answer for this long counts as lost; one whose process ended is noticed at once."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Some processes and which of them this one is. A method that speaks to the others is to be called by all of them."""
+    """A group of processes and this process's rank in it. A method that communicates must be called by all of them."""
 
     rank: int = 0
     size: int = 1
@@ -37,20 +37,20 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes what is written once."""
+        """Whether this is the first rank, which does what is done once."""
         return self.rank == 0
 
     def part(self, n: int) -> slice:
-        """This rank's share of `n` things in a row, as `torch.chunk` and DTensor's `Shard` cut."""
+        """This rank's share of `n` items, split the way `torch.chunk` and DTensor's `Shard` do."""
         step = -(-n // self.size)
         return slice(min(n, self.rank * step), min(n, (self.rank + 1) * step))
 
     def has(self, index: int) -> bool:
-        """Whether the thing of this number is this rank's, where they are dealt out in turn."""
+        """Whether this item belongs to this rank when items are dealt out in turn."""
         return index % self.size == self.rank
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until every rank has arrived."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -67,13 +67,13 @@ class Ranks:
         return told[0]
 
     def once(self, work: Callable[[], T]) -> T:
-        """The result of what the first rank alone does, on every rank."""
+        """Let the first rank do some work, and return its result on every rank."""
         done = [work()] if self.is_first else []
         self.wait()
         return self.agree(done)[0]
 
     def collect(self, value: T) -> list[T]:
-        """Every rank's value, on the first one; nothing on the others."""
+        """Every rank's value, on the first rank; an empty list on the others."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -93,7 +93,7 @@ class Ranks:
         return found
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Each flag, true where it is on one rank."""
+        """For each flag, whether it is true on any rank."""
         if self.size == 1:
             return list(flags)
         import torch
@@ -109,7 +109,7 @@ class Ranks:
         return tensor
 
     def total(self, number: float | int) -> float:
-        """The sum of every rank's number; exact for whole ones."""
+        """The sum of every rank's number; exact for integers."""
         if self.size == 1:
             return float(number)
         import torch
@@ -139,7 +139,7 @@ class Ranks:
         return out
 
     def lists(self, values: Tensor) -> list[Tensor]:
-        """Every rank's 1-D tensor, whatever its length."""
+        """Every rank's 1-D tensor; the lengths may differ."""
         if self.size == 1:
             return [values]
         import torch
@@ -154,12 +154,12 @@ ALONE = Ranks()
 
 
 def leads() -> bool:
-    """Whether this is the first process that `torchrun` started, or the only one; known without joining the others."""
+    """Whether this is the first process that `torchrun` started, or the only one, without joining the others."""
     return os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def current() -> Ranks:
-    """The processes that `torchrun` started, joined the first time this is asked; one alone without it.
+    """The processes that `torchrun` started, which join at the first call; a single one without it.
 
     Raises:
         UserError: they could not join again after a restart.
@@ -176,8 +176,8 @@ def current() -> Ranks:
 def _join() -> None:
     """Form the process group.
 
-    torchrun's own store outlives the processes that it restarts (pytorch issue 135712), and what those have left there must not
-    be taken for news. Each restart gets a prefix of its own; but several machines count their restarts each for itself.
+    torchrun's own store outlives the processes that it restarts (pytorch issue 135712), and what those left there must not be
+    mistaken for new messages. Each restart gets its own prefix, but machines count their restarts separately.
     """
     import torch
     import torch.distributed as dist
@@ -190,8 +190,8 @@ def _join() -> None:
             store = PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         elif os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             raise UserError(
-                "torchrun on several machines can restart nothing while its processes share its store; set "
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or leave --max-restarts away"
+                "torchrun cannot restart processes on several machines while they share its store; set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or omit --max-restarts"
             )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)

@@ -1,8 +1,8 @@
-"""The run directory: one manifest, one lock, and results that are replaced only by complete ones.
+"""The run directory: one manifest, one lock, and results that are only replaced by complete ones.
 
-A stage writes into `work/`, in a folder named after its fingerprint. When it is complete its outputs are swapped in:
-what stood there moves to `old/`, where it stays until `crossdiff clean`. The moves are written into the manifest before
-the first one is made, so that a kill between two of them is repaired when the run is opened next.
+A stage writes into a folder in `work/` that is named after its fingerprint. Once it is complete, its outputs are swapped in:
+the previous ones move to `old/`, where they stay until `crossdiff clean`. The moves are written into the manifest before the
+first one is made, so a kill between two of them is repaired when the run is opened next.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import IO, Any
 import yaml
 
 from crossdiff.errors import UserError
-from crossdiff.files import read_json, write_json
+from crossdiff.files import read_json, write_json, write_text
 from crossdiff.ranks import ALONE, Ranks
 
 FORMAT = 1
@@ -28,7 +28,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline: its name, what it depends on, and what it leaves (paths relative to the run)."""
+    """A stage: its name, a fingerprint of everything that it depends on, and its outputs (paths relative to the run)."""
 
     name: str
     fingerprint: str
@@ -36,7 +36,7 @@ class Stage:
 
 
 class Run:
-    """A run directory, held by this process; of several ranks the first holds it, and it alone changes what is there."""
+    """A run directory, locked by this process. Of several ranks, the first holds the lock, and only the first changes files."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[str] | None, ranks: Ranks = ALONE) -> None:
         self.path = path
@@ -46,10 +46,10 @@ class Run:
 
     @classmethod
     def open(cls, path: Path, ranks: Ranks = ALONE) -> Run:
-        """Open or make a run directory and take its lock.
+        """Open or create a run directory and take its lock.
 
         Raises:
-            UserError: the folder cannot be written, holds something else, or another process has it.
+            UserError: the folder is not writable, contains something else, or is locked by another process.
         """
         run = cls._hold(path, ranks) if ranks.is_first else None
         manifest = ranks.agree(run.manifest if run is not None else {})
@@ -78,7 +78,7 @@ class Run:
             if strangers:
                 lock.close()
                 (path / ".lock").unlink()
-                raise UserError(f"{path} is not empty and no run of crossdiff (found {strangers[0]}); choose another folder")
+                raise UserError(f"{path} is not empty and not a run directory (found {strangers[0]}); choose another folder")
             manifest = {"format": FORMAT, "stages": {}, "swap": []}
         run = cls(path, manifest, lock, ranks)
         if not manifest_path.exists():
@@ -95,33 +95,30 @@ class Run:
         write_json(self.path / "manifest.json", self.manifest)
 
     def write_config(self, values: dict[str, Any]) -> None:
-        """Keep the settings of this run in `config.yaml`."""
+        """Write the settings of this run to `config.yaml`."""
         if not self.ranks.is_first:
             return
-        text = yaml.safe_dump(values, sort_keys=False)
-        temporary = self.path / "config.yaml.partial"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / "config.yaml")
+        write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What the manifest says of a finished stage."""
+        """The manifest's record of a finished stage; None if it is not finished."""
         entry: dict[str, Any] | None = self.manifest["stages"].get(name)
         return entry
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether the stage's outputs stand and come from exactly these inputs and settings."""
+        """Whether the stage's outputs exist and come from exactly these inputs and settings."""
         entry = self.record(stage.name)
         if entry is None or entry["fingerprint"] != stage.fingerprint:
             return False
-        # What one machine has written another may see later.
+        # Another machine may see later what the first one has written.
         return self.ranks.agree(all((self.path / output).exists() for output in stage.outputs))
 
     @contextmanager
     def working(self, stage: Stage) -> Iterator[Path]:
-        """A folder to work in; at the end of the block its files become the stage's outputs.
+        """A folder to work in, whose files become the stage's outputs at the end of the block.
 
-        The folder outlives a kill or an error, so that the stage can go on from what it has written there. Several ranks
-        work in it together, and leave it together.
+        The folder survives a kill or an error, so the stage can resume from what it has written. Several ranks enter and leave
+        it together.
         """
         folder = self.path / "work" / f"{stage.name.replace('/', '-')}-{stage.fingerprint}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +128,7 @@ class Run:
             yield folder
         except BaseException:
             if self.ranks.is_first:
-                with suppress(OSError):  # what a stage has written stays, and it resumes from there
+                with suppress(OSError):  # not empty: the stage resumes from what it has written
                     folder.rmdir()
                     folder.parent.rmdir()
             raise
@@ -162,7 +159,7 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
 
     def _swap_moves(self) -> None:
-        """Make the moves that the manifest lists; each is made once, however often this is called."""
+        """Make the moves that the manifest lists, each once, however often this is called."""
         if not self.manifest["swap"]:
             return
         for source, target in list(self.manifest["swap"]):

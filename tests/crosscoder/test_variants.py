@@ -122,7 +122,9 @@ def test_views() -> None:
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match=r"exclusive_share 0.6 makes a group of 12 latents; with these sizes, a group can have 1 to 10"):
+    with pytest.raises(
+        UserError, match=r"exclusive_share 0.6 makes a group of 12 latents; with these sizes, a group can have 1 to 10"
+    ):
         constraint_of(PartitionedConfig(exclusive_share=0.6), 20, 2)
     with pytest.raises(UserError, match=r"shared_share 0.01 makes a group of 0 latents"):
         constraint_of(DesignatedConfig(shared_share=0.01), 20, 2)
@@ -138,7 +140,9 @@ def test_sizes_that_do_not_fit_are_refused_before_there_is_a_store() -> None:
         check_sizes(config(BatchTopKConfig(k=33)), 16, 2)
     with pytest.raises(UserError, match="k 33 is larger than the number of latents 32"):
         check_sizes(config(TopKConfig(k=33), n_latents=None, expansion=2), 16, 2)
-    with pytest.raises(UserError, match=r"exclusive_share 0.4 makes a group of 13 latents; with these sizes, a group can have 1 to 10"):
+    with pytest.raises(
+        UserError, match=r"exclusive_share 0.4 makes a group of 13 latents; with these sizes, a group can have 1 to 10"
+    ):
         check_sizes(config(L1Config(), structure=PartitionedConfig(exclusive_share=0.4)), 16, 3)
 
 
