@@ -45,7 +45,7 @@ def test_one_line_and_exit_code_2_without_a_traceback(tmp_path: Path, tiny_setti
         ({"dataset": []}, "no texts: name at least one --dataset"),
         ({"dataset": ["missing.jsonl"]}, "missing.jsonl"),
         ({"base": "./no-such-model"}, "cannot load './no-such-model'"),
-        ({"crosscoders": {"old": {"sparsity": {"kind": "l1"}}}}, "'old' cannot name a crosscoder's folder"),
+        ({"crosscoders": {"old": {"sparsity": {"kind": "l1"}}}}, "'old' cannot be the name of a crosscoder"),
         ({"crosscoders": {"a": {"sparsity": {"kind": "l2"}}}}, "crosscoders.a.sparsity: .*'l2'"),
         ({"harvest": {"dtype": "int4"}}, r"harvest.dtype: .*'float32', 'float16', 'bfloat16' or 'int8'"),
     ],
@@ -94,7 +94,7 @@ def test_a_store_of_other_models_is_refused(tmp_path: Path, tiny_settings: dict[
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     config = write_yaml(tmp_path, tiny_settings)
-    with pytest.raises(UserError, match="is not empty and no run of crossdiff"):
+    with pytest.raises(UserError, match="is not empty and not a run directory"):
         run_command(["run", str(tmp_path), "--config", config])
 
 

@@ -13,11 +13,11 @@ import torch
 
 from crossdiff.activations.passes import paired_residuals
 from crossdiff.errors import UserError
-from crossdiff.models.pair import SOURCES
 from crossdiff.report.cards import prompt_view
 from crossdiff.report.examples import Token, role_of
 from crossdiff.report.inline import fragment
 from crossdiff.report.wording import number
+from crossdiff.sources import SOURCES
 from crossdiff.text.chat import tokenise_chat, tokenise_prompt
 from crossdiff.text.documents import Document
 from crossdiff.text.sequences import TokenSequence, tokenise

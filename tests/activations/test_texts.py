@@ -65,7 +65,7 @@ def test_too_many_damaged_records_are_an_error_with_the_first_reason(tmp_path: P
     assert mixed.records[0].damaged == 11
     assert len(mixed.records[0].reasons) == 10
     assert len(list(texts(tmp_path, good * 20 + bad * 20, max_damaged=0.5).sequences())) == 20
-    with pytest.raises(UserError, match=r"holds no record that can be read: .*\(line 1\): not valid JSON"):
+    with pytest.raises(UserError, match=r"has no readable record: .*\(line 1\): not valid JSON"):
         list(texts(tmp_path, bad * 3).sequences())
     with pytest.raises(UserError, match="holds no text that can be read"):
         list(texts(tmp_path, [{"text": ""}]).sequences())

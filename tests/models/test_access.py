@@ -77,7 +77,7 @@ def test_a_pair_is_loaded_and_its_layer_checked(tiny_pair: tuple[Path, Path]) ->
 def test_tokens_that_the_base_model_lacks_need_stand_ins() -> None:
     left, right = make_tokenizer(), make_tokenizer()
     right.add_tokens(["<|new|>"])
-    with pytest.raises(UserError, match=r"1 tokens of b are unknown to a, such as '<\|new\|>'; say with harvest\.base_tokens"):
+    with pytest.raises(UserError, match=r"1 tokens of b are unknown to a, such as '<\|new\|>'; set harvest\.base_tokens"):
         check_tokenizers(left, right, "a", "b", {})
     new, end = right.convert_tokens_to_ids("<|new|>"), left.convert_tokens_to_ids("<|end|>")
     assert check_tokenizers(left, right, "a", "b", {"<|new|>": "<|end|>"}) == {new: end}
@@ -90,7 +90,7 @@ def test_tokens_that_the_base_model_lacks_need_stand_ins() -> None:
 def test_different_tokenizers_are_refused_with_an_example() -> None:
     left, right = make_tokenizer(), make_tokenizer()
     left.add_tokens(["extra"])
-    with pytest.raises(UserError, match=r"1 tokens exist in the former only, such as 'extra'"):
+    with pytest.raises(UserError, match=r"1 tokens exist only in the first, such as 'extra'"):
         check_tokenizers(left, right, "a", "b", {})
     right.add_tokens(["other", "extra"])
     with pytest.raises(UserError, match=r"1 tokens have different ids, such as 'extra': 261 and 262"):

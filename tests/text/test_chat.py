@@ -358,7 +358,7 @@ def test_a_header_that_stands_in_place_of_the_end(tokenizers: dict[str, Any]) ->
         ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "must be a string, found list"),
         ([{"role": 3, "content": "a"}], "role of message 0 must be a string, found int"),
         ([{"role": "user", "content": "a\ud800"}], "content of message 0 is not valid Unicode at character 1"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "carries 'tool_calls'"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "has 'tool_calls'"),
     ],
 )
 def test_what_is_no_conversation(messages: Any, reason: str) -> None:

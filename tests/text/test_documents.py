@@ -139,10 +139,10 @@ def test_every_record_comes_out_once_and_in_order(tmp_path: Path, texts: list[st
     [
         ({"body": "x", "id": 1}, {}, r"record 2 \(line 3\): .*'messages' .*'text'.*columns are \['body', 'id'\]"),
         ({"text": None}, {}, "'messages' and 'text' are both null or missing"),
-        ({"text": 3}, {}, "'text' must hold a string, found int"),
+        ({"text": 3}, {}, "'text' must contain a string, found int"),
         ({"text": "\ud800"}, {}, "'text' is not valid Unicode at character 0"),
         ({"text": "x"}, {"label_column": "kind"}, r"no column 'kind' with labels; the columns are \['text'\]"),
-        ({"text": "x", "kind": ["a"]}, {"label_column": "kind"}, "'kind' must hold labels as strings, found list"),
+        ({"text": "x", "kind": ["a"]}, {"label_column": "kind"}, "'kind' must contain labels as strings, found list"),
         ({"messages": []}, {}, "conversation is empty"),
         ({"messages": "Hi"}, {}, "must be a list of messages, found str"),
         ({"messages": [{"role": "user"}]}, {}, "message 0 has no 'content'"),
@@ -172,14 +172,14 @@ def test_a_file_without_records(tmp_path: Path, name: str) -> None:
         pl.DataFrame({"text": []}, schema={"text": pl.String}).write_parquet(path)
     else:
         path.write_bytes(gzip.compress(b"\n \n") if name.endswith(".gz") else b"\n \n")
-    with pytest.raises(UserError, match=f"{name} holds no record"):
+    with pytest.raises(UserError, match=f"{name} has no readable record"):
         read(path)
 
 
 def test_a_second_dataset_without_records(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     paths = (write(tmp_path / "a.jsonl", {"text": "a"}), tmp_path / "empty.jsonl")
-    with pytest.raises(UserError, match=r"empty\.jsonl holds no record"):
+    with pytest.raises(UserError, match=r"empty\.jsonl has no readable record"):
         list(read_documents([DatasetConfig(path=str(path)) for path in paths]))
 
 
@@ -236,7 +236,7 @@ def test_records_are_counted_without_parsing(tmp_path: Path) -> None:
     [
         ("missing.jsonl", "there is no file .*missing.jsonl; give a file that exists"),
         ("", "is a folder; give a file in it that ends in .jsonl"),
-        ("a.csv", "a.csv is of no kind that can be read; give a file that ends in .jsonl, .jsonl.gz, .parquet, .txt"),
+        ("a.csv", "a.csv is not a supported kind of file; give one that ends in .jsonl, .jsonl.gz, .parquet, .txt"),
     ],
 )
 def test_paths_are_checked_before_anything_is_read(tmp_path: Path, name: str, reason: str) -> None:
@@ -255,7 +255,7 @@ def test_number_of_datasets(tmp_path: Path) -> None:
     config = DatasetConfig(path=str(write(tmp_path / "a.jsonl", {"text": "a"})))
     assert len(list(read_documents([config] * 256))) == 256
     for count in (0, 257):
-        with pytest.raises(UserError, match=f"^{count} datasets are given; give 1 to 256"):
+        with pytest.raises(UserError, match=f"^{count} datasets; give 1 to 256"):
             read_documents([config] * count)
 
 

@@ -25,9 +25,10 @@ from crossdiff.activations.texts import Texts
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
-from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.models.pair import Pair
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Int, Tensor
+from crossdiff.sources import SOURCES
 from crossdiff.text.documents import check_datasets
 from crossdiff.text.sequences import POOL, TokenSequence, bucketed
 

@@ -23,8 +23,9 @@ from crossdiff.activations.shards import ShardEntry, as_stored
 from crossdiff.activations.store import DTYPES, Store, pass_bounds, sequence_bounds
 from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
-from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float32, Tensor
+from crossdiff.sources import SOURCES
 
 STATISTICS_TOKENS = 1_000_000
 """So many training tokens, of passes chosen at random, give a live store its mean and scale."""

@@ -16,7 +16,8 @@ from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.activations.texts import Texts
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
-from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.models.pair import Pair
+from crossdiff.sources import SOURCES
 from crossdiff.text.documents import check_datasets, count_records
 from crossdiff.text.sequences import POOL, bucketed
 

@@ -16,7 +16,7 @@ from crossdiff.activations.shards import ShardEntry
 from crossdiff.activations.store import FORMAT
 from crossdiff.config import HarvestConfig
 from crossdiff.files import sha256, write_json
-from crossdiff.models.pair import SOURCES
+from crossdiff.sources import SOURCES
 
 DOCUMENT_COLUMNS = {
     "document": pl.Int32, "dataset": pl.String, "split": pl.String, "label": pl.String, "sub_label": pl.String,

@@ -30,9 +30,10 @@ from crossdiff.errors import UserError
 from crossdiff.files import write_json
 from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.stream import check_fits
-from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.models.pair import Pair
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Tensor
+from crossdiff.sources import SOURCES
 from crossdiff.text.sequences import TokenSequence, bucketed
 
 OUTPUTS = ("causal.json", "causal_conversations.parquet", "causal_latents.parquet")

@@ -23,8 +23,9 @@ from crossdiff.causal.generation import Answer, Edit, Prompt, Sampling, Tokens, 
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
 from crossdiff.models.access import next_residual_after
-from crossdiff.models.pair import SOURCES, Pair
+from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Int, Tensor
+from crossdiff.sources import SOURCES
 
 CHAT = SOURCES.index("chat")
 

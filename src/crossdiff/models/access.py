@@ -1,4 +1,4 @@
-"""Reach into a causal language model with plain hooks: read the residual stream, replace it, go on from it."""
+"""Reach into a causal language model with plain hooks: read the residual stream, replace it, continue from it."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def residuals_after(
 ) -> list[Float[Tensor, "sequence position d_model"]]:
     """Residual streams after each of the decoder layers (0-based); the forward pass stops after the last of them.
 
-    No attention mask is given: in a causal model nothing that follows a token changes it, so what stands right of a
-    sequence (padding) only has to be left out of the result. Loading a pair tests that.
+    There is no attention mask: in a causal model, later tokens do not change earlier ones, so padding on the right only has to
+    be dropped from the result. Loading a pair checks this.
     """
     kept: dict[int, Tensor] = {}
     last = max(layers)
@@ -87,7 +87,7 @@ def residuals_after(
 
 @contextmanager
 def edited_after(model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, the residual stream after `layer` is what `edit` makes of it."""
+    """Within the block, `edit` is applied to the residual stream after `layer`."""
 
     def replace(module: nn.Module, inputs: Any, output: Any) -> Any:
         edited = edit(_hidden(output))
@@ -102,10 +102,10 @@ def edited_after(model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor])
 
 @contextmanager
 def starting_after(model: nn.Module, layer: int, hidden: Float[Tensor, "sequence position d_model"]) -> Iterator[None]:
-    """Within the block, a forward pass goes on from `hidden` as its residual stream after `layer`.
+    """Within the block, a forward pass continues from `hidden` as its residual stream after `layer`.
 
-    The layers up to `layer` are not computed. The model still makes positions, masks and rotary tables from the ids, so
-    that the layers above get what they are used to (a pass from `inputs_embeds` would scale them on some architectures).
+    The layers up to `layer` are not computed. The model still derives positions, masks and rotary tables from the ids, so the
+    layers above get their usual inputs (a pass from `inputs_embeds` would scale them on some architectures).
     """
 
     def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -129,7 +129,7 @@ def starting_after(model: nn.Module, layer: int, hidden: Float[Tensor, "sequence
 
 @contextmanager
 def _head_at(model: nn.Module, kept: Bool[Tensor, "sequence position"]) -> Iterator[None]:
-    """Within the block, only the kept positions go through the LM head, as rows: the logits are `[kept, vocabulary]`."""
+    """Within the block, only the kept positions go through the LM head, so the logits are `[kept, vocabulary]`."""
 
     def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0][kept], *inputs[1:])
@@ -142,11 +142,11 @@ def _head_at(model: nn.Module, kept: Bool[Tensor, "sequence position"]) -> Itera
 
 
 class UpperHalf:
-    """What a model computes above a layer: from a residual stream after it to logits.
+    """The part of a model above a layer: from the residual stream after the layer to logits.
 
-    Whether the lower layers can be skipped is tried when this is made: an unedited residual must give the logits of the
-    plain model. Where it does not (layers that share keys with lower ones), the whole model runs and the residual stream is
-    replaced on the way, which costs more and is right for every architecture.
+    The lower layers are skipped if an unedited residual then gives the logits of the plain model, which is tested on creation.
+    If it does not (layers that share keys with lower ones), the whole model runs and the residual stream is replaced on the
+    way, which costs more and is correct for every architecture.
     """
 
     def __init__(self, model: nn.Module, layer: int) -> None:
@@ -169,7 +169,7 @@ class UpperHalf:
         attention_mask: Int[Tensor, "sequence position"],
         kept: Bool[Tensor, "sequence position"],
     ) -> Float[Tensor, "kept vocabulary"]:
-        """Logits at the kept positions, in the order of the sequences, going on from `hidden` after the layer."""
+        """Logits at the kept positions, in the order of the sequences, with `hidden` as the residual stream after the layer."""
         hidden = hidden.to(next(self.model.parameters()).dtype)
         if self.skips_lower:
             replaced = starting_after(self.model, self.layer, hidden)
@@ -184,7 +184,7 @@ class UpperHalf:
 def next_residual_after(
     model: nn.Module, token_ids: Int[Tensor, "sequence position"], layer: int, cache: Any
 ) -> Float[Tensor, "sequence position d_model"]:
-    """Residual stream after `layer` of further tokens; what came before them is in `cache`, which grows up to the layer."""
+    """Residual stream after `layer` of the next tokens; `cache` holds the previous ones and grows, up to the layer."""
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -18,15 +18,14 @@ from torch import nn
 from crossdiff.errors import UserError
 from crossdiff.models.access import d_model, decoder_layers, edited_after, n_layers, residuals_after
 from crossdiff.shapes import Int, Tensor
-
-SOURCES = ("base", "chat")
+from crossdiff.sources import SOURCES
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two models that read the same token ids, and the tokenizer of the chat model.
 
-    stand_ins: the exceptions, ids that the base model was never trained on, and those which it reads in their place.
+    stand_ins: ids that the base model was never trained on, and the ids that it reads instead.
     """
 
     base: nn.Module
@@ -57,7 +56,7 @@ class Pair:
         return {name: getattr(model.config, "_commit_hash", None) for name, model in zip(SOURCES, self.models, strict=True)}
 
     def base_ids(self, token_ids: Int[Tensor, "sequence position"]) -> Int[Tensor, "sequence position"]:
-        """What the base model reads where the chat model reads `token_ids`."""
+        """The ids that the base model reads where the chat model reads `token_ids`."""
         if not self.stand_ins:
             return token_ids
         mapped = token_ids.clone()
@@ -79,7 +78,7 @@ class Pair:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator if there is one, else the CPU; of several on a machine, that of the process' rank there.
+    """The torch device; `auto` is the accelerator if there is one (each local rank gets its own), else the CPU.
 
     Raises:
         UserError: torch does not know or cannot use the device.
@@ -96,7 +95,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def local_path(name: str) -> Path | None:
-    """What is behind a name: one of the embedded models (`demo:base`), a local folder or GGUF file; None for a Hub name."""
+    """The path behind a name: an embedded model (`demo:base`), a local folder or a GGUF file; None for a Hub name."""
     if name.startswith("demo:"):
         from crossdiff.pairs import demo_path
 
@@ -106,11 +105,7 @@ def local_path(name: str) -> Path | None:
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """The arguments by which transformers finds a model: a folder or Hub name, and the GGUF file in it.
-
-    Raises:
-        UserError: a GGUF file, and no package that reads it.
-    """
+    """Arguments for transformers to find a model: a folder or Hub name, and a GGUF file in it."""
     path = local_path(name)
     if path is None or path.suffix != ".gguf":
         return str(path or name), {}
@@ -121,9 +116,9 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def identify(name: str) -> dict[str, Any]:
-    """What identifies a model's weights: for a folder or file a digest of it, for a Hub name the name.
+    """What identifies a model's weights: a digest of a folder or file, or a Hub name.
 
-    Files are digested by name, size, and the first and last MiB, so that large models cost no full read.
+    The digest covers the name, size, and first and last MiB of each file, so large models need not be read in full.
     """
     path = local_path(name)
     if path is None:
@@ -145,8 +140,8 @@ def _load_error(name: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if local_path(name) is None and not name.startswith((".", "/")):
         hint = (
-            "for a Hub model check the name and the network; without a network, run `hf download` with the name and "
-            "--local-dir FOLDER on a machine that has one, copy the folder and give its path"
+            "for a Hub model, check the name and the network; without a network, run `hf download NAME --local-dir FOLDER` on "
+            "a machine that has one, copy the folder and pass its path"
         )
     else:
         hint = "expected a GGUF file, or a folder that transformers can load, with config.json, weights and tokenizer files"
@@ -154,11 +149,11 @@ def _load_error(name: str, error: Exception) -> UserError:
 
 
 UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-"""What transformers raises for names, folders and files that it cannot make a model or tokenizer of."""
+"""Errors of transformers for names, folders and files that it cannot load."""
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load a tokenizer from a folder, an embedded model or the Hub. Code that comes with it is not run."""
+    """Load a tokenizer from a folder, an embedded model or the Hub, without running code that comes with it."""
     from transformers import AutoTokenizer
 
     where, file = _source(name)
@@ -169,7 +164,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a causal language model for inference; on the CPU in float32, elsewhere in its own dtype.
+    """Load a causal language model for inference, in float32 on the CPU and in its own dtype elsewhere.
 
     Code that comes with the model is not run.
     """
@@ -186,19 +181,19 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of the vocabulary and of what turns text into ids."""
+    """Digest of the vocabulary and of the rules that turn text into ids."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Padding and truncation settings of the backend change with use; the id of a text does not depend on them.
+    # Padding and truncation settings change with use, and ids do not depend on them.
     rules = "" if backend is None else json.dumps({**json.loads(backend.to_str()), "padding": None, "truncation": None})
     return hashlib.sha256((vocabulary + rules).encode()).hexdigest()[:16]
 
 
 def check_tokenizers(base: Any, chat: Any, base_name: str, chat_name: str, base_tokens: Mapping[str, str]) -> dict[int, int]:
-    """Both models must read the same ids, but for the tokens in `base_tokens`, which the base model reads as others.
+    """Check that both models read the same ids, except for `base_tokens`, which the base model reads as other tokens.
 
     Returns:
-        The ids of `base_tokens`: the chat model's token -> what the base model reads.
+        The ids of `base_tokens`: the chat model's token -> the token that the base model reads.
 
     Raises:
         UserError: a token has different ids, one tokenizer has tokens that the other lacks, or `base_tokens` names a
@@ -213,13 +208,13 @@ def check_tokenizers(base: Any, chat: Any, base_name: str, chat_name: str, base_
         raise UserError(f"{base_name} and {chat_name} have different tokenizers: {what}; a pair must share one tokenizer")
     if only_base:
         raise UserError(
-            f"{base_name} and {chat_name} have different tokenizers: {len(only_base)} tokens exist in the former only, such "
-            f"as {only_base[0]!r}; a pair must share one tokenizer"
+            f"{base_name} and {chat_name} have different tokenizers: {len(only_base)} tokens exist only in the first, such as "
+            f"{only_base[0]!r}; a pair must share one tokenizer"
         )
     if only_chat:
         raise UserError(
-            f"{len(only_chat)} tokens of {chat_name} are unknown to {base_name}, such as {only_chat[0]!r}; say with "
-            f"harvest.base_tokens which of its own tokens the base model reads instead of each"
+            f"{len(only_chat)} tokens of {chat_name} are unknown to {base_name}, such as {only_chat[0]!r}; set "
+            f"harvest.base_tokens to the tokens of its own that the base model should read instead"
         )
     for name, vocabulary, tokens in ((chat_name, right, base_tokens), (base_name, left, base_tokens.values())):
         for token in tokens:
@@ -229,11 +224,7 @@ def check_tokenizers(base: Any, chat: Any, base_name: str, chat_name: str, base_
 
 
 def check_embeddings(model: nn.Module, tokenizer: Any, name: str) -> None:
-    """Every id of its tokenizer must have an embedding.
-
-    Raises:
-        UserError: the model has fewer.
-    """
+    """Raises `UserError` if the model has fewer embeddings than its tokenizer has ids."""
     found = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     needed = max(tokenizer.get_vocab().values()) + 1
     if found < needed:
@@ -244,12 +235,7 @@ def check_embeddings(model: nn.Module, tokenizer: Any, name: str) -> None:
 
 
 def probe(model: nn.Module, name: str) -> None:
-    """Check that reaching into the model works: its layers make the logits, and what follows a token does not change it.
-
-    Raises:
-        UserError: editing the residual stream after the middle layer does not move the logits, or a residual depends on
-            later tokens.
-    """
+    """Check that hooks work on a model: editing the residual stream moves the logits, and residuals ignore later tokens."""
     device, middle = next(model.parameters()).device, n_layers(model) // 2
     ids = torch.arange(8, device=device).unsqueeze(0)
     with torch.no_grad():
@@ -258,10 +244,10 @@ def probe(model: nn.Module, name: str) -> None:
             edited = model(input_ids=ids, use_cache=False).logits
     if torch.equal(plain, edited):
         raise UserError(f"{name}: editing the residual stream does not move the logits, so this architecture is not supported")
-    # An attention mask says where the sequence ends; without one the model sees four more tokens.
+    # There is no attention mask, so the second pass sees four more tokens.
     (alone,) = residuals_after(model, ids[:, :4], [middle])
     (followed,) = residuals_after(model, ids, [middle])
-    # bfloat16 carries 8 bits, and other kernels may be chosen for other lengths.
+    # bfloat16 has 8 bits of precision, and other lengths may use other kernels.
     tolerance = 0.05 if alone.dtype in (torch.bfloat16, torch.float16) else 1e-3
     if not torch.allclose(followed[:, :4], alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
         raise UserError(f"{name}: a token's residual stream depends on later tokens; only causal models are supported")
@@ -271,7 +257,7 @@ def load_pair(base: str, chat: str, device: torch.device, base_tokens: Mapping[s
     """Load two models with one tokenizer and check that they are a pair.
 
     Args:
-        base_tokens: tokens that the base model was never trained on (or has not), and its own tokens that it reads instead.
+        base_tokens: tokens that the base model lacks or was never trained on, and its own tokens that it reads instead.
 
     Raises:
         UserError: a model cannot be loaded, tokenizers or layer counts or widths differ, or hooks do not work on it.
@@ -284,7 +270,7 @@ def load_pair(base: str, chat: str, device: torch.device, base_tokens: Mapping[s
         if found[0] != found[1]:
             raise UserError(
                 f"{base} has {found[0]} {what}, {chat} has {found[1]}; a pair needs the same number, because both models' "
-                "activations at one layer lie side by side in one tensor"
+                "activations at a layer are stored in one tensor"
             )
     for model, own, name in zip(models, (base_tokenizer, tokenizer), (base, chat), strict=True):
         check_embeddings(model, own, name)

@@ -1,15 +1,15 @@
-"""Render a conversation with the tokenizer's chat template and say what every token of it is.
+"""Render a conversation with the tokenizer's chat template and determine the role of every token.
 
-A template is found out, not known: the conversation is rendered once as it is and once with a sentinel in place of
-each content. What stands between the sentinels is template (a *literal*). The real rendering is then rebuilt from the
-literals and the contents, exactly or not at all, and each token gets the flags of the characters that it covers.
+The template is discovered, not known: the conversation is rendered once as it is and once with a sentinel in place of each
+content. The text between the sentinels is template (a *literal*). The real rendering is then rebuilt from the literals and the
+contents, exactly or not at all, and each token gets the flags of the characters that it covers.
 
-Which turn a template token belongs to: what the template writes after the last assistant message when nothing comes
-after it is the *closing*. Behind any other content, the closing of that turn is as much as the literal has in common
-with it (nothing, if the closing has a special token that the literal does not share), and the rest of the literal is
-the header of the next turn. So `<|im_end|>\n` closes a ChatML turn and `<|im_start|>user\n` opens one, and a template
-token has the same `template_index` in each turn of a role. Text that the template writes before the first header (a
-default system prompt) belongs to turn -1.
+Template tokens are assigned to turns as follows. What the template writes after the last assistant message, when nothing
+follows, is the *closing*. After any other content, the closing of that turn is the part that the literal shares with it
+(nothing, if the closing has a special token that the literal lacks), and the rest of the literal is the header of the next
+turn. So `<|im_end|>\n` closes a ChatML turn and `<|im_start|>user\n` opens one, and a template token has the same
+`template_index` in each turn of a role. Text that the template writes before the first header (a default system prompt) belongs
+to turn -1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TEXT_KEYS = ("tool_calls", "function_call", "reasoning", "reasoning_content", "t
 
 
 class Flag(IntFlag):
-    """What a token is. Plain text has none of them; a token that straddles a border has those of both sides."""
+    """The role of a token. Plain text has no flag; a token that straddles a border has the flags of both sides."""
 
     BOS = 1
     TEMPLATE = 2
@@ -58,7 +58,7 @@ class TokenisedChat:
     """A conversation as the model reads it; every array has the shape `[token]`.
 
     flags: bits of `Flag`. The special token that closes an assistant's message has TEMPLATE and ASSISTANT.
-    template_index: which of the template tokens of its turn, from 0; -1 when it is none. 127 stands for 127 and more.
+    template_index: index among the template tokens of its turn, from 0; -1 for other tokens. 127 stands for 127 and more.
     turn: index of the message; -1 for the BOS and for text before the first header. 127 stands for 127 and more.
     """
 
@@ -71,8 +71,8 @@ class TokenisedChat:
 def tokenise_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenisedChat:
     """Token ids of the rendered conversation, equal to those of `apply_chat_template`, with flags.
 
-    Only `role` and `content` of a message are rendered. A BOS (the first token, if the template and not a content
-    wrote it and it is the tokenizer's BOS) has the flag BOS only.
+    Only `role` and `content` of a message are rendered. A BOS (the tokenizer's BOS as the first token, written by the template
+    and not by a content) has only the flag BOS.
 
     Raises:
         UserError: not a conversation; no chat template, or one that refuses the conversation, drops or changes text;
@@ -87,8 +87,8 @@ def tokenise_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokenise
     expected = _apply(tokenizer, turns, tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False})
     if token_ids.tolist() != list(expected):
         raise UserError(
-            f"the tokenizer gives {len(token_ids)} ids for the rendered conversation and apply_chat_template gives "
-            f"{len(expected)} ids, or other ones, so tokens cannot be told apart; use the model's own fast tokenizer"
+            f"the tokenizer gives {len(token_ids)} ids for the rendered conversation, but apply_chat_template gives "
+            f"{len(expected)} ids, or other ones, so roles cannot be assigned; use the model's own fast tokenizer"
         )
     flags, turn = _label_tokens(character_flags, character_turns, starts, stops)
     if token_ids[0] == tokenizer.bos_token_id and stops[0] <= len(literals[0]):
@@ -108,18 +108,18 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def tokenise_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenisedChat:
-    """The conversation as the model reads it when it is to answer: `chat_prompt` with flags.
+    """The conversation as the model reads it before it answers: `chat_prompt` with flags.
 
-    The header of the answer is template, in a turn of its own after the last message.
+    The header of the answer is template, in its own turn after the last message.
 
     Raises:
-        UserError: as `tokenise_chat`.
+        UserError: see `tokenise_chat`.
     """
     chat = tokenise_chat(tokenizer, messages)
     token_ids = np.asarray(chat_prompt(tokenizer, messages), dtype=np.int32)
     shorter = min(len(token_ids), len(chat.token_ids))
     differ = np.flatnonzero(token_ids[:shorter] != chat.token_ids[:shorter])
-    # The header may begin before the last message is over.
+    # The header may begin before the last message ends.
     common = int(differ[0]) if len(differ) else shorter
     n_header = len(token_ids) - common
     flags = np.concatenate([chat.flags[:common], np.full(n_header, Flag.TEMPLATE, dtype=np.uint8)])
@@ -128,7 +128,7 @@ def tokenise_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokeni
 
 
 def check_messages(messages: object) -> list[dict[str, str]]:
-    """The messages with `role` and `content` only.
+    """The messages, reduced to `role` and `content`.
 
     Raises:
         UserError: this is not a non-empty list of messages whose role and content are strings, or a message carries
@@ -137,7 +137,7 @@ def check_messages(messages: object) -> list[dict[str, str]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise UserError(f"a conversation must be a list of messages, found {type(messages).__name__}")
     if not messages:
-        raise UserError("the conversation is empty; give at least one message or leave the record out")
+        raise UserError("the conversation is empty; give at least one message, or remove the record")
     turns = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
@@ -149,17 +149,17 @@ def check_messages(messages: object) -> list[dict[str, str]]:
                 raise UserError(f"the {key} of message {index} must be a string, found {type(message[key]).__name__}")
         for key in TEXT_KEYS:
             if message.get(key):
-                raise UserError(f"message {index} carries {key!r}, which cannot be masked; remove it or the record")
+                raise UserError(f"message {index} has {key!r}, which cannot be masked; remove it or the record")
         check_unicode(message["content"], f"the content of message {index}")
         turns.append({"role": message["role"], "content": message["content"]})
     return turns
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Tokenizers take UTF-8 only, and JSON can spell half of a surrogate pair.
+    """Check that a text can be encoded as UTF-8; JSON can contain half of a surrogate pair.
 
     Raises:
-        UserError: `text` cannot be encoded; the message calls it `name`.
+        UserError: it cannot; the message calls the text `name`.
     """
     try:
         text.encode("utf-8")
@@ -170,8 +170,8 @@ def check_unicode(text: str, name: str) -> None:
 def _apply(tokenizer: Tokenizer, turns: list[dict[str, str]], **options: Any) -> Any:
     if tokenizer.chat_template is None:
         raise UserError(
-            "the tokenizer has no chat template, so conversations cannot be rendered; take the chat model's tokenizer, "
-            "put its chat_template.jinja into the model's folder, or give plain text only"
+            "the tokenizer has no chat template, so conversations cannot be rendered; use the chat model's tokenizer, put its "
+            "chat_template.jinja into the model's folder, or give plain text only"
         )
     try:
         return tokenizer.apply_chat_template(turns, **options)
@@ -185,7 +185,7 @@ def _render(tokenizer: Tokenizer, turns: list[dict[str, str]]) -> str:
 
 
 def _literals(tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str) -> list[str]:
-    """What the template writes before, between and after the contents: one string more than there are messages."""
+    """What the template writes before, between and after the contents: one string more than messages."""
     marker = "CONTENT"
     while marker in rendered:
         marker += "X"
@@ -198,17 +198,17 @@ def _literals(tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str) 
         if not found or sentinel in rest:
             raise UserError(
                 f"the chat template drops, repeats, moves or changes the content of message {index} "
-                f"({turns[index]['role']}), so its tokens cannot be told apart; leave such records out"
+                f"({turns[index]['role']}), so roles cannot be assigned; remove such records"
             )
         literals.append(before)
     return [*literals, rest]
 
 
 def _rebuild(rendered: str, literals: list[str], turns: list[dict[str, str]]) -> list[tuple[int, int]]:
-    """Start and stop of each content in the rendering, as literal, content, literal ... make it up exactly.
+    """Start and stop of each content in the rendering, such that literal, content, literal, ... rebuild it exactly.
 
-    Templates strip white space, and a stripped content may fit where the raw one leads nowhere later. So all positions
-    that can be reached are followed, the raw content first.
+    Templates strip white space, and a stripped content may fit where the raw one fails later. So all positions that can be
+    reached are followed, the raw content first.
     """
     reached = {len(literals[0]): (0, 0)} if rendered.startswith(literals[0]) else {}
     steps = []
@@ -224,7 +224,7 @@ def _rebuild(rendered: str, literals: list[str], turns: list[dict[str, str]]) ->
             found = rendered[positions[0] : positions[0] + 60] if positions else rendered[:60]
             raise UserError(
                 f"the chat template drops or changes text at message {index} ({turn['role']}): the content starts with "
-                f"{content[:60]!r} and the rendering goes on with {found!r}; leave such records out"
+                f"{content[:60]!r}, but the rendering continues with {found!r}; remove such records"
             )
         steps.append(reached)
     spans, end = [], len(rendered)
@@ -261,7 +261,7 @@ def _label_characters(
 
 
 def _closing(tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str, literals: list[str]) -> str:
-    """What the template writes after the last assistant message (or the last message) when nothing comes after it."""
+    """What the template writes after the last assistant message (or the last message) when nothing follows."""
     assistants = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not assistants or assistants[-1] == len(turns) - 1:
         return literals[-1]
@@ -269,7 +269,7 @@ def _closing(tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str, l
 
 
 def _closing_length(literal: str, closing: str, special: re.Pattern[str]) -> int:
-    """How many characters of a literal between two contents belong to the turn before it."""
+    """Number of characters of a literal between two contents that belong to the preceding turn."""
     pairs = zip(literal, closing, strict=False)
     common = next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(literal), len(closing)))
     first = special.search(closing)
@@ -282,7 +282,7 @@ def _closing_length(literal: str, closing: str, special: re.Pattern[str]) -> int
 
 
 def _preamble_length(literal: str, closing: str, special: re.Pattern[str]) -> int:
-    """How many characters before the first content end with a closed turn that is no message of the conversation."""
+    """Number of characters up to the end of a closed turn that the template writes before the first message."""
     at = literal.rfind(closing) if special.search(closing) else -1
     return at + len(closing) if at >= 0 else 0
 
@@ -298,12 +298,12 @@ def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     """Token ids, and where each token starts and stops in the text: three arrays `[token]`.
 
-    The post-processor is out of the way meanwhile: byte-level ones (GPT-2, Llama 3) leave white space out of the
-    offsets, and a token whose space is template would pass for pure content. Without special tokens it adds no ids.
+    The post-processor is removed meanwhile: byte-level ones (GPT-2, Llama 3) exclude white space from the offsets, so a token
+    whose space is template would look like pure content. Without special tokens it adds no ids.
     """
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} gives no character offsets, so chat tokens cannot be told apart; "
+            f"{type(tokenizer).__name__} gives no character offsets, so roles cannot be assigned; "
             "load the fast tokenizer (tokenizer.json)"
         )
     backend = cast(Any, tokenizer).backend_tokenizer  # only fast tokenizers have it
@@ -327,7 +327,7 @@ def _label_tokens(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Flags of all the characters that a token covers, and the turn of the first: both `[token]`."""
     first = np.minimum(starts, len(character_flags) - 1)
-    after = np.maximum(stops, first + 1)  # a token of no width counts as the character it stands before
+    after = np.maximum(stops, first + 1)  # a token of no width counts as the character after it
     flags = np.zeros(len(starts), dtype=np.uint8)
     for flag in Flag:
         covered = np.concatenate([[0], np.cumsum((character_flags & flag.value) > 0)])

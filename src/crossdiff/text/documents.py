@@ -1,4 +1,4 @@
-"""Corpora as a stream of documents: local JSON lines, Parquet and text files, and datasets of the Hub."""
+"""Corpora as a stream of documents, from local JSON lines, Parquet and text files and from Hub datasets."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from crossdiff.errors import UserError
 from crossdiff.text.chat import check_messages, check_unicode
 
 Record = tuple[str, Any]
-"""Where it was read ("record 3 (line 4)"), and what was read there: the record, or a `UserError` that says what is wrong."""
+"""Where something was read ("record 3 (line 4)"), and the record, or a `UserError` that says what is wrong with it."""
 
 Reader = Callable[[DatasetConfig], Iterator[Record]]
 
 MAX_DATASETS = 256
-"""A token keeps the index of its dataset in a byte."""
+"""The index of a token's dataset is stored in a byte."""
 
 LARGE = 1 << 28
-"""Bytes of a file that is not read only to count its records."""
+"""Files above this many bytes are not read just to count their records."""
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -37,7 +37,7 @@ class Document:
     """A plain text or a conversation: exactly one of `text` and `messages` is given.
 
     number: counts from 0 over all datasets. dataset: index of its dataset among those read together.
-    messages: mappings with `role` and `content`, nothing else.
+    messages: mappings with only `role` and `content`.
     """
 
     number: int
@@ -50,11 +50,10 @@ class Document:
 
 
 def read_documents(configs: Sequence[DatasetConfig]) -> Iterator[Document]:
-    """All documents of the datasets, in order, read as they are asked for. The same call gives the same documents.
+    """All documents of the datasets, in order, read lazily. The same call gives the same documents.
 
     Raises:
-        UserError: at once, when no or too many datasets are given or a path is none that can be read; later, as
-            `read_dataset`.
+        UserError: at once, for no or too many datasets or an unreadable path; later, see `read_dataset`.
     """
     check_datasets(configs)
     return _read_all(configs)
@@ -64,10 +63,10 @@ def check_datasets(configs: Sequence[DatasetConfig]) -> None:
     """Check what can be checked without reading.
 
     Raises:
-        UserError: no or too many datasets are given, or a path is none that can be read.
+        UserError: no or too many datasets, or an unreadable path.
     """
     if not 1 <= len(configs) <= MAX_DATASETS:
-        raise UserError(f"{len(configs)} datasets are given; give 1 to {MAX_DATASETS} of them")
+        raise UserError(f"found {len(configs)} datasets; give 1 to {MAX_DATASETS}")
     for config in configs:
         _reader(config)
 
@@ -87,18 +86,18 @@ def _raise(error: UserError) -> None:
 def read_dataset(
     config: DatasetConfig, dataset: int, first: int, damaged: Callable[[UserError], None] = _raise
 ) -> Iterator[Document]:
-    """The documents of one dataset, the first with the number `first`, read as they are asked for.
+    """The documents of one dataset, read lazily; the first has the number `first`.
 
-    A record is a conversation when its messages column is there and not null, else a plain text when its text column
-    is. A text file has one document a paragraph (paragraphs stand between blank lines). `heldout` is decided by a hash
-    of the dataset's title and the content, so that equal records fall on the same side and order does not matter.
+    A record is a conversation if it has a messages column that is not null, else a plain text if it has a text column that is
+    not. A text file has one document per paragraph (paragraphs are separated by blank lines). A hash of the dataset's title and
+    the content decides which records are held out, so equal records are on the same side and the order does not matter.
 
     Args:
-        damaged: called for each record that is no JSON or UTF-8, lacks a column or holds something else than text;
-            such a record has no number. By default the first one is raised.
+        damaged: called for each record that is not JSON or UTF-8, lacks a column or does not contain text; such a record gets
+            no number. By default the first one is raised.
 
     Raises:
-        UserError: the file cannot be read (on), or no record is a document.
+        UserError: the file cannot be read to the end, or no record is a document.
     """
     number, wrong = first, ""
     for place, record in islice(_reader(config)(config), config.max_documents):
@@ -115,11 +114,11 @@ def read_dataset(
             yield document
             number += 1
     if number == first:
-        raise UserError(f"{config.path} holds no record that can be read{wrong}; give a file with text or leave it out")
+        raise UserError(f"{config.path} has no readable record{wrong}; give a file with text, or remove it")
 
 
 def count_records(config: DatasetConfig) -> int | None:
-    """How many records will be read, without parsing them; None when that cannot be known or takes long to find out.
+    """Number of records that will be read, counted without parsing; None if unknown or slow to find out.
 
     Raises:
         UserError: the file cannot be read.
@@ -145,7 +144,7 @@ def _document(number: int, dataset: int, config: DatasetConfig, record: Any) -> 
     elif record.get(config.text_column) is not None:
         text = record[config.text_column]
         if not isinstance(text, str):
-            raise UserError(f"the column {config.text_column!r} must hold a string, found {type(text).__name__}")
+            raise UserError(f"the column {config.text_column!r} must contain a string, found {type(text).__name__}")
         check_unicode(text, f"the column {config.text_column!r}")
     else:
         raise UserError(f"{config.messages_column!r} and {config.text_column!r} are both null or missing; fill one")
@@ -157,7 +156,7 @@ def _document(number: int, dataset: int, config: DatasetConfig, record: Any) -> 
 
 
 def _share(title: str, content: object) -> float:
-    """A number in [0, 1) that depends on the arguments alone, evenly distributed."""
+    """A uniformly distributed number in [0, 1) that depends only on the arguments."""
     digest = hashlib.sha256(json.dumps([title, content]).encode("ascii")).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
@@ -177,18 +176,18 @@ def _check_columns(columns: Collection[str], config: DatasetConfig) -> None:
 def _label(record: Mapping[str, Any], column: str | None) -> str | None:
     value = None if column is None else record[column]
     if value is not None and not isinstance(value, str | int):
-        raise UserError(f"the column {column!r} must hold labels as strings, found {type(value).__name__}")
+        raise UserError(f"the column {column!r} must contain labels as strings, found {type(value).__name__}")
     return None if value is None else str(value)
 
 
 def _reader(config: DatasetConfig) -> Reader:
-    """What reads the records of a dataset, chosen by its path."""
+    """The reader of a dataset's records, chosen by its path."""
     path = Path(config.path)
     if path.is_file():
         for suffix, read in READERS.items():
             if path.name.lower().endswith(suffix):
                 return read
-        raise UserError(f"{path} is of no kind that can be read; give a file that ends in {', '.join(READERS)}")
+        raise UserError(f"{path} is not a supported kind of file; give one that ends in {', '.join(READERS)}")
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file in it that ends in {', '.join(READERS)}")
     if HUB_NAME.fullmatch(config.path) and not path.name.lower().endswith(tuple(READERS)):
@@ -197,7 +196,7 @@ def _reader(config: DatasetConfig) -> Reader:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str | UserError]]:
-    """Lines of a text file, counted from 1, or what is wrong with one; a `UserError` is raised where the file breaks off."""
+    """Lines of a text file, counted from 1, or what is wrong with a line. Raises `UserError` where the file breaks off."""
     line_number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
@@ -210,7 +209,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str | UserError]]:
                 else:
                     yield line_number, text.removeprefix("\ufeff") if line_number == 1 else text
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read after line {line_number}: {error}; is the file whole?") from error
+        raise UserError(f"{path} cannot be read after line {line_number}: {error}; is the file complete?") from error
 
 
 def _read_json_lines(config: DatasetConfig) -> Iterator[Record]:
@@ -269,7 +268,7 @@ def _read_hub(config: DatasetConfig) -> Iterator[Record]:
         library = importlib.import_module("datasets")
     except ImportError as error:
         raise UserError(
-            f"{config.path} is no local file, and datasets of the Hub need a package that cannot be imported "
+            f"{config.path} is not a local file, and Hub datasets need a package that cannot be imported "
             f"({error}): pip install 'crossdiff[datasets]'"
         ) from error
     count = 0
@@ -279,9 +278,9 @@ def _read_hub(config: DatasetConfig) -> Iterator[Record]:
             yield f"record {count}", record
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{config.path} (split {config.split!r}) is no local file and cannot be read from the Hub after record "
-            f"{count}: {error}; check the name, the split and the connection, or download its files where there is "
-            "one and give the path of a .jsonl or .parquet file"
+            f"{config.path} (split {config.split!r}) is not a local file and cannot be read from the Hub after record {count}: "
+            f"{error}; check the name, the split and the connection, or download its files elsewhere and give the path of a "
+            ".jsonl or .parquet file"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Documents as token sequences of bounded length, and batches of sequences of like length."""
+"""Documents as token sequences of bounded length, and batches of sequences of similar length."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from crossdiff.text.chat import Flag, Tokenizer, tokenise_chat
 from crossdiff.text.documents import Document
 
 CHUNK = 128
-"""Documents that are tokenised together."""
+"""Number of documents that are tokenised together."""
 POOL = 2048
-"""Sequences that are sorted by length together: large enough that batches hold less than 5% padding."""
+"""Number of sequences that are sorted by length together: enough for batches with less than 5% padding."""
 
 
 @dataclass(eq=False)
 class TokenSequence:
-    """What a model reads in one go; every array has the shape `[token]`.
+    """A sequence that a model reads at once; every array has the shape `[token]`.
 
     document, dataset: as in `Document`. flags, template_index, turn: as in `TokenisedChat`; 0, -1, -1 in plain text.
     """
@@ -37,9 +37,9 @@ class TokenSequence:
 def tokenise_all(
     documents: Iterable[Document], tokenizer: Tokenizer, max_length: int, damaged: Callable[[UserError], None]
 ) -> Iterator[tuple[Document, list[TokenSequence]]]:
-    """Tokenise documents as `tokenise` does, in order; plain texts that follow one another go through the tokenizer together.
+    """Tokenise documents like `tokenise`, in order, with several plain texts per call of the tokenizer.
 
-    A conversation that cannot be tokenised is told to `damaged` and has no sequence.
+    `damaged` is called for a conversation that cannot be tokenised, which then has no sequence.
     """
     stream = iter(documents)
     while chunk := list(islice(stream, CHUNK)):
@@ -58,13 +58,13 @@ def tokenise_all(
 
 
 def tokenise(document: Document, tokenizer: Tokenizer, max_length: int) -> list[TokenSequence]:
-    """Cut a plain text into consecutive windows of `max_length` tokens, or a conversation off after that many.
+    """Cut a plain text into consecutive windows of `max_length` tokens, or truncate a conversation to that many.
 
-    Each window has a BOS in front (one of its tokens) when the tokenizer has one; the last window is shorter, and a
-    text without tokens has no window. The text of a special token inside plain text is split up as any other text.
+    Each window starts with a BOS, which counts, if the tokenizer has one; the last window may be shorter, and a text without
+    tokens has no window. The text of a special token inside plain text is tokenised like any other text.
 
     Raises:
-        UserError: a conversation that cannot be tokenised, or no room for a token beside the BOS.
+        UserError: a conversation that cannot be tokenised, or no room for a token after the BOS.
     """
     if document.text is None:
         return [_conversation(document, tokenizer, max_length)]
@@ -95,7 +95,7 @@ def _windows(document: Document, token_ids: list[int], tokenizer: Tokenizer, max
     front = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
     room = max_length - len(front)
     if room < 1:
-        raise UserError(f"max_length is {max_length}, but a sequence needs a token beside the BOS; give 2 or more")
+        raise UserError(f"max_length is {max_length}, but a sequence needs a token after the BOS; give 2 or more")
     windows = (np.concatenate([front, ids[start : start + room]]) for start in range(0, len(ids), room))
     return [_plain(document, window, len(front)) for window in windows]
 
@@ -108,10 +108,10 @@ def _plain(document: Document, token_ids: NDArray[np.int32], n_front: int) -> To
 
 
 def bucketed(sequences: Iterable[TokenSequence], batch_tokens: int, pool: int) -> Iterator[list[TokenSequence]]:
-    """Batches whose padded size (sequences times longest length) is at most `batch_tokens`.
+    """Batches whose padded size (number of sequences times longest length) is at most `batch_tokens`.
 
-    `pool` sequences at a time are sorted, the longest first, and cut into batches as large as fit. Each sequence comes
-    out once, and the same input gives the same batches.
+    `pool` sequences at a time are sorted, longest first, and cut into batches as large as possible. Each sequence is in one
+    batch, and the same input gives the same batches.
 
     Raises:
         UserError: a sequence is longer than `batch_tokens`.
@@ -126,7 +126,7 @@ def bucketed(sequences: Iterable[TokenSequence], batch_tokens: int, pool: int) -
 
 
 def batch_bounds(lengths: NDArray[np.int64], batch_tokens: int, pool: int) -> NDArray[np.int64]:
-    """Where the batches of `bucketed` began, from the lengths of its sequences in the order in which they came out."""
+    """Bounds of the batches of `bucketed`, from the lengths of its sequences in their order of output."""
     bounds = [0]
     for start in range(0, len(lengths), pool):
         bounds += [start + last for _, last in _cut(lengths[start : start + pool].tolist(), batch_tokens)]
@@ -134,7 +134,7 @@ def batch_bounds(lengths: NDArray[np.int64], batch_tokens: int, pool: int) -> ND
 
 
 def _cut(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
-    """Ranges as large as fit, of lengths that fall."""
+    """The largest ranges that fit, for decreasing lengths."""
     at = 0
     while at < len(lengths):
         longest = lengths[at]
