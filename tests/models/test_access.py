@@ -139,7 +139,7 @@ def test_an_unreadable_folder_says_what_was_expected(tmp_path: Path, damage: str
 
 def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"cannot load 'nobody/nothing': .*without a network, run `hf download`"):
+    with pytest.raises(UserError, match=r"cannot load 'nobody/nothing': .*without a network, run `hf download NAME"):
         load_tokenizer("nobody/nothing")
 
 

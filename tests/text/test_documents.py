@@ -255,7 +255,7 @@ def test_number_of_datasets(tmp_path: Path) -> None:
     config = DatasetConfig(path=str(write(tmp_path / "a.jsonl", {"text": "a"})))
     assert len(list(read_documents([config] * 256))) == 256
     for count in (0, 257):
-        with pytest.raises(UserError, match=f"^{count} datasets; give 1 to 256"):
+        with pytest.raises(UserError, match=f"^found {count} datasets; give 1 to 256"):
             read_documents([config] * count)
 
 
