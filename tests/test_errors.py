@@ -87,7 +87,7 @@ def test_a_store_of_other_models_is_refused(tmp_path: Path, tiny_settings: dict[
     manifest = json.loads(path.read_text())
     manifest["pair"]["base"]["name"] = "somebody/else"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"was harvested from .*somebody/else.* are asked for"):
+    with pytest.raises(UserError, match=r"was harvested from .*somebody/else.* are requested"):
         run_command(["train", str(tmp_path / "run"), "--config", config])
 
 

@@ -147,7 +147,7 @@ def test_padding_is_below_five_percent(store: Store, pair: Pair, datasets: tuple
 
 
 @pytest.mark.parametrize("layers", [[1], [1, 2]])
-def test_a_stopped_harvest_goes_on_to_the_same_store(
+def test_a_stopped_harvest_resumes_to_the_same_store(
     tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], layers: list[int]
 ) -> None:
     original, calls = module.paired_residuals, 0
@@ -169,7 +169,7 @@ def test_a_stopped_harvest_goes_on_to_the_same_store(
     assert not (folders[1] / "manifest.json").exists()
     n_whole = len(list(folders[1].glob("*.safetensors")))
     assert n_whole >= 2
-    with pytest.raises(UserError, match="holds an unfinished harvest with other settings"):
+    with pytest.raises(UserError, match="has an unfinished harvest with other settings"):
         harvest(folders, pair, datasets, SETTINGS.model_copy(update={"leave_out": 2}))
     if len(layers) == 2:  # as if killed between the two layers' shards
         log = folders[2] / "progress-0.jsonl"
@@ -243,7 +243,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_stops_the_harvest_and_room_lets_it_go_on(
+def test_a_full_disk_stops_the_harvest_and_room_lets_it_resume(
     small_disk: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]
 ) -> None:
     with pytest.raises(OSError, match="No space left on device"):
@@ -255,7 +255,7 @@ def test_a_full_disk_stops_the_harvest_and_room_lets_it_go_on(
     assert shards(small_disk) == shards(store.folder)
 
 
-def test_damaged_records_are_left_out_counted_and_reported(
+def test_damaged_records_are_omitted_counted_and_reported(
     tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path], store: Store
 ) -> None:
     lines = tiny_texts[0].read_bytes().splitlines(keepends=True)
@@ -266,8 +266,8 @@ def test_damaged_records_are_left_out_counted_and_reported(
     folder = tmp_path / "store"
     folder.mkdir()
     remarks = harvest({1: folder}, pair, (DatasetConfig(path=str(damaged), max_documents=99, heldout_share=0.3),), SETTINGS)
-    assert remarks[0] == "plain is shorter than asked for: 63 of max_documents 99"
-    assert remarks[1].startswith("3 damaged records of plain were left out; the first: ")
+    assert remarks[0] == "plain is shorter than requested: 63 of max_documents 99"
+    assert remarks[1].startswith("3 damaged records of plain were omitted; the first: ")
     assert "record 4 (line 4): not valid JSON" in remarks[1]
     found = Store(folder)
     (record,) = found.manifest["texts"]

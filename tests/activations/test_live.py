@@ -137,7 +137,7 @@ def test_a_sample_of_the_passes_gives_the_statistics_of_a_large_corpus(
     assert found.scale != whole.scale
 
 
-def test_every_stage_of_a_run_goes_live(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+def test_every_stage_of_a_run_works_live(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     settings = tiny_settings | {"compare": {"max_tokens": 1000}}
     settings["crosscoders"] = {"batchtopk": settings["crosscoders"]["batchtopk"]}
     results = {}
@@ -160,8 +160,8 @@ def test_every_stage_of_a_run_goes_live(tmp_path: Path, tiny_settings: dict[str,
 
 def test_a_live_store_needs_its_own_models(both: tuple[Store, Store], pair: Pair) -> None:
     _, live = both
-    with pytest.raises(UserError, match=r"live keeps no activations; open it with the models that compute them"):
+    with pytest.raises(UserError, match=r"live stores no activations; open it with the models that compute them"):
         Store(live.folder).gather(np.arange(3))
     other = Pair(pair.base, pair.chat, pair.tokenizer, pair.identity | {"tokenizer": "another"})
-    with pytest.raises(UserError, match=r"the live store .* is of .*, not of .*'another'.*; harvest again with --force"):
+    with pytest.raises(UserError, match=r"the live store .* was harvested from .*, not from .*'another'.*; harvest again"):
         open_store(live.folder, lambda: other)

@@ -29,10 +29,11 @@ from s3fs import S3FileSystem
 
 import crossdiff.activations.remote as remote
 from conftest import tiny_config
-from crossdiff.activations.folder import LocalFolder, leave_pointer, open_folder
+from crossdiff.activations.folder import LocalFolder
 from crossdiff.activations.harvest import harvest
 from crossdiff.activations.live import open_store
 from crossdiff.activations.loader import Batches
+from crossdiff.activations.locations import leave_pointer, open_folder
 from crossdiff.activations.plan import Plan
 from crossdiff.activations.store import Store, verify
 from crossdiff.cli import run_command
@@ -172,7 +173,7 @@ def test_a_run_with_its_store_in_the_bucket(
     assert (report.n_tokens, report.datasets) == (expected.n_tokens, expected.datasets)
     run_command(["store", "verify", str(run / "activations")])
     run_command(["store", "verify", url])
-    assert capsys.readouterr().out.endswith(f"{url} is whole\n")
+    assert capsys.readouterr().out.endswith(f"{url} is intact\n")
     # Where the store is does not change what depends on it, and whoever needs the same store finds it there.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("crossdiff.activations.harvest.paired_residuals", None)
@@ -208,7 +209,7 @@ harvest({1: url}, load_pair(base, chat, torch.device("cpu")), datasets, settings
 
 
 @pytest.mark.slow
-def test_a_killed_harvest_goes_on(
+def test_a_killed_harvest_resumes(
     tmp_path: Path, bucket: str, local: Store, pair: Pair, datasets: tuple[DatasetConfig, ...],
     tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path],
 ) -> None:  # fmt: skip
@@ -218,9 +219,9 @@ def test_a_killed_harvest_goes_on(
     left = content(bucket)
     assert sorted(left) == ["progress-0.jsonl", *(f"shard-0000{n}.safetensors" for n in range(3))]
     assert len(left["progress-0.jsonl"].splitlines()) == 3  # the settings and two shards
-    with pytest.raises(UserError, match=r"is no activation store: it has no manifest\.json"):
+    with pytest.raises(UserError, match=r"is not an activation store: it has no manifest\.json"):
         Store(bucket)
-    with pytest.raises(UserError, match=f"{bucket} holds an unfinished harvest with other settings"):
+    with pytest.raises(UserError, match=f"{bucket} has an unfinished harvest with other settings"):
         harvest({1: bucket}, pair, datasets, SETTINGS.model_copy(update={"leave_out": 2}))
     harvest({1: bucket}, pair, datasets, SETTINGS)
     assert content(bucket) == content(local.folder)
@@ -230,7 +231,7 @@ def test_an_upload_that_breaks_off_leaves_no_file(
     bucket: str, s3: S3FileSystem, local: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]
 ) -> None:
     """A file of three parts whose second is refused, as the third shard."""
-    place = open_folder(bucket)
+    folder = open_folder(bucket)
     with pytest.MonkeyPatch.context() as patch:
         send, n_parts = S3FileSystem._call_s3, 0
 
@@ -244,11 +245,11 @@ def test_an_upload_that_breaks_off_leaves_no_file(
         patch.setattr(S3FileSystem, "_call_s3", failing)
         with (
             pytest.raises(UserError, match="ConnectionResetError: the line is cut"),
-            place.writing("large") as path,
+            folder.writing("large") as path,
             path.open("wb") as file,
         ):
             file.truncate(101 << 20)  # from twice 50 MB on it goes up in parts
-    assert place.sizes() == {}
+    assert folder.sizes() == {}
     original, calls = remote.RemoteFolder.writing, 0
 
     def third(self: remote.RemoteFolder, name: str) -> Any:
@@ -273,8 +274,8 @@ def test_nothing_is_left_on_the_local_disk(tmp_path: Path, memory: str, local: S
     store = Store(memory)
     store.gather(np.arange(store.n_tokens))
     (scratch,) = tmp_path.iterdir()
-    skim = scratch / "shard-00000.safetensors"
-    assert skim.stat().st_size == store.manifest["shards"][0]["bytes"]
+    header = scratch / "shard-00000.safetensors"
+    assert header.stat().st_size == store.manifest["shards"][0]["bytes"]
     with open_folder(memory).writing("new") as path:
         path.write_bytes(b"new")
         assert path.is_relative_to(tmp_path)
@@ -332,12 +333,12 @@ def test_links_of_a_remote_machine_are_no_files(memory: str, local: Store, monke
     """SFTP lists a link as one."""
     upload(Path(local.folder), memory)
     store = Store(memory)
-    listed = store.place._system.ls  # type: ignore[attr-defined]
+    listed = store._folder._system.ls  # type: ignore[attr-defined]
 
     def with_link(path: str, detail: bool) -> list[dict[str, Any]]:
         return [entry | ({"type": "link"} if entry["name"].endswith("1.safetensors") else {}) for entry in listed(path, detail)]
 
-    monkeypatch.setattr(store.place._system, "ls", with_link)  # type: ignore[attr-defined]
+    monkeypatch.setattr(store._folder._system, "ls", with_link)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"shard-00001\.safetensors is missing"):
         Store(memory)
 
@@ -404,7 +405,7 @@ def nobody_is_known() -> Iterator[None]:
         ("forbidden", "PermissionError: "),
     ],
 )
-def test_a_place_that_cannot_be_used_is_named_before_anything_long(
+def test_a_location_that_cannot_be_used_is_named_before_long_work(
     tmp_path: Path, bucket: str, s3: S3FileSystem, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     store: str, reason: str,
 ) -> None:  # fmt: skip
@@ -428,9 +429,9 @@ def test_a_place_that_cannot_be_used_is_named_before_anything_long(
 
 def test_reading_what_is_not_there(s3: S3FileSystem, capsys: pytest.CaptureFixture[str]) -> None:
     for url, reason in (("s3://nowhere/store", "The specified bucket does not exist"), ("s3://bucket/none", "")):
-        with pytest.raises(UserError, match=rf"{url} is no activation store: it has no manifest\.json \({reason}"):
+        with pytest.raises(UserError, match=rf"{url} is not an activation store: it has no manifest\.json \({reason}"):
             Store(url)
-        with pytest.raises(UserError, match="is no activation store"):
+        with pytest.raises(UserError, match="is not an activation store"):
             run_command(["store", "verify", url])
 
 
@@ -449,7 +450,7 @@ def test_plan_looks_at_the_disk_that_is_written_to(tmp_path: Path, monkeypatch: 
     free = 320_000
     assert found.check_disk(tmp_path / "run", HarvestConfig(**sizes, store="memory://x")) == free
     free -= 1
-    with pytest.raises(UserError, match=r"needs 0\.00 GB for temporary files, one shard and the columns.*set TMPDIR"):
+    with pytest.raises(UserError, match=r"needs 0\.00 GB for temporary files \(one shard and the columns\).*set TMPDIR"):
         found.check_disk(tmp_path / "run", HarvestConfig(**sizes, store="memory://x"))
     (tmp_path / "disk").mkdir()
     with pytest.raises(UserError, match="the store needs"):
@@ -463,16 +464,16 @@ def test_plan_looks_at_the_disk_that_is_written_to(tmp_path: Path, monkeypatch: 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 900), st.integers(1, 99)), max_size=30), st.integers(1, 200), st.integers(0, 100))
 def test_pieces_are_read_in_few_requests_of_a_bounded_size(ranges: list[tuple[int, int]], largest: int, gap: int) -> None:
-    place = open_folder("memory://pieces")
-    assert isinstance(place, remote.RemoteFolder)
+    folder = open_folder("memory://pieces")
+    assert isinstance(folder, remote.RemoteFolder)
     whole = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8).tobytes()
-    place._system.pipe_file(f"{place._root}/file", whole)
+    folder._system.pipe_file(f"{folder._root}/file", whole)
     pieces = [(start, memoryview(bytearray(size))) for start, size in sorted(ranges)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "REQUEST", largest)
         patch.setattr(remote, "GAP", gap)
         asked = list(remote.requests(pieces))
-        place.read("file", pieces)
+        folder.read("file", pieces)
     assert all(bytes(content) == whole[start : start + len(content)] for start, content in pieces)
     assert all(0 < request.stop - request.start <= largest for request in asked)
     if ranges and largest == 200 and gap == 100:
@@ -486,7 +487,7 @@ def test_an_analysis_reads_a_shard_in_one_request(tmp_path: Path, memory: str, m
     store = Store(memory)
     rows = store.rows()
     _ = store.activations
-    system = store.place._system  # type: ignore[attr-defined]
+    system = store._folder._system  # type: ignore[attr-defined]
     original, asked = system.cat_file, []
 
     def counted(path: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -503,8 +504,8 @@ def test_an_analysis_reads_a_shard_in_one_request(tmp_path: Path, memory: str, m
 
 
 def test_a_file_url_is_the_local_folder(tmp_path: Path, local: Store) -> None:
-    place = open_folder(f"file://{local.folder}")
-    assert isinstance(place, LocalFolder)
+    folder = open_folder(f"file://{local.folder}")
+    assert isinstance(folder, LocalFolder)
     assert Store(f"file://{local.folder}").folder == local.folder
     leave_pointer(tmp_path, f"file://{local.folder}")
     assert Store(tmp_path).folder == local.folder

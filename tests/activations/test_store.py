@@ -92,12 +92,12 @@ def test_a_store_whose_parts_disagree_is_refused(tmp_path: Path, activations: to
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["shards"].pop()
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"shards of .* hold 1500 tokens, its manifest says 2000"):
+    with pytest.raises(UserError, match=r"shards of .* hold 1500 tokens, but its manifest says 2000"):
         Store(tmp_path)
     manifest["n_tokens"] = 1500 - 1
     manifest["shards"][0]["n_tokens"] -= 1
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"shard-00000\.safetensors has 500 entries of token_id, the manifest says 499"):
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors has 500 entries of token_id, but the manifest says 499"):
         Store(tmp_path).rows()
     (tmp_path / "documents.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"cannot read .*documents\.parquet"):
@@ -124,7 +124,7 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path, activations: torch.Tens
 def test_a_shard_of_another_shape_is_refused(tmp_path: Path, activations: torch.Tensor) -> None:
     store = make_store(tmp_path, activations, shard=500)
     store.manifest["d_model"] = 5
-    with pytest.raises(UserError, match=r"shard-00000.* activations of shape \(500, 2, 4\), the manifest says \(500, 2, 5\)"):
+    with pytest.raises(UserError, match=r"shard-00000.* of shape \(500, 2, 4\), but the manifest says \(500, 2, 5\)"):
         store.gather(np.arange(3))
 
 

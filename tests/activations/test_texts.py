@@ -35,7 +35,7 @@ def test_reading_ends_with_the_document_that_reaches_max_tokens(tmp_path: Path) 
         assert found.records[0].shortfall() is None
     short = texts(tmp_path, [{"text": "abcd"}] * 3, max_tokens=100)
     list(short.sequences())
-    assert short.records[0].shortfall() == "a is shorter than asked for: 15 of max_tokens 100"
+    assert short.records[0].shortfall() == "a is shorter than requested: 15 of max_tokens 100"
     enough = texts(tmp_path, [{"text": "abcd"}] * 3, max_tokens=100, max_documents=2)
     list(enough.sequences())
     assert enough.records[0].shortfall() is None, "the number of documents asked for was read"
@@ -58,7 +58,7 @@ def test_a_conversation_that_cannot_be_told_apart_is_left_out_with_its_row_kept(
 def test_too_many_damaged_records_are_an_error_with_the_first_reason(tmp_path: Path) -> None:
     good, bad = [{"text": "abcd"}], ["{"]
     assert len(list(texts(tmp_path, bad * 10 + good).sequences())) == 1  # ten are left out whatever the share
-    with pytest.raises(UserError, match=r"11 of the first 11 records of a are damaged, more than .* 0\.01\. .*\(line 1\): not"):
+    with pytest.raises(UserError, match=r"11 of the first 11 records of a are damaged, a larger .* 0\.01; .*\(line 1\): not"):
         list(texts(tmp_path, bad * 11 + good * 5000).sequences())
     mixed = texts(tmp_path, good * 1200 + bad * 11)
     assert len(list(mixed.sequences())) == 1200
@@ -67,5 +67,5 @@ def test_too_many_damaged_records_are_an_error_with_the_first_reason(tmp_path: P
     assert len(list(texts(tmp_path, good * 20 + bad * 20, max_damaged=0.5).sequences())) == 20
     with pytest.raises(UserError, match=r"has no readable record: .*\(line 1\): not valid JSON"):
         list(texts(tmp_path, bad * 3).sequences())
-    with pytest.raises(UserError, match="holds no text that can be read"):
+    with pytest.raises(UserError, match="has no readable text"):
         list(texts(tmp_path, [{"text": ""}]).sequences())

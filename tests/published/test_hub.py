@@ -49,7 +49,7 @@ def test_what_is_pushed_is_pulled_byte_for_byte(
     run = crossdiff.open(tmp_path / "pulled")
     assert run.names == ("l1", "batchtopk") and run.latent(3).record.verdict == "chat_specific"
     assert run.activations("the sea").values.shape[0] == 8  # the BOS and seven bytes
-    with pytest.raises(UserError, match="is no activation store"):
+    with pytest.raises(UserError, match="is not an activation store"):
         run.store  # noqa: B018
 
 

@@ -1,1 +1,1 @@
-"""Paired activations: harvested from the two models, kept in shards, read in shuffled batches."""
+"""Paired activations: harvesting them from two models, storing them, and reading them in shuffled batches."""

@@ -1,93 +1,73 @@
-"""Where the files of a store lie: in a local folder (`LocalFolder`), or in a folder that a URL names (`remote.RemoteFolder`).
+"""Folders that hold the files of a store: `LocalFolder` on this machine, `remote.RemoteFolder` behind a URL.
 
-A run whose store lies elsewhere has a pointer in its `activations/`, beside copies of the manifest and the table of documents,
-so that a report needs no network:
-
-    store.json               url: of the store; sha256: of its manifest
+`locations.open_folder` returns the one that a path or URL names.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from crossdiff.errors import UserError
-from crossdiff.files import read_json, sha256, write_json
+from crossdiff.files import replacing, sha256
 
-MANIFEST, DOCUMENTS, POINTER = "manifest.json", "documents.parquet", "store.json"
+MANIFEST, DOCUMENTS = "manifest.json", "documents.parquet"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 T = TypeVar("T")
 
 
 class Folder(ABC):
-    """A folder of files, all of them in it and none below. `where` is what messages call it."""
+    """A folder of files without subfolders. `location` is its path or URL."""
 
-    where: Path | str
+    location: Path | str
 
-    def at(self, name: str) -> str:
-        """A file of the place, as messages name it."""
-        return f"{self.where}/{name}"
+    def path_of(self, name: str) -> str:
+        """Full path or URL of a file, for messages."""
+        return f"{self.location}/{name}"
 
-    def checked(self, name: Any) -> str:
-        """The name of a file, if it cannot lead out of the place: manifests are not trusted.
-
-        Raises:
-            UserError: it is no plain file name, or a symbolic link.
-        """
+    def checked_name(self, name: Any) -> str:
+        """Return a file name from a manifest. A `UserError` refuses names that lead out of the folder, and symbolic links."""
         if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name) or self._is_link(name):
-            raise UserError(f"{self.at(MANIFEST)} names the shard {name!r}; expected a plain file name in the store")
+            raise UserError(f"{self.path_of(MANIFEST)} names the file {name!r}; expected a plain file name in the store")
         return name
 
     def _is_link(self, name: str) -> bool:
         return False
 
-    def skims(self, names: Sequence[str]) -> list[Path]:
-        """LocalFolder files that hold what the named safetensors files do, but perhaps for their activations."""
-        return list(self.overlapped([partial(self.skim, name) for name in names]))
+    def headers(self, names: Sequence[str]) -> list[Path]:
+        """Return `header` of each file, fetched at the same time where there is a network."""
+        return list(self.gather_calls([partial(self.header, name) for name in names]))
+
+    def gather_calls(self, calls: Sequence[Callable[[], T]]) -> Iterator[T]:
+        """Yield the results of calls that read, in order. A remote folder makes the calls at the same time."""
+        return (call() for call in calls)
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make sure that the place can be written to.
-
-        Raises:
-            UserError: it cannot, and why.
-        """
+        """Check that the folder can be written to; a local one is created. A `UserError` gives the reason why not."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file; symbolic links are left out. A place that is not there yet is empty."""
+        """Size of each file in bytes, without symbolic links. Empty if the folder does not exist yet."""
 
     @abstractmethod
     def fetch(self, name: str) -> Path:
-        """A local file with the content of one that fits on the local disk.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
+        """Return a local copy of a file, or the file itself if it is local. Raises `FileNotFoundError`."""
 
     @abstractmethod
-    def skim(self, name: str) -> Path:
-        """As `skims`, of one file."""
+    def header(self, name: str) -> Path:
+        """Return a local safetensors file with everything in a shard but, if it is remote, the activations."""
 
     @abstractmethod
     def read(self, name: str, pieces: Iterable[tuple[int, memoryview]]) -> None:
-        """Fill memory with parts of a file: each piece is the first byte and where to put as many as there is room for.
-
-        Raises:
-            UserError: the file ends before them or cannot be read.
-        """
-
-    @abstractmethod
-    def overlapped(self, calls: Sequence[Callable[[], T]]) -> Iterator[T]:
-        """The results of calls that read, in order; they wait for their answers together where there is a network."""
+        """Read parts of a file into memory. A piece is its first byte and the memory to fill."""
 
     @abstractmethod
     def digest(self, name: str) -> str:
@@ -95,7 +75,7 @@ class Folder(ABC):
 
     @abstractmethod
     def writing(self, name: str) -> AbstractContextManager[Path]:
-        """A local path to write to; at the end of the block, and not before, it becomes the file of that name."""
+        """Yield a local path to write to. It becomes the file at the end of the block, as a whole."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -103,113 +83,54 @@ class Folder(ABC):
 
 
 class LocalFolder(Folder):
-    """A folder of this machine."""
+    """A folder on this machine."""
 
-    where: Path
+    location: Path
 
-    def __init__(self, where: Path) -> None:
-        self.where = where
+    def __init__(self, location: Path) -> None:
+        self.location = location
 
     def _is_link(self, name: str) -> bool:
-        return (self.where / name).is_symlink()
+        return (self.location / name).is_symlink()
 
     def prepare(self) -> None:
         try:
-            self.where.mkdir(parents=True, exist_ok=True)
+            self.location.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write to {self.where}: {error.strerror}") from None
+            raise UserError(f"cannot write to {self.location}: {error.strerror}") from None
 
     def sizes(self) -> dict[str, int]:
-        if not self.where.is_dir():
+        if not self.location.is_dir():
             return {}
-        return {path.name: path.stat().st_size for path in self.where.iterdir() if path.is_file() and not path.is_symlink()}
+        return {path.name: path.stat().st_size for path in self.location.iterdir() if path.is_file() and not path.is_symlink()}
 
     def fetch(self, name: str) -> Path:
-        if not (self.where / name).is_file():
+        if not (self.location / name).is_file():
             raise FileNotFoundError("no such file")
-        return self.where / name
+        return self.location / name
 
-    def skim(self, name: str) -> Path:
-        return self.where / name
+    def header(self, name: str) -> Path:
+        return self.location / name
 
     def read(self, name: str, pieces: Iterable[tuple[int, memoryview]]) -> None:
-        path = self.where / name
+        path = self.location / name
         try:
             with path.open("rb", buffering=0) as file:
                 for start, content in pieces:
                     while content:
                         n_read = os.preadv(file.fileno(), [content], start)
                         if not n_read:
-                            raise UserError(
-                                f"{path} ends at byte {start}, within its activations; restore it, or harvest again"
-                            )
-                        content, start = content[n_read:], start + n_read
+                            raise UserError(f"{path} ends at byte {start}, within its activations; restore it or harvest again")
+                        content = content[n_read:]
+                        start += n_read
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
 
-    def overlapped(self, calls: Sequence[Callable[[], T]]) -> Iterator[T]:
-        return (call() for call in calls)
-
     def digest(self, name: str) -> str:
-        return sha256(self.where / name)
+        return sha256(self.location / name)
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        path = self.where / f"{name}.partial"
-        yield path
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        path.replace(self.where / name)
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        return replacing(self.location / name)
 
     def remove(self, name: str) -> None:
-        (self.where / name).unlink()
-
-
-def open_folder(where: str | Path | Folder) -> Folder:
-    """The place that a path or a URL names.
-
-    Raises:
-        UserError: a URL of a kind that cannot be read here.
-    """
-    if isinstance(where, Folder):
-        return where
-    text = str(where)
-    if "://" not in text:
-        return LocalFolder(Path(where))
-    if text.startswith("file://"):
-        return LocalFolder(Path(text.removeprefix("file://")))
-    from crossdiff.activations.remote import RemoteFolder
-
-    return RemoteFolder(text)
-
-
-class Pointer(NamedTuple):
-    """Where a run's store lies, and which it is."""
-
-    url: str
-    sha256: str
-
-
-def leave_pointer(folder: Path, url: str) -> None:
-    """Make a run's folder `activations` stand for the finished store at `url`."""
-    place = open_folder(url)
-    for name in (MANIFEST, DOCUMENTS):
-        shutil.copyfile(place.fetch(name), folder / name)
-    write_json(folder / POINTER, Pointer(url, sha256(folder / MANIFEST))._asdict())
-
-
-def read_pointer(place: Folder) -> Pointer | None:
-    """The pointer in a local folder, if there is one.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    if not isinstance(place, LocalFolder) or not (place.where / POINTER).is_file():
-        return None
-    found = read_json(place.where / POINTER)
-    match found:
-        case {"url": str(url), "sha256": str(digest)} if "://" in url:
-            return Pointer(url, digest)
-    raise UserError(
-        f"{place.at(POINTER)} is damaged: expected the url of a store and the sha256 of its manifest, found {found}"
-    )
+        (self.location / name).unlink()

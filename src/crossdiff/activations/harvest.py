@@ -1,9 +1,7 @@
-"""Run both models over the same tokens, in one pass, and keep their residual streams after one or several layers.
+"""Run both models over the same tokens and store their residual streams after one or several layers.
 
-Ranks that share a harvest all read the texts, which is cheap, and take the shards in turn; so the store is the same to the last
-bit however many they are.
-
-A live harvest keeps the tokens alone: `live` runs the models when activations are asked for.
+Ranks that share a harvest all read the texts, which is cheap, and take turns with the shards. So the store is the same, to the
+last bit, for any number of ranks. A live harvest stores only the tokens, see `live`.
 """
 
 from __future__ import annotations
@@ -19,22 +17,22 @@ import torch
 from crossdiff.activations.folder import MANIFEST, Folder
 from crossdiff.activations.live import sampled_moments
 from crossdiff.activations.passes import paired_residuals
-from crossdiff.activations.shards import ProgressLog, ShardWriters, logs_among, shard_name
-from crossdiff.activations.store import COLUMNS, FORMAT, check_names
+from crossdiff.activations.shards import ProgressLog, ShardWriters, log_names, shard_name
+from crossdiff.activations.store import COLUMNS, FORMAT
 from crossdiff.activations.texts import Texts
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.models.pair import Pair
 from crossdiff.ranks import ALONE, Ranks
-from crossdiff.shapes import Int, Tensor
+from crossdiff.shapes import Tensor
 from crossdiff.sources import SOURCES
 from crossdiff.text.documents import check_datasets
 from crossdiff.text.sequences import POOL, TokenSequence, bucketed
 
 
-def token_columns(batch: Sequence[TokenSequence], first_sequence: int) -> dict[str, Tensor]:
-    """The columns of a batch's tokens, its sequences numbered from `first_sequence` on."""
+def _token_columns(batch: Sequence[TokenSequence], first_sequence: int) -> dict[str, Tensor]:
+    """The columns of a batch's tokens. `first_sequence` is the number of its first sequence."""
     lengths = [len(sequence.token_ids) for sequence in batch]
     values: dict[str, Any] = {
         "token_id": np.concatenate([sequence.token_ids for sequence in batch]),
@@ -49,17 +47,6 @@ def token_columns(batch: Sequence[TokenSequence], first_sequence: int) -> dict[s
     return {name: torch.from_numpy(values[name]).to(dtype) for name, dtype in COLUMNS.items()}
 
 
-def _counted(batch: Sequence[TokenSequence], is_training: Sequence[bool], leave_out: int) -> Int[Tensor, " token"]:
-    """Which tokens of a batch the statistics count: those of training documents after the left-out positions."""
-    parts, start = [], 0
-    for sequence in batch:
-        stop = start + len(sequence.token_ids)
-        if is_training[sequence.document]:
-            parts.append(np.arange(start + leave_out, stop))
-        start = stop
-    return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.long)
-
-
 def harvest(
     folders: Mapping[int, str | Path | Folder],
     pair: Pair,
@@ -68,55 +55,59 @@ def harvest(
     advance: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> list[str]:
-    """Write an activation store of each layer into its folder, going on from what is there already.
+    """Write an activation store per layer, in one pass over the texts, and resume unfinished ones.
 
-    However many layers, it is one pass. The stores hold the same tokens in the same order.
+    The stores hold the same tokens in the same order.
 
     Args:
-        folders: by layer; local ones, or URLs of remote ones.
-        advance: called once for each document read.
-        ranks: the processes that share the work, all of which see the folders.
+        folders: folder of each layer's store, local or at a URL.
+        advance: called after each document.
+        ranks: the processes that share the work. All of them must see the folders.
 
     Returns:
-        What the user should know: datasets shorter than asked for, damaged records that were left out.
-
-    Raises:
-        UserError: no text, text that cannot be tokenised, activations that are not finite or do not fit the dtype.
+        Remarks for the user: datasets shorter than requested, and omitted damaged records.
     """
-    check_names([dataset.title for dataset in datasets])
+    _check_titles(datasets)
     check_datasets(datasets)
     texts = Texts(datasets, pair.tokenizer, config, advance)
     settings = {layer: _settings(pair, layer, datasets, config) for layer in sorted(folders)}
     logs = {layer: ProgressLog(folders[layer], each, ranks.rank) for layer, each in settings.items()}
     ranks.wait()
-    n_shards = _fill(logs, pair, texts, config, ranks)
+    n_shards = _write_shards(logs, pair, texts, config, ranks)
     ranks.wait()
     for layer, log in logs.items() if ranks.is_first else ():
         names = tuple(record.name for record in texts.records)
         origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
         entries = log.entries()
-        assert len(entries) == n_shards, f"{log.place.where} has {len(entries)} of {n_shards} shards"
+        assert len(entries) == n_shards, f"{log.folder.location} has {len(entries)} of {n_shards} shards"
         if config.storage == "live":
-            moments = sampled_moments(log.place, entries, pair, layer, config, texts.is_training)
+            moments = sampled_moments(log.folder, entries, pair, layer, config, texts.is_training)
         else:
-            moments = summed_moments(log.place, entries)
-        finish_store(log.place, origin, config, entries, texts.table(), moments)
+            moments = summed_moments(log.folder, entries)
+        finish_store(log.folder, origin, config, entries, texts.table(), moments)
         log.remove()
-    return _remarks(texts)
+    return texts.remarks()
 
 
-def is_whole(place: Folder) -> bool:
-    """Whether a harvest into this place came to its end."""
-    names = place.sizes()
-    return MANIFEST in names and not logs_among(names)
+def is_finished(folder: Folder) -> bool:
+    """Whether a harvest into this folder has finished."""
+    names = folder.sizes()
+    return MANIFEST in names and not log_names(names)
 
 
-def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig, ranks: Ranks) -> int:
-    """Write this rank's shards of every layer, where they are not there yet; returns how many shards all ranks have."""
+def _check_titles(datasets: tuple[DatasetConfig, ...]) -> None:
+    titles = [dataset.title for dataset in datasets]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise UserError(f"two datasets are called {title!r}; give one of them another `name`")
+
+
+def _write_shards(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig, ranks: Ranks) -> int:
+    """Write this rank's missing shards of every layer. Returns the number of shards of all ranks."""
     done = set.intersection(*({entry.file for entry in log.entries()} for log in logs.values()))
-    ranks.wait()  # before any of them writes
-    kept = None if config.storage == "live" else config.dtype
-    writers = ShardWriters(list(logs.values()), config.shard_tokens + config.batch_tokens, len(SOURCES), pair.d_model, kept)
+    ranks.wait()  # all ranks must read the logs before any of them writes
+    dtype = None if config.storage == "live" else config.dtype
+    writers = ShardWriters(list(logs.values()), config.shard_tokens + config.batch_tokens, len(SOURCES), pair.d_model, dtype)
     number, n_before, since = -1, 0, time.time()
     try:
         for number, batches in enumerate(_shards(texts.sequences(), config)):
@@ -136,7 +127,7 @@ def _fill(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: Har
 
 
 def _shards(sequences: Iterable[TokenSequence], config: HarvestConfig) -> Iterator[list[list[TokenSequence]]]:
-    """The batches of each shard: so many that they reach `shard_tokens`, fewer in the last one."""
+    """Yield the batches of each shard. All shards but the last reach `shard_tokens`."""
     shard: list[list[TokenSequence]] = []
     n_tokens = 0
     for batch in bucketed(sequences, config.batch_tokens, POOL):
@@ -158,8 +149,12 @@ def _add(
     is_training: Sequence[bool],
     config: HarvestConfig,
 ) -> None:
-    """Run the models over a batch, and put what comes out into the buffers of the layers."""
-    columns, counted = token_columns(batch, first_sequence), _counted(batch, is_training, config.leave_out)
+    """Run the models over a batch and append the activations to the layers' buffers. The moments count the training tokens
+    after the omitted leading positions."""
+    columns = _token_columns(batch, first_sequence)
+    lengths = [len(sequence.token_ids) for sequence in batch]
+    in_training = np.repeat([is_training[sequence.document] for sequence in batch], lengths)
+    counted = torch.from_numpy(np.flatnonzero(in_training & (columns["position"].numpy() >= config.leave_out)))
     computed: list[list[Tensor]] = [[] for _ in layers]
     if config.storage != "live":
         computed = paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
@@ -172,18 +167,8 @@ def _add(
 
 
 def _settings(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> dict[str, Any]:
-    """What an unfinished harvest must have in common with the one that goes on with it."""
+    """The settings that a resumed harvest must share with the unfinished one."""
     return {
         "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json", exclude={"store"}),
         "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
     }  # fmt: skip
-
-
-def _remarks(texts: Texts) -> list[str]:
-    short = [remark for record in texts.records if (remark := record.shortfall())]
-    damaged = [
-        f"{record.damaged:,} damaged records of {record.name} were left out; the first: {record.reasons[0]}"
-        for record in texts.records
-        if record.damaged
-    ]
-    return short + damaged

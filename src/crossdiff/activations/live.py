@@ -1,8 +1,8 @@
-"""A store that keeps the tokens alone and runs the models whenever their activations are read.
+"""A store that keeps only the tokens and runs the models whenever their activations are read.
 
-The same sequences go through the models in the same batches as in the harvest of a store, so the activations are those of
-the store to the last bit. Training reads whole passes in random order: each token costs one pass an epoch, for all the
-crosscoders that share the batches, and none after the first epoch when the activations of the corpus fit into memory.
+The same sequences go through the models in the same batches as during the harvest of a store on disk, so the activations are
+equal to the last bit. Training reads whole passes in random order. Each token costs one pass per epoch for all crosscoders that
+share the batches, and none after the first epoch if the activations fit into memory.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from crossdiff.shapes import Float32, Tensor
 from crossdiff.sources import SOURCES
 
 STATISTICS_TOKENS = 1_000_000
-"""So many training tokens, of passes chosen at random, give a live store its mean and scale."""
+"""Number of training tokens, from randomly chosen passes, that give a live store its mean and scale."""
 
 
 class Passes:
-    """The forward passes of a harvest, any of which can be run again; `bounds` are their rows."""
+    """The forward passes of a harvest, any of which can be run again. `bounds` are their row bounds."""
 
     def __init__(
         self, pair: Pair, layer: int, token_ids: npt.NDArray[np.int32], sequences: npt.NDArray[np.int64], batch_tokens: int
@@ -41,7 +41,7 @@ class Passes:
         self.bounds = pass_bounds(sequences, batch_tokens)
 
     def streams(self, index: int) -> list[Float32[Tensor, "token d_model"]]:
-        """The residual streams of one pass, a tensor a source."""
+        """The residual streams of one pass, one tensor per source."""
         first, last = np.searchsorted(self._sequences, self.bounds[index : index + 2])
         cuts = self._sequences[first : last + 1]
         batch = [self._token_ids[start:stop] for start, stop in pairwise(cuts)]
@@ -53,18 +53,19 @@ class LiveStore(Store):
 
     def __init__(self, folder: str | Path, pair: Pair) -> None:
         super().__init__(folder)
-        token_ids, batch_tokens = self.column("token_id"), int(self.manifest["batch_tokens"])
-        self._passes = Passes(pair, self.layer, token_ids, self.sequences(), batch_tokens)
+        batch_tokens = int(self.manifest["batch_tokens"])
+        self._passes = Passes(pair, self.layer, self.column("token_id"), self.sequences(), batch_tokens)
         self._last: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Float32[Tensor, "batch source d_model"]:
-        """Activations of the given rows as a store of the same dtype gives them, in the order given.
+        """Activations of the given rows, in the order given, as a store on disk of the same dtype returns them.
 
         Raises:
-            UserError: one of them is not finite or does not fit the dtype.
+            UserError: an activation is not finite or does not fit the dtype.
         """
         out = torch.empty(len(rows), len(self.sources), self.d_model)
-        order, bounds = np.argsort(rows, kind="stable"), self._passes.bounds
+        order = np.argsort(rows, kind="stable")
+        bounds = self._passes.bounds
         cuts = np.searchsorted(rows[order], bounds)
         for index in np.flatnonzero(np.diff(cuts)):
             part = order[cuts[index] : cuts[index + 1]]
@@ -72,7 +73,7 @@ class LiveStore(Store):
         return out
 
     def _computed(self, index: int) -> Float32[Tensor, "token source d_model"]:
-        """The activations of a pass. The last one is kept: readers go through the rows in order, but stop within a pass."""
+        """Activations of a pass. The last pass is kept: readers go through the rows in order, but may stop within a pass."""
         number, h = self._last
         if number != index:
             dtype = DTYPES[self.manifest["dtype"]]
@@ -86,26 +87,24 @@ class LiveStore(Store):
 
 
 def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
-    """The store in a folder or at a URL; the models are loaded only if it is a live one.
-
-    Raises:
-        UserError: no store there, or a damaged one; models other than those it was made for.
-    """
+    """Open the store in a folder or at a URL. The models are loaded only for a live store, which refuses other models."""
     store = Store(folder)
     if not store.is_live:
         return store
     pair = load_pair()
     if pair.identity != store.pair:
-        raise UserError(f"the live store {folder} is of {store.pair}, not of {pair.identity}; harvest again with --force")
+        raise UserError(
+            f"the live store {folder} was harvested from {store.pair}, not from {pair.identity}; harvest again with --force"
+        )
     return LiveStore(folder, pair)
 
 
 def sampled_moments(
-    place: Folder, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
+    folder: Folder, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
 ) -> Moments:
-    """Moments over the training tokens of passes chosen at random; over all of them where they are few enough."""
+    """Moments over the training tokens of randomly chosen passes, or of all passes of a small corpus."""
     parts: dict[str, list[npt.NDArray[np.int32]]] = {name: [] for name in ("token_id", "sequence", "position", "document")}
-    for path in place.skims([entry.file for entry in entries]):
+    for path in folder.headers([entry.file for entry in entries]):
         with safe_open(path, framework="pt") as file:
             for name, found in parts.items():
                 found.append(file.get_tensor(name).numpy())

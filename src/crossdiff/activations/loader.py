@@ -1,10 +1,10 @@
-"""Shuffled training batches from a store: each token once per epoch, in an order that depends on the seed alone."""
+"""Shuffled training batches from a store: each token once per epoch, in an order that depends only on the seed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,14 @@ from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Tensor
 
 BLOCK = 128
-"""Rows that are read together; blocks of an epoch come in random order."""
+"""Number of rows that are read together. The blocks of an epoch come in random order."""
 BUFFER_BYTES = 256_000_000
-"""Memory of the rows that are shuffled together; one more such buffer is filled while one is used."""
+"""Size of the buffer whose rows are shuffled. A second buffer is filled while the first is used."""
 SLICE = 8192
-"""Rows that are read as float32 before they are narrowed to the stored type."""
+"""Number of rows that are read as float32 before they are converted to the stored type."""
 
 
-@dataclass(frozen=True)
-class _Buffer:
+class _Buffer(NamedTuple):
     """The rows of one part of an epoch, ascending, with their activations as stored."""
 
     rows: npt.NDArray[np.int64]
@@ -31,93 +30,93 @@ class _Buffer:
 
 
 class Batches:
-    """Batches of a store's training tokens, in the models' space.
+    """Batches of a store's training tokens, as raw activations of the models.
 
-    The batch of a step is a function of the step and the seed, so that a resumed run sees what an undisturbed one sees.
-    An epoch is a random order of blocks of neighbouring rows, or of the harvest's forward passes (`harvest.storage`); as
-    many as fit into memory are shuffled row by row. A store that fits as a whole is read once and shuffled completely.
-
-    Raises:
-        UserError: the store has fewer training tokens than a batch.
+    The batch of a step depends only on the step and the seed, so a resumed run sees the same batches as an uninterrupted one.
+    An epoch is a random order of blocks of neighbouring rows, or of the harvest's forward passes (`harvest.storage`). As many
+    of them as fit into memory are shuffled row by row. A store that fits entirely is read once and shuffled completely.
     """
 
     def __init__(self, store: Store, batch_size: int, seed: int, buffer_bytes: int = BUFFER_BYTES) -> None:
         self.store, self.batch_size, self.seed = store, batch_size, seed
         self.rows = store.rows("train")
         if len(self.rows) < batch_size:
-            raise UserError(f"batch_size {batch_size} is larger than the {len(self.rows)} training tokens of {store.folder}")
-        self._cuts = _cuts(store, self.rows)
+            raise UserError(
+                f"batch_size {batch_size} is larger than the {len(self.rows)} training tokens of {store.folder}; lower it"
+            )
+        self._cuts = _block_bounds(store, self.rows)
         self.per_epoch = len(self.rows) // batch_size
         self._dtype = store.float_dtype
         row_bytes = len(store.sources) * store.d_model * self._dtype.itemsize
-        fits = row_bytes * len(self.rows) <= 2 * buffer_bytes  # then there is no next buffer to make room for
+        fits = row_bytes * len(self.rows) <= 2 * buffer_bytes  # a store that fits needs no second buffer
         self._per_buffer = self.per_epoch if fits else max(1, min(self.per_epoch, buffer_bytes // (row_bytes * batch_size)))
-        self._buffers = _Ahead(self._read)
+        self._buffers = _ReadAhead(self._read)
         self._epoch = -1
-        self._blocks: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._order: tuple[tuple[int, int], npt.NDArray[np.int64]] = ((-1, -1), np.empty(0, dtype=np.int64))
+        self._epoch_rows: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._shuffled_key = (-1, -1)
+        self._shuffled: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, step: int) -> Float[Tensor, "batch source d_model"]:
         epoch, index = divmod(step, self.per_epoch)
-        number, place = divmod(index, self._per_buffer)
+        number, offset = divmod(index, self._per_buffer)
         buffer = self._buffers.get(self._key(epoch, number), self._key(*self._after(epoch, number)))
-        if self._order[0] != (epoch, number):
-            shuffled = np.random.default_rng([self.seed, epoch, number]).permutation(len(buffer.rows))
-            self._order = ((epoch, number), shuffled)
-        chosen = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        if self._shuffled_key != (epoch, number):
+            self._shuffled = np.random.default_rng([self.seed, epoch, number]).permutation(len(buffer.rows))
+            self._shuffled_key = (epoch, number)
+        chosen = self._shuffled[offset * self.batch_size : (offset + 1) * self.batch_size]
         return buffer.activations[torch.from_numpy(chosen)].float()
 
-    def place(self, step: int) -> str:
-        """Where in the data a step's batch is, in words."""
+    def describe(self, step: int) -> str:
+        """Position of a step's batch in the data, in words."""
         epoch, index = divmod(step, self.per_epoch)
         return f"batch {index + 1} of {self.per_epoch} in epoch {epoch + 1} of the order of seed {self.seed}"
 
     def close(self) -> None:
-        """Give the buffers' memory back and end the reading ahead."""
+        """Release the memory of the buffers and stop reading ahead."""
         self._buffers.close()
 
     @property
-    def _is_whole(self) -> bool:
+    def _fits(self) -> bool:
         return self._per_buffer == self.per_epoch
 
     def _key(self, epoch: int, number: int) -> tuple[int, int]:
-        """What a buffer holds: a store that fits as a whole is the same in every epoch."""
-        return (0, 0) if self._is_whole else (epoch, number)
+        """Identify the content of a buffer. A store that fits entirely has the same content in every epoch."""
+        return (0, 0) if self._fits else (epoch, number)
 
     def _after(self, epoch: int, number: int) -> tuple[int, int]:
-        last = (number + 1) * self._per_buffer >= self.per_epoch
-        return (epoch + 1, 0) if last else (epoch, number + 1)
+        is_last = (number + 1) * self._per_buffer >= self.per_epoch
+        return (epoch + 1, 0) if is_last else (epoch, number + 1)
 
     def _read(self, key: tuple[int, int]) -> _Buffer:
         epoch, number = key
-        if self._is_whole:
+        if self._fits:
             rows = self.rows
         else:
             first = number * self._per_buffer * self.batch_size
-            rows = np.sort(self._epoch_order(epoch)[first : first + self._per_buffer * self.batch_size])
+            rows = np.sort(self._order_of(epoch)[first : first + self._per_buffer * self.batch_size])
         activations = torch.empty(len(rows), len(self.store.sources), self.store.d_model, dtype=self._dtype)
         for start in range(0, len(rows), SLICE):
             activations[start : start + SLICE] = self.store.gather(rows[start : start + SLICE])
         return _Buffer(rows, activations)
 
-    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
         """The training rows in an epoch's random order of blocks."""
         if epoch != self._epoch:
             blocks = np.random.default_rng([self.seed, epoch]).permutation(len(self._cuts) - 1)
-            self._blocks = np.concatenate([self.rows[self._cuts[block] : self._cuts[block + 1]] for block in blocks])
+            self._epoch_rows = np.concatenate([self.rows[self._cuts[block] : self._cuts[block + 1]] for block in blocks])
             self._epoch = epoch
-        return self._blocks
+        return self._epoch_rows
 
 
-def _cuts(store: Store, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where in `rows` the blocks begin that stay together, and the end."""
+def _block_bounds(store: Store, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bounds, as indices into `rows`, of the blocks that stay together."""
     if store.order == "blocks":
         return np.append(np.arange(0, len(rows), BLOCK), len(rows))
     return np.unique(np.searchsorted(rows, store.passes))
 
 
-class _Ahead:
-    """Keeps the buffer in use, and reads the one after it in a thread of its own."""
+class _ReadAhead:
+    """Keeps the current buffer, and reads the next one in a thread."""
 
     def __init__(self, read: Callable[[tuple[int, int]], _Buffer]) -> None:
         self._reader = ThreadPoolExecutor(1)
@@ -126,17 +125,17 @@ class _Ahead:
         self._buffer: _Buffer | None = None
         self._next: tuple[tuple[int, int], Future[_Buffer]] | None = None
 
-    def get(self, key: tuple[int, int], then: tuple[int, int]) -> _Buffer:
-        """The buffer of `key`; that of `then` is going to be read meanwhile."""
+    def get(self, key: tuple[int, int], next_key: tuple[int, int]) -> _Buffer:
+        """Return the buffer of `key`, and start to read that of `next_key`."""
         if key != self._key or self._buffer is None:
-            self._buffer = None  # its memory is free before the next one is complete
+            self._buffer = None  # frees its memory before the next buffer is complete
             if self._next is not None and self._next[0] == key:
                 self._buffer = self._next[1].result()
             else:
                 self._buffer = self._reader.submit(self._read, key).result()
             self._key, self._next = key, None
-            if then != key:
-                self._next = (then, self._reader.submit(self._read, then))
+            if next_key != key:
+                self._next = (next_key, self._reader.submit(self._read, next_key))
         return self._buffer
 
     def close(self) -> None:
@@ -145,11 +144,7 @@ class _Ahead:
 
 
 def source_indices(store: Store, sources: tuple[str, ...]) -> Tensor:
-    """Positions of the named sources in the store.
-
-    Raises:
-        UserError: the store lacks one.
-    """
+    """Positions of the named sources in the store. A `UserError` names a source that the store lacks."""
     for name in sources:
         if name not in store.sources:
             raise UserError(f"the store {store.folder} has no source {name!r}; it has {', '.join(store.sources)}")

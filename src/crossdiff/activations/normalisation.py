@@ -1,4 +1,4 @@
-"""Moments of the activations, shard by shard, and the normalisation that follows from them."""
+"""Moments of the activations, summed shard by shard, and the normalisation that follows from them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 @dataclass(frozen=True)
 class Normalisation:
-    """First and second moments of the sources over the training tokens, and the scale of any view that follows from them.
+    """First and second moments of the sources over the training tokens, which give the scale of any view.
 
-    A view is linear in the sources: y_v = sum_s matrix[v, s] h_s. Two sources side by side are the identity, a source
-    alone is a row of it, a difference is [[-1, 1]]. Views are normalised by subtracting the mean, then multiplying by
-    one scalar (METHOD: data).
+    A view is a linear map of the sources, y_v = sum_s matrix[v, s] h_s: the identity for two sources side by side, one row of
+    it for a single source, [[-1, 1]] for a difference. A view is normalised by subtracting its mean and multiplying by one
+    scalar (docs/method.md#activations).
 
     mean: mean of h_s. gram: mean of <h_s, h_t>, not centred. Both float64.
     """
@@ -25,17 +25,14 @@ class Normalisation:
     gram: Float64[Tensor, "source source"]
 
     def scale_of(self, matrix: Float64[Tensor, "view source"]) -> float:
-        """The scalar after which the mean over tokens and rows of the view of ||x_v||^2 is d_model.
+        """The scalar that makes the mean of ||x_v||^2 over tokens and rows of the view equal to d_model.
 
         With the covariance C_st = gram_st - <mean_s, mean_t> of the sources, summed over dimensions, the view's variance
         is the trace of matrix C matrix^T, so scale^2 = d_model * n_view / trace.
-
-        Raises:
-            UserError: the view does not vary.
         """
         covariance = self.gram - self.mean @ self.mean.T
         variance = float(torch.trace(matrix @ covariance @ matrix.T)) / len(matrix)
-        # What rounding leaves of a difference between two equal sources is no variation.
+        # The rounding error left in the difference of two equal sources is not variation.
         if not variance > 1e-12 * float(torch.trace(matrix.abs() @ self.gram.abs() @ matrix.abs().T)):
             raise UserError("the activations do not vary over the training tokens; is this the right layer?")
         return float((self.mean.shape[1] / variance) ** 0.5)
@@ -48,7 +45,7 @@ class Normalisation:
 
 @dataclass
 class Moments:
-    """Sums over training tokens: `total` of h_s, `products` of <h_s, h_t>, and how many tokens. Moments add up."""
+    """Sums over training tokens: `total` of h_s, `products` of <h_s, h_t>, and the number of tokens."""
 
     total: Float64[Tensor, "source d_model"]
     products: Float64[Tensor, "source source"]
@@ -56,16 +53,14 @@ class Moments:
 
     @classmethod
     def zero(cls, n_sources: int, d_model: int) -> Moments:
-        double = torch.float64
-        return cls(
-            torch.zeros(n_sources, d_model, dtype=double), torch.zeros(n_sources, n_sources, dtype=double), torch.tensor(0)
-        )
+        total = torch.zeros(n_sources, d_model, dtype=torch.float64)
+        return cls(total, torch.zeros(n_sources, n_sources, dtype=torch.float64), torch.tensor(0))
 
     def add(self, streams: list[Float[Tensor, "token d_model"]]) -> None:
-        """Add the tokens of a batch, one tensor a source.
+        """Add the tokens of a batch, one tensor per source.
 
-        Only a token's own product and the sum over one batch are taken in the streams' float32 (torch sums pairwise),
-        which costs 1e-7 of what they sum; across tokens and batches it is float64.
+        The product of a single token and the sum over one batch are taken in the streams' float32 (torch sums pairwise),
+        with a relative error of 1e-7; all other sums are float64.
         """
         self.n_tokens += len(streams[0])
         for s, stream in enumerate(streams):
@@ -83,11 +78,7 @@ class Moments:
         return self
 
     def finish(self) -> Normalisation:
-        """The means.
-
-        Raises:
-            UserError: there were no tokens.
-        """
+        """Return the means."""
         if not self.n_tokens:
             raise UserError("no training tokens: every document is held out or too short; lower heldout_share or add text")
         return Normalisation(self.total / self.n_tokens, self.products / self.n_tokens)

@@ -1,4 +1,4 @@
-"""What a harvest will take, estimated from the first documents and a few seconds of both models."""
+"""Estimates of what a harvest will take, from the first documents and a few seconds of both models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from crossdiff.activations.folder import LocalFolder, open_folder
+from crossdiff.activations.folder import LocalFolder
+from crossdiff.activations.locations import open_folder
 from crossdiff.activations.passes import paired_residuals
 from crossdiff.activations.store import COLUMNS, DTYPES
 from crossdiff.activations.texts import Texts
@@ -22,14 +23,13 @@ from crossdiff.text.documents import check_datasets, count_records
 from crossdiff.text.sequences import POOL, bucketed
 
 SAMPLE_DOCUMENTS = 64
-"""Of each dataset; their mean length stands for that of all."""
+"""Number of documents of each dataset whose mean length is taken for that of all."""
 
 SECONDS = 5.0
-"""So long the models run."""
-
+"""Time for which the models are run, at most one batch longer."""
 
 COLUMN_BYTES = sum(column.itemsize for column in COLUMNS.values())
-"""Of a token."""
+"""Bytes per token of the columns."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,16 @@ class Plan:
     tokens_per_second: float
 
     def check_disk(self, folder: Path, config: HarvestConfig) -> int:
-        """Bytes that are free on the disk that is written to: where `folder` is or will be, or else `harvest.store`.
+        """Return the free bytes on the disk of the store: that of `harvest.store` if it is set, otherwise that of `folder`.
 
-        Of a remote store it is the disk of temporary files, which holds a shard before it is uploaded, and the columns.
-
-        Raises:
-            UserError: they are too few.
+        For a remote store it is the disk for temporary files, which holds one shard before its upload and the columns.
+        A `UserError` reports too little space. `folder` need not exist yet.
         """
-        place = open_folder(folder if config.store is None else config.store)
-        if not isinstance(place, LocalFolder):
+        target = open_folder(folder if config.store is None else config.store)
+        if not isinstance(target, LocalFolder):
             return self._check_temporary(Path(tempfile.gettempdir()), config)
-        folder = place.where.absolute()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        path = target.location.absolute()
+        existing = next(path for path in (path, *path.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < self.store_bytes:
             advice = "" if config.dtype == "int8" else "set harvest.dtype to int8, "
@@ -67,17 +65,18 @@ class Plan:
 
     def _check_temporary(self, folder: Path, config: HarvestConfig) -> int:
         shard = min(1.0, (config.shard_tokens + config.batch_tokens) / self.n_tokens) * self.store_bytes
-        needed, free = shard + self.n_tokens * COLUMN_BYTES, shutil.disk_usage(folder).free
+        needed = shard + self.n_tokens * COLUMN_BYTES
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(
-                f"a remote store needs {needed / 1e9:.2f} GB for temporary files, one shard and the columns, and the disk of "
+                f"a remote store needs {needed / 1e9:.2f} GB for temporary files (one shard and the columns) and the disk of "
                 f"{folder} has {free / 1e9:.2f} GB left; set TMPDIR to a folder on another disk, or lower harvest.shard_tokens"
             )
         return free
 
 
 def bytes_per_token(d_model: int, config: HarvestConfig) -> int:
-    """What the store keeps of a token, with its columns."""
+    """Number of bytes that the store needs for one token, with its columns."""
     if config.storage == "live":
         return COLUMN_BYTES
     per_source = d_model * DTYPES[config.dtype].itemsize + (4 if config.dtype == "int8" else 0)
@@ -85,16 +84,14 @@ def bytes_per_token(d_model: int, config: HarvestConfig) -> int:
 
 
 def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> Plan:
-    """Measure, and scale up to the whole corpus.
-
-    Raises:
-        UserError: how large a dataset is cannot be known without reading it; text that cannot be read.
-    """
+    """Measure a sample of the documents and scale the result up to the whole corpus."""
     check_datasets(datasets)
     counts = [count_records(dataset) for dataset in datasets]
     for dataset, count in zip(datasets, counts, strict=True):
         if count is None and dataset.max_tokens is None:
-            raise UserError(f"how long {dataset.title} is cannot be known beforehand; set its max_documents or max_tokens")
+            raise UserError(
+                f"the length of {dataset.title} cannot be known before it is read; set its max_documents or max_tokens"
+            )
     sample = tuple(
         dataset.model_copy(update={"max_documents": min(SAMPLE_DOCUMENTS, dataset.max_documents or SAMPLE_DOCUMENTS)})
         for dataset in datasets
@@ -107,8 +104,8 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
         dataset.max_tokens or round(record.n_tokens * (count or 0) / (record.n_documents + record.damaged))
         for dataset, count, record in zip(datasets, counts, texts.records, strict=True)
     )
-    batches = [[one.token_ids for one in batch] for batch in bucketed(sequences, config.batch_tokens, POOL)]
-    paired_residuals(pair, batches[-1], [layer])  # the first pass is slower than all others
+    batches = [[sequence.token_ids for sequence in batch] for batch in bucketed(sequences, config.batch_tokens, POOL)]
+    paired_residuals(pair, batches[-1], [layer])  # the first pass is slower than the others
     started, measured = time.perf_counter(), 0
     for batch in batches:
         paired_residuals(pair, batch, [layer])

@@ -1,9 +1,8 @@
-"""Writing a store's shards: tokens fill a buffer, the buffer becomes a file, and a line of a log says that it is whole.
+"""Writing the shards of a store: tokens fill a buffer, the buffer becomes a file, and a line in a log records it.
 
-A file is hashed while it is written, and it is whole when it has its name (`Folder.writing`); then the log gets its line. So a
-killed harvest finds there what it need not do again, and a line that was cut off in the middle is not one. Which tokens a shard
-holds depends on the texts and the settings alone, so that any rank can make any shard; each writes a log of its own and reads
-those of all.
+A file is hashed while it is written and gets its name only when it is complete (`Folder.writing`); the log line follows. So a
+killed harvest skips the recorded shards when it resumes, and an incomplete last line is ignored. The tokens of a shard depend
+only on the texts and settings, so any rank can make any shard. Each rank writes its own log and reads all logs.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from typing import Any
 
 import torch
 
-from crossdiff.activations.folder import Folder, open_folder
+from crossdiff.activations.folder import Folder
+from crossdiff.activations.locations import open_folder
 from crossdiff.activations.normalisation import Moments
 from crossdiff.activations.ranges import SAFETENSORS_NAMES
 from crossdiff.activations.store import COLUMNS, DTYPES
@@ -27,12 +27,15 @@ from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Float32, Int8, Tensor
 
 BLOCK = 1 << 20
-"""Bytes that are hashed and written together: they stay in the cache in between."""
+"""Number of bytes that are hashed and written together, so that they stay in the cache in between."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A whole shard in a log. sequences: in it. seconds: since the shard before it, over the number of ranks at work."""
+    """Log line of a finished shard.
+
+    sequences: number of sequences in it. seconds: time since the shard before it, divided by the number of ranks.
+    """
 
     file: str
     n_tokens: int
@@ -43,27 +46,23 @@ class ShardEntry:
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard."""
+    """File name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
-def logs_among(names: Iterable[str]) -> list[str]:
-    """Which files are logs of an unfinished harvest."""
+def log_names(names: Iterable[str]) -> list[str]:
+    """Select the logs of an unfinished harvest."""
     return sorted(name for name in names if name.startswith("progress-") and name.endswith(".jsonl"))
 
 
 def quantise(h: Float32[Tensor, "token d_model"]) -> tuple[Int8[Tensor, "token d_model"], Float32[Tensor, " token"]]:
-    """int8 values and a scale per token, so that value * scale is within scale / 2 of h; a token of zeros has scale 0."""
+    """int8 values and a scale per token: value * scale is within scale / 2 of h. The scale of a token of zeros is 0."""
     scale = h.abs().amax(1) / 127
     return (h / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_().to(torch.int8), scale
 
 
 def as_stored(stream: Float[Tensor, "token d_model"], dtype: torch.dtype) -> Float32[Tensor, "token d_model"]:
-    """What would be read back after `stream` was stored.
-
-    Raises:
-        UserError: a value is not finite or does not fit the dtype.
-    """
+    """Activations as they would be read back from a store of this dtype."""
     check_finite(stream, dtype)
     if dtype != torch.int8:
         return stream.to(dtype).float()
@@ -72,12 +71,9 @@ def as_stored(stream: Float[Tensor, "token d_model"], dtype: torch.dtype) -> Flo
 
 
 def check_finite(h: Float[Tensor, "token d_model"], dtype: torch.dtype) -> None:
-    """Refuse what is not finite or is not in the stored dtype. A row's norm bounds its entries, so most rows pass by that.
-
-    Raises:
-        UserError: says which of the two it is.
-    """
+    """Refuse activations that are not finite or too large for the dtype of the store."""
     limit = float("inf") if dtype == torch.int8 else torch.finfo(dtype).max
+    # The norm of a row bounds its entries, so this cheaper test accepts almost every batch.
     if float(torch.linalg.vector_norm(h, dim=1).max()) < limit:
         return
     if not torch.isfinite(h).all():
@@ -88,8 +84,8 @@ def check_finite(h: Float[Tensor, "token d_model"], dtype: torch.dtype) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """Write a safetensors file in one pass over the memory; returns its size in bytes and its SHA-256."""
-    # The widest dtypes first, so that every tensor is aligned in the file.
+    """Write a safetensors file in one pass over the memory. Returns its size in bytes and its SHA-256."""
+    # Wide dtypes come first, so that every tensor is aligned in the file.
     ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
     header, offset = {}, 0
     for name, tensor in ordered.items():
@@ -122,9 +118,9 @@ def _write_all(descriptor: int, block: memoryview) -> None:
 
 
 class ShardBuffer:
-    """Room for one shard of one layer. It is filled, written and filled again: its pages come from the system once.
+    """Memory for one shard of one layer. It is reused for all shards, so that its pages are allocated only once.
 
-    Without a dtype it holds the tokens alone.
+    Without a dtype it holds only the tokens.
     """
 
     def __init__(self, capacity: int, n_sources: int, d_model: int, dtype: torch.dtype | None) -> None:
@@ -138,11 +134,11 @@ class ShardBuffer:
         self.n_tokens = 0
 
     def add(self, streams: list[Float[Tensor, "token d_model"]], columns: dict[str, Tensor], counted: Tensor | slice) -> None:
-        """Append the tokens of a batch; `streams` has one tensor a source (none where activations are not kept), `counted`
-        selects the training tokens.
+        """Append the tokens of a batch.
 
-        Raises:
-            UserError: a value is not finite or does not fit the dtype.
+        Args:
+            streams: one tensor per source; empty if activations are not stored.
+            counted: the training tokens among them, which the moments count.
         """
         rows = slice(self.n_tokens, self.n_tokens + len(columns["token_id"]))
         for source, stream in enumerate(streams):
@@ -151,7 +147,7 @@ class ShardBuffer:
             if stored.dtype == torch.int8:
                 stored[rows, source], self.tensors["activation_scale"][rows, source] = quantise(stream)
             else:
-                stored[rows, source] = stream.to(stored.dtype)  # narrowed on the model's device, then moved
+                stored[rows, source] = stream.to(stored.dtype)  # converted on the model's device, then moved
         for name, column in columns.items():
             self.tensors[name][rows] = column
         if streams:
@@ -159,95 +155,85 @@ class ShardBuffer:
         self.n_tokens = rows.stop
 
     def write(self, path: Path) -> tuple[int, str]:
-        """Write the tokens and their moments, and empty the buffer."""
+        """Write the tokens and their moments, and empty the buffer. Returns the size and the SHA-256 of the file."""
         tensors = {name: tensor[: self.n_tokens] for name, tensor in self.tensors.items()}
         tensors |= {"total": self.moments.total, "products": self.moments.products, "n_training": self.moments.n_tokens}
         written = write_tensors(path, tensors)
-        self.moments, self.n_tokens = Moments.zero(*self.moments.total.shape), 0
+        self.moments = Moments.zero(*self.moments.total.shape)
+        self.n_tokens = 0
         return written
 
 
 class ProgressLog:
-    """`progress-RANK.jsonl`: what is harvested, then a line for each whole shard that the rank has made."""
+    """`progress-RANK.jsonl`: the settings of the harvest, then one line for each shard that this rank has finished."""
 
-    def __init__(self, where: str | Path | Folder, settings: dict[str, Any], rank: int = 0) -> None:
-        """Begin this rank's log in a place, or go on with it."""
-        self.place, self._name, self._settings = open_folder(where), f"progress-{rank}.jsonl", settings
-        found = _whole_lines(self.place.fetch(self._name)) if self._name in self.place.sizes() else []
+    def __init__(self, location: str | Path | Folder, settings: dict[str, Any], rank: int = 0) -> None:
+        """Start this rank's log in a folder, or resume it."""
+        self.folder = open_folder(location)
+        self._name = f"progress-{rank}.jsonl"
+        self._settings = settings
+        found = _complete_lines(self.folder.fetch(self._name)) if self._name in self.folder.sizes() else []
         self._lines = found if len(found) > 1 else [settings]
         self._write()
 
     def entries(self) -> list[ShardEntry]:
-        """The shards that are whole, whichever rank made them, in order.
-
-        Raises:
-            UserError: they are of a harvest with other settings.
-        """
-        sizes, found = self.place.sizes(), dict[str, ShardEntry]()
-        for name in logs_among(sizes):
-            head, *lines = _whole_lines(self.place.fetch(name)) or [self._settings]
+        """The finished shards of all ranks, in order. A `UserError` refuses those of a harvest with other settings."""
+        sizes, found = self.folder.sizes(), dict[str, ShardEntry]()
+        for name in log_names(sizes):
+            head, *lines = _complete_lines(self.folder.fetch(name)) or [self._settings]
             if lines and head != self._settings:
-                where = self.place.where
-                raise UserError(f"{where} holds an unfinished harvest with other settings; delete it or choose another folder")
+                location = self.folder.location
+                raise UserError(f"{location} has an unfinished harvest with other settings; delete it or choose another folder")
             found |= {line["file"]: ShardEntry(**line) for line in lines}
         return [entry for file, entry in sorted(found.items()) if sizes.get(file) == entry.bytes]
 
     def append(self, entry: ShardEntry) -> None:
-        """Add a line. The log is written anew, since nothing can be appended to a file in a bucket."""
+        """Add a line. The whole log is rewritten, because a file in a bucket cannot be appended to."""
         self._lines.append(asdict(entry))
         self._write()
 
     def _write(self) -> None:
-        with self.place.writing(self._name) as path:
+        with self.folder.writing(self._name) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
 
     def remove(self) -> None:
         """Delete the logs of all ranks, once the store is finished."""
-        for name in logs_among(self.place.sizes()):
-            self.place.remove(name)
+        for name in log_names(self.folder.sizes()):
+            self.folder.remove(name)
 
 
-def _whole_lines(path: Path) -> list[Any]:
-    """The records of a log, without a last line that a kill cut off."""
+def _complete_lines(path: Path) -> list[Any]:
+    """The records of a log, without a last line that was cut off by a kill."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 class ShardWriters:
-    """The stores of one pass, a layer each, with the same tokens in the same shards.
+    """Writes the stores of one pass, one per layer, with the same tokens in the same shards.
 
-    One set of buffers is filled while the other is written by a thread; memory is bounded by the two.
+    One set of buffers is filled while a thread writes the other, so memory is bounded by the two sets.
     """
 
     def __init__(self, logs: list[ProgressLog], capacity: int, n_sources: int, d_model: int, dtype: str | None) -> None:
         self.logs = logs
-        kept = None if dtype is None else DTYPES[dtype]
-        self._sets = [[ShardBuffer(capacity, n_sources, d_model, kept) for _ in logs] for _ in range(2)]
+        stored = None if dtype is None else DTYPES[dtype]
+        self._sets = [[ShardBuffer(capacity, n_sources, d_model, stored) for _ in logs] for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._writing: Future[None] | None = None
 
     @property
-    def n_tokens(self) -> int:
-        """How many tokens wait to be written."""
-        return self._sets[0][0].n_tokens
-
-    @property
     def buffers(self) -> list[ShardBuffer]:
-        """What to fill, a buffer a layer."""
+        """The buffers to fill, one per layer."""
         return self._sets[0]
 
     def flush(self, number: int, sequences: int, seconds: float) -> None:
-        """Begin to write what is buffered as the shard of a number, once the one before is written; see `ShardEntry`.
-
-        Raises:
-            OSError: the shard before it could not be written.
-        """
+        """Start to write the buffers as the shard of this number, once the previous one is written; see `ShardEntry`."""
         self.wait()
         full, empty = self._sets
         self._writing = self._thread.submit(self._write, full, number, sequences, seconds)
         self._sets = [empty, full]
 
     def wait(self) -> None:
-        """Wait until everything flushed is written; raises what stopped the writing."""
+        """Wait until everything flushed is written. Raises the error that stopped the writing."""
         if self._writing is not None:
             self._writing.result()
 
@@ -258,6 +244,6 @@ class ShardWriters:
         name = shard_name(number)
         for log, buffer in zip(self.logs, buffers, strict=True):
             n_tokens = buffer.n_tokens
-            with log.place.writing(name) as path:
+            with log.folder.writing(name) as path:
                 size, digest = buffer.write(path)
             log.append(ShardEntry(name, n_tokens, size, digest, sequences, seconds))

@@ -1,17 +1,17 @@
 """The activation store: safetensors shards, a manifest with checksums, and a table of documents.
 
     manifest.json            models, layer, tokenizer, sizes, and each shard's size and SHA-256
-    shard-00000.safetensors  activations [token, source, d_model], the columns of `COLUMNS`, one entry a token, and the
-                             moments of the shard's training tokens; int8 has activation_scale [token, source], a factor
-    documents.parquet        document, dataset, split, label, sub_label, n_tokens
+    shard-00000.safetensors  activations [token, source, d_model], the columns of `COLUMNS` with one entry per token, and
+                             the moments of the shard's training tokens; int8 adds activation_scale [token, source]
+    documents.parquet        document, dataset, split, label, sub_label, prompt, n_messages, n_tokens
     statistics.safetensors   over the training tokens, float64: mean [source, d_model], gram [source, source]
 
-The tokens of a sequence lie side by side in one shard, in order. There is no padding.
+The tokens of a sequence are consecutive rows of one shard, in order. There is no padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from crossdiff.activations.folder import DOCUMENTS, MANIFEST, Folder, open_folder, read_pointer
+from crossdiff.activations.folder import DOCUMENTS, MANIFEST, Folder
+from crossdiff.activations.locations import open_folder, read_pointer
 from crossdiff.activations.normalisation import Normalisation
 from crossdiff.activations.ranges import StoredRows
 from crossdiff.errors import UserError
@@ -32,6 +33,7 @@ from crossdiff.shapes import Float, Tensor
 from crossdiff.text.sequences import POOL, batch_bounds
 
 FORMAT = 2
+STATISTICS = "statistics.safetensors"
 COLUMNS: dict[str, torch.dtype] = {
     "token_id": torch.int32,
     "document": torch.int32,
@@ -45,34 +47,32 @@ COLUMNS: dict[str, torch.dtype] = {
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def _open(where: str | Path) -> tuple[Folder, dict[str, Any]]:
-    """The place of a store, which `where` may only point to, and the manifest.
-
-    Raises:
-        UserError: no store there, or another one than the pointer says.
-    """
-    place = open_folder(where)
-    pointer = read_pointer(place)
+def _open(location: str | Path) -> tuple[Folder, dict[str, Any]]:
+    """Return the folder of the store at `location`, or the one that a pointer there leads to, and the manifest."""
+    folder = open_folder(location)
+    pointer = read_pointer(folder)
     if pointer is not None:
-        place = open_folder(pointer.url)
+        folder = open_folder(pointer.url)
     try:
-        path = place.fetch(MANIFEST)
+        path = folder.fetch(MANIFEST)
     except FileNotFoundError as error:
         raise UserError(
-            f"{place.where} is no activation store: it has no {MANIFEST} ({error}); run `crossdiff harvest` first"
+            f"{folder.location} is not an activation store: it has no {MANIFEST} ({error}); run `crossdiff harvest` first"
         ) from None
     if pointer is not None and sha256(path) != pointer.sha256:
-        raise UserError(f"the store {place.where} is not the one that {where} was made with; restore it, or delete {where}")
-    manifest: dict[str, Any] = read_json(path)
-    return place, manifest
+        raise UserError(
+            f"the store {folder.location} is not the one that {location} was made with; restore it or delete {location}"
+        )
+    return folder, read_json(path)
 
 
 class SequenceBatch(NamedTuple):
     """Whole sequences of a store.
 
     Attributes:
-        numbers: the sequences' indices in the store, `[sequence]`.
-        rows: the store's rows of their tokens, `[token]`; sequence: position in `numbers` of each token's sequence, `[token]`.
+        numbers: indices of the sequences in the store, `[sequence]`.
+        rows: rows of their tokens in the store, `[token]`.
+        sequence: position in `numbers` of each token's sequence, `[token]`.
     """
 
     numbers: npt.NDArray[np.int64]
@@ -81,7 +81,7 @@ class SequenceBatch(NamedTuple):
 
 
 class Store:
-    """A harvested store. Its columns are memory-mapped; of its activations only the rows asked for come into memory.
+    """A harvested store. Its columns are memory-mapped; only requested rows of its activations are loaded into memory.
 
     Examples:
         >>> store = crossdiff.Store("runs/demo/activations")
@@ -89,28 +89,31 @@ class Store:
         (('base', 'chat'), True)
 
     Args:
-        folder: a local folder, or the URL of a remote one (`s3://bucket/folder`); of a remote store the columns are copied
+        folder: a local folder, or the URL of a remote one (`s3://bucket/folder`). The columns of a remote store are copied
             to the local disk.
 
     Raises:
-        UserError: no store there, a wrong format, a shard missing or of the wrong size.
+        UserError: the folder is not a store or has another format, or a shard is missing or has the wrong size.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.place, self.manifest = _open(folder)
-        self.folder = folder = self.place.where
+        self._folder, self.manifest = _open(folder)
+        self.folder = folder = self._folder.location
         if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{folder} has store format {self.manifest.get('format')!r}; this version reads {FORMAT}")
-        sizes = self.place.sizes()
+            raise UserError(
+                f"{folder} has store format {self.manifest.get('format')!r}; this version reads {FORMAT}; harvest again"
+            )
+        sizes = self._folder.sizes()
         for shard in self.manifest["shards"]:
-            size = sizes.get(self.place.checked(shard["file"]))
+            size = sizes.get(self._folder.checked_name(shard["file"]))
             if size != shard["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                raise UserError(f"shard {self.place.at(shard['file'])} {found}; restore it, or harvest again with --force")
+                path = self._folder.path_of(shard["file"])
+                raise UserError(f"shard {path} {found}; restore it, or harvest again with --force")
         if not self.manifest["n_tokens"]:
             raise UserError(f"{folder} holds no tokens; harvest again with texts")
-        if (held := int(self.offsets[-1])) != self.n_tokens:
-            raise UserError(f"the shards of {folder} hold {held} tokens, its manifest says {self.n_tokens}; harvest again")
+        if (n_rows := int(self.offsets[-1])) != self.n_tokens:
+            raise UserError(f"the shards of {folder} hold {n_rows} tokens, but its manifest says {self.n_tokens}; harvest again")
 
     @property
     def n_tokens(self) -> int:
@@ -130,7 +133,7 @@ class Store:
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """What holds a stored activation: of int8 with a scale a token, float16."""
+        """Floating-point type that holds stored activations; float16 for int8 with its scale per token."""
         dtype = DTYPES[self.manifest["dtype"]]
         return dtype if dtype.is_floating_point else torch.float16
 
@@ -141,7 +144,7 @@ class Store:
 
     @property
     def order(self) -> str:
-        """How training reads: `harvest.storage`."""
+        """Order in which training reads the tokens: the value of `harvest.storage`."""
         return str(self.manifest.get("storage", "blocks"))
 
     @property
@@ -154,29 +157,28 @@ class Store:
 
     @property
     def pair(self) -> dict[str, Any]:
-        """What identifies the two models and their tokenizer."""
+        """Identity of the two models and their tokenizer."""
         identity: dict[str, Any] = self.manifest["pair"]
         return identity
 
     @cached_property
     def documents(self) -> pl.DataFrame:
-        """One row a document, sorted by its number."""
+        """Table with one row per document, sorted by its number."""
         try:
-            return pl.read_parquet(self.place.fetch(DOCUMENTS)).sort("document")
+            return pl.read_parquet(self._folder.fetch(DOCUMENTS)).sort("document")
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise UserError(
-                f"cannot read {self.place.at(DOCUMENTS)}: {error}; restore it, or harvest again with --force"
-            ) from None
+            path = self._folder.path_of(DOCUMENTS)
+            raise UserError(f"cannot read {path}: {error}; restore it, or harvest again with --force") from None
 
     @cached_property
     def normalisation(self) -> Normalisation:
         """Moments over the training tokens."""
-        statistics = load_file(self.place.fetch("statistics.safetensors"))
+        statistics = load_file(self._folder.fetch(STATISTICS))
         return Normalisation(statistics["mean"], statistics["gram"])
 
     @cached_property
-    def _skims(self) -> list[Path]:
-        return self.place.skims([shard["file"] for shard in self.manifest["shards"]])
+    def _headers(self) -> list[Path]:
+        return self._folder.headers([shard["file"] for shard in self.manifest["shards"]])
 
     @cached_property
     def shards(self) -> list[dict[str, Tensor]]:
@@ -184,17 +186,17 @@ class Store:
         scaled = self.manifest["dtype"] == "int8" and not self.is_live
         names = [*COLUMNS, *(["activation_scale"] if scaled else [])]
         opened = []
-        for shard, skim in zip(self.manifest["shards"], self._skims, strict=True):
-            path = self.place.at(shard["file"])
+        for shard, header in zip(self.manifest["shards"], self._headers, strict=True):
+            path = self._folder.path_of(shard["file"])
             try:
-                with safe_open(skim, framework="pt") as file:
+                with safe_open(header, framework="pt") as file:
                     tensors = {name: file.get_tensor(name) for name in names}
             except SafetensorError as error:
                 raise UserError(f"shard {path} is damaged: {error}; harvest again with --force") from None
             for name, tensor in tensors.items():
                 if len(tensor) != shard["n_tokens"]:
                     raise UserError(
-                        f"shard {path} has {len(tensor)} entries of {name}, the manifest says {shard['n_tokens']}; "
+                        f"shard {path} has {len(tensor)} entries of {name}, but the manifest says {shard['n_tokens']}; "
                         "harvest again with --force"
                     )
             opened.append(tensors)
@@ -204,28 +206,31 @@ class Store:
     def activations(self) -> list[StoredRows]:
         """The activations of each shard, `[token, source, d_model]`, in the stored dtype."""
         opened = []
-        for shard, skim, columns in zip(self.manifest["shards"], self._skims, self.shards, strict=True):
-            rows = StoredRows(self.place, shard["file"], skim, "activations")
+        for shard, header, columns in zip(self.manifest["shards"], self._headers, self.shards, strict=True):
+            rows = StoredRows(self._folder, shard["file"], header, "activations")
             expected = (len(columns["position"]), len(self.sources), self.d_model)
             if rows.shape != expected:
-                raise UserError(f"shard {rows.path} holds activations of shape {rows.shape}, the manifest says {expected}")
+                raise UserError(
+                    f"shard {rows.path} holds activations of shape {rows.shape}, but the manifest says {expected}; "
+                    "harvest again with --force"
+                )
             opened.append(rows)
         return opened
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """First row of each shard, and the number of rows at the end."""
+        """First row of each shard, followed by the total number of rows."""
         return np.cumsum([0, *(shard["n_tokens"] for shard in self.manifest["shards"])], dtype=np.int64)
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """One per-token column of the whole store; columns are listed in `COLUMNS`."""
+        """One column of `COLUMNS` for every token of the store."""
         return np.concatenate([shard[name].numpy() for shard in self.shards])
 
     def rows(self, split: str | None = None) -> npt.NDArray[np.int64]:
-        """Rows of the tokens that count: not among the left-out leading positions, and in the given split.
+        """Rows of the tokens that are not among the omitted leading positions, in one split or in all.
 
         Raises:
-            UserError: there are none.
+            UserError: there are no such tokens.
         """
         wanted = self.column("position") >= self.leave_out
         if split is not None:
@@ -234,7 +239,10 @@ class Store:
         rows = np.flatnonzero(wanted)
         if not len(rows):
             what = f"in the split {split!r} " if split else ""
-            raise UserError(f"{self.folder} has no tokens {what}after the {self.leave_out} left out of each sequence")
+            raise UserError(
+                f"{self.folder} has no tokens {what}beyond the first {self.leave_out} of each sequence, which are omitted; "
+                "add text or lower harvest.leave_out"
+            )
         return rows
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Float[Tensor, "batch source d_model"]:
@@ -244,24 +252,24 @@ class Store:
             UserError: one of them is NaN or infinite.
         """
         if self.is_live:
-            raise UserError(f"{self.folder} keeps no activations; open it with the models that compute them (`open_store`)")
+            raise UserError(f"{self.folder} stores no activations; open it with the models that compute them (`open_store`)")
         out = torch.empty(len(rows), len(self.sources), self.d_model)
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self.offsets)
         parts = {index: order[cuts[index] : cuts[index + 1]] for index in np.flatnonzero(np.diff(cuts)).tolist()}
         local = {index: torch.from_numpy(rows[part] - self.offsets[index]) for index, part in parts.items()}
         calls = [partial(self.activations[index].__getitem__, chosen) for index, chosen in local.items()]
-        for index, stored in zip(parts, self.place.overlapped(calls), strict=True):
+        for index, stored in zip(parts, self._folder.gather_calls(calls), strict=True):
             h = stored.float()
             if (scale := self.shards[index].get("activation_scale")) is not None:
                 h *= scale[local[index]].unsqueeze(2)
             out[torch.from_numpy(parts[index])] = h
-        # One NaN or infinity makes the sum not finite, and a sum costs less than a look at each number.
+        # A NaN or infinity makes the sum non-finite, and a sum is cheaper than checking every number.
         if not torch.isfinite(out.sum()):
-            self._name_what_is_not_finite(rows, out)
+            self._refuse_non_finite(rows, out)
         return out
 
-    def _name_what_is_not_finite(self, rows: npt.NDArray[np.int64], h: Float[Tensor, "batch source d_model"]) -> None:
+    def _refuse_non_finite(self, rows: npt.NDArray[np.int64], h: Float[Tensor, "batch source d_model"]) -> None:
         wrong = (~torch.isfinite(h).flatten(1).all(1)).numpy()
         if wrong.any():
             row = int(rows[wrong].min())
@@ -273,12 +281,12 @@ class Store:
             )
 
     def sequences(self) -> npt.NDArray[np.int64]:
-        """Row bounds of the sequences: sequence i, in stored order, is rows `bounds[i]` to `bounds[i + 1]`."""
+        """Row bounds of the sequences: sequence i, in stored order, has the rows `bounds[i]` to `bounds[i + 1]`."""
         return sequence_bounds(self.column("sequence"))
 
     @cached_property
     def passes(self) -> npt.NDArray[np.int64]:
-        """Row bounds of the forward passes that the tokens went through together."""
+        """Row bounds of the forward passes of the harvest."""
         return pass_bounds(self.sequences(), int(self.manifest["batch_tokens"]))
 
     def batches_of_sequences(self, numbers: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[SequenceBatch]:
@@ -291,27 +299,27 @@ class Store:
             yield SequenceBatch(members, rows, np.repeat(np.arange(len(members)), lengths[first:last]))
 
     def check_pair(self, base: dict[str, Any], chat: dict[str, Any], layer: int | None) -> None:
-        """Check that the store came from these models at this layer (any, if None).
+        """Check that the store was harvested from these models at this layer (None: any layer).
 
         Raises:
-            UserError: names both sides.
+            UserError: it was not. The message names both sides.
         """
         layer = self.layer if layer is None else layer
         found = (self.pair["base"], self.pair["chat"], self.layer)
         if found != (base, chat, layer):
             raise UserError(
                 f"the store {self.folder} was harvested from {found[0]} and {found[1]} at layer {found[2]}, but {base} and "
-                f"{chat} at layer {layer} are asked for; use another run directory, or harvest again with --force"
+                f"{chat} at layer {layer} are requested; use another run directory, or harvest again with --force"
             )
 
 
 def sequence_bounds(numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-    """Row bounds of the sequences, from the number of each row's sequence."""
+    """Row bounds of the sequences, given the sequence number of each row."""
     return np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]]).astype(np.int64)
 
 
 def pass_bounds(sequences: npt.NDArray[np.int64], batch_tokens: int) -> npt.NDArray[np.int64]:
-    """Row bounds of a harvest's forward passes, from those of its sequences."""
+    """Row bounds of a harvest's forward passes, given those of its sequences."""
     return sequences[batch_bounds(np.diff(sequences), batch_tokens, POOL)]
 
 
@@ -326,34 +334,19 @@ def consecutive(bounds: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[tu
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Read the whole store and list everything that is wrong with it; an empty list means that it is whole.
-
-    Raises:
-        UserError: no store there, or one whose manifest leads out of it.
-    """
-    place, manifest = _open(folder)
-    sizes, problems = place.sizes(), []
+    """Read the whole store and list everything that is wrong with it. An empty list means that the store is intact."""
+    found, manifest = _open(folder)
+    sizes, problems = found.sizes(), []
     files = [(shard["file"], shard["bytes"], shard["sha256"]) for shard in manifest["shards"]]
     files += [(name, None, digest) for name, digest in manifest["files"].items()]
     for name, n_bytes, digest in files:
-        size = sizes.get(place.checked(name))
+        size = sizes.get(found.checked_name(name))
         if size is None:
             problems.append(f"{name}: missing")
         elif n_bytes not in (None, size):
             problems.append(f"{name}: {size} bytes instead of {n_bytes} (truncated?)")
-        elif place.digest(name) != digest:
-            problems.append(f"{name}: the content has changed (SHA-256 differs)")
+        elif found.digest(name) != digest:
+            problems.append(f"{name}: the content has changed (its SHA-256 differs)")
     if sum(shard["n_tokens"] for shard in manifest["shards"]) != manifest["n_tokens"]:
         problems.append("manifest.json: the shards' tokens do not add up to n_tokens")
     return problems
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Dataset names must differ, so that tables can tell them apart.
-
-    Raises:
-        UserError: a name occurs twice.
-    """
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two datasets are called {name!r}; give one of them another `name`")

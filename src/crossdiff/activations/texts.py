@@ -1,4 +1,4 @@
-"""The text side of a harvest: documents in, token sequences out, and a record of what was read and what was left out."""
+"""The text side of a harvest: documents in, token sequences out, with a record of what was read and omitted."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from crossdiff.text.documents import Document, read_dataset
 from crossdiff.text.sequences import TokenSequence, tokenise_all
 
 FEW = 10
-"""So many damaged records are left out whatever their share."""
+"""Up to this many damaged records are omitted whatever their share."""
 
 ROWS = 8192
-"""Rows of the documents' table that are kept as Python objects."""
+"""Number of rows of the table of documents that are kept as Python objects."""
 
 
 @dataclass
 class DatasetRecord:
-    """What came of one dataset. asked: max_documents and max_tokens. damaged: records left out, `reasons` of the first ones."""
+    """What was read of one dataset.
+
+    asked: max_documents and max_tokens, if set. damaged: number of omitted records; reasons: messages of the first few.
+    """
 
     name: str
     asked: dict[str, int]
@@ -33,18 +36,18 @@ class DatasetRecord:
     reasons: list[str] = field(default_factory=list)
 
     def shortfall(self) -> str | None:
-        """Says that the dataset holds less than was asked for; None if it does not."""
+        """A message if the dataset holds less than was requested."""
         found = {"max_documents": self.n_documents + self.damaged, "max_tokens": self.n_tokens}
         short = [f"{found[key]:,} of {key} {number:,}" for key, number in self.asked.items() if found[key] < number]
-        # Either limit ends the reading, so a dataset is short only when it reached none.
-        return f"{self.name} is shorter than asked for: {', '.join(short)}" if short and len(short) == len(self.asked) else None
+        # Reading stops at either limit, so a dataset is short only if it reached neither.
+        return f"{self.name} is shorter than requested: {', '.join(short)}" if short and len(short) == len(self.asked) else None
 
 
 class Texts:
-    """The datasets of a harvest as token sequences, read as they are asked for.
+    """The datasets of a harvest as token sequences, read lazily.
 
     Attributes:
-        records: one a dataset, filled while reading.
+        records: one per dataset, updated while reading.
         is_training: for each document, whether it is in the training split.
     """
 
@@ -54,49 +57,46 @@ class Texts:
         self.datasets, self.tokenizer, self.config, self._advance = datasets, tokenizer, config, advance
         self.records = []
         for dataset in datasets:
-            asked = {"max_documents": dataset.max_documents, "max_tokens": dataset.max_tokens}
-            self.records.append(DatasetRecord(dataset.title, {key: n for key, n in asked.items() if n is not None}))
+            limits = {"max_documents": dataset.max_documents, "max_tokens": dataset.max_tokens}
+            self.records.append(DatasetRecord(dataset.title, {key: n for key, n in limits.items() if n is not None}))
         self.is_training: list[bool] = []
         self._rows: list[dict[str, Any]] = []
         self._frames: list[pl.DataFrame] = []
-        self._n_read = 0  # of the present dataset
+        self._n_read = 0  # of the current dataset
 
     def sequences(self) -> Iterator[TokenSequence]:
-        """All sequences, in order.
-
-        Raises:
-            UserError: a dataset cannot be read or holds nothing, or more than `max_damaged` of its records are damaged.
-        """
+        """Yield all sequences in order. A `UserError` names a dataset that is unreadable, empty or too damaged."""
         for index, (config, record) in enumerate(zip(self.datasets, self.records, strict=True)):
-            self._n_read, damaged = 0, self._left_out(record)
-            documents = self._read(read_dataset(config, index, len(self.is_training), damaged))
-            for document, parts in tokenise_all(documents, self.tokenizer, self.config.max_length, damaged):
+            self._n_read = 0
+            on_damage = self._omit_damaged(record)
+            documents = self._counted(read_dataset(config, index, len(self.is_training), on_damage))
+            for document, parts in tokenise_all(documents, self.tokenizer, self.config.max_length, on_damage):
                 self._add(document, record, sum(len(part.token_ids) for part in parts))
                 yield from parts
                 if config.max_tokens is not None and record.n_tokens >= config.max_tokens:
                     break
             if not record.n_tokens:
-                reason = f"; the first is damaged: {record.reasons[0]}" if record.reasons else ""
-                raise UserError(f"{config.path} holds no text that can be read{reason}")
+                reason = f"; the first record is damaged: {record.reasons[0]}" if record.reasons else ""
+                raise UserError(f"{config.path} has no readable text{reason}")
 
-    def _read(self, documents: Iterator[Document]) -> Iterator[Document]:
+    def _counted(self, documents: Iterator[Document]) -> Iterator[Document]:
         for document in documents:
             self._n_read += 1
             yield document
 
-    def _left_out(self, record: DatasetRecord) -> Callable[[UserError], None]:
-        def leave_out(error: UserError) -> None:
+    def _omit_damaged(self, record: DatasetRecord) -> Callable[[UserError], None]:
+        def on_damage(error: UserError) -> None:
             record.damaged += 1
             n_records = self._n_read + record.damaged
             if record.damaged <= FEW:
                 record.reasons.append(str(error))
             elif record.damaged > self.config.max_damaged * n_records:
                 raise UserError(
-                    f"{record.damaged} of the first {n_records} records of {record.name} are damaged, more than "
-                    f"harvest.max_damaged {self.config.max_damaged:g}. The first: {record.reasons[0]}"
+                    f"{record.damaged} of the first {n_records} records of {record.name} are damaged, a larger share than "
+                    f"harvest.max_damaged {self.config.max_damaged:g}; repair them or raise it. The first: {record.reasons[0]}"
                 ) from error
 
-        return leave_out
+        return on_damage
 
     def _add(self, document: Document, record: DatasetRecord, n_tokens: int) -> None:
         questions = [message["content"] for message in document.messages or () if message["role"] == "user"]
@@ -123,3 +123,13 @@ class Texts:
     def report(self) -> list[dict[str, Any]]:
         """The records as plain data, for the manifest."""
         return [asdict(record) for record in self.records]
+
+    def remarks(self) -> list[str]:
+        """Messages about datasets that are shorter than requested, and about damaged records."""
+        short = [remark for record in self.records if (remark := record.shortfall())]
+        damaged = [
+            f"{record.damaged:,} damaged records of {record.name} were omitted; the first: {record.reasons[0]}"
+            for record in self.records
+            if record.damaged
+        ]
+        return short + damaged

@@ -1,4 +1,4 @@
-"""What makes a folder of shards a store: statistics over the training tokens, the table of documents, and the manifest."""
+"""Turning a folder of shards into a store: statistics over the training tokens, the table of documents, and the manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from crossdiff.activations.folder import DOCUMENTS, MANIFEST, Folder
 from crossdiff.activations.normalisation import Moments
 from crossdiff.activations.shards import ShardEntry
-from crossdiff.activations.store import FORMAT
+from crossdiff.activations.store import FORMAT, STATISTICS
 from crossdiff.config import HarvestConfig
 from crossdiff.files import sha256, write_json
 from crossdiff.sources import SOURCES
@@ -26,9 +26,9 @@ DOCUMENT_COLUMNS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What a store's activations come from: the pair's identity, the layer, the names of the datasets, and more facts.
+    """Where a store's activations come from.
 
-    texts: what was read of each dataset. revisions: the commit of each model that came from the Hub.
+    pair: identity of the two models. datasets: names. texts: record of each dataset. revisions: Hub commit of each model.
     """
 
     pair: dict[str, Any]
@@ -40,29 +40,28 @@ class Origin:
 
 
 def finish_store(
-    place: Folder,
+    folder: Folder,
     origin: Origin,
     config: HarvestConfig,
     entries: Sequence[ShardEntry],
     documents: pl.DataFrame,
     moments: Moments,
 ) -> None:
-    """Write what makes the shards in `place` a store, the manifest last; `documents` has the columns of `DOCUMENT_COLUMNS`.
+    """Write the files that turn the shards in `folder` into a store, the manifest last.
 
-    moments: over the training tokens, or a sample of them.
-
-    Raises:
-        UserError: no training tokens, or activations that do not vary.
+    Args:
+        documents: a table with the columns of `DOCUMENT_COLUMNS`.
+        moments: over the training tokens, or a sample of them.
     """
     normalisation = moments.finish()
-    assert normalisation.scale > 0  # raises where nothing varies, before a store is made of it
+    assert normalisation.scale > 0  # raises if the activations do not vary, before they become a store
     digests = {}
-    with place.writing(DOCUMENTS) as path:
+    with folder.writing(DOCUMENTS) as path:
         documents.write_parquet(path)
         digests[DOCUMENTS] = sha256(path)
-    with place.writing("statistics.safetensors") as path:
+    with folder.writing(STATISTICS) as path:
         save_file({"mean": normalisation.mean, "gram": normalisation.gram}, path)
-        digests["statistics.safetensors"] = sha256(path)
+        digests[STATISTICS] = sha256(path)
     manifest = {
         "format": FORMAT,
         "pair": origin.pair,
@@ -89,14 +88,14 @@ def finish_store(
         ],
         "files": digests,
     }
-    with place.writing(MANIFEST) as path:
+    with folder.writing(MANIFEST) as path:
         write_json(path, manifest)
 
 
-def summed_moments(place: Folder, entries: Sequence[ShardEntry]) -> Moments:
-    """The sum of what the shards say, so that a resumed harvest adds up to the same bits."""
+def summed_moments(folder: Folder, entries: Sequence[ShardEntry]) -> Moments:
+    """Sum the moments stored in the shards. A resumed harvest gives the same sum, to the last bit."""
     parts = []
-    for path in place.skims([entry.file for entry in entries]):
+    for path in folder.headers([entry.file for entry in entries]):
         with safe_open(path, framework="pt") as file:
             parts.append(Moments(*(file.get_tensor(name) for name in ("total", "products", "n_training"))))
     moments = Moments.zero(*parts[0].total.shape)

@@ -112,7 +112,7 @@ def plan(args: Namespace) -> None:
 
     from rich.console import Console
 
-    from crossdiff.activations.folder import open_folder
+    from crossdiff.activations.locations import open_folder
     from crossdiff.activations.plan import plan
     from crossdiff.corpus import check_texts, resolve
     from crossdiff.models.pair import choose_device, load_pair

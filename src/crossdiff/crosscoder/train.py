@@ -214,7 +214,7 @@ def _shared_pass(trainings: list[_Training], batches: Batches, report: Report, r
             for training, is_due in zip(trainings, due, strict=True):
                 if training.trainer.step == step and not training.trainer.is_done:
                     try:
-                        training.step(h, batches.place(step), is_due)
+                        training.step(h, batches.describe(step), is_due)
                     except UserError:
                         _save_all(other for other in trainings if other is not training)
                         raise

@@ -25,7 +25,7 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
         return
     for session in waiting:
         session.check_may_harvest()
-    from crossdiff.activations.folder import open_folder
+    from crossdiff.activations.locations import open_folder
     from crossdiff.crosscoder.structure import check_sizes
     from crossdiff.text.documents import count_records
 
@@ -42,8 +42,8 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
     remarks: list[str] = []
 
     def work(folders: list[Path]) -> None:
-        from crossdiff.activations.folder import POINTER, leave_pointer
-        from crossdiff.activations.harvest import harvest, is_whole
+        from crossdiff.activations.harvest import harvest, is_finished
+        from crossdiff.activations.locations import POINTER, leave_pointer
 
         console, ranks = waiting[0].console, waiting[0].ranks
         targets = [folder / "activations" for folder in folders]
@@ -52,7 +52,7 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
             if ranks.is_first:
                 (target / POINTER).unlink(missing_ok=True)
         stores = {layer: open_folder(url or target) for layer, url, target in zip(layers, urls, targets, strict=True)}
-        unfinished = {layer: store for layer, store in stores.items() if not is_whole(store)}
+        unfinished = {layer: store for layer, store in stores.items() if not is_finished(store)}
         title = f"harvest, layer{'s' * (len(layers) > 1)} {' '.join(map(str, layers))}, documents"
         total = None if None in counts else sum(filter(None, counts))
         with waiting[0].progress(title, total) as advance:

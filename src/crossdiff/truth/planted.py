@@ -166,7 +166,7 @@ def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream:
     identity = {"base": {"name": "planted base"}, "chat": {"name": "planted chat"}, "tokenizer": "planted"}
     origin = Origin(identity | {"planted": config.model_dump()}, 0, 1, ("planted",))
     table, entries = pl.DataFrame(documents, schema=DOCUMENT_COLUMNS), log.entries()
-    finish_store(log.place, origin, settings, entries, table, summed_moments(log.place, entries))
+    finish_store(log.folder, origin, settings, entries, table, summed_moments(log.folder, entries))
     log.remove()
     return Store(folder)
 
