@@ -113,7 +113,9 @@ class Store:
         if not self.manifest["n_tokens"]:
             raise UserError(f"{folder} holds no tokens; harvest again with texts")
         if (n_rows := int(self.offsets[-1])) != self.n_tokens:
-            raise UserError(f"the shards of {folder} hold {n_rows} tokens, but its manifest says {self.n_tokens}; harvest again")
+            raise UserError(
+                f"the shards of {folder} hold {n_rows} tokens, but the manifest says {self.n_tokens}; harvest again"
+            )
 
     @property
     def n_tokens(self) -> int:
