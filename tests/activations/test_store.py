@@ -92,7 +92,7 @@ def test_a_store_whose_parts_disagree_is_refused(tmp_path: Path, activations: to
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["shards"].pop()
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"shards of .* hold 1500 tokens, the manifest says 2000"):
+    with pytest.raises(UserError, match=r"shards of .* hold 1500 tokens, but the manifest says 2000"):
         Store(tmp_path)
     manifest["n_tokens"] = 1500 - 1
     manifest["shards"][0]["n_tokens"] -= 1
