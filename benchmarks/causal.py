@@ -1,11 +1,11 @@
-"""What patching costs beside the forwards that it cannot do without.
+"""Measures the overhead of patching over the forward passes that it needs in any case.
 
     python benchmarks/causal.py [--conversations 32] [--repeats 5]
 
-On the embedded pair, with as many arms as the package's list has and a random crosscoder of 2,048 latents of which some 30 are
-active on a token. Unavoidable are the lower halves of both models, the reference, and one upper half for each arm, all with the
-LM head at the assistant's positions only. Both sides take turns in one process; the medians are compared. No single latents:
-an arm that changes few sequences costs less than a whole upper half.
+Runs on the embedded pair, with the same number of arms as the package's list and a random crosscoder of 2,048 latents, about 30
+of them active per token. The unavoidable passes are the lower halves of both models, the reference, and one upper half per arm,
+all with the LM head only at the assistant's positions. Both sides alternate in one process, and their medians are compared.
+Arms for single latents are omitted, because an arm that changes few sequences costs less than a full upper half.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ LAYER, N_LATENTS, N_ARMS, ACTIVE, LIMIT = 3, 2048, 40, 30, 1.2
 
 
 def conversations(pair: Pair, n: int) -> list[TokenSequence]:
-    """The first conversations of the pair's test split."""
+    """Return the first conversations of the pair's test split."""
     dataset = DatasetConfig(path=str(demo_path("demo:chat_test")), max_documents=n)
     return [sequence for document in read_documents([dataset]) for sequence in tokenise(document, pair.tokenizer, 256)]
 
 
 def active_crosscoder(pair: Pair, batch: list[TokenSequence]) -> Crosscoder:
-    """A random one whose biases let `ACTIVE` latents through on a token of the batch."""
+    """Random crosscoder whose biases leave `ACTIVE` latents active per token of the batch."""
     ids, mask = pad(batch, 0, torch.device("cpu"))
     h = torch.stack([residuals_after(model, ids, [LAYER])[0][mask.bool()] for model in pair.models], dim=1)
     mean = h.mean(0)
@@ -52,7 +52,7 @@ def active_crosscoder(pair: Pair, batch: list[TokenSequence]) -> Crosscoder:
 
 
 def arms() -> tuple[Arm, ...]:
-    """Halves of the latents, as most arms of the list are, and arms of whole differences."""
+    """Arms that patch half of the latents, like most arms of the list, and arms that patch entire differences."""
     generator = torch.Generator().manual_seed(2)
     halves = [
         tuple(sorted(torch.randperm(N_LATENTS, generator=generator)[: N_LATENTS // 2].tolist())) for _ in range(N_ARMS - 4)
@@ -63,7 +63,7 @@ def arms() -> tuple[Arm, ...]:
 
 
 def unavoidable(patcher: Patcher, batch: list[TokenSequence]) -> None:
-    """The bare forwards."""
+    """Run only the unavoidable forward passes."""
     ids, mask = pad(batch, 0, torch.device("cpu"))
     predicts = pad_column([span_of(sequence.flags) for sequence in batch], -1, torch.device("cpu")) >= 0
     _, chat = (residuals_after(model, ids, [LAYER])[0] for model in patcher.pair.models)
@@ -92,10 +92,8 @@ def main() -> None:
     ]
     bare, whole = (statistics.median(side) for side in zip(*pairs, strict=True))
     n_tokens = sum(len(sequence.token_ids) for sequence in batch)
-    print(
-        f"{len(batch)} conversations, {n_tokens} tokens, {len(patcher.arms)} arms, processor seconds, medians of {args.repeats}"
-    )
-    print(f"unavoidable forwards {bare:.2f} s, patching {whole:.2f} s, ratio {whole / bare:.3f} (limit {LIMIT})")
+    print(f"{len(batch)} conversations, {n_tokens} tokens, {len(patcher.arms)} arms, CPU seconds, medians of {args.repeats}")
+    print(f"unavoidable forward passes {bare:.2f} s, patching {whole:.2f} s, ratio {whole / bare:.3f} (limit {LIMIT})")
 
 
 if __name__ == "__main__":

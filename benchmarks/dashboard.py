@@ -1,8 +1,8 @@
 """Times the dashboard: `python benchmarks/dashboard.py FOLDER [--latents 73728] [--examples 100] [--live runs/demo]`.
 
-The synthetic run has as many latents as the paper's crosscoders and a database of about 2 GB; it is made once (a few minutes)
-and reused. The server runs as users run it, in a process of its own; requests go over HTTP. `--live` names a run with models,
-which then read prompts of 210 words.
+The synthetic run has the same number of latents as the paper's crosscoders and a database of about 2 GB. It is built once, in a
+few minutes, and reused. The server runs in its own process, as it does for users; requests go over HTTP. `--live` names a run
+whose models then read prompts of 210 words.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NUS = ("nu_error", "nu_reconstruction", "nu_activation")
 
 
 def latent_table(n: int) -> pl.DataFrame:
-    """Rows in the shape of latents.parquet, with plausible values."""
+    """A table shaped like latents.parquet, with plausible values."""
     rng = np.random.default_rng(0)
     delta = np.clip(rng.normal(0.5, 0.15, n), 0, 1)
     nus = {name: np.clip(rng.normal(0.9, 0.3, n), -0.5, 3) for name in NUS}
@@ -51,7 +51,7 @@ def latent_table(n: int) -> pl.DataFrame:
     }  # fmt: skip
     for name, values in nus.items():
         columns |= {name: values, f"{name}_low": values - 0.05, f"{name}_high": values + 0.05}
-    # The real table has some forty further measures.
+    # The real table has about forty more measures.
     for number in range(40):
         columns[f"measure_{number}"] = rng.random(n)
     columns |= {
@@ -66,7 +66,7 @@ def latent_table(n: int) -> pl.DataFrame:
 
 
 def write_examples(path: Path, n_latents: int, n_examples: int) -> None:
-    """A database in the shape of examples.sqlite: half of the examples are the strongest, half are of quantiles."""
+    """Write a database shaped like examples.sqlite. Half of the examples are the strongest, half are from quantiles."""
     rng = np.random.default_rng(1)
     words = ["the", "sea", "boat", "cold", "stone", "wall", "bird", "light", "answer", "question"]
     with closing(sqlite3.connect(path)) as database:
@@ -101,7 +101,7 @@ def _examples(rng: np.random.Generator, latents: range, n_examples: int) -> Iter
 
 
 def write_run(folder: Path, n_latents: int, n_examples: int) -> Path:
-    """The synthetic run, made where it is not there yet."""
+    """Return the synthetic run; it is built if it does not exist yet."""
     run = folder / f"synthetic-{n_latents}-{n_examples}"
     coder = run / "batchtopk"
     if (coder / "health.json").exists():
@@ -133,7 +133,7 @@ def write_run(folder: Path, n_latents: int, n_examples: int) -> Path:
 
 @contextmanager
 def serving(run: Path, *options: str) -> Iterator[tuple[int, int]]:
-    """The dashboard in a process of its own; gives its port and process number."""
+    """Run the dashboard in its own process, and yield its port and process ID."""
     command = [sys.executable, "-m", "crossdiff", "dashboard", str(run), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -153,7 +153,7 @@ def serving(run: Path, *options: str) -> Iterator[tuple[int, int]]:
 
 
 def get(port: int, path: str) -> tuple[float, int]:
-    """Seconds until the whole answer is there, and its size."""
+    """Return the seconds until the full answer has arrived, and its size."""
     start = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("GET", path)
@@ -165,7 +165,7 @@ def get(port: int, path: str) -> tuple[float, int]:
 
 
 def memory(pid: int) -> tuple[float, float]:
-    """MB in memory now and at most: what is the process's own, without files that are mapped."""
+    """Memory of the process in MB: its own memory now, without mapped files, and its resident peak."""
     status = Path(f"/proc/{pid}/status").read_text()
     sizes = {
         key: int(value.split()[0]) / 1024
@@ -225,7 +225,7 @@ def main() -> None:
 
 
 def time_live(run: Path) -> None:
-    """Prompts of 210 words, each another one, after a first one that loads the models."""
+    """Time different prompts of 210 words, after a first one that loads the models."""
     words = ["the", "boat", "was", "on", "cold", "sea", "and", "bird", "sat", "its", "mast", "when", "light", "went", "out"]
     with serving(run) as (port, _):
         with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
@@ -244,7 +244,7 @@ def time_live(run: Path) -> None:
             assert answer.status == 200, body[:300]
             times.append(time.perf_counter() - start)
             n_tokens = len(set(re.findall(r"/token/(\d+)", body)))
-        print(f"live, {n_tokens} tokens       first {times[0]:.2f} s with the models' loading, then median "
+        print(f"live, {n_tokens} tokens       first {times[0]:.2f} s including the loading of the models, then median "
               f"{statistics.median(times[1:]):.2f} s, largest {max(times[1:]):.2f} s")  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""What a harvest costs beyond the forward passes that it cannot do without.
+"""Measures the overhead of a harvest over the forward passes that it needs in any case.
 
     python benchmarks/harvest.py [--base NAME --chat NAME --layer L] [--dataset PATH ...] [--batch-tokens 1024 2048 4096]
 
-The two are measured in turn, on the same batches: both models up to the layer, nothing kept; and the whole harvest, from
-the texts to the manifest, into a temporary folder. Wall time is what counts on a quiet machine; on a busy one, compare the
-processor time. Also printed: the share of padding, and the forwards with both models at once, a thread each with half of the
-processors, beside one after the other with all.
+Alternates, on the same batches, between the forward passes of both models up to the layer, with nothing stored, and the full
+harvest from the texts to the manifest, into a temporary folder. Compare wall times on a quiet machine and CPU times on a busy
+one. Also prints the share of padding, and the time of the forward passes when both models run at once, in one thread each with
+half of the cores, instead of one after the other with all cores.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from crossdiff.text.sequences import POOL, bucketed
 
 
 def measure(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of wall and processor time."""
+    """Seconds of wall time and of CPU time."""
     wall, processor = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - processor
@@ -58,19 +58,21 @@ def both_at_once(pair: Pair, batches: list[Tensor], layer: int) -> None:
         torch.set_num_threads(n_threads)
 
 
-def whole(pair: Pair, datasets: tuple[DatasetConfig, ...], config: HarvestConfig, layer: int) -> None:
+def full_harvest(pair: Pair, datasets: tuple[DatasetConfig, ...], config: HarvestConfig, layer: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         harvest({layer: Path(folder)}, pair, datasets, config)
 
 
 def compare(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig, rounds: int) -> None:
     sequences = Texts(datasets, pair.tokenizer, config, lambda: None).sequences()
-    padded = [right_padded([one.token_ids for one in batch]) for batch in bucketed(sequences, config.batch_tokens, POOL)]
+    padded = [
+        right_padded([sequence.token_ids for sequence in batch]) for batch in bucketed(sequences, config.batch_tokens, POOL)
+    ]
     batches = [ids for ids, _ in padded]
-    n_tokens = sum(ids.numel() if held is None else len(held) for ids, held in padded)
+    n_tokens = sum(ids.numel() if kept is None else len(kept) for ids, kept in padded)
     variants: dict[str, Callable[[], None]] = {
         "forwards": partial(one_after_the_other, pair, batches, layer),
-        "harvest": partial(whole, pair, datasets, config, layer),
+        "harvest": partial(full_harvest, pair, datasets, config, layer),
         "forwards, both models at once": partial(both_at_once, pair, batches, layer),
     }
     forwards(pair.base, batches[:2], layer)
@@ -86,7 +88,7 @@ def compare(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config:
         wall, processor = (statistics.median(values) for values in zip(*found, strict=True))
         wall_ratio, processor_ratio = (statistics.median(values) for values in zip(*ratios, strict=True))
         print(
-            f"  {name:30} {wall:7.2f} s wall (x {wall_ratio:.2f}) {processor:7.2f} s processor (x {processor_ratio:.2f}) "
+            f"  {name:30} {wall:7.2f} s wall (x {wall_ratio:.2f}) {processor:7.2f} s CPU (x {processor_ratio:.2f}) "
             f"{n_tokens / wall:8,.0f} tokens/s"
         )
 
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument("--chat", default="demo:chat")
     parser.add_argument("--layer", type=int, default=3)
     parser.add_argument("--dataset", nargs="+", default=["demo:plain", "demo:chat_train"])
-    parser.add_argument("--documents", type=int, default=100, help="of each dataset")
+    parser.add_argument("--documents", type=int, default=100, help="number of documents of each dataset")
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--rounds", type=int, default=3)

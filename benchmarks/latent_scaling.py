@@ -1,22 +1,23 @@
-"""What the analysis costs: latent scaling against the published way, and the passes against one encode.
+"""Measures the cost of the analysis: latent scaling against the published method, and the passes against one encode.
 
     python benchmarks/latent_scaling.py            # d_model 576, 8,192 latents, 20,480 tokens
     python benchmarks/latent_scaling.py --help
 
-Prints ratios of CPU time (which another process on the machine disturbs less than it does the clock), each the median over
-rounds in which the two sides are measured one after the other:
+Prints ratios of CPU time, which other processes on the machine disturb less than wall time. Each is the median over rounds in
+which the two sides are measured one after the other:
 
-(a) the published way of latent scaling over the pass: for 128 latents at a time the error targets of every token, latent
-    and source are made, multiplied with the directions and summed. It is measured on one group of latents and a sample of
-    the tokens and extrapolated to all of both; the other targets, which the published code computes apart, and its encoding
-    of the tokens for each group are left out. Beside it stands the same with no copies but the targets.
-(b) the pass of latent scaling over one encode of the same tokens;
-(c) the pass that collects and writes the examples over one encode, and (d) both in one pass, as `crossdiff analyze` does.
-    Examples are written once a run, so their cost on few tokens says little: it is measured on the codes of
-    `--example-tokens` tokens, which are drawn rather than encoded, and divided by the encode of as many.
+(a) The published method of latent scaling over our pass. For 128 latents at a time it computes the error targets of every
+    token, latent and source, multiplies them with the directions and sums. It is measured on one group of latents and a
+    sample of the tokens, and extrapolated to all of them. The other targets, which the published code computes separately,
+    and its encoding of the tokens for each group are not counted. A second number is for the same without any copies
+    other than the targets.
+(b) The pass of latent scaling over one encode of the same tokens.
+(c) The pass that collects and writes the examples over one encode, and (d) everything in one pass, as in `crossdiff analyze`.
+    Examples are written once per run, so a measurement on few tokens would be misleading: the cost is measured on the codes
+    of `--example-tokens` tokens, which are drawn rather than encoded, and divided by the encode of the same number of tokens.
 
-An encode is normalisation, the pre-activations, and the selection of the active pairs; reading the store is part of the
-passes alone.
+An encode is the normalisation, the pre-activations, and the selection of the active pairs. Only the passes include reading
+the store.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PAIR = {"base": "synthetic", "chat": "synthetic"}
 
 
 class SyntheticStore(Store):
-    """A store in memory: sequences of `LENGTH` tokens, one document each, activations in float16."""
+    """A store in memory, with sequences of `LENGTH` tokens, one document each, and activations in float16."""
 
     def __init__(self, activations: torch.Tensor) -> None:
         n_tokens, n_sources, d_model = activations.shape
@@ -75,20 +76,20 @@ class SyntheticStore(Store):
 
 
 class Words:
-    """A tokenizer as far as the examples need one."""
+    """The part of a tokenizer that the examples need."""
 
     def decode(self, ids: list[int]) -> str:
         return f" {ids[0]}"
 
 
 def frequencies(n_latents: int, l0: float) -> torch.Tensor:
-    """Log-normal, as those of trained crosscoders about are, with the given mean number of active latents per token."""
+    """Log-normal frequencies, roughly like those of trained crosscoders, with `l0` active latents per token on average."""
     spread = torch.exp(torch.randn(n_latents))
     return (spread * l0 / spread.sum()).clamp(max=0.5)
 
 
 def make(n_tokens: int, d_model: int, n_latents: int, l0: int) -> tuple[Crosscoder, SyntheticStore]:
-    """Sparse mixtures of random directions with noise, and the crosscoder of these directions with a threshold for the L0."""
+    """Sparse mixtures of random directions with noise, and a crosscoder of these directions with a threshold for this L0."""
     torch.manual_seed(0)
     decoder = torch.randn(n_latents, 2 * d_model)
     decoder *= 2**0.5 / decoder.norm(dim=1, keepdim=True)
@@ -103,7 +104,7 @@ def make(n_tokens: int, d_model: int, n_latents: int, l0: int) -> tuple[Crosscod
         decoder_bias=torch.zeros(2 * d_model), mean=torch.zeros(2, d_model), scale=1.0, sparsity=BatchTopKConfig(k=l0),
         origin={"pair": PAIR, "layer": 0},
     )  # fmt: skip
-    v = crosscoder.pre_activations(parts[0].float()[:1024]) * crosscoder.norms().sum(1)
+    v = crosscoder.pre_activations(parts[0].float()[:1024]) * crosscoder.norm_sums()
     crosscoder.threshold = float(v.flatten().topk(1024 * l0).values.min())
     return crosscoder, SyntheticStore(torch.cat(parts))
 
@@ -116,7 +117,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def encode_seconds(crosscoder: Crosscoder, store: Store, batch_tokens: int) -> float:
-    """One encode of the tokens that count, without the reading of them."""
+    """CPU seconds of one encode of all analysed tokens, without reading them."""
     seconds, rows = 0.0, store.rows()
     for part in np.array_split(rows, max(1, len(rows) // batch_tokens)):
         h = store.gather(part)
@@ -125,7 +126,7 @@ def encode_seconds(crosscoder: Crosscoder, store: Store, batch_tokens: int) -> f
 
 
 def scaling_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> None:
-    """All targets of all latents, with the estimates along both directions."""
+    """Run latent scaling for all targets and latents, with the estimates along both directions."""
     accumulator = ScalingAccumulator(crosscoder, config.blocks)
     accumulate([accumulator], crosscoder, store, config.blocks, config.batch_tokens)
     for direction in (0, 1):
@@ -133,7 +134,7 @@ def scaling_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) ->
 
 
 def whole_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> None:
-    """Scaling, activity and the collection of examples in one pass."""
+    """Run scaling, activity and the collection of examples in one pass."""
     cells = Cells(pl.DataFrame({"dataset": ["synthetic"], "group": ["plain"]}), np.zeros(store.n_tokens, dtype=np.int64))
     accumulators = (
         ScalingAccumulator(crosscoder, config.blocks),
@@ -144,12 +145,12 @@ def whole_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> N
 
 
 def published_seconds(crosscoder: Crosscoder, store: Store) -> tuple[float, float]:
-    """The error targets of all latents and sources by materialising them, extrapolated from a group and a sample of tokens:
-    with the tensors that the published code makes, and with no more than the targets themselves.
+    """CPU seconds to materialise the error targets of all latents and sources, extrapolated from a group and a sample.
 
-    For `GROUP` latents at a time, the targets h - (hhat - f d) of `SAMPLE` tokens `[latent, token, d_model]`, and of these
-    <sum f y, d_chat>. What one token and latent cost does not depend on how many there are. The encoding and decoding, which
-    the published code repeats for each group, are not counted.
+    The first number is for all tensors that the published code creates, the second for the targets alone. Computes, for `GROUP`
+    latents at a time, the targets h - (hhat - f d) of `SAMPLE` tokens `[latent, token, d_model]`, and <sum f y, d_chat> of
+    these. The cost per token and latent does not depend on their number. The encoding and decoding, which the published code
+    repeats for each group, are not counted.
     """
     x = crosscoder.normalise(store.gather(store.rows()[:SAMPLE]))
     code = crosscoder.sparse_code(x)
@@ -180,7 +181,7 @@ def published_seconds(crosscoder: Crosscoder, store: Store) -> tuple[float, floa
 
 
 def drawn_chunks(n_tokens: int, often: torch.Tensor, batch_tokens: int) -> Iterator[Chunk]:
-    """Chunks of codes only, with the frequencies of `often`; a latent goes on for some tokens, as in text."""
+    """Yield chunks that contain only codes, with frequencies `often`. Latents are active on neighbouring tokens, as in text."""
     n_latents, nothing = len(often), torch.empty(0, 0)
     for first in range(0, n_tokens, batch_tokens):
         n = min(batch_tokens, n_tokens - first)
@@ -198,7 +199,7 @@ def drawn_chunks(n_tokens: int, often: torch.Tensor, batch_tokens: int) -> Itera
 
 
 def examples_seconds(n_tokens: int, n_latents: int, l0: int, config: AnalyzeConfig) -> tuple[float, float, int, int]:
-    """Seconds to collect and to write the examples of drawn codes, active pairs, and bytes of the database."""
+    """Seconds to collect and to write the examples of drawn codes, number of active pairs, and bytes of the database."""
     store = SyntheticStore(torch.empty(n_tokens, 2, 0))
     collector = ExampleCollector(store, n_latents, config)
     collecting, pairs = 0.0, 0
@@ -244,11 +245,13 @@ def main() -> None:
     examples = 1 + (collecting + writing) / encode_as_many
     print(f"{n_counted:,} tokens, d_model {args.d_model}, {args.latents:,} latents, L0 {args.l0}, {args.threads} thread(s)")
     print(f"(a) published / scaling pass, extrapolated   {published:8.0f}   target >= 300")
-    print(f"    the same with no copies but the targets  {lean:8.0f}")
+    print(f"    without copies other than the targets    {lean:8.0f}")
     print(f"(b) scaling pass / encode                    {scaling_alone:8.2f}   target <= 1.8")
     print(f"(c) examples pass / encode                   {examples:8.2f}   target <= 2")
     print(f"    {args.example_tokens:,} tokens, {pairs:,} active pairs, {size / 1e6:.0f} MB of examples")
-    print(f"    {collecting:.1f} s to collect, {writing:.1f} s to pick and write; an encode of as many {encode_as_many:.0f} s")
+    print(
+        f"    {collecting:.1f} s to collect, {writing:.1f} s to select and write; an encode of as many tokens {encode_as_many:.0f} s"
+    )
     print(f"(d) all in one pass / encode                 {everything:8.2f}   (without writing)")
 
 

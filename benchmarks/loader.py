@@ -1,11 +1,11 @@
-"""The loader on a store that does not fit into its memory: peak resident memory, rows/s, and its share of a training step.
+"""Measures the loader on a store larger than its memory: peak resident memory, rows/s, and its share of a training step.
 
     python benchmarks/loader.py [--gigabytes 10] [--steps 200] [--folder DIR]
 
-Makes the store in a temporary folder (random float16 activations of two sources), reads batches without a step in between
-as fast as they come, and trains a BatchTopK crosscoder on them, each in a process of its own. Resident memory is counted by
-the system: `anonymous` is the process's own, `of files` are pages of mapped files. What the system keeps of the files that
-were read beside that (its page cache, whose size is printed too) it takes back whenever memory is short.
+Builds the store in a temporary folder (random float16 activations of two sources), then reads batches as fast as possible without
+training, and trains a BatchTopK crosscoder on them, each in its own process. The system reports resident memory: `anonymous` is
+the process's own memory, `of files` counts pages of mapped files. The system's page cache of files that were read, whose size is
+printed too, comes on top; the system frees it when memory runs short.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from crossdiff.files import write_json
 from crossdiff.memory import keep_freed_memory
 
 D_MODEL, N_LATENTS, BATCH, LENGTH, SHARD = 576, 8192, 2048, 256, 65536
-TRAINED = 170  # more than three of the buffers, so that the change from one to the next is in it
+TRAINED = 170  # more than three buffers, so that it includes the change from one to the next
 
 
 def make(folder: Path, gigabytes: float) -> None:
-    """A store of sequences of `LENGTH` tokens, one document each, all for training; the same numbers in every shard."""
+    """Write a store of sequences of `LENGTH` tokens, one training document each, with the same numbers in every shard."""
     row_bytes = 2 * D_MODEL * 2
     n_shards = max(1, round(gigabytes * 1e9 / row_bytes / SHARD))
     buffer, number = ShardBuffer(SHARD, 2, D_MODEL, torch.float16), torch.arange(SHARD)
@@ -66,13 +66,13 @@ def make(folder: Path, gigabytes: float) -> None:
 
 
 def status() -> dict[str, float]:
-    """Megabytes of this process by kind, from the system."""
+    """Memory of this process in megabytes, by kind, as the system reports it."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
     return {words[0].rstrip(":"): int(words[1]) / 1e3 for words in lines if words[0] in {"VmHWM:", "RssAnon:", "RssFile:"}}
 
 
 class Peaks:
-    """The largest values of `status` while a block runs, looked at every 20 ms."""
+    """Records the largest values of `status` while a block runs, checking every 20 ms."""
 
     def __enter__(self) -> Peaks:
         self.values, self._ended = status(), threading.Event()
@@ -90,7 +90,7 @@ class Peaks:
 
 
 def read_alone(store: Store, steps: int) -> dict[str, float]:
-    """Rows/s when nothing else is done."""
+    """Measure rows/s without training."""
     batches = Batches(store, BATCH, seed=0)
     _ = batches[0]
     started = time.perf_counter()
@@ -100,7 +100,7 @@ def read_alone(store: Store, steps: int) -> dict[str, float]:
 
 
 def train(store: Store, steps: int) -> dict[str, float]:
-    """How long a step waits for its batch, as a share of all."""
+    """Measure the share of a training step that waits for its batch."""
     batches, normalisation = Batches(store, BATCH, seed=0), store.normalisation
     coder = new_crosscoder(N_LATENTS, normalisation.mean, normalisation.scale, BatchTopKConfig(k=50), 1.0, seed=0)
     config = CrosscoderConfig(sparsity=coder.sparsity, n_latents=N_LATENTS, batch_size=BATCH)
@@ -122,8 +122,10 @@ WORK = {"reading alone": read_alone, "training": train}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, default=None, help="batches [a whole epoch alone, 170 in training]")
-    parser.add_argument("--folder", type=Path, help="where the store is made and deleted again [the system's temporary one]")
+    parser.add_argument("--steps", type=int, default=None, help="number of batches [a full epoch without training, 170 with]")
+    parser.add_argument(
+        "--folder", type=Path, help="folder in which the store is built and deleted again [the system's temporary folder]"
+    )
     parser.add_argument("--inside", nargs=2, metavar=("WORK", "STORE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     keep_freed_memory()
@@ -137,11 +139,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="crossdiff-loader-", dir=args.folder) as name:
         folder, needed = Path(name), 1.05 * args.gigabytes * 1e9
         if (free := shutil.disk_usage(folder).free) < 2 * needed:
-            sys.exit(f"{folder} has {free / 1e9:.1f} GB left; {2 * needed / 1e9:.1f} are asked for, to leave half of it free")
+            sys.exit(
+                f"{folder} has {free / 1e9:.1f} GB left; {2 * needed / 1e9:.1f} GB are needed, so that half of it stays free"
+            )
         make(folder, args.gigabytes)
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"store of {size / 1e9:.2f} GB, {torch.get_num_threads()} threads\n")
-        print("| | batches | peak MB resident | anonymous | of files | rows/s | step ms | of it waiting for the batch |")
+        print("| | batches | peak MB resident | anonymous | of files | rows/s | step ms | share waiting for the batch |")
         print("|---|---|---|---|---|---|---|---|")
         for work in WORK:
             steps = [] if args.steps is None else ["--steps", str(args.steps)]

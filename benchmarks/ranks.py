@@ -1,9 +1,9 @@
-"""What a second process brings: harvest, training and analysis with one and with two ranks, one thread each.
+"""Measures the speed-up from a second process: harvest, training and analysis with one and two ranks, one thread each.
 
     python benchmarks/ranks.py RUN [--rounds 3] [--steps 40]
 
-RUN is a finished run of the embedded pair. The stages are timed between barriers, imports and loading left out, alternately
-with one and two ranks. Training: batches of 2,048, the latents or the batch split. Prints medians and tokens/s.
+RUN is a finished run of the embedded pair. Alternates between one and two ranks; each stage is timed between barriers, without
+imports and loading. Training uses batches of 2,048 and splits either the latents or the batch. Prints tokens/s at the median.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def timed(ranks: Ranks, work: Callable[[], None]) -> float:
 
 
 def train_steps(ranks: Ranks, store: Store, n_latents: int, latent_ranks: int | None, n_steps: int) -> tuple[float, int]:
-    """Seconds and tokens of some steps, after some that do not count."""
+    """Seconds and tokens of `n_steps` steps, after five steps that are not counted."""
     config = CrosscoderConfig(sparsity=BatchTopKConfig(k=50), n_latents=n_latents, batch_size=2048, warmup_steps=0)
     mesh, normalisation = mesh_of(ranks, latent_ranks, CPU), store.normalisation
     coder = new_crosscoder(n_latents, normalisation.mean.float(), normalisation.scale, config.sparsity, 1.0, seed=0)
@@ -65,7 +65,7 @@ def train_steps(ranks: Ranks, store: Store, n_latents: int, latent_ranks: int | 
 
 
 def stages(run: Path, folder: Path, n_steps: int, training_only: bool) -> dict[str, tuple[float, int]]:
-    """Seconds and tokens of each stage, on every rank."""
+    """Seconds and tokens of each stage. Must be called on every rank."""
     found = train(run, n_steps)
     return found if training_only else found | harvest_and_analysis(run, folder)
 

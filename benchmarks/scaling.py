@@ -1,10 +1,10 @@
-"""The cost model of a training step: fitted on three sizes, held against three others, and what it says of larger ones.
+"""Fits the cost model of a training step on three sizes, checks it on three others, and projects it to larger ones.
 
     python benchmarks/scaling.py
 
-Prints the timed and the modelled seconds of each size, the peak memory of a process that trains it beside the model's, and the
-projection to three trainings on a machine that is not at hand: an accelerator whose rates are taken to be such shares of its
-data sheet as this machine reaches of its own measured peaks.
+Prints the measured and modelled step time of each size, the measured and modelled peak memory of a process that trains it, and a
+projection to three training runs on an accelerator. The projection assumes that the accelerator reaches the same shares of its
+data sheet as this machine does of its own measured peaks.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from crossdiff.crosscoder.cost import Rates, Size, fit, time_step
 from crossdiff.memory import keep_freed_memory
 
 FITTED = (Size(1024, 8192, 16, 1024), Size(576, 4096, 200, 1024), Size(2304, 8192, 16, 128))
-"""Of each kind of work one that has much of it."""
+"""One size that is dominated by each kind of work."""
 CHECKED = (Size(256, 4096, 32, 2048), Size(576, 8192, 50, 2048), Size(2304, 16384, 100, 512))
 PROJECTED = {
     "Gemma-2-2B, F = 73,728, 100M tokens": (Size(2304, 73_728, 100, 2048), 100e6, 1, 1.01e9),
     "Llama-3.1-8B, F = 131,072, 1B tokens": (Size(4096, 131_072, 100, 4096), 1e9, 8, 3.49e9),
     "Llama-3.1-8B, F = 1M, 1B tokens": (Size(4096, 1_048_576, 100, 4096), 1e9, 32, 3.49e9),
 }
-"""Size, tokens, ranks, and parameters of one model's layers up to the middle one, embeddings left out."""
+"""Size, tokens, ranks, and parameters of one model's layers up to the middle one, without embeddings."""
 ACCELERATOR = {"products": 989e12 / 2, "bytes": 3.35e12, "link": 450e9}
-"""An H100 SXM by its data sheet: multiply-adds in bfloat16, memory bytes, NVLink bytes a second in one direction."""
+"""Data sheet of an H100 SXM, per second: multiply-adds in bfloat16, memory bytes, NVLink bytes in one direction."""
 
 
 def peak_memory(size: Size) -> int:
-    """Bytes that a process of its own needs over what it has after the imports."""
+    """Peak memory in bytes of a separate process, beyond its memory after the imports."""
     command = [sys.executable, __file__, "--memory", *map(str, (size.d_model, size.n_latents, size.active, size.batch))]
     return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
 def peak_resident() -> int:
-    """Bytes; what getrusage says includes the process that this one was started from."""
+    """Peak resident memory in bytes. getrusage would include the process that started this one."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def product_peak() -> float:
-    """Multiply-adds a second of a large float32 product."""
+    """Multiply-adds per second of a large float32 product."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     best = min(_seconds(lambda: a @ b) for _ in range(8))
     return 2048**3 / best
 
 
 def copy_peak() -> float:
-    """Bytes read and written a second when a large tensor is copied."""
+    """Bytes read and written per second when a large tensor is copied."""
     a, b = torch.randn(1 << 26), torch.empty(1 << 26)
     return 2 * a.nbytes / min(_seconds(lambda: b.copy_(a)) for _ in range(5))
 
@@ -94,7 +94,7 @@ def main() -> None:
         pairs=ACCELERATOR["bytes"] * rates.pairs / copied,
         parameters=ACCELERATOR["bytes"] * rates.parameters / copied,
     )
-    print("\n| | ranks | harvest h | step ms | of it sending | training h | memory GB a rank | store TB (bf16) | int8 |")
+    print("\n| | ranks | harvest h | step ms | of which sending | training h | memory GB per rank | store TB (bf16) | int8 |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, (size, tokens, ranks, parameters) in PROJECTED.items():
         step, sent = far.seconds(size, ranks), size.traffic_bytes(ranks, 1) / ACCELERATOR["link"]

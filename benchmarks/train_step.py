@@ -1,12 +1,11 @@
-"""Our training step against plain dense autograd, alternately in one process on the same inputs.
+"""Compares our training step with plain dense autograd, alternating in one process on the same inputs.
 
     python benchmarks/train_step.py [--rounds 5] [--only NAME] [--cpu-time]
 
-Dense is the published way: einsum per source, flat `topk` over batch x latents, scatter, dense decode, autograd,
+Dense is the published method: einsum per source, flat `topk` over batch x latents, scatter, dense decode, autograd,
 `clip_grad_norm_`, default Adam. Inputs are sparse mixtures of random directions. Prints medians, their ratio, tokens/s, the
-share of the machine's measured GEMM peak that the encoder's product alone would need, and the peak memory of each step
-(in a process of its own). Where other work runs beside, `OMP_NUM_THREADS=1` and `--cpu-time` compare what the process itself
-takes instead of what passes on the clock.
+share of the machine's measured GEMM peak that the encoder's product alone would need, and the peak memory of each step (in a
+separate process). On a busy machine, use `OMP_NUM_THREADS=1` and `--cpu-time` to compare CPU times instead of wall times.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ N_SOURCES, WARMUP = 2, 12
 
 @dataclass(frozen=True)
 class Case:
-    """One training setting. `bias` shifts the encoder's bias, to have an L1 crosscoder that is sparse already."""
+    """One training setting. `bias` shifts the encoder's bias, so that an L1 crosscoder is sparse from the start."""
 
     d_model: int
     n_latents: int
@@ -56,7 +55,7 @@ CASES = {
 
 
 def inputs(case: Case, n_batches: int) -> list[torch.Tensor]:
-    """Sparse mixtures of 4 d directions, a twentieth of them at a time, scaled to a mean square of d."""
+    """Sparse mixtures of 4 d directions, scaled to a mean square of d. A direction occurs on 1% of the tokens."""
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(4 * case.d_model, N_SOURCES * case.d_model, generator=generator)
     batches = []
@@ -76,7 +75,7 @@ def new_coder(case: Case) -> Crosscoder:
 
 
 class Ours:
-    """The project's own trainer."""
+    """The step of crossdiff's trainer."""
 
     def __init__(self, case: Case) -> None:
         coder = new_coder(case)
@@ -92,7 +91,7 @@ class Ours:
 
 
 class Dense:
-    """Plain dense autograd."""
+    """The step of plain dense autograd."""
 
     def __init__(self, case: Case) -> None:
         coder, self.case = new_coder(case), case
@@ -144,7 +143,7 @@ def timed(step: Callable[[torch.Tensor], None], x: torch.Tensor) -> float:
 
 
 def gemm_peak() -> float:
-    """FLOP/s of the best of some large products."""
+    """FLOP/s of the fastest of several large products."""
     a, out = torch.randn(2048, 2048), torch.empty(2048, 2048)
     torch.mm(a, a, out=out)
 
@@ -156,7 +155,7 @@ def gemm_peak() -> float:
 
 
 def peak_memory(name: str, kind: str) -> float:
-    """Megabytes at most resident during some steps, in a process of its own."""
+    """Peak resident memory in megabytes during a few steps, in a separate process."""
     command = [sys.executable, __file__, "--memory", name, kind]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -182,7 +181,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "KIND"), help=argparse.SUPPRESS)
-    parser.add_argument("--cpu-time", action="store_true", help="count the process's own time; meant for one thread")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="measure CPU time of the process instead of wall time; use one thread"
+    )
     args = parser.parse_args()
     if args.cpu_time:
         global clock
