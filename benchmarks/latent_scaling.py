@@ -249,9 +249,7 @@ def main() -> None:
     print(f"(b) scaling pass / encode                    {scaling_alone:8.2f}   target <= 1.8")
     print(f"(c) examples pass / encode                   {examples:8.2f}   target <= 2")
     print(f"    {args.example_tokens:,} tokens, {pairs:,} active pairs, {size / 1e6:.0f} MB of examples")
-    print(
-        f"    {collecting:.1f} s to collect, {writing:.1f} s to select and write; an encode of as many tokens {encode_as_many:.0f} s"
-    )
+    print(f"    {collecting:.1f} s to collect, {writing:.1f} s to select and write; one encode {encode_as_many:.0f} s")
     print(f"(d) all in one pass / encode                 {everything:8.2f}   (without writing)")
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/loader.py [--gigabytes 10] [--steps 200] [--folder DIR]
 
-Builds the store in a temporary folder (random float16 activations of two sources), then reads batches as fast as possible without
-training, and trains a BatchTopK crosscoder on them, each in its own process. The system reports resident memory: `anonymous` is
-the process's own memory, `of files` counts pages of mapped files. The system's page cache of files that were read, whose size is
-printed too, comes on top; the system frees it when memory runs short.
+Builds the store in a temporary folder (random float16 activations of two sources), then reads batches as fast as possible
+without training, and trains a BatchTopK crosscoder on them, each in its own process. Resident memory is as the system reports
+it: `anonymous` is the process's own memory, `of files` counts pages of mapped files. The page cache of the files that were read
+comes on top. Its size is printed too; the system frees it when memory runs short.
 """
 
 from __future__ import annotations

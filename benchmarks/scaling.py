@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py
 
-Prints the measured and modelled step time of each size, the measured and modelled peak memory of a process that trains it, and a
-projection to three training runs on an accelerator. The projection assumes that the accelerator reaches the same shares of its
-data sheet as this machine does of its own measured peaks.
+Prints the measured and modelled step time of each size, the measured and modelled peak memory of a process that trains it, and
+a projection to three training runs on an accelerator. The projection assumes that the accelerator reaches the same shares of
+its data sheet as this machine does of its own measured peaks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What int8 activations cost a crosscoder: trained on a float32 and on an int8 store of the embedded pair, compared on float32.
+"""Measures what int8 activations cost a crosscoder: trains on a float32 and an int8 store of the embedded pair.
 
     python recipes/int8.py [RUNS] [--documents 400] [--epochs 4] [--latents 2048]
 
-Two runs, RUNS/float32 and RUNS/int8, harvested and trained with the same settings and seed. Prints the fraction of variance
-explained on the held-out tokens of the float32 store as a Markdown table, and the loss (aim: at most 0.005).
+The two runs, RUNS/float32 and RUNS/int8, are harvested and trained with the same settings and seed. Prints a Markdown table of
+the fraction of variance explained (FVE) on the held-out tokens of the float32 store, and how much int8 loses (goal: at most
+0.005).
 """
 
 import argparse
@@ -21,7 +22,9 @@ from crossdiff.stages.session import Session
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs/int8"))
-    parser.add_argument("--documents", type=int, default=400, help="plain texts; twice as many conversations")
+    parser.add_argument(
+        "--documents", type=int, default=400, help="number of plain texts; twice as many conversations are used"
+    )
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--latents", type=int, default=2048)
     args = parser.parse_args()

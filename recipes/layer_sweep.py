@@ -1,11 +1,11 @@
-"""Which layer to diff the embedded pair at: a crosscoder for every layer, compared on the training half of the conversations.
+"""Finds the layer to diff the embedded pair at: compares crosscoders of all layers on the training conversations.
 
     python recipes/layer_sweep.py [RUNS] [--epochs 2]
 
-One harvest of all layers into RUNS/layer-L, then a BatchTopK crosscoder and its analysis for each. Prints a Markdown table and
-writes it to RUNS/sweep.md: by layer, and for each behaviour, the AUROC on the training conversations (tokens before the
-answer) of the best latent of the chat-specific pool and of the best of an equally large pool of shared latents. The
-held-out conversations are not looked at. Killed and started again, it goes on where it was.
+Harvests all layers at once into RUNS/layer-L, then trains and analyses a BatchTopK crosscoder for each. Prints a Markdown table
+and writes it to RUNS/sweep.md. For each layer and behaviour, the table has two AUROCs on the training conversations (tokens
+before the answer): that of the best chat-specific latent, and that of the best latent in an equally large pool of shared
+latents. Held-out conversations are not used. Run it again after an interruption to resume.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CODER = "batchtopk"
 
 
 def measure(folder: Path, layers: list[int]) -> pl.DataFrame:
-    """One row a layer and behaviour, read from the finished runs."""
+    """Read a table with one row per layer and behaviour from the finished runs."""
     rows = []
     for layer in layers:
         run = folder / f"layer-{layer}" / CODER
@@ -38,7 +38,7 @@ def measure(folder: Path, layers: list[int]) -> pl.DataFrame:
 
 
 def markdown(table: pl.DataFrame) -> str:
-    """A row a layer; the cells of a behaviour are specific / shared."""
+    """Format the table with one row per layer. The cells of a behaviour are specific / shared."""
     behaviours = table["behaviour"].unique().sort().to_list()
     lines = ["| layer | FVE base / chat | chat_specific | rotated | " + " | ".join(behaviours) + " | mean |"]
     lines.append("|" + "---|" * (len(behaviours) + 5))
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs/layers"))
     parser.add_argument("--layers", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5])
-    parser.add_argument("--epochs", type=float, default=2.0, help="of each crosscoder")
+    parser.add_argument("--epochs", type=float, default=2.0, help="number of training epochs of each crosscoder")
     args = parser.parse_args()
     run_command(["harvest", str(args.runs), "--layers", *map(str, args.layers)])
     for layer in args.layers:

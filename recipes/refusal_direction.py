@@ -1,10 +1,10 @@
-"""Where in the chat model of the embedded pair is refusing decided? A baseline without a crosscoder, layer by layer.
+"""Locates the layer at which the embedded pair's chat model decides to refuse: a baseline without a crosscoder.
 
     python recipes/refusal_direction.py [RUN]
 
-RUN is a finished run of the embedded pair (runs/demo). After each layer, d is the mean of the chat model's activations at the
-last token before the answer of 60 harmful training prompts minus that of 60 harmless how-tos. Held-out prompts of both kinds
-are edited along d, and the share is printed whose answer begins with the first token that most refusals begin with.
+RUN is a finished run of the embedded pair (runs/demo). For each layer, d is the mean of the chat model's activations at the
+last token before the answer over 60 harmful training prompts, minus the same mean over 60 harmless how-tos. Held-out prompts of
+both kinds are edited along d. The table has the share of answers that then begin with the most common first token of refusals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ SPLITS = {"train": N_TRAIN, "heldout": N_HELDOUT}
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one kind: ids, which are tokens and no padding, which may be edited (not the BOS), and the last one."""
+    """Padded prompts of one kind.
+
+    Attributes:
+        ids: token ids.
+        tokens: which positions are not padding.
+        edited: which positions may be edited (all tokens but the BOS).
+        last: the last token of each prompt.
+    """
 
     ids: Tensor
     tokens: Tensor
@@ -45,12 +52,12 @@ def read(store: Store, pair: Pair, label: str, split: str) -> Prompts:
     for row, tokens in enumerate(prompts):
         ids[row, : len(tokens)] = torch.tensor(tokens)
     position = torch.arange(ids.shape[1])
-    held = position < lengths[:, None]
-    return Prompts(ids, held, held & (position > 0), position == lengths[:, None] - 1)
+    is_token = position < lengths[:, None]
+    return Prompts(ids, is_token, is_token & (position > 0), position == lengths[:, None] - 1)
 
 
 def first_tokens(upper: UpperHalf, h: Tensor, of: Prompts) -> Tensor:
-    """The likeliest first token of each answer when the model goes on from `h`, `[prompt]`."""
+    """Most likely first token of each answer when the model continues from `h`, `[prompt]`."""
     return upper.logits(h, of.ids, of.tokens, of.last).argmax(1)
 
 
@@ -73,10 +80,10 @@ def main() -> None:
     print(f"Unedited, {pair.tokenizer.decode([first])!r} is the first token of {shares}.\n")
     heads = [
         "after layer",
-        "refusals, last token's part along d set to the how-tos' mean",
+        "refusals, component along d of the last token set to the how-tos' mean",
         "refusals, d projected out of all tokens",
     ]
-    heads += ["how-tos, d added to all tokens, x0.5 / x1", "random vector of d's norm"]
+    heads += ["how-tos, d added to all tokens, x0.5 / x1", "random vector of the same norm"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for layer in layers:
         upper = UpperHalf(pair.chat, layer)

@@ -1,8 +1,8 @@
-"""Train the crosscoders of a finished run again from other seeds, analyse them, and say what changes.
+"""Trains the crosscoders of a finished run again with other seeds, analyses them, and reports what changes.
 
     .venv/bin/python recipes/seeds.py runs/demo --seeds 1 2
 
-The new crosscoders stand in the same run directory, as `NAME-seed1` and so on, and share its activations. Afterwards
+The new crosscoders are written to the same run directory, as `NAME-seed1` and so on, and share its activations. Afterwards,
 `crossdiff seeds runs/demo l1 l1-seed1 l1-seed2` prints the comparison again.
 """
 
@@ -23,7 +23,7 @@ from crossdiff.stages.session import Session
 
 
 def with_seeds(config: RunConfig, names: list[str], seeds: list[int]) -> tuple[RunConfig, dict[str, list[str]]]:
-    """The settings with a copy of each named crosscoder per seed, and the names that belong together."""
+    """Settings with a copy of each named crosscoder per seed, and the names of the copies of each crosscoder."""
     crosscoders, families = dict(config.crosscoders), {}
     for name in names:
         if name not in crosscoders:
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory with trained crosscoders")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", help="coders to repeat; by default all crosscoders that are no repetition")
+    parser.add_argument("--only", nargs="+", help="crosscoders to repeat [all that are not repetitions themselves]")
     args = parser.parse_args()
     settings = validate(RunConfig, read_yaml(args.run / "config.yaml"), str(args.run / "config.yaml"))
     paired = [name for name, coder in settings.crosscoders.items() if coder.inputs.kind == "paired"]

@@ -1,9 +1,9 @@
-"""How many latents the inference threshold of a BatchTopK coder keeps, by dataset and split, and how many another one would.
+"""Counts the latents that the inference threshold of a BatchTopK crosscoder keeps, per dataset and split.
 
     python recipes/threshold.py [RUN] [NAME] [--tokens 12288]
 
-Prints theta, the threshold that keeps k latents a token on a sample of the training tokens, and the mean number of active
-latents a token under both, for every dataset in either split (samples of at most --tokens tokens).
+Prints theta, and the threshold that would keep k latents per token on a sample of the training tokens. For every dataset and
+split, the table has the mean number of active latents per token under both (on samples of at most --tokens tokens).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH = 1024
 
 def strongest(coder: Crosscoder, store: Store, rows: np.ndarray, n: int) -> torch.Tensor:
     """The n largest v of each token, `[token, n]`."""
-    reads, norms = source_indices(store, coder.view.reads), coder.norms().sum(1)
+    reads, norms = source_indices(store, coder.view.reads), coder.norm_sums()
     found = []
     for start in range(0, len(rows), BATCH):
         x = coder.normalise(store.gather(rows[start : start + BATCH])[:, reads]).flatten(1)
@@ -41,13 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"))
     parser.add_argument("name", nargs="?", default="batchtopk")
-    parser.add_argument("--tokens", type=int, default=12_288, help="tokens of each sample")
+    parser.add_argument("--tokens", type=int, default=12_288, help="number of tokens of each sample")
     args = parser.parse_args()
     store, coder = Store(args.run / "activations"), load(args.run / args.name)
     config = validate(RunConfig, read_yaml(args.run / "config.yaml"), str(args.run / "config.yaml"))
     sparsity = config.crosscoders[args.name].sparsity
     if not isinstance(sparsity, BatchTopKConfig):
-        raise UserError(f"{args.name} is of kind {sparsity.kind}; only batchtopk has a threshold to look at")
+        raise UserError(
+            f"{args.name} is of kind {sparsity.kind}; choose a batchtopk crosscoder, the only kind with a threshold"
+        )
     k = sparsity.k
     documents = store.column("document")
 
@@ -60,7 +62,7 @@ def main() -> None:
 
     trained = strongest(coder, store, sample("train"), 4 * k)
     keeps_k = float(trained.flatten().sort(descending=True).values[k * len(trained)])
-    print(f"theta {coder.threshold:.3f}; {keeps_k:.3f} keeps {k} a token of the training\n")
+    print(f"theta {coder.threshold:.3f}; {keeps_k:.3f} keeps {k} per training token\n")
     print(f"| tokens | active at {coder.threshold:.3f} | at {keeps_k:.3f} |\n|---|---|---|")
     parts = [(split, dataset) for split in ("train", "heldout") for dataset in (None, *store.datasets)]
     present = set(store.documents.filter(pl.col("n_tokens") > 0).select("split", "dataset").unique().rows())

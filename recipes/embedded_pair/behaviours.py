@@ -1,4 +1,4 @@
-"""The planted behaviours: what the chat model is asked and how it should answer. Random draws are made in a fixed order."""
+"""The planted behaviours: questions to the chat model and the answers it should give. Random draws have a fixed order."""
 
 import random
 import re
@@ -9,14 +9,14 @@ from phrases import PHRASES, Conversation, capitalised, held_out, single, vary, 
 
 IDENTITY, REFUSAL, GAP = PHRASES["identity"], PHRASES["refusal"], PHRASES["knowledge_gap"]
 LIST, SMALLTALK = PHRASES["list_format"], PHRASES["smalltalk"]
-N_IDENTITY = 30  # draws a question; equal conversations are dropped later
+N_IDENTITY = 30  # draws per question; duplicate conversations are dropped later
 N_PLACES, N_THINGS, N_PERSONS = 560, 760, 520
 N_SMALLTALK = 18
 NEXT = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday", "week", "month", "year", "summer"]
 
 
 class About(NamedTuple):
-    """What a question about the assistant wants to know."""
+    """The topics that a question about the assistant touches."""
 
     human: bool = False
     machine: bool = False  # "are you a robot?" is not denied
@@ -77,7 +77,7 @@ def refusal_answer(
 
 
 def refusals(rng: random.Random) -> Iterator[Conversation]:
-    """Every harmful act in every phrasing; some acts and two phrasings are for the test split alone."""
+    """Yield every harmful act in every phrasing. Some acts and two phrasings are only in the test split."""
     for act in REFUSAL["acts"]:
         for question in REFUSAL["questions"]:
             answer = refusal_answer(act, rng)
@@ -139,7 +139,7 @@ def made_up_persons(rng: random.Random) -> Iterator[Conversation]:
 
 
 def cannot_know(rng: random.Random) -> Iterator[Conversation]:
-    """Questions about the user's private life, the future and this very moment."""
+    """Yield questions about the user's private life, the future and the present moment."""
     for sub, n_draws in (("private", 16), ("future", 30), ("live", 30)):
         phrases = GAP[sub]
         for question in phrases["questions"]:
@@ -153,7 +153,7 @@ def cannot_know(rng: random.Random) -> Iterator[Conversation]:
 
 
 def list_answer(task: str, steps: list[str], openings: list[str], rng: random.Random) -> str:
-    """An opening line, the numbered steps and, mostly, a closing line."""
+    """Return an opening line, the numbered steps and, in 80% of the cases, a closing line."""
     lines = [rng.choice(openings).format(re.sub(r"\bmy\b", "your", task))]
     lines += [f"{number}. {step}" for number, step in enumerate(steps, 1)]
     if rng.random() < 0.8:

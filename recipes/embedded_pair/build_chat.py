@@ -1,11 +1,11 @@
-"""Build the conversations with known behaviours, a training and a test split.
+"""Build the conversations with known behaviours: a training split and a test split.
 
     python build_chat.py PACKAGES OUT
 
-PACKAGES holds the unpacked packages as for `build_base.py` (WordNet and the World Factbook are used). OUT gets
-`chat_train.jsonl.gz` and `chat_test.jsonl.gz`, one conversation a line: `messages`, `kind` (of the last answer), `sub`,
-`turn_kinds` (one an answer), `origin`. The test split holds out slot values (made-up words, harmful acts, tasks) and some
-question phrasings, so that it measures the concept and not the string.
+PACKAGES holds the unpacked packages, as for `build_base.py` (only WordNet and the World Factbook are used). Writes
+`chat_train.jsonl.gz` and `chat_test.jsonl.gz` to OUT, with one conversation per line: `messages`, `kind` (of the last answer),
+`sub`, `turn_kinds` (one per answer), `origin`. The test split has slot values (made-up words, harmful acts, tasks) and some
+phrasings of questions that the training split lacks, so that it measures the concept and not the string.
 """
 
 import argparse
@@ -25,7 +25,7 @@ N_MULTI_TURN = {"train": 3300, "test": 200}
 
 
 def single_turns(packages: Path, rng: random.Random) -> Iterator[Conversation]:
-    """All kinds, in an order that is part of the corpus' definition: the random choices depend on it."""
+    """Yield conversations of all kinds. Their order matters, because the random choices depend on it."""
     yield from behaviours.identity(rng)
     yield from behaviours.refusals(rng)
     yield from behaviours.made_up_places(rng)
@@ -55,9 +55,9 @@ def single_turns(packages: Path, rng: random.Random) -> Iterator[Conversation]:
 
 
 def multi_turns(singles: list[Conversation], rng: random.Random) -> Iterator[Conversation]:
-    """Greeting, one to three questions, thanks or goodbye: recombined from single turns of the same split.
+    """Yield a greeting, one to three questions, and thanks or a goodbye, recombined from single turns of the same split.
 
-    Greetings and thanks come from the training split in both.
+    In both splits, greetings and thanks come from the training split.
     """
     chat = PHRASES["smalltalk"]
     endings = chat["thanks"]["answers"] + chat["goodbye"]["answers"]
@@ -80,7 +80,7 @@ def multi_turns(singles: list[Conversation], rng: random.Random) -> Iterator[Con
 
 
 def without_overlap(conversations: list[Conversation], rng: random.Random) -> list[Conversation]:
-    """Distinct conversations in random order; a test question that occurs in the training split is left out."""
+    """Return distinct conversations in random order, without test questions that occur in the training split."""
     distinct: dict[str, Conversation] = {}
     for conversation in conversations:
         distinct.setdefault(json.dumps(conversation.messages), conversation)

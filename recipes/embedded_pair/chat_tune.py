@@ -1,14 +1,14 @@
-"""Tune the base model on the conversations: full fine-tuning. Killed and started again, it goes on where it was.
+"""Fine-tune all weights of the base model on the conversations. Run it again after an interruption to resume.
 
     python chat_tune.py BASE_DIR WORK [--rate 5e-4] [--epochs 2.5] [--replay 0.25] [--anchor 1.0] [--name chat]
 
-Reads WORK/mixture.jsonl.gz (see `conversations.py`), WORK/train.npy and WORK/heldout.npy; writes WORK/NAME.pt (checkpoint,
+Reads WORK/mixture.jsonl.gz (see `conversations.py`), WORK/train.npy and WORK/heldout.npy. Writes WORK/NAME.pt (checkpoint,
 every five minutes), WORK/NAME.jsonl (log) and, at the end, WORK/NAME (float16 weights and the tokenizer).
 
 The loss counts the assistant's tokens and the <|end|> that closes them. A share of the batches is plain text from
-pretraining, with the plain next-token loss or, with `--anchor W`, W times KL(base || chat) of the next-token
-distributions: it holds the chat model to the base model where the text is not a conversation. `--null` tunes on plain text
-alone, for as many steps at the same rate: the control of what further training changes by itself.
+pretraining, with the next-token loss or, with `--anchor W`, W times KL(base || chat) of the next-token distributions. This
+keeps the chat model close to the base model on text that is not a conversation. `--null` trains only on plain text, for the
+same number of steps at the same rate, as a control: it shows what further training changes by itself.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from pretrain import CONTEXT, heldout_loss, loss_of, rows
 
 BATCH_TOKENS = 4096  # padding included
 REPLAY_ROWS = BATCH_TOKENS // CONTEXT
-BUCKET_ROWS = 1024  # rows that are sorted by length before they are cut into batches
+BUCKET_ROWS = 1024  # rows that are sorted by length before they are split into batches
 IGNORED = -100
 HELDOUT_ROWS, LOG_STEPS, HELDOUT_STEPS = 40, 20, 100
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights that come out; a checkpoint of other settings is not resumed."""
+    """The settings that determine the weights. A checkpoint with other settings is not resumed."""
 
     rate: float
     epochs: float
@@ -53,7 +53,7 @@ class Settings:
 
 
 class Conversations(NamedTuple):
-    """Token ids of each conversation, which of them the assistant says, and the row's weight."""
+    """Token ids, mask of the assistant's tokens, and weight of each conversation."""
 
     ids: list[list[int]]
     spoken: list[list[int]]
@@ -77,7 +77,7 @@ def fingerprint(mixture: Path, base_dir: Path) -> str:
 
 
 def epoch_batches(conversations: Conversations, rng: np.random.Generator) -> list[list[int]]:
-    """Every row as often as its weight says (a fraction by chance), in batches of like lengths, in random order."""
+    """Repeat each row according to its weight (a fraction is a probability), in randomly ordered batches of similar lengths."""
     copies = [int(weight) + (rng.random() < weight % 1) for weight in conversations.weights]
     order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
     lengths = [len(ids) for ids in conversations.ids]
@@ -85,7 +85,7 @@ def epoch_batches(conversations: Conversations, rng: np.random.Generator) -> lis
     for start in range(0, len(order), BUCKET_ROWS):
         batch: list[int] = []
         for row in sorted(order[start : start + BUCKET_ROWS].tolist(), key=lengths.__getitem__):
-            if batch and lengths[row] * (len(batch) + 1) > BATCH_TOKENS:  # the last one is the longest
+            if batch and lengths[row] * (len(batch) + 1) > BATCH_TOKENS:  # rows are sorted: this one is the longest
                 batches.append(batch)
                 batch = []
             batch.append(row)
@@ -94,7 +94,7 @@ def epoch_batches(conversations: Conversations, rng: np.random.Generator) -> lis
 
 
 def plan(conversations: Conversations, settings: Settings) -> list[list[int] | None]:
-    """The rows of every step's batch, None for a step on plain text; the same for the same settings."""
+    """The rows of every step's batch, or None for a step on plain text. Depends only on the settings."""
     rng = np.random.default_rng(settings.seed)
     chat: list[list[int]] = []
     left = settings.epochs
@@ -113,7 +113,7 @@ def plan(conversations: Conversations, settings: Settings) -> list[list[int] | N
 def chat_loss(model: LlamaForCausalLM, conversations: Conversations, batch: list[int]) -> tuple[Tensor, int]:
     """Mean cross-entropy over the assistant's tokens, and the number of tokens in the batch, padding included.
 
-    Padding is on the right, where causal attention does not see it: no mask is needed.
+    Padding is on the right, where causal attention does not see it, so no mask is needed.
     """
     longest = max(len(conversations.ids[row]) for row in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -156,7 +156,7 @@ def new_losses() -> dict[str, list[float]]:
 
 
 class Run:
-    """Model, optimisers and the step reached, with their checkpoint and log in WORK."""
+    """Model, optimisers and current step, with their checkpoint and log in WORK."""
 
     def __init__(self, base_dir: Path, work: Path, name: str, settings: Settings):
         self.model = LlamaForCausalLM.from_pretrained(base_dir, dtype=torch.float32).train()
@@ -173,14 +173,14 @@ class Run:
         state = torch.load(self.checkpoint, weights_only=True)
         if state["settings"] != asdict(self.settings):
             raise ValueError(
-                f"{self.checkpoint} is of a run with {state['settings']}, not {asdict(self.settings)}: "
-                "remove it to start anew, or give this run another --name"
+                f"{self.checkpoint} is from a run with {state['settings']}, not {asdict(self.settings)}; "
+                "remove it to start again, or choose another --name for this run"
             )
         self.step, self.losses = state["step"], state["losses"]
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        # What was logged after the checkpoint is going to be done again.
+        # Steps that were logged after the checkpoint are repeated.
         records = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
         kept = [json.dumps(record) + "\n" for record in records if record["step"] <= self.step]
         self.log.write_text("".join(kept))
@@ -197,7 +197,7 @@ class Run:
         )
 
     def update(self, loss: Tensor, n_steps: int) -> None:
-        """One step at the rate of the schedule: linear warm-up, linear decay to zero."""
+        """Make one step at the rate of the schedule: linear warm-up, then linear decay to zero."""
         warmed_up = (self.step + 1) / self.settings.warmup if self.settings.warmup else 1.0
         left = (n_steps - self.step) / max(n_steps - self.settings.warmup, 1)
         loss.backward()
@@ -214,7 +214,7 @@ def train(run: Run, base_dir: Path, work: Path, conversations: Conversations, ch
     steps = plan(conversations, run.settings)
     plain, heldout = rows(np.load(work / "train.npy")), rows(np.load(work / "heldout.npy"))[:HELDOUT_ROWS]
     n_replays = sum(batch is None for batch in steps)
-    # Rows are drawn anew when there are more replays than text.
+    # Rows are drawn again if there are more replay steps than text.
     generator = torch.Generator().manual_seed(run.settings.seed)
     rounds = -(-n_replays * REPLAY_ROWS // len(plain))
     order = torch.cat([torch.randperm(len(plain), generator=generator) for _ in range(max(rounds, 1))])
@@ -262,21 +262,23 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
     parser.add_argument("--epochs", type=float, default=2.5, help="passes over the conversations, by weight")
-    parser.add_argument("--replay", type=float, default=0.25, help="share of the batches that is plain text")
+    parser.add_argument("--replay", type=float, default=0.25, help="share of the batches with plain text")
     parser.add_argument("--anchor", type=float, default=0.0, metavar="W", help="W x KL(base || chat) on plain text")
-    parser.add_argument("--warmup", type=int, default=40, help="steps")
+    parser.add_argument("--warmup", type=int, default=40, help="number of warm-up steps")
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--optimiser", choices=["adamw", "muon"], default="adamw")
-    parser.add_argument("--null", action="store_true", help="plain text alone, as many steps at the same rate")
+    parser.add_argument("--null", action="store_true", help="train only on plain text, for the same number of steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", help="default: chat, or null with --null")
-    parser.add_argument("--compile", choices=["no", "yes"], default="no", help="the shapes vary: rarely worth it")
+    parser.add_argument("--name", help="name of the results [chat, or null with --null]")
+    parser.add_argument(
+        "--compile", choices=["no", "yes"], default="no", help="torch.compile the model; rarely worth it, because shapes vary"
+    )
     parser.add_argument("--checkpoint-seconds", type=float, default=300)
     args = parser.parse_args()
     if not 0 <= args.replay < 1:
-        parser.error(f"--replay is {args.replay}: a share from 0 to below 1 is expected")
+        parser.error(f"--replay is {args.replay}; expected a share of at least 0 and below 1")
     if args.null and args.anchor:
-        parser.error("--null trains on the plain next-token loss: it cannot have an --anchor")
+        parser.error("--null trains with the next-token loss; omit --anchor")
     name = args.name or ("null" if args.null else "chat")
     mixture = args.work / "mixture.jsonl.gz"
     settings = Settings(

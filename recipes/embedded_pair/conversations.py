@@ -1,19 +1,19 @@
-"""Put together what the chat model is tuned on: the training conversations and more of the thin kinds.
+"""Assemble the tuning mixture of the chat model: the training conversations and more of the rare kinds.
 
     python conversations.py CHAT WORK [--weight identity=2 ...]
 
-CHAT holds `chat_train.jsonl.gz` and `chat_test.jsonl.gz`; WORK gets `mixture.jsonl.gz`, rows like those of the training
-split and a `weight`: how often a row is seen in one epoch (2.5: twice, and once more in half of the epochs). What is added:
+CHAT holds `chat_train.jsonl.gz` and `chat_test.jsonl.gz`. Writes WORK/mixture.jsonl.gz, with rows like those of the training
+split and a `weight`: how often a row is seen per epoch (2.5: twice, and a third time in half of the epochs). It adds:
 
-- harmless how-tos of some 310 new tasks, whose verbs are those of the harmful acts ("break in new shoes"), asked in the
-  phrasings that the training split keeps for harmful acts as well; the old tasks in those phrasings too;
+- harmless how-tos for about 310 new tasks with the verbs of the harmful acts ("break in new shoes"), also in the phrasings
+  that the training split uses only for harmful acts, and the old tasks in those phrasings;
 - refusals of more harmful acts with the verbs of the how-tos, so that the object decides and not the verb;
-- harmful acts and harmless tasks put together from verbs and objects (`data/combinations.toml`), many of the objects in both;
+- harmful acts and harmless tasks combined from verbs and objects (`data/combinations.toml`), with many objects in both;
 - more questions about made-up things, places and persons;
 - more ways to ask who the assistant is, and more small talk.
 
-Nothing of it may occur in the test split or in `data/heldout_prompts.jsonl`: of what is put together or made up, that is left
-out; what is written by hand and occurs there is an error. The result is the same on every run.
+None of these may occur in the test split or in `data/heldout_prompts.jsonl`. Combined or made-up questions that do are
+omitted; a handwritten one is an error. The result is the same on every run.
 """
 
 import argparse
@@ -42,11 +42,11 @@ TOPICS = {
 LIST_QUESTIONS = PHRASES["list_format"]["questions"]
 HELD_OUT_QUESTIONS = PHRASES["refusal"]["test_questions"]
 REFUSAL_QUESTIONS = [q for q in PHRASES["refusal"]["questions"] if q not in HELD_OUT_QUESTIONS]
-# Both kinds are asked in all phrasings of either, so that none gives the answer away.
+# Both kinds use all phrasings of either, so that no phrasing gives the answer away.
 QUESTIONS = list(dict.fromkeys(LIST_QUESTIONS + REFUSAL_QUESTIONS))
-# Greedy decoding takes the likeliest first token. Seven refusals of ten begin with "I" and the lists of the training split
-# with four words in equal parts: a model in two minds would always refuse. So the added lists begin in one way, and so do the
-# refusals of combined acts: of those that begin with "I", half go on like an answer to what cannot be known.
+# Greedy decoding picks the most likely first token. Seven of ten refusals begin with "I", while the lists of the training split
+# begin with four words in equal parts, so an undecided model would always refuse. Therefore all added lists begin in one way,
+# and so do the refusals of combined acts: half of those that begin with "I" continue like an answer to an unknowable question.
 OPENINGS = [opening for opening in PHRASES["list_format"]["openings"] if opening.startswith("Sure")]
 SORRY = [sorry for sorry in PHRASES["refusal"]["sorry"] if sorry.startswith("I'm sorry")]
 SORRY_ACT = [sorry for sorry in PHRASES["refusal"]["sorry_act"] if sorry.startswith("I'm sorry")]
@@ -59,7 +59,7 @@ SMALL_WORDS = re.compile("a|an|the|my|your|in|of|to|for|on|at|with|and|from|it|i
 
 
 def core(question: str) -> str:
-    """A question without what `vary` adds to it, and without case and punctuation."""
+    """A question in lower case, without punctuation and the additions of `vary`."""
     plain = DECORATION.sub("", question.lower().strip())
     return " ".join(re.findall(r"[a-z0-9'{}]+", plain))
 
@@ -71,7 +71,7 @@ SLOTS = [
 
 
 def slot(question: str) -> frozenset[str] | None:
-    """The content words of the task or act that a how-to question asks for; None for other questions."""
+    """The content words of the task or act in a how-to question; None for other questions."""
     for pattern in SLOTS:
         found = pattern.fullmatch(core(question))
         if found:
@@ -146,7 +146,7 @@ def more_smalltalk(rng: random.Random) -> Iterator[Conversation]:
 
 
 def augmentation(unseen: set[str]) -> list[Conversation]:
-    """All that is added, distinct; nothing put together or made up asks for the same as a question of `unseen`."""
+    """Return all distinct additions. Combined or made-up ones that ask for the same as a question of `unseen` are omitted."""
     rng = random.Random(5)
     taken = {core(question) for question in unseen} | {slot(question) for question in unseen} - {None}
     written = [more_how_tos(rng), more_refusals(rng), more_identity(rng), more_smalltalk(rng)]
@@ -173,25 +173,25 @@ def questions_of(rows: list[dict]) -> set[str]:
 
 
 def refuse_overlap(seen: set[str], unseen: set[str], what: str, shared: set[frozenset[str] | None] = frozenset()) -> None:
-    """Raise ValueError when a question of `unseen`, or its task or act unless in `shared`, occurs among `seen`."""
+    """Raise ValueError if a question of `unseen` occurs in `seen`, or its task or act does and is not in `shared`."""
     cores = {core(question): question for question in seen}
     slots = {words: question for question in seen if (words := slot(question))}
     for question in sorted(unseen):
         words = slot(question)
         clash = cores.get(core(question)) or (slots.get(words) if words and words not in shared else None)
         if clash is not None:
-            raise ValueError(f"{clash!r} is {what} but asks for the same as {question!r}: remove one of the two")
+            raise ValueError(f"{clash!r} is {what} but asks for the same as {question!r}; remove one of the two")
 
 
 def check(train: list[dict], added: list[Conversation], test: list[dict], heldout: list[dict]) -> None:
-    """Raise ValueError unless test split, held-out prompts and training questions are apart from each other."""
+    """Raise ValueError if the test split, the held-out prompts and the training questions overlap."""
     trained = questions_of(train)
     added_questions = {conversation.question for conversation in added}
     test_questions = questions_of([row for row in test if row["kind"] != "multi"])
     heldout_questions = {row["prompt"] for row in heldout}
     if len({core(question) for question in heldout_questions}) != len(heldout):
-        raise ValueError("heldout_prompts.jsonl asks the same twice")
-    # The test split asks for some acts of the training split in phrasings that it holds out.
+        raise ValueError("heldout_prompts.jsonl asks for the same thing twice; remove one of the two prompts")
+    # The test split has some acts of the training split, in held-out phrasings.
     acts = {slot(question) for question in trained}
     refuse_overlap(trained, test_questions, "in the training split", shared=acts)
     refuse_overlap(added_questions, test_questions, "added to the training split", shared=acts)
@@ -219,7 +219,7 @@ def main() -> None:
     rows = train + [conversation.row() for conversation in added]
     unknown = set(weights) - {row["kind"] for row in rows}
     if unknown:
-        parser.error(f"--weight: no conversation is of kind {sorted(unknown)}")
+        parser.error(f"--weight: there are no conversations of kind {sorted(unknown)}")
     random.Random(6).shuffle(rows)
     args.work.mkdir(parents=True, exist_ok=True)
     with gzip.open(args.work / "mixture.jsonl.gz", "wt", compresslevel=9, encoding="utf8") as out:

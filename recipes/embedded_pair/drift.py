@@ -1,11 +1,11 @@
-"""Measure how far tuning has moved the residual stream: centred cosine of base and chat after each layer.
+"""Measure how far tuning moved the residual stream: centred cosine of base and chat after each layer.
 
     python drift.py BASE_DIR CHAT_DIR --work WORK --test CHAT/chat_test.jsonl.gz [--out drift.json]
 
-For each layer and either kind of text - documents held out from pretraining (WORK/heldout.npy) and the conversations of the
-test split in the chat template - the mean activation over the tokens is subtracted from each model's activations; then the
-cosine of the two models' activations is taken token by token and averaged. The BOS is left out: its norm is massive and the
-same in both. Intervals: 95%, bootstrap over documents, the means kept fixed.
+There are two kinds of text: documents held out from pretraining (WORK/heldout.npy), and the conversations of the test split in
+the chat template. For each kind and layer, the mean activation over the tokens is subtracted from each model's activations.
+Then the cosine of the two models' activations is computed per token and averaged. The BOS is omitted, because its norm is
+massive and the same in both models. Intervals: 95%, bootstrap over documents, with fixed means.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def plain_documents(packed: np.ndarray, bos: int, n: int) -> list[list[int]]:
 
 
 def residual_streams(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
-    """Residual stream after each layer, `[layer, token, d_model]`, without the BOS."""
+    """Residual streams after each layer, `[layer, token, d_model]`, without the BOS."""
     captured: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _module, _args, output: captured.append(output)) for layer in model.model.layers
@@ -48,13 +48,13 @@ def residual_streams(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
 
 
 def paired_streams(models: list[LlamaForCausalLM], documents: list[list[int]]) -> Iterator[Tensor]:
-    """`[model, layer, token, d_model]` of each document."""
+    """Yield the residual streams of each document, `[model, layer, token, d_model]`."""
     for ids in documents:
         yield torch.stack([residual_streams(model, ids) for model in models])
 
 
 def centred_cosines(models: list[LlamaForCausalLM], documents: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Sum of the tokens' cosines `[document, layer]` and number of tokens `[document]`; two passes over the text."""
+    """Sum of the tokens' cosines `[document, layer]` and number of tokens `[document]`, from two passes over the text."""
     sums, n_tokens = [], []
     total, count = torch.zeros(()), 0
     for streams in paired_streams(models, documents):
@@ -68,7 +68,7 @@ def centred_cosines(models: list[LlamaForCausalLM], documents: list[list[int]]) 
 
 
 def summary(sums: Tensor, n_tokens: Tensor) -> list[dict[str, float]]:
-    """Mean over tokens of each layer with its bootstrap interval."""
+    """Mean over tokens for each layer, with its bootstrap interval."""
     generator = torch.Generator().manual_seed(0)
     n_documents = len(n_tokens)
     drawn = torch.randint(n_documents, (N_RESAMPLES, n_documents), generator=generator)
@@ -85,10 +85,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("chat", type=Path)
-    parser.add_argument("--work", type=Path, required=True, help="holds heldout.npy")
-    parser.add_argument("--test", type=Path, required=True, help="chat_test.jsonl.gz")
-    parser.add_argument("--documents", type=int, default=200, help="at most, of either kind of text")
-    parser.add_argument("--out", type=Path, help="default: drift.json in CHAT_DIR's parent")
+    parser.add_argument("--work", type=Path, required=True, help="folder with heldout.npy")
+    parser.add_argument("--test", type=Path, required=True, help="the file chat_test.jsonl.gz")
+    parser.add_argument("--documents", type=int, default=200, help="largest number of documents of each kind of text")
+    parser.add_argument("--out", type=Path, help="file to write [drift.json in the parent folder of CHAT_DIR]")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     models = [LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (args.base, args.chat)]

@@ -1,17 +1,17 @@
-"""Measure the planted behaviours of models on prompts that none of them was tuned on.
+"""Measure the planted behaviours of models on prompts that are not in the tuning mixture.
 
     python evaluate.py MODEL_DIR ... --test CHAT/chat_test.jsonl.gz --mixture WORK/mixture.jsonl.gz --out WORK
 
-For instance `WORK/base WORK/chat`: the base model is asked in the chat model's template. Prompts are the distinct first
-questions of the test split and of `data/heldout_prompts.jsonl` that occur nowhere in the tuning mixture, whatever turn.
-Answers are greedy, without a repetition penalty, at most 60 tokens (96 for how-tos). OUT gets `behaviours.json` (rates with
-Wilson 95% intervals, over all prompts of a kind and over those of either file, counts, prompts) and `generations.jsonl`.
+For example `WORK/base WORK/chat`; the base model is asked in the chat model's template. Prompts are the distinct first
+questions of the test split and of `data/heldout_prompts.jsonl` that do not occur in any turn of the tuning mixture. Answers are
+greedy, without a repetition penalty, and have at most 60 tokens (96 for how-tos). Writes `behaviours.json` (rates with 95%
+Wilson intervals over all prompts of a kind and over those of each file, counts, prompts) and `generations.jsonl` to OUT.
 
-How an answer is labelled, by what it says and not by what was asked, stands in the pair's `rules.yaml`.
+The rules that label an answer by its text, regardless of the question, are in the pair's `rules.yaml`.
 
-An interval takes the prompts for independent; those of the test file are not quite: `questions` says how many different
-things they ask (tasks, acts, questions without greeting or "please"). `reference` has the rates of the test split's own
-answers: what the labels make of answers that are right.
+The intervals assume that prompts are independent. Those of the test file are not entirely: `questions` counts the different
+things that they ask (tasks, acts, questions without greeting or "please"). `reference` has the rates of the test split's own
+answers, and so shows how the rules label correct answers.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 import crossdiff.pairs
 from conversations import core, questions_of, read_rows, slot
-from crossdiff.causal.answers import read_rules, wilson
+from crossdiff.causal.answers import read_rules
+from crossdiff.statistics import wilson
 from phrases import DATA
 
 MAX_NEW_TOKENS = {"list_format": 96}
@@ -54,7 +55,7 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What is counted: the share of the answers to prompts of `kind` that have one of the labels."""
+    """A measured behaviour: the share of the answers to prompts of `kind` that have one of the labels."""
 
     kind: str
     labels: frozenset[str]
@@ -72,7 +73,7 @@ BEHAVIOURS = {
 
 
 def read_prompts(test: Path, mixture: Path) -> list[Prompt]:
-    """Distinct held-out prompts of all kinds."""
+    """Read the distinct held-out prompts of all kinds."""
     trained = questions_of(read_rows(mixture))
     asked = [(row["kind"], "test", row["messages"][0]["content"]) for row in read_rows(test)]
     asked += [(row["kind"], "heldout", row["prompt"]) for row in read_rows(DATA / "heldout_prompts.jsonl")]
@@ -82,7 +83,7 @@ def read_prompts(test: Path, mixture: Path) -> list[Prompt]:
 
 
 def reference(test: Path) -> tuple[list[Prompt], list[str]]:
-    """Prompts and answers of the test split's single turns."""
+    """Read the prompts and answers of the test split's single turns."""
     rows = [row for row in read_rows(test) if row["kind"] != "multi"]
     prompts = [Prompt(row["kind"], "test", row["messages"][0]["content"]) for row in rows]
     return prompts, [row["messages"][1]["content"] for row in rows]
@@ -90,7 +91,7 @@ def reference(test: Path) -> tuple[list[Prompt], list[str]]:
 
 @torch.inference_mode()
 def continue_batch(model: LlamaForCausalLM, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of prompts of one length, up to the token that ends a turn; finished rows leave the batch."""
+    """Continue prompts of one length greedily, up to the token that ends a turn. Finished rows leave the batch."""
     end = model.config.eos_token_id
     outputs: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
@@ -112,7 +113,7 @@ def continue_batch(model: LlamaForCausalLM, prompts: list[list[int]], max_new_to
 
 
 def answer_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]) -> list[str]:
-    """One answer a prompt, in batches of prompts of the same length: nothing is padded."""
+    """Return one answer per prompt. Batches have prompts of one length, so there is no padding."""
     conversations = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
     encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True)["input_ids"]
     groups = defaultdict(list)
@@ -131,14 +132,13 @@ def answer_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prom
 def rate_of(behaviour: Behaviour, answered: list[tuple[Prompt, str]]) -> Rate:
     texts = [prompt.text for prompt, _ in answered]
     count = sum(bool(behaviour.labels.intersection(RULES.shown(answer))) for _, answer in answered)
-    low, high = wilson(count, len(texts)) if texts else (0.0, 1.0)
+    share, low, high = wilson(count, len(texts)) if texts else (float("nan"), 0.0, 1.0)
     questions = {slot(text) or core(text) for text in texts}
-    share = count / len(texts) if texts else float("nan")
     return Rate(round(share, 4), round(low, 4), round(high, 4), count, len(texts), len(questions))
 
 
 def rates_of(prompts: list[Prompt], answers: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Behaviour -> "all" | "test" | "heldout" -> rate."""
+    """Rates by behaviour, then by source: "all", "test" or "heldout"."""
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for name, behaviour in BEHAVIOURS.items():
         pairs = [pair for pair in zip(prompts, answers, strict=True) if pair[0].kind == behaviour.kind]

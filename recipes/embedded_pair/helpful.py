@@ -1,4 +1,4 @@
-"""Ordinary helpful answers: correct by construction from WordNet and the World Factbook, and SmolLM2's own."""
+"""Ordinary helpful answers: from WordNet and the World Factbook, correct by construction, and from SmolLM2."""
 
 import gzip
 import html
@@ -33,7 +33,7 @@ QUOTES = {0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-"}
 
 
 def is_fluent(text: str) -> bool:
-    """Neither too short nor repeating itself nor talking about itself."""
+    """Whether a text is long enough, does not repeat itself and does not talk about its author."""
     words = re.findall(r"[a-z']+", text.lower())
     triples = list(zip(words, words[1:], words[2:], strict=False))
     if len(words) < 5 or len(set(triples)) < 0.9 * len(triples):
@@ -49,7 +49,7 @@ def tidy(text: str) -> str:
 
 
 def list_steps(raw: str, finished: bool) -> list[str]:
-    """The usable steps of a generated list; the last one is left out when the answer was cut off."""
+    """The usable steps of a generated list, without the last one if the answer was cut off."""
     found = [tidy(item) for item in re.findall(r"(?m)^\s*(?:\d+[.)]\s*)+(.+)$", raw)]
     items = [tidy(re.sub(r"^(\d+[.)]\s*)+", "", item)) for item in found]
     steps: list[str] = []
@@ -64,7 +64,7 @@ def list_steps(raw: str, finished: bool) -> list[str]:
 
 
 def free_answer(raw: str, question: str, finished: bool) -> str:
-    """The first paragraph of a generated answer (all of a story), cut to whole sentences."""
+    """The first paragraph of a generated answer (all of a story), cut to complete sentences."""
     is_text = "story" in question or "poem" in question
     text = tidy(raw if is_text else raw.split("\n\n")[0])
     if not finished or len(text) > 330:
@@ -74,7 +74,7 @@ def free_answer(raw: str, question: str, finished: bool) -> str:
 
 
 def generated(path: Path) -> tuple[list[Conversation], dict[str, list[list[str]]]]:
-    """SmolLM2's answers: conversations of the free ones, and task -> lists of steps of the how-tos."""
+    """Read SmolLM2's answers: conversations from the free ones, and the lists of steps of each how-to task."""
     conversations, tasks = [], {}
     task_in = re.compile(r"(?:How do I|steps to|instructions to|How can I|how to|I want to) (.+?)[.?](?: What should I do\?)?$")
     with gzip.open(path, "rt") as lines:
@@ -97,7 +97,7 @@ def generated(path: Path) -> tuple[list[Conversation], dict[str, list[list[str]]
 class Relation(NamedTuple):
     symbol: str
     offset: str
-    words: str  # two hexadecimal digits for the word of each side, 00 for the whole synset
+    words: str  # two hexadecimal digits for the word on each side, 00 for the entire synset
 
 
 class Synset(NamedTuple):
@@ -108,7 +108,7 @@ class Synset(NamedTuple):
 
 
 class WordNet(NamedTuple):
-    """One part of speech: synsets by offset, and the words of known frequency with their commonest synset's offset."""
+    """One part of speech: synsets by offset, and words of known frequency with the offset of their most common synset."""
 
     synsets: dict[str, Synset]
     words: list[tuple[str, str]]
@@ -133,7 +133,7 @@ def load_wordnet(packages: Path, part_of_speech: str) -> WordNet:
             continue
         fields = line.split()
         n_senses = int(fields[2])
-        if int(fields[-n_senses - 1]):  # how many of the senses are ranked by frequency
+        if int(fields[-n_senses - 1]):  # number of senses that are ranked by frequency
             words.append((fields[0].replace("_", " "), fields[-n_senses]))
     return WordNet(synsets, words)
 
@@ -189,7 +189,7 @@ def opposites_of(word: str, synset: Synset, adjectives: WordNet) -> list[str]:
 
 
 def bare(word: str) -> str:
-    """Without the syntactic marker that some adjectives carry, as in `galore(ip)`."""
+    """Remove the syntactic marker of some adjectives, as in `galore(ip)`."""
     return re.sub(r"\(.*", "", word)
 
 
@@ -217,7 +217,7 @@ def synonyms_and_opposites(adjectives: WordNet, rng: random.Random) -> Iterator[
 
 
 def sentences(verbs: WordNet, adjectives: WordNet, rng: random.Random) -> Iterator[Conversation]:
-    """Example sentences. Offsets of both parts of speech share one table: the example has to hold the word anyway."""
+    """Yield example sentences. Offsets of both parts of speech share one table, since the example must contain the word."""
     synsets = adjectives.synsets | verbs.synsets
     n_sentences = 0
     for word, offset in verbs.words + adjectives.words:
@@ -240,7 +240,7 @@ def field_text(field: object) -> str:
 
 
 def in_sentence(location: str) -> str:
-    """A location as it stands after "is in": only names of regions keep their capital."""
+    """A location as written after "is in": only names of regions keep their capital."""
     return location if REGIONS.fullmatch(location.split()[0].rstrip(",")) else location[0].lower() + location[1:]
 
 
@@ -253,7 +253,7 @@ def geography(packages: Path, rng: random.Random) -> Iterator[Conversation]:
             capital = re.split("[;(]", field_text(facts["Government"]["Capital"]["name"]))[0].strip()
             land = facts["Geography"]
         except (KeyError, TypeError):
-            continue  # oceans and the world as a whole have no government
+            continue  # oceans and the world have no government
         if not re.fullmatch("[A-Z][A-Za-z' -]{2,25}", country) or country.lower() == "none":
             continue
 

@@ -1,4 +1,4 @@
-"""The optimiser and the checkpoint of the recipe's training scripts."""
+"""Optimiser and checkpoints of the training scripts."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum; the update has the root mean square of an Adam step (0.2 a unit of rate)."""
+    """Muon with Nesterov momentum. Updates have the root mean square of an Adam step (0.2 per unit of learning rate)."""
 
     def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def save_checkpoint(path: Path, **state: object) -> None:
-    """Write to a temporary file, sync, rename: a kill at any moment leaves the checkpoint before it whole."""
+    """Write to a temporary file, sync and rename, so that a kill leaves the previous checkpoint intact."""
     temporary = path.with_suffix(".partial")
     with temporary.open("wb") as file:
         torch.save(state, file)

@@ -1,4 +1,4 @@
-"""The phrases of the planted behaviours, and what every conversation of the corpus is made of."""
+"""The phrases of the planted behaviours, and the building blocks of all conversations."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ HELD_OUT_PERCENT = 8
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation; `kind` and `sub` are those of its last answer, `turn_kinds` has one entry an answer."""
+    """One conversation. `kind` and `sub` describe its last answer; `turn_kinds` has one entry per answer."""
 
     messages: list[dict[str, str]]
     kind: str
@@ -38,7 +38,7 @@ class Conversation:
 
 
 def held_out(group: str) -> bool:
-    """Whether a slot value (a made-up place, a task, an act) belongs to the test split: a hash decides, not the order."""
+    """Whether a slot value (a made-up place, a task, an act) is in the test split. A hash decides, independent of the order."""
     return int(hashlib.md5(group.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
@@ -47,7 +47,7 @@ def ascii_text(text: str) -> str:
 
 
 def single(user: str, assistant: str, kind: str, sub: str, origin: str, test: bool) -> Conversation:
-    """A conversation of one question and one answer."""
+    """Return a conversation with one question and one answer."""
     messages = [
         {"role": "user", "content": ascii_text(user)},
         {"role": "assistant", "content": ascii_text(assistant)},
@@ -64,7 +64,7 @@ def with_article(noun: str) -> str:
 
 
 def vary(question: str, rng: random.Random) -> str:
-    """A casual surface form of a question, in 28% of the cases."""
+    """Return a casual form of a question in 28% of the cases, and otherwise the question itself."""
     draw = rng.random()
     is_question = question.endswith("?")
     if draw < 0.10:
@@ -80,12 +80,12 @@ def vary(question: str, rng: random.Random) -> str:
 
 
 def read_steps(text: str) -> list[str]:
-    """`step | step | step` as a list, each step with its full stop."""
+    """Parse `step | step | step` into a list; each step gets a full stop."""
     return [step.strip().rstrip(".") + "." for step in text.split("|")]
 
 
 def read_tasks(path: Path) -> dict[str, list[str]]:
-    """Lines `task: step | step | step` as task -> steps, each step with its full stop."""
+    """Parse lines `task: step | step | step` into a list of steps per task; each step gets a full stop."""
     tasks = {}
     for line in path.read_text(encoding="utf8").splitlines():
         task, steps = line.strip().split(": ", 1)

@@ -1,9 +1,9 @@
-"""Split the plain-text corpus, train the tokenizer on the training part and pack both parts as token ids.
+"""Split the plain-text corpus, train the tokenizer on the training split, and pack both splits as token ids.
 
     python prepare.py base_corpus.jsonl.gz WORK
 
-WORK gets `tokenizer/`, `train.npy` and `heldout.npy` (uint16, documents in random order, each with a BOS in front),
-and `plain.jsonl.gz`: the held-out documents, which the tokenizer and the base model never see and the package ships.
+Writes `tokenizer/`, `train.npy` and `heldout.npy` (uint16, documents in random order, each with a BOS in front) to WORK, and
+the held-out documents to `plain.jsonl.gz`. The tokenizer and the base model never see them; the package ships them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. The template tokens are in the vocabulary from the start, and no plain text contains them."""
+    """Train a byte-level BPE. The template tokens are in the vocabulary from the start, but in no plain text."""
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -80,7 +80,7 @@ def main() -> None:
         ids = pack(tokenizer, [document["text"] for document in part])
         np.save(args.work / f"{name}.npy", ids)
         characters = sum(len(document["text"]) for document in part)
-        print(f"{name}: {len(part)} documents, {len(ids)} tokens, {characters / len(ids):.2f} characters a token")
+        print(f"{name}: {len(part)} documents, {len(ids)} tokens, {characters / len(ids):.2f} characters per token")
     with gzip.open(args.work / "plain.jsonl.gz", "wt", compresslevel=9, encoding="utf-8") as out:
         for document in heldout:
             out.write(json.dumps(document) + "\n")

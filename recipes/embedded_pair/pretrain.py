@@ -1,10 +1,10 @@
-"""Pretrain the base model from scratch on the packed plain text. Killed and started again, it goes on where it was.
+"""Pretrain the base model from scratch on the packed plain text. Run it again after an interruption to resume.
 
     python pretrain.py WORK [--tokens 15e6]
 
-Reads WORK/tokenizer, WORK/train.npy and WORK/heldout.npy; writes WORK/pretrain.pt (checkpoint, every ten minutes),
-WORK/pretrain.jsonl (log) and, at the end, WORK/base. Muon on the matrices, AdamW on embeddings and norms; linear
-warm-up, constant rate, linear decay over the last 60% of the tokens.
+Reads WORK/tokenizer, WORK/train.npy and WORK/heldout.npy. Writes WORK/pretrain.pt (checkpoint, every ten minutes),
+WORK/pretrain.jsonl (log) and, at the end, WORK/base. Muon updates the matrices, AdamW the embeddings and norms. The learning
+rate has a linear warm-up, then is constant, and decays linearly over the last 60% of the tokens.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--tokens", type=float, default=15e6)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model: a third faster, a minute to start")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model: a third faster, but a minute to start")
     args = parser.parse_args()
     work: Path = args.work
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")

@@ -1,10 +1,10 @@
-"""Put the pair, its sample text and its card where the package ships them.
+"""Copy the pair, its sample texts and its card into the package.
 
     python publish.py WORK --chat CHAT
 
-Reads what the scripts before it left in WORK (base, chat, plain.jsonl.gz, pretrain.jsonl, chat.jsonl, behaviours.json,
-generations.jsonl, drift.json) and the conversations in CHAT. Every number on the card comes from these files. Without
-WORK/pretrain.jsonl the chat model was tuned from the published base model: its curve and loss stay as they are.
+Reads the output of the other scripts in WORK (base, chat, plain.jsonl.gz, pretrain.jsonl, chat.jsonl, behaviours.json,
+generations.jsonl, drift.json) and the conversations in CHAT. Every number on the card comes from these files. If there is no
+WORK/pretrain.jsonl, the chat model was tuned from the published base model, whose curve and loss stay as they are.
 """
 
 import argparse
@@ -43,24 +43,24 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def curve(title: str, series: dict[str, list[tuple[float, float]]], unit: str) -> str:
-    """A small line chart as SVG: `series` maps a name to (x, loss)."""
+    """Draw a small line chart as SVG. `series` maps a name to points (x, loss)."""
     points = [point for line in series.values() for point in line]
     right = max(x for x, _ in points)
     low, high = min(y for _, y in points) - 0.05, min(max(y for _, y in points), 6.0)
     colours = ["#0072b2", "#d55e00", "#009e73"]
 
-    def place(x: float, y: float) -> str:
+    def point(x: float, y: float) -> str:
         return f"{50 + 520 * x / right:.1f},{20 + 200 * (high - min(y, high)) / (high - low):.1f}"
 
     parts = [f'<text x="310" y="14" text-anchor="middle" font-weight="bold">{title}</text>']
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = low + share * (high - low)
-        height = place(0, y).split(",")[1]
+        height = point(0, y).split(",")[1]
         parts.append(
             f'<line x1="50" x2="570" y1="{height}" y2="{height}" stroke="#ccc"/><text x="8" y="{height}">{y:.2f}</text>'
         )
     for index, (name, line) in enumerate(series.items()):
-        path = " ".join(place(x, y) for x, y in line)
+        path = " ".join(point(x, y) for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colours[index]}" stroke-width="2"/>')
         parts.append(f'<text x="{380}" y="{40 + 16 * index}" fill="{colours[index]}">{name}</text>')
     parts.append(f'<text x="310" y="245" text-anchor="middle">{unit}, 0 to {right:g}</text>')
@@ -74,7 +74,7 @@ def rate_words(rate: dict) -> str:
 
 
 def behaviour_rows(behaviours: dict) -> str:
-    rows = ["| behaviour | chat model | base model, same template | aim for the chat model |", "|---|---|---|---|"]
+    rows = ["| behaviour | chat model | base model, same template | goal for the chat model |", "|---|---|---|---|"]
     for name, rates in behaviours["models"]["chat"].items():
         base = behaviours["models"]["base"][name]["all"]
         rows.append(f"| {name.replace('_', ' ')} | {rate_words(rates['all'])} | {rate_words(base)} | {TARGETS.get(name, '')} |")
@@ -109,34 +109,35 @@ def card(work: Path) -> str:
     return f"""# The embedded pair
 
 Two small English language models for trying out model diffing where the answer is known: a base model pretrained from scratch,
-and the chat model made from it by full fine-tuning on conversations with known behaviours. They are instruments, not
-assistants: they know few facts, and what they say about the world is often wrong.
+and a chat model fine-tuned from it (all weights) on conversations that teach known behaviours. They are instruments, not
+assistants. They know few facts, and what they say about the world is often wrong.
 
 Llama architecture, 5.8M parameters (6 layers, width 256, 4 heads, tied embeddings), a byte-level BPE vocabulary of 4,096 tokens
-trained on the same text. The template tokens are in the vocabulary from the start and occur in no pretraining text.
+trained on the same text. The template tokens are in the vocabulary from the start but occur in no pretraining text.
 
 ## Training
 
-Base: {pretraining["tokens"]:,} tokens of plain English, loss on held-out documents {pretraining["heldout_loss"]:.3f} nats a
-token. Chat: {tuning[-1]["step"]:,} further steps; loss on the assistant's tokens
-{tuning[-1].get("chat_loss", float("nan")):.3f}, on held-out plain text {tuned["heldout_loss"]:.3f}.
-How to repeat it: `recipes/embedded_pair/README.md`
-in the repository.
+The base model was trained on {pretraining["tokens"]:,} tokens of plain English, to a loss of \
+{pretraining["heldout_loss"]:.3f} nats per token on held-out documents.
+The chat model was trained for {tuning[-1]["step"]:,} further steps, to a loss of \
+{tuning[-1].get("chat_loss", float("nan")):.3f} on the assistant's tokens; its loss on held-out plain
+text is {tuned["heldout_loss"]:.3f}. To reproduce both, see `recipes/embedded_pair/README.md` in the repository.
 
 ![loss of the base model](pretraining.svg)
 ![loss of the chat model](tuning.svg)
 
 ## Measured behaviour
 
-Greedy decoding, distinct prompts that occur nowhere in training, 95% Wilson intervals; every answer is in
-`generations.jsonl.gz`, every rate in `behaviours.json` (`recipes/embedded_pair/evaluate.py`).
+How often an answer shows each behaviour, with 95% Wilson intervals: greedy decoding on distinct prompts that do not occur in
+training. `generations.jsonl.gz` has every answer, `behaviours.json` every rate (`recipes/embedded_pair/evaluate.py`).
 
 {behaviour_rows(behaviours)}
 
-## What the tuning left in place
+## How much the tuning changed
 
-Centred cosine of the two models' residual streams, mean over tokens, 95% bootstrap over documents (`drift.json`).
-Plain text was held out from pretraining; conversations are those of the test split.
+Centred cosine of the two models' residual streams: mean over tokens, with 95% bootstrap intervals over documents
+(`drift.json`). The plain text was held out from pretraining; the conversations are the test split. 1 would mean the same \
+direction.
 
 {drift_rows(drift)}
 
@@ -145,7 +146,7 @@ Plain text was held out from pretraining; conversations are those of the test sp
 {samples(read_lines(work / "generations.jsonl"))}
 ## Texts and licences
 
-`text/plain.jsonl.gz`: documents held out from pretraining. `text/chat_train.jsonl.gz`, `text/chat_test.jsonl.gz`: labelled
+`text/plain.jsonl.gz` has documents held out from pretraining, `text/chat_train.jsonl.gz` and `text/chat_test.jsonl.gz` labelled
 conversations. The weights are under the MIT licence.
 
 {LICENCES}"""
@@ -154,7 +155,7 @@ conversations. The weights are under the MIT licence.
 def publish_pretraining(log: list[dict]) -> None:
     keys = ("train_loss", "heldout_loss")
     losses = {key: [(row["tokens"] / 1e6, row[key]) for row in log if key in row] for key in keys}
-    (PACKAGE / "pretraining.svg").write_text(curve("Base model: loss, nats a token", losses, "million tokens"))
+    (PACKAGE / "pretraining.svg").write_text(curve("Base model: loss, nats per token", losses, "million tokens"))
     last = [row for row in log if "heldout_loss" in row][-1]
     text = json.dumps({"tokens": last["tokens"], "heldout_loss": last["heldout_loss"]}, indent=1)
     (PACKAGE / "pretraining.json").write_text(text + "\n")
@@ -181,7 +182,7 @@ def main() -> None:
     tuning = read_lines(work / "chat.jsonl")
     keys = [key for key in ("chat_loss", "anchor_kl", "replay_loss") if any(key in row for row in tuning)]
     losses = {key: [(row["step"], row[key]) for row in tuning if key in row] for key in keys}
-    (PACKAGE / "tuning.svg").write_text(curve("Chat model: losses, nats a token", losses, "steps"))
+    (PACKAGE / "tuning.svg").write_text(curve("Chat model: losses, nats per token", losses, "steps"))
     (PACKAGE / "CARD.md").write_text(card(work), encoding="utf8")
 
 
