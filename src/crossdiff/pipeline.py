@@ -327,7 +327,7 @@ class Pipeline:
             with self.run.working(stage) as folder:
                 if report is not None:
                     from crossdiff.report.html import write_html
-                    from crossdiff.report.print import write_figures
+                    from crossdiff.report.print_figures import write_figures
 
                     write_html(report, folder / "report.html")
                     write_figures(report, folder / "figures")

@@ -49,7 +49,7 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE", help="the page to write, such as page.html")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    from crossdiff.dashboard.card import export_page
+    from crossdiff.dashboard.export import export_page
 
     n = export_page(args.directory, args.crosscoder, args.latents, args.output)
     print(f"{n} latents written to {args.output}")
