@@ -222,8 +222,8 @@ class Diff:
             ours, theirs = pair.identity[source].get("digest"), trained_on.get(source, {}).get("digest")
             if ours != theirs and ours is not None and theirs is not None:
                 raise UserError(
-                    f"{name} is not the {source} model that the crosscoder was trained on: its files have the digest {ours}, expected "
-                    f"{theirs}; restore the original files, or make a new run"
+                    f"{name} is not the {source} model that the crosscoder was trained on: its files have the digest {ours}, "
+                    f"expected {theirs}; restore the original files, or make a new run"
                 )
         return pair
 

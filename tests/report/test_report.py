@@ -222,7 +222,7 @@ def test_answer_counts(report: RunReport) -> None:
 
 
 def test_behaviours_are_worded_honestly(report: RunReport) -> None:
-    by_name = {result.behaviour: wording.judgement(result) for result in report.primary.behaviour_results()}
+    by_name = {result.behaviour: wording.judgement(result) for result in report.primary.behaviours}
     assert by_name["identity"].startswith("Ahead of the shared pool by 0.36.")
     assert "The words of the prompt predict it at least as well (0.99)." in by_name["identity"]
     assert by_name["refusal"].startswith("Fails: the specific pool does not beat the shared pool (0.57 against 0.60).")
@@ -371,5 +371,6 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
 
 
 def test_torch_stays_out() -> None:
-    program = "import sys, crossdiff.report.html, crossdiff.report.terminal, crossdiff.report.print_figures; sys.exit('torch' in sys.modules)"
+    modules = ", ".join(f"crossdiff.report.{name}" for name in ("html", "terminal", "print_figures"))
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -11,8 +11,7 @@ from crossdiff.dashboard import charts
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.queries import SHOWN, Query, page_of, select
 from crossdiff.dashboard.search import Search
-from crossdiff.report import figures
-from crossdiff.report import overview, wording
+from crossdiff.report import figures, overview, wording
 from crossdiff.report.cards import example_view
 from crossdiff.report.examples import visible
 from crossdiff.report.figures import NU_RANGE, scaling_note

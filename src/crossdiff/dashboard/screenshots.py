@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ("--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
-"""Software rendering gives the same pictures everywhere. The sandbox does not start in containers and is not needed, because only
-our own pages are opened."""
+"""Software rendering gives the same pictures everywhere. The sandbox does not start in containers, and only our
+own pages are opened."""
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
 PROMPT = "Who are you?"
 TIMEOUT = 60_000

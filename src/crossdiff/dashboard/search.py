@@ -1,7 +1,7 @@
 """Full-text search over explanations and example texts, with an SQLite FTS5 index.
 
-The run itself is only read, so the index is in the user's cache, under a name that changes with the files it is built from. It is
-built in the background at the first start. A latent is found by its explanation and the contexts of its strongest examples.
+The run itself is only read, so the index is in the user's cache, under a name that changes with the files it is built from. The
+first start builds it in the background. A latent is found by its explanation and the contexts of its strongest examples.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -29,6 +29,8 @@ DELTA_NORM_TITLE = "delta_norm (0 base-only, 1 chat-only)"
 MAX_POINTS = 4000
 """Largest number of points of one verdict in a figure, which keeps the page light; more are thinned out evenly."""
 
+Number = int | float
+
 
 @dataclass(frozen=True, slots=True)
 class Series:
@@ -43,12 +45,12 @@ class Series:
     """
 
     kind: Literal["bars", "points"]
-    x: Sequence[float] | NDArray[np.float64]
-    y: Sequence[float] | NDArray[np.intp]
+    x: Sequence[Number] | NDArray[np.float64]
+    y: Sequence[Number] | NDArray[np.intp]
     hover: Sequence[str]
     mark: Mark
     name: str = ""
-    width: Sequence[float] | NDArray[np.float64] = ()
+    width: Sequence[Number] | NDArray[np.float64] = ()
     hollow: bool = False
     low: Sequence[float] = ()
     high: Sequence[float] = ()
@@ -59,8 +61,8 @@ class Axis:
     """An axis: its title, its ends, and its ticks by value. `range` and `ticks` are chosen by the renderer if missing."""
 
     title: str = ""
-    range: tuple[float, float] | None = None
-    ticks: Mapping[float, str] = field(default_factory=dict)
+    range: tuple[Number, Number] | None = None
+    ticks: Mapping[Any, str] = field(default_factory=dict)
     log: bool = False
     is_list: bool = False
 
@@ -70,7 +72,7 @@ class Rule:
     """A line across the plot at a value of one axis, with a label at its end."""
 
     axis: Literal["x", "y"]
-    at: float
+    at: Number
     dash: Literal["dot", "dash"]
     label: str = ""
 
@@ -96,7 +98,7 @@ class Figure:
     note: str = ""
     rules: tuple[Rule, ...] = ()
     headings: Mapping[float, str] = field(default_factory=dict)
-    corner: tuple[float, float] | None = None
+    corner: tuple[Number, Number] | None = None
     zooms: bool = False
 
 
@@ -259,6 +261,6 @@ def frequency_histogram(coder: CrosscoderReport) -> Figure:
     )
 
 
-def _percent(exponent: float) -> str:
+def _percent(exponent: Number) -> str:
     """A power of ten as a percentage, however small."""
     return f"{np.format_float_positional(100 * 10.0**exponent, 2, fractional=False, trim='-')}%"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
 from crossdiff.report import wording
-from crossdiff.report.records import CrosscoderReport, RunReport
+from crossdiff.report.records import CrosscoderReport, HeldOut, Massive, RunReport
 
 DEAD_LIMIT = 0.2
 """Share of dead latents above which the page warns."""
@@ -25,8 +25,7 @@ COUNTS = {
     "other": ("other by delta_norm", "between these classes"),
     "chat_specific": (
         "chat-specific",
-        "latent scaling finds next to nothing of the chat direction in the base model, neither in its reconstruction nor in its "
-        "error",
+        "latent scaling finds next to nothing of the chat direction in the base model's reconstruction and error",
     ),
     "chat_specific_paper": (
         "chat-specific, paper's rule",
@@ -81,43 +80,27 @@ def health_rows(report: RunReport) -> list[Row]:
     """The health table: quality, size, counts by class and verdict, and decoder norms of each crosscoder."""
     coders = report.crosscoders
 
-    def row(name: str, value: Callable[[CrosscoderReport], str], meaning: str = "") -> Row:
-        return Row(name, [value(coder) for coder in coders], meaning)
-
-    def counted(key: str) -> Row:
-        return row(COUNTS[key][0], lambda coder: wording.count(coder, key), COUNTS[key][1])
-
-    rows = [
-        row(
-            "latents",
-            _latents_words,
-            "number of latents, width of the models, and the k of TopK or BatchTopK: active latents per token",
-        )
-    ]
-    for source in dict.fromkeys(source for coder in coders for source in coder.health.heldout.fve):
-        meaning = "fraction of variance explained; 1 is perfect; 95% interval"
-        rows.append(row(f"FVE, {source}", lambda coder, source=source: wording.fve(coder, source), meaning))
+    heldouts = [coder.health.heldout for coder in coders]
+    size = "number of latents, width of the models, and the k of TopK or BatchTopK: active latents per token"
+    fve = "fraction of variance explained; 1 is perfect; 95% interval"
+    massive = "held-out tokens kept out of the FVE above, because a few of them would dominate it"
+    null = "of the live latents; in brackets the share in the null diff, whose second model was only trained further"
+    rows = [Row("latents", [_latents_words(coder) for coder in coders], size)]
+    for source in dict.fromkeys(source for heldout in heldouts for source in heldout.fve):
+        rows.append(Row(f"FVE, {source}", [wording.fve(coder, source) for coder in coders], fve))
     rows += [
-        row("L0, active latents per token", lambda coder: wording.number(coder.health.heldout.l0)),
-        row("dead latents", _dead_words, "latents that are never active on the held-out tokens"),
-        row("held-out tokens", lambda coder: wording.whole(coder.health.heldout.n_tokens)),
-        row(
-            "tokens of massive norm", _massive_words, "held-out tokens kept out of the FVE above, because few would dominate it"
-        ),
-        row("tokens trained on", lambda coder: wording.whole(coder.health.training_tokens)),
-        row("tokens analysed", lambda coder: wording.whole(coder.health.analysed_tokens)),
-        *(counted(key) for key in COUNTS),
+        Row("L0, active latents per token", [wording.number(heldout.l0) for heldout in heldouts]),
+        Row("dead latents", [_dead_words(heldout) for heldout in heldouts], "never active on the held-out tokens"),
+        Row("held-out tokens", [wording.whole(heldout.n_tokens) for heldout in heldouts]),
+        Row("tokens of massive norm", [_massive_words(heldout.massive) for heldout in heldouts], massive),
+        Row("tokens trained on", [wording.whole(coder.health.training_tokens) for coder in coders]),
+        Row("tokens analysed", [wording.whole(coder.health.analysed_tokens) for coder in coders]),
     ]
-    if report.null:
-        meaning = "of the live latents; in brackets the share in the null diff, whose second model was only trained further"
-        for key in wording.NULL_RATES:
-            rows.append(
-                row(
-                    f"{COUNTS[key][0]}, share (null diff)",
-                    lambda coder, key=key: wording.null_rate(report, coder, key),
-                    meaning,
-                )
-            )
+    for key, (name, meaning) in COUNTS.items():
+        rows.append(Row(name, [wording.count(coder, key) for coder in coders], meaning))
+    for key in wording.NULL_RATES if report.null else ():
+        name = f"{COUNTS[key][0]}, share (null diff)"
+        rows.append(Row(name, [wording.null_rate(report, coder, key) for coder in coders], null))
     movements = [_flat(coder.health.decoder_norm_movement) for coder in coders]
     return rows + [row._replace(name=f"decoder norms, {row.name}", meaning=NORMS) for row in _side_by_side(movements)]
 
@@ -127,12 +110,11 @@ def _latents_words(coder: CrosscoderReport) -> str:
     return f"{coder.health.n_latents:,} in d {coder.health.d_model:,}{k}"
 
 
-def _dead_words(coder: CrosscoderReport) -> str:
-    return f"{wording.share(coder.health.heldout.dead_share)} ({coder.health.heldout.n_dead:,})"
+def _dead_words(heldout: HeldOut) -> str:
+    return f"{wording.share(heldout.dead_share)} ({heldout.n_dead:,})"
 
 
-def _massive_words(coder: CrosscoderReport) -> str:
-    massive = coder.health.heldout.massive
+def _massive_words(massive: Massive) -> str:
     if massive.n_tokens == 0:
         return "none"
     values = ", ".join(f"FVE {source} {wording.number(value)}" for source, value in massive.fve.items())

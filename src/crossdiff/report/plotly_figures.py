@@ -1,6 +1,6 @@
 """Figures as Plotly's JSON, for the page.
 
-Colours of text, grid and rules are left to the page's style sheet, which knows light from dark. Only the marks are coloured here.
+Only the marks are coloured here; text, grid and rules follow the page's style sheet, which has a light and a dark scheme.
 """
 
 from __future__ import annotations

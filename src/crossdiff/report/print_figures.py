@@ -134,7 +134,7 @@ def _points(axes: Axes, series: Series) -> None:
         lengths = [error_lengths(series.low, series.x), error_lengths(series.x, series.high)]
         axes.errorbar(series.x, series.y, xerr=lengths, fmt="none", ecolor=mark.colour, lw=0.8)
     hollow = mark.symbol.endswith("-open")
-    colours = {"facecolors": "none", "edgecolors": mark.colour} if hollow else {"color": mark.colour}
+    colours: dict[str, Any] = {"facecolors": "none", "edgecolors": mark.colour} if hollow else {"color": mark.colour}
     axes.scatter(
         series.x, series.y, s=(mark.size * 0.45) ** 2, marker=MARKERS[mark.symbol], linewidths=0.6, alpha=mark.opacity,
         label=_words(series.name), rasterized=len(series.x) > 2000, **colours,
@@ -152,7 +152,7 @@ def _axis(axes: Axes, name: str, axis: Axis) -> None:
 
 
 def _rule(axes: Axes, rule: Rule) -> None:
-    style = {"color": RULE, "lw": 0.6, "ls": DASHES[rule.dash], "zorder": 0}
+    style: dict[str, Any] = {"color": RULE, "lw": 0.6, "ls": DASHES[rule.dash], "zorder": 0}
     axes.axvline(rule.at, **style) if rule.axis == "x" else axes.axhline(rule.at, **style)
     if rule.label:
         at = (rule.at, NU_RANGE[1]) if rule.axis == "x" else (NU_RANGE[1], rule.at)

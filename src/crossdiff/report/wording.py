@@ -173,7 +173,7 @@ def _specific_sentences(coder: CrosscoderReport, limits: Limits) -> list[str]:
     if shrunk or decoupled:
         sentences.append(
             f"Some only look chat-only, because the base model has the concept too: {whole(shrunk)} by complete shrinkage (the "
-            f"direction is in the base model's error) and {whole(decoupled)} by latent decoupling (other latents carry it there)."
+            f"direction is in the base model's error), {whole(decoupled)} by latent decoupling (other latents carry it there)."
         )
     if rotated := coder.count("rotated"):
         sentences.append(
@@ -191,8 +191,9 @@ def _null_sentences(report: RunReport) -> list[str]:
     if null is None:
         return []
     return [
-        f"The chat-specific latents are {share(coder.rate('chat_specific'))} of the live ones. In the null diff, whose second "
-        f"model was only trained further on plain text, they are {share(null.rates.get('chat_specific'))} of {whole(null.n_live)}."
+        f"The chat-specific latents are {share(coder.rate('chat_specific'))} of the live ones. In the null diff, whose "
+        f"second model was only trained further on plain text, they are {share(null.rates.get('chat_specific'))} of "
+        f"{whole(null.n_live)}."
     ]
 
 
