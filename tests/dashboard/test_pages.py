@@ -278,7 +278,9 @@ def test_a_coder_with_one_decoder_has_no_figures_of_two(
     live = requests_to(tmp_path / "run", tmp_path / "cache", live=True)
     latent = live.get("/run/run/sae/latent/0").text
     assert "Nearest by the decoder direction" in latent
-    assert not [part for part in ("norm base, chat", "share to base", "No twin", "Logit lens", "Show each model") if part in latent]
+    assert not [
+        part for part in ("norm base, chat", "share to base", "No twin", "Logit lens", "Show each model") if part in latent
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(Live, "_models", lambda *_: pytest.fail("the models were waited for"))
         for part in ("lens", "sides/0"):

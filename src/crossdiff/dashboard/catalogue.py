@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.examples import ExampleDatabase
-from crossdiff.report.reading import latent_of, read_run
+from crossdiff.report.reading import latent_of, read_run, read_table
 from crossdiff.report.records import CrosscoderReport, Latent, RunReport
 from crossdiff.report.wording import predicted
 
@@ -102,10 +101,12 @@ class Coder:
         path = self.folder / "activity.parquet"
         if not path.is_file():
             return []
-        with _readable(path):
+        try:
             # This is the largest side table, so it stays on disk.
             found = pl.scan_parquet(path).filter(pl.col("latent") == latent).collect()
             return found.sort("share", descending=True, nulls_last=True, maintain_order=True).to_dicts()
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(f"{path} cannot be read as Parquet ({error}); run `crossdiff analyze` again") from error
 
     def neighbours(self, latent: int) -> list[dict[str, Any]]:
         """The nearest latents by their chat directions."""
@@ -117,18 +118,21 @@ class Coder:
 
     @cached_property
     def _neighbours(self) -> pl.DataFrame:
-        path = self.folder / "neighbours.parquet"
-        with _readable(path):
-            return _links(path).sort("latent", "rank")
+        return self._links("neighbours.parquet", "neighbour", "cosine", "rank").sort("latent", "rank")
 
     @cached_property
     def _twins(self) -> pl.DataFrame:
         """Every pair twice, once for each of its latents."""
-        path = self.folder / "twins.parquet"
-        with _readable(path):
-            pairs = _links(path)
-            sides = [pairs.with_columns(latent=mine, other=other) for mine, other in (("latent", "twin"), ("twin", "latent"))]
-            return pl.concat(sides).sort("latent", "cosine", descending=[False, True])
+        pairs = self._links("twins.parquet", "twin", "cosine")
+        sides = [pairs.with_columns(latent=mine, other=other) for mine, other in (("latent", "twin"), ("twin", "latent"))]
+        return pl.concat(sides).sort("latent", "cosine", descending=[False, True])
+
+    def _links(self, file: str, *columns: str) -> pl.DataFrame:
+        """A table of links between latents; empty if the run has none."""
+        path = self.folder / file
+        if not path.is_file():
+            return pl.DataFrame(schema=dict.fromkeys(("latent", *columns), pl.Int64))
+        return read_table(path, ("latent", *columns), "crossdiff analyze")
 
     @cached_property
     def causal(self) -> list[dict[str, Any]]:
@@ -136,22 +140,6 @@ class Coder:
         path = self.folder / "causal.json"
         results: list[dict[str, Any]] = read_json(path)["results"] if path.is_file() else []
         return results
-
-
-def _links(path: Path) -> pl.DataFrame:
-    """A table of links between latents; empty if the run has none."""
-    if not path.is_file():
-        return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "rank"), pl.Int64))
-    return pl.read_parquet(path)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """An error of Polars becomes one that says what to do."""
-    try:
-        yield
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); run `crossdiff analyze` again") from error
 
 
 def _rows_of(latent: int, table: pl.DataFrame) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -81,12 +81,6 @@ class Tokens(Sequence[Token]):
 
     def __iter__(self) -> Iterator[Token]:
         return iter(self[:])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tokens) and self[:] == other[:]
-
-    def __hash__(self) -> int:
-        return hash(self[:])
 
     def __repr__(self) -> str:
         return f"<{len(self)} tokens>"
@@ -165,7 +159,7 @@ class ExampleDatabase:
             strongest = database.execute(f"{_SELECT} AND kind = 'top' ORDER BY rank LIMIT ?", (latent, top))
             shown = {row[-1]: row for row in strongest}
             lower = database.execute(f"{_SELECT} AND kind <> 'top' ORDER BY quantile DESC, rank", (latent,))
-            by_quantile: dict[object, list[tuple[object, ...]]] = {}
+            by_quantile: dict[float, list[tuple[Any, ...]]] = {}
             for row in lower:
                 if row[-1] not in shown:
                     by_quantile.setdefault(row[1], []).append(row)
@@ -179,37 +173,23 @@ def read_examples(path: Path, latents: Sequence[int]) -> dict[int, tuple[Example
         return {latent: database.examples(latent) for latent in latents}
 
 
-def _example(path: Path, row: tuple[object, ...], vocabulary: Mapping[int, str]) -> Example:
+def _example(path: Path, row: tuple[Any, ...], vocabulary: Mapping[int, str]) -> Example:
     kind, quantile, dataset, label, document, position, activation, *blobs, sequence = row
-    if not (isinstance(position, int) and isinstance(activation, float) and all(isinstance(blob, bytes) for blob in blobs)):
-        types = ", ".join(type(part).__name__ for part in (position, activation, *blobs))
-        raise UserError(
-            f"{path}: an example in sequence {sequence} has position, activation, token_ids, flags, positions and "
-            f"activations of types {types}; expected int, float and four of bytes; run `crossdiff analyze` again"
-        )
-    ids, flags, positions, activations = (
-        np.frombuffer(blob, dtype=dtype) if len(blob) % np.dtype(dtype).itemsize == 0 else np.empty(0, dtype)
-        for blob, dtype in zip((b for b in blobs if isinstance(b, bytes)), ("<i4", "u1", "<i4", "<f4"), strict=True)
-    )
+    try:
+        ids, flags, positions, active = map(np.frombuffer, blobs, ("<i4", "u1", "<i4", "<f4"))
+    except (TypeError, ValueError) as error:  # not bytes, or not a whole number of values
+        raise UserError(f"{path}: sequence {sequence} is damaged ({error}); run `crossdiff analyze` again") from error
     inside = bool(((positions >= 0) & (positions < len(ids))).all())
-    if len(flags) != len(ids) or len(positions) != len(activations) or not inside or not 0 <= position < len(ids):
+    if len(flags) != len(ids) or len(positions) != len(active) or not inside or not 0 <= position < len(ids):
         raise UserError(
             f"{path}: sequence {sequence} has {len(ids)} tokens, {len(flags)} flags, {len(positions)} positions, "
-            f"{len(activations)} activations and its maximum at {position}; expected one flag per token, one activation per "
+            f"{len(active)} activations and its maximum at {position}; expected one flag per token, one activation per "
             "position, and every position inside the sequence; run `crossdiff analyze` again"
         )
-    values = np.zeros(len(ids), dtype=np.float32)
-    values[positions] = activations
-    return Example(
-        kind=str(kind),
-        quantile=quantile if isinstance(quantile, float) else None,
-        dataset=dataset if isinstance(dataset, str) else None,
-        label=label if isinstance(label, str) else None,
-        document=document if isinstance(document, int) else None,
-        position=position,
-        activation=activation,
-        tokens=Tokens(ids, flags, values, vocabulary),
-    )
+    activations = np.zeros(len(ids), dtype=np.float32)
+    activations[positions] = active
+    tokens = Tokens(ids, flags, activations, vocabulary)
+    return Example(kind, quantile, dataset, label, document, position, activation, tokens)
 
 
 def context_of(example: Example, before: int = TOKENS_BEFORE, after: int = TOKENS_AFTER) -> Context:

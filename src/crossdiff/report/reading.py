@@ -106,7 +106,7 @@ def read_latents(folder: Path) -> pl.DataFrame:
     Raises:
         UserError: a file is damaged or of another version.
     """
-    latents = _read_table(folder / "latents.parquet", _LATENT_COLUMNS)
+    latents = read_table(folder / "latents.parquet", _LATENT_COLUMNS, "crossdiff analyze")
     return with_interpretation(_with_causal(latents, folder / "causal_latents.parquet"), folder)
 
 
@@ -116,7 +116,7 @@ def read_behaviours(folder: Path) -> tuple[BehaviourResult, ...]:
     if not path.is_file():
         return ()
     scores: dict[tuple[str, str], dict[str, PoolScore]] = {}
-    for row in _read_table(path, _BEHAVIOUR_COLUMNS).iter_rows(named=True):
+    for row in read_table(path, _BEHAVIOUR_COLUMNS, "crossdiff analyze").iter_rows(named=True):
         scores.setdefault((row["behaviour"], row["question"]), {})[row["pool"]] = PoolScore(
             row["pool"], row["pool_size"], row["latent"], estimate(row, "auroc"), row["n_positive"] or 0, row["n_negative"] or 0
         )
@@ -204,14 +204,15 @@ def _explanation(row: Mapping[str, Any]) -> str | None:
     return f"{row['explainer']} says: {row['explanation']}{judged}"
 
 
-def _read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+def read_table(path: Path, columns: Sequence[str], command: str) -> pl.DataFrame:
+    """Read a Parquet table that `command` writes and check that it has some columns."""
     try:
         table = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); run its stage again") from error
+        raise UserError(f"{path} cannot be read as Parquet ({error}); run `{command}` again") from error
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}; run its stage again with this version")
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `{command}` again with this version")
     return table
 
 
@@ -220,7 +221,9 @@ def _with_causal(latents: pl.DataFrame, path: Path) -> pl.DataFrame:
     columns = [f"{_ALONE}{end}" for end in ("", "_low", "_high")]
     if not path.is_file():
         return latents.with_columns(pl.lit(None, dtype=pl.Float64).alias(column) for column in columns)
-    measured = _read_table(path, ("latent", *columns)).select("latent", *columns).unique("latent", keep="first")
+    measured = (
+        read_table(path, ("latent", *columns), "crossdiff causal").select("latent", *columns).unique("latent", keep="first")
+    )
     return latents.join(measured, on="latent", how="left", maintain_order="left")
 
 
@@ -234,7 +237,7 @@ def _read_limits(path: Path) -> Limits:
 def _read_datasets(path: Path) -> tuple[DatasetShare, ...]:
     if not path.is_file():
         return ()
-    documents = _read_table(path, ("dataset", "split", "n_tokens"))
+    documents = read_table(path, ("dataset", "split", "n_tokens"), "crossdiff harvest")
     shares = documents.group_by("dataset", "split").agg(pl.len().alias("n_documents"), pl.col("n_tokens").sum())
     rows = shares.sort("dataset", "split").select("dataset", "split", "n_documents", "n_tokens").rows()
     return tuple(DatasetShare(*row) for row in rows)
