@@ -245,11 +245,11 @@ def gain(result: BehaviourResult) -> float:
 
 def judgement(result: BehaviourResult) -> str:
     """What a behaviour's scores show, failures included."""
-    living, shared = result.scores.get("living"), result.scores.get("shared")
-    specific = result.scores.get("chat_specific", living)
+    live, shared = result.scores.get("living"), result.scores.get("shared")
+    specific = result.scores.get("chat_specific", live)
     if specific is None or math.isnan(specific.auroc.value):
         return "The specific pool has no latent to test."
-    parts = [_against_shared(specific, shared, gain(result))] if living is None else []
+    parts = [_against_shared(specific, shared, gain(result))] if live is None else []
     if specific.auroc.high < 0.5:
         parts.append("It does worse than chance (0.5).")
     elif specific.auroc.low <= 0.5:
