@@ -1,8 +1,8 @@
 """Times the dashboard: `python benchmarks/dashboard.py FOLDER [--latents 73728] [--examples 100] [--live runs/demo]`.
 
-The synthetic run has the same number of latents as the paper's crosscoders and a database of about 2 GB. It is written once, which
-takes a few minutes, and then reused. The server runs in a process of its own, as for users, and requests go over HTTP. `--live` names
-a run with models, which are then timed on prompts of 210 words.
+The synthetic run has the same number of latents as the paper's crosscoders and a database of about 2 GB. It is written once,
+which takes a few minutes, and then reused. The server runs in a process of its own, as for users, and requests go over HTTP.
+`--live` names a run with models, which are then timed on prompts of 210 words.
 """
 
 from __future__ import annotations
