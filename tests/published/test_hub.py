@@ -86,7 +86,7 @@ def test_the_licence_is_looked_up_on_the_hub(hub: HubServer, run_path: Path, tmp
         hub.create(name)
         hub.cards[name] = {"license": licence}
     card = push(tmp_path, NAME).card
-    assert "Of the models: gemma, apache-2.0." in card and "license: other" in card
+    assert "Licence of the models: gemma, apache-2.0." in card and "license: other" in card
     assert "base_model:\n  - org/base\n  - org/chat\n" in card
     assert hub.repositories[f"models/{NAME}"]["README.md"].decode() == card
 
