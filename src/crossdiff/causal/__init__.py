@@ -1,1 +1,1 @@
-"""What the latents do: patching and steering (METHOD: causal test; Minder, Dumas et al. 2025)."""
+"""Patching and steering: what the latents do (docs/method.md#causal-test, docs/method.md#steering; Minder, Dumas et al. 2025)."""
