@@ -123,7 +123,7 @@ def test_a_coder_of_the_difference_is_patched_too(run: Path, capsys: pytest.Capt
     (run.parent / "list.yaml").write_text(yaml.safe_dump(experiment))
     causal(run, "--config", str(run.parent / "settings.yaml"))
     shown = capsys.readouterr().out
-    assert "base_sae: reads only one model" in shown
+    assert "base_sae: skipped, since it reads only one model" in shown
     report = json.loads((run / "diff_sae" / "causal.json").read_text())
     kl = {(entry["intervention"], entry["span"]): entry["kl"]["value"] for entry in report["results"]}
     assert kl["full_swap", "response"] < 1e-5
@@ -132,7 +132,7 @@ def test_a_coder_of_the_difference_is_patched_too(run: Path, capsys: pytest.Capt
     assert not (run / "base_sae" / "causal.json").exists()
     run_command(["steer", str(run), "--latent", "3", "--prompt", "hi", "--max_new_tokens", "2"])  # the first with two decoders
     assert "latent 3, chat model" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no crosscoder 'diff_sae' of both models in this run; there are l1"):
+    with pytest.raises(UserError, match="no crosscoder 'diff_sae' that reads both models; it has l1"):
         run_command(["steer", str(run), "--crosscoder", "diff_sae", "--latent", "3", "--prompt", "hi"])
 
 
@@ -211,7 +211,7 @@ def test_steering_over_labelled_prompts(run: Path, capsys: pytest.CaptureFixture
     [
         (["--prompt", "hi"], "no latent given"),
         (["--latent", "64", "--prompt", "hi"], "there is no latent 64: the crosscoder has 64, from 0 to 63"),
-        (["--latent", "3", "--crosscoder", "l2"], "there is no crosscoder 'l2' of both models in this run; there are l1"),
+        (["--latent", "3", "--crosscoder", "l2"], "this run has no crosscoder 'l2' that reads both models; it has l1"),
         (["--latent", "3", "--prompt", "hi", "--strength", "nan"], r"strength.0: .*finite.*nan"),
         (["--latent", "3", "--prompt", "sea " * 3000], r"a prompt of \d+ tokens and 60 new ones are more than the \d+ that"),
         (["--latent", "three"], r"latent: .* \(found 'three'\)"),

@@ -1,1 +1,1 @@
-"""Patching and steering: what the latents do (docs/method.md#causal-test, docs/method.md#steering; Minder, Dumas et al. 2025)."""
+"""What the latents do: patching and steering (docs/method.md#causal-test, #steering; Minder, Dumas et al. 2025)."""
