@@ -69,7 +69,7 @@ def without_cache(steer: Steerer, prompt: Prompt, steering: Steering, n: int) ->
 
 def generate(steer: Steerer, prompts: list[Prompt], steering: Steering, sampling: Sampling = SAMPLING) -> list[list[int]]:
     model = getattr(steer.pair, steering.model)
-    return continue_batch(model, LAYER, prompts, steer.make_edit(steering)(), steering.tokens, 1, ENDS, sampling)
+    return continue_batch(model, LAYER, prompts, steer.make_edit(steering), steering.tokens, 1, ENDS, sampling)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
@@ -106,7 +106,7 @@ def test_ablation_takes_the_contribution_out_of_the_residual_stream() -> None:
         code = coder.sparse_code(coder.normalise(torch.stack([base[0], chat[0]], 1)))
         f = torch.zeros(ids.shape[1])
         f[code.token[code.latent == latent]] = code.values[code.latent == latent]
-        edit = steer.make_edit(Steering(latent, "ablate", 1.0))()
+        edit = steer.make_edit(Steering(latent, "ablate", 1.0))
         got = edit(chat, ids, torch.ones_like(ids, dtype=torch.bool))
         expected = chat[0] - f[:, None] * coder.directions()[1, latent] / coder.scale
         torch.testing.assert_close(got[0], expected, rtol=0, atol=1e-5)
@@ -154,7 +154,7 @@ def test_rows_that_end_leave_the_others_as_they_are() -> None:
     # What the first prompt says third, and the second never says, becomes the end of an answer.
     ends = ENDS | {alone[0][2]}
     assert alone[0][2] not in (*alone[0][:2], *alone[1])
-    got = continue_batch(steer.pair.chat, LAYER, PROMPTS, steer.make_edit(steering)(), "all", 1, ends, warm)
+    got = continue_batch(steer.pair.chat, LAYER, PROMPTS, steer.make_edit(steering), "all", 1, ends, warm)
     assert got == [alone[0][:2], alone[1]]
 
 

@@ -6,8 +6,7 @@ prompt, the edit and the seed.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,25 +16,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from crossdiff.errors import UserError
 from crossdiff.models.access import edited_after
 from crossdiff.shapes import Bool, Float, Int, Tensor
 from crossdiff.text.chat import Flag, tokenise_prompt
 
 SteeredTokens = Literal["all", "prompt", "template", "generated"]
+Hidden = Float[Tensor, "row position d_model"]
 
 
 @runtime_checkable
 class Edit(Protocol):
     """An edit of the residual stream during one generation; it may keep a state per row."""
 
-    def __call__(
-        self,
-        hidden: Float[Tensor, "row position d_model"],
-        token_ids: Int[Tensor, "row position"],
-        chosen: Bool[Tensor, "row position"],
-    ) -> Float[Tensor, "row position d_model"]:
+    def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
         """The edited residual stream of the current tokens; only chosen tokens may change."""
+        ...
 
     def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
         """Drop the state of all other rows, which are finished."""
@@ -141,41 +136,3 @@ def continue_batch(
         ids = following.unsqueeze(1)
         chosen = torch.full_like(ids, tokens in ("all", "generated"), dtype=torch.bool)
     return outputs
-
-
-def _check_length(model: nn.Module, longest: int, max_new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
-    if limit is not None and longest + max_new_tokens > limit:
-        raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} that the model can read; "
-            "shorten the prompt, or lower max_new_tokens"
-        )
-
-
-def answers(
-    model: nn.Module,
-    tokenizer: Any,
-    layer: int,
-    prompts: Sequence[Prompt],
-    make_edit: Callable[[], Edit] | None,
-    tokens: SteeredTokens,
-    leave_out: int,
-    ends: frozenset[int],
-    sampling: Sampling,
-) -> list[Answer]:
-    """The answer to each prompt. `make_edit` makes a new edit per batch; None leaves the model unedited."""
-    _check_length(model, max(len(prompt.token_ids) for prompt in prompts), sampling.max_new_tokens)
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_length[len(prompt.token_ids)].append(index)
-    found: dict[int, Answer] = {}
-    for members in by_length.values():
-        for first in range(0, len(members), sampling.batch_size):
-            part = members[first : first + sampling.batch_size]
-            edit = None if make_edit is None else make_edit()
-            batch = [prompts[index] for index in part]
-            outputs = continue_batch(model, layer, batch, edit, tokens, leave_out, ends, sampling)
-            for index, output in zip(part, outputs, strict=True):
-                text = tokenizer.decode(output, skip_special_tokens=True).strip()
-                found[index] = Answer(text, len(output), len(output) < sampling.max_new_tokens)
-    return [found[index] for index in range(len(prompts))]

@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from crossdiff.causal.generation import Answer, Edit, Prompt, Sampling, SteeredTokens, answers, ask, end_tokens
+from crossdiff.causal.generation import Answer, Edit, Hidden, Prompt, Sampling, SteeredTokens, ask, continue_batch, end_tokens
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError, check_latents
 from crossdiff.models.access import next_residual_after
@@ -52,12 +53,7 @@ class Addition:
     def __init__(self, vector: Float[Tensor, " d_model"]) -> None:
         self.vector = vector
 
-    def __call__(
-        self,
-        hidden: Float[Tensor, "row position d_model"],
-        token_ids: Int[Tensor, "row position"],
-        chosen: Bool[Tensor, "row position"],
-    ) -> Float[Tensor, "row position d_model"]:
+    def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
         return hidden + chosen.unsqueeze(2) * self.vector.to(hidden)
 
     def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
@@ -80,12 +76,7 @@ class Ablation:
         self.direction = crosscoder.directions()[SOURCES.index(steering.model), steering.latent] / crosscoder.scale
         self.cache: Any = DynamicCache(config=other.config)  # type: ignore[arg-type]
 
-    def __call__(
-        self,
-        hidden: Float[Tensor, "row position d_model"],
-        token_ids: Int[Tensor, "row position"],
-        chosen: Bool[Tensor, "row position"],
-    ) -> Float[Tensor, "row position d_model"]:
+    def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
         of_other = next_residual_after(self.other, token_ids, self.layer, self.cache)
         streams = [hidden, of_other] if self.steering.model == BASE else [of_other, hidden]
         device = self.crosscoder.encoder.device
@@ -142,13 +133,12 @@ class Steerer:
         vector: Tensor = direction / direction.norm() * norm * steering.strength
         return vector
 
-    def make_edit(self, steering: Steering) -> Callable[[], Edit]:
-        """A function that makes a new edit; call it once per batch."""
+    def make_edit(self, steering: Steering) -> Edit:
+        """A new edit, for one batch."""
         if steering.mode == "add":
-            vector = self.vector(steering)
-            return lambda: Addition(vector)
+            return Addition(self.vector(steering))
         other = self.pair.base if steering.model == CHAT else self.pair.chat
-        return lambda: Ablation(other, self.crosscoder, self.layer, steering)
+        return Ablation(other, self.crosscoder, self.layer, steering)
 
     def answer(
         self, questions: Sequence[str], steering: Steering | None, sampling: Sampling, model: str = CHAT
@@ -164,17 +154,37 @@ class Steerer:
         self, prompts: Sequence[Prompt], steering: Steering | None, sampling: Sampling, model: str = CHAT
     ) -> list[Answer]:
         """Answer each tokenised prompt; see `answer`."""
-        make_edit = None
         tokens: SteeredTokens = "all"
         if steering is not None:
             self.check(steering)
-            make_edit = self.make_edit(steering)
             model = steering.model
             tokens = steering.tokens
-        return answers(
-            getattr(self.pair, model), self.pair.tokenizer, self.layer, prompts, make_edit, tokens, self.leave_out,
-            self.ends, sampling,
-        )  # fmt: skip
+        answering = getattr(self.pair, model)
+        self._check_length(answering, prompts, sampling)
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            by_length[len(prompt.token_ids)].append(index)
+        found: dict[int, Answer] = {}
+        for members in by_length.values():
+            for first in range(0, len(members), sampling.batch_size):
+                part = members[first : first + sampling.batch_size]
+                batch = [prompts[index] for index in part]
+                edit = None if steering is None else self.make_edit(steering)
+                outputs = continue_batch(answering, self.layer, batch, edit, tokens, self.leave_out, self.ends, sampling)
+                for index, output in zip(part, outputs, strict=True):
+                    text = self.pair.tokenizer.decode(output, skip_special_tokens=True).strip()
+                    found[index] = Answer(text, len(output), finished=len(output) < sampling.max_new_tokens)
+        return [found[index] for index in range(len(prompts))]
+
+    @staticmethod
+    def _check_length(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+        if limit is not None and longest + sampling.max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones are more than the {limit} that the model "
+                "can read; shorten the prompt, or lower max_new_tokens"
+            )
 
 
 def matched_controls(table: pl.DataFrame, latent: int, n: int, seed: int) -> list[int]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sqlite3
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from crossdiff.errors import UserError
 
@@ -21,11 +19,6 @@ class Entry(NamedTuple):
     text: str
     prompt_tokens: int
     answer_tokens: int
-
-
-def key_of(question: dict[str, Any]) -> str:
-    """A digest of server, model, settings and messages."""
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
 class Cache:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from crossdiff.errors import UserError
-from crossdiff.interp.cache import Cache, key_of
+from crossdiff.interp.cache import Cache
 from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.prompts import AnswerSchema, Request
 
@@ -67,10 +69,11 @@ def check_server(config: InterpretConfig) -> tuple[str, str]:
 def cache_key(config: InterpretConfig, request: Request[Any]) -> str:
     """The key of a request: a digest of everything that may change its answer."""
     server, model = check_server(config)
-    return key_of({
+    content = {
         "server": server, "model": model, "messages": list(request.messages), "temperature": config.temperature,
         "max_tokens": config.answer_tokens, "seed": config.seed, "answer_format": config.answer_format,
-    })  # fmt: skip
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass

@@ -43,9 +43,8 @@ def print_summary(summary: dict[str, Any], name: str, console: Console) -> None:
             table.add_row(score, *cells, _interval(differences[score], "+") if score in differences else "")
     console.print(table)
     if summary["n_incomplete"]:
-        console.print(
-            f"[yellow]{summary['n_incomplete']} latents lack a score or an answer; see the column interpretation_reason[/yellow]"
-        )
+        incomplete = f"{summary['n_incomplete']} latents lack a score or an answer; see the column interpretation_reason"
+        console.print(f"[yellow]{incomplete}[/yellow]")
 
 
 def print_explanations(table: pl.DataFrame, console: Console) -> None:
