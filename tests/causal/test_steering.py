@@ -168,7 +168,7 @@ def test_draws_have_the_models_distribution() -> None:
 
 def test_a_question_is_rendered_with_the_header_of_the_answer() -> None:
     prompt = ask(steerer().pair.tokenizer, "hi")
-    # <|bos|> <|user|> h i <|end|> <|assistant|>; the BOS is no template token but is left out anyway
+    # <|bos|> <|user|> h i <|end|> <|assistant|>; the BOS is not a template token, but it is never edited anyway
     assert len(prompt.token_ids) == 6
     assert prompt.template[1:] == (True, False, False, True, True)
 

@@ -58,7 +58,7 @@ def planted_crosscoder() -> Crosscoder:
     for latent in range(D):
         encoder[latent, 1, latent] = decoder[latent, 1, latent] = 1.0
         decoder[latent, 0, latent] = 0.01 if latent < len(BEHAVIOURS) else 1.0
-    # Every latent leans a little to all others, so that each has nearest ones.
+    # Every latent has a small random part, so that each has nearest neighbours.
     decoder += 0.01 * torch.randn(decoder.shape, generator=torch.Generator().manual_seed(0))
     coder.encoder, coder.decoder = encoder.flatten(1), decoder.flatten(1)
     coder.encoder_bias = torch.full((D,), -1.5)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 from safetensors import SafetensorError
@@ -71,6 +72,40 @@ def _measure(path: Path, patcher: Patcher, batch: list[TokenSequence]) -> Diverg
     return divergences
 
 
+def _measure_all(
+    patcher: Patcher,
+    sequences: Sequence[TokenSequence],
+    parts: Path,
+    batch_tokens: int,
+    advance: Callable[..., None],
+    ranks: Ranks,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """KL summed over tokens, `[arm, conversation, span]`, and the numbers of tokens, `[conversation, span]`.
+
+    The ranks share the batches; only the first one gets the results, the others get zeros.
+    """
+    parts.mkdir(exist_ok=True)
+    batches = [
+        (parts / f"batch-{number:05d}.safetensors", batch)
+        for number, batch in enumerate(bucketed(sequences, batch_tokens, pool=len(sequences)))
+    ]
+    for number, (path, batch) in enumerate(batches):
+        if ranks.has(number):
+            _measure(path, patcher, batch)
+        advance(len(batch), total=len(sequences))
+    ranks.wait()
+    index_of = {sequence.document: index for index, sequence in enumerate(sequences)}
+    total = np.zeros((len(patcher.arms), len(sequences), len(SPANS)))
+    n = np.zeros((len(sequences), len(SPANS)), dtype=np.int64)
+    if ranks.is_first:
+        for path, batch in batches:
+            divergences = _measure(path, patcher, batch)
+            members = [index_of[sequence.document] for sequence in batch]
+            total[:, members] = divergences.total.numpy()
+            n[members] = divergences.n.numpy()
+    return total, n
+
+
 def causal_test(
     folder: Path,
     parts: Path,
@@ -101,27 +136,9 @@ def causal_test(
     sequences, n_without_assistant = read_conversations(store, config.split, config.max_conversations, config.seed)
     patcher = Patcher(pair, crosscoder, store.layer, arms.arms, means, store.leave_out)
 
-    parts.mkdir(exist_ok=True)
-    batches = [
-        (parts / f"batch-{number:05d}.safetensors", batch)
-        for number, batch in enumerate(bucketed(sequences, config.batch_tokens, pool=len(sequences)))
-    ]
-    for number, (path, batch) in enumerate(batches):
-        if ranks.has(number):
-            _measure(path, patcher, batch)
-        advance(len(batch), total=len(sequences))
-    ranks.wait()
+    total, n = _measure_all(patcher, sequences, parts, config.batch_tokens, advance, ranks)
     if not ranks.is_first:
         return
-    index_of = {sequence.document: index for index, sequence in enumerate(sequences)}
-    total = np.zeros((len(arms.arms), len(sequences), len(SPANS)))
-    n = np.zeros((len(sequences), len(SPANS)), dtype=np.int64)
-    for path, batch in batches:
-        divergences = _measure(path, patcher, batch)
-        members = [index_of[sequence.document] for sequence in batch]
-        total[:, members] = divergences.total.numpy()
-        n[members] = divergences.n.numpy()
-
     sample = Bootstrap(total, n, [arm.intervention for arm in arms.arms], config.resamples, config.seed)
     _conversation_table(sample, arms, sequences).write_parquet(folder / "causal_conversations.parquet")
     latent_results(sample, arms.arms).write_parquet(folder / "causal_latents.parquet")

@@ -1,4 +1,4 @@
-"""The conversations of a store, the tokens on which the causal test measures KL, and the mean difference between the models."""
+"""A store's conversations, the tokens on which the causal test measures KL, and the mean difference between the models."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ LATENT_COLUMNS = {
     "closed_<span>": "the reduction as a share of KL(none)",
     "conversations_changed": "share of the conversations whose distributions the latent changes",
 }
-"""Columns of `causal_latents.parquet`, which joins the latent table by `latent`."""
+"""Columns of `causal_latents.parquet`; join it with the latent table by `latent`."""
 
 
 def latent_results(sample: Bootstrap, arms: Sequence[Arm]) -> pl.DataFrame:

@@ -45,11 +45,11 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
     differences = Table(title=f"{name}: KL(worse) - KL(better) in nats, paired over conversations")
     for column in ("comparison", "better", "worse", *SHOWN):
         differences.add_column(column)
-    comparisons = {(entry["comparison"], entry["span"]): entry for entry in report["comparisons"]}
-    for (comparison, span), entry in comparisons.items():
-        if span == RESPONSE:
-            cells = [_estimate(comparisons[comparison, each]["difference"]) for each in SHOWN]
-            differences.add_row(comparison, entry["better"], entry["worse"], *cells)
+    comparisons = {(entry["comparison"], entry["span"]): entry["difference"] for entry in report["comparisons"]}
+    for entry in report["comparisons"]:
+        if entry["span"] == RESPONSE:
+            cells = [_estimate(comparisons[entry["comparison"], span]) for span in SHOWN]
+            differences.add_row(entry["comparison"], entry["better"], entry["worse"], *cells)
     console.print(differences)
 
 
