@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 import crossdiff.pairs
 from conversations import core, questions_of, read_rows, slot
-from crossdiff.causal.answers import read_rules, wilson
+from crossdiff.causal.answers import read_rules
+from crossdiff.statistics import Estimate, wilson
 from phrases import DATA
 
 MAX_NEW_TOKENS = {"list_format": 96}
@@ -131,10 +132,9 @@ def answer_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prom
 def rate_of(behaviour: Behaviour, answered: list[tuple[Prompt, str]]) -> Rate:
     texts = [prompt.text for prompt, _ in answered]
     count = sum(bool(behaviour.labels.intersection(RULES.shown(answer))) for _, answer in answered)
-    low, high = wilson(count, len(texts)) if texts else (0.0, 1.0)
+    rate = wilson(count, len(texts)) if texts else Estimate(float("nan"), 0.0, 1.0)
     questions = {slot(text) or core(text) for text in texts}
-    share = count / len(texts) if texts else float("nan")
-    return Rate(round(share, 4), round(low, 4), round(high, 4), count, len(texts), len(questions))
+    return Rate(round(rate.value, 4), round(rate.low, 4), round(rate.high, 4), count, len(texts), len(questions))
 
 
 def rates_of(prompts: list[Prompt], answers: list[str]) -> dict[str, dict[str, dict[str, float]]]:
