@@ -1,8 +1,8 @@
 """Times the dashboard: `python benchmarks/dashboard.py FOLDER [--latents 73728] [--examples 100] [--live runs/demo]`.
 
-The synthetic run has the same number of latents as the paper's crosscoders and a database of about 2 GB. It is built once, in a
-few minutes, and reused. The server runs in its own process, as it does for users; requests go over HTTP. `--live` names a run
-whose models then read prompts of 210 words.
+The synthetic run has the same number of latents as the paper's crosscoders and a database of about 2 GB. It is written once,
+which takes a few minutes, and then reused. The server runs in a process of its own, as for users, and requests go over HTTP.
+`--live` names a run with models, which are then timed on prompts of 210 words.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import polars as pl
 
 from crossdiff.latents.activity import ROW_GROUP
 from crossdiff.latents.example_schema import SCHEMA
+from crossdiff.latents.verdict import counts
 
 N_SEQUENCES, LENGTH, VOCABULARY, ACTIVE = 40_000, 256, 32_000, 24
 READERS, PER_READER = 20, 15
@@ -66,7 +67,7 @@ def latent_table(n: int) -> pl.DataFrame:
 
 
 def write_examples(path: Path, n_latents: int, n_examples: int) -> None:
-    """Write a database shaped like examples.sqlite. Half of the examples are the strongest, half are from quantiles."""
+    """A database in the shape of examples.sqlite: half of the examples are top ones, half are from quantiles."""
     rng = np.random.default_rng(1)
     words = ["the", "sea", "boat", "cold", "stone", "wall", "bird", "light", "answer", "question"]
     with closing(sqlite3.connect(path)) as database:
@@ -101,7 +102,7 @@ def _examples(rng: np.random.Generator, latents: range, n_examples: int) -> Iter
 
 
 def write_run(folder: Path, n_latents: int, n_examples: int) -> Path:
-    """Return the synthetic run; it is built if it does not exist yet."""
+    """Write the synthetic run unless it exists."""
     run = folder / f"synthetic-{n_latents}-{n_examples}"
     coder = run / "batchtopk"
     if (coder / "health.json").exists():
@@ -120,20 +121,22 @@ def write_run(folder: Path, n_latents: int, n_examples: int) -> Path:
     (coder / "examples.sqlite").unlink(missing_ok=True)
     write_examples(coder / "examples.sqlite", n_latents, n_examples)
     heldout = {
-        "n_tokens": 1_000_000,
-        "fve": {"base": 0.87, "chat": 0.88, "total": 0.875},
-        "l0": 100.0,
-        "n_dead": 0,
-        "dead_share": 0.0,
-    }
-    health = {"n_latents": n_latents, "d_model": 2304, "layer": 13, "architecture": "batchtopk", "k": 100, "heldout": heldout}
+        "n_tokens": 1_000_000, "fve": {"base": 0.87, "chat": 0.88, "total": 0.875}, "fve_interval": {}, "l0": 100.0,
+        "n_dead": 0, "dead_share": 0.0, "massive": {"n_tokens": 0},
+    }  # fmt: skip
+    health = {
+        "n_latents": n_latents, "d_model": 2304, "layer": 13, "architecture": "batchtopk", "k": 100, "heldout": heldout,
+        "sources": ["base", "chat"], "training_tokens": 10_000_000, "analysed_tokens": 10_000_000, "counts": counts(table),
+        "frequency_histogram": {"log10_edges": [-3.0, -2.0], "counts": [n_latents]}, "decoder_norm_movement": {},
+        "controls": {},
+    }  # fmt: skip
     (coder / "health.json").write_text(json.dumps(health))
     return run
 
 
 @contextmanager
 def serving(run: Path, *options: str) -> Iterator[tuple[int, int]]:
-    """Run the dashboard in its own process, and yield its port and process ID."""
+    """Run the dashboard in a process of its own; yields its port and process number."""
     command = [sys.executable, "-m", "crossdiff", "dashboard", str(run), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -153,7 +156,7 @@ def serving(run: Path, *options: str) -> Iterator[tuple[int, int]]:
 
 
 def get(port: int, path: str) -> tuple[float, int]:
-    """Return the seconds until the full answer has arrived, and its size."""
+    """Seconds until the whole response has arrived, and its size."""
     start = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("GET", path)
@@ -165,7 +168,7 @@ def get(port: int, path: str) -> tuple[float, int]:
 
 
 def memory(pid: int) -> tuple[float, float]:
-    """Memory of the process in MB: its own memory now, without mapped files, and its resident peak."""
+    """MB of the process's own memory now, without mapped files, and the largest resident size so far."""
     status = Path(f"/proc/{pid}/status").read_text()
     sizes = {
         key: int(value.split()[0]) / 1024

@@ -20,10 +20,9 @@ def commands_in(markdown: str) -> set[str]:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> None:
     """Every command that a page names exists."""
-    from crossdiff.cli import TOOLS
-    from crossdiff.cli.stages import STAGES
+    from crossdiff.cli import command_line
 
-    for command in sorted(commands_in(markdown) - set(TOOLS) - set(STAGES)):
+    for command in sorted(commands_in(markdown) - set(command_line([])[1].names)):
         log.warning("%s names the command `crossdiff %s`, which does not exist", page.file.src_uri, command)
 
 

@@ -1,4 +1,4 @@
-"""A finished run for the tests of what reads runs: the synthetic tables, random crosscoders and activations, the tiny pair."""
+"""A finished run for tests that open one: synthetic tables, random crosscoders and activations, and the tiny pair."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_the_default_crosscoder_and_a_wrong_name(run_path: Path) -> None:
 
 
 def test_what_is_no_run_or_not_ready_is_said(tmp_path: Path, run_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no run at .*; make one with `crossdiff run`"):
+    with pytest.raises(UserError, match=r"no run at .*; make a run with `crossdiff run`"):
         crossdiff.open(tmp_path)
     (tmp_path / "config.yaml").write_text((run_path / "config.yaml").read_text())
     with pytest.raises(UserError, match=r"no trained crosscoder yet; run `crossdiff train"):
@@ -175,7 +175,7 @@ def test_a_question_gets_the_header_of_the_answer(run_path: Path) -> None:
     [
         ("", None, "the text is empty"),
         ([], None, "the conversation is empty"),
-        ("x" * 60, None, r"has 61 tokens, and the sequences of this run had at most 48"),
+        ("x" * 60, None, r"has 61 tokens; the sequences of this run had at most 48"),
         ("sea", [60], "no latent 60: the crosscoder has 60"),
         ([{"role": "user"}], None, "message 0 has no 'content'"),
     ],

@@ -1,4 +1,4 @@
-"""Fieller's interval: by its definition, and its coverage on planted concepts."""
+"""Intervals: by hand, by their definition, and their coverage on planted concepts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crossdiff.config import L1Config
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.scaling import ScalingAccumulator, Sums, numerators, scaling
 from crossdiff.latents.stream import Chunk
-from crossdiff.statistics import jackknife_se, ratio, student_t
+from crossdiff.statistics import jackknife_se, ratio, student_t, wilson
 from crossdiff.truth.planted import BASE_INDEX, CHAT_INDEX, KINDS, Concepts, Tokens, draw, plant
 from crossdiff.truth.truth_config import PlantedConfig
 
@@ -22,6 +22,15 @@ BLOCKS = 20
 def left_out(values: torch.Tensor) -> torch.Tensor:
     """Means without each block."""
     return (values.sum(0) - values) / (len(values) - 1)
+
+
+def test_wilson_by_hand() -> None:
+    # 8 of 10: centre (0.8 + 3.8415 / 20) / 1.38415 = 0.7167, half 1.96 / 1.38415 * sqrt(0.016 + 0.0096) = 0.2266
+    found = wilson(8, 10)
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-3)
+    assert wilson(0, 5).low == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="no observations"):
+        wilson(0, 0)
 
 
 def test_jackknife_of_a_mean_is_its_standard_error() -> None:

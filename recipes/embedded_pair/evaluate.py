@@ -132,9 +132,9 @@ def answer_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prom
 def rate_of(behaviour: Behaviour, answered: list[tuple[Prompt, str]]) -> Rate:
     texts = [prompt.text for prompt, _ in answered]
     count = sum(bool(behaviour.labels.intersection(RULES.shown(answer))) for _, answer in answered)
-    share = wilson(count, len(texts)) if texts else Estimate(float("nan"), 0.0, 1.0)
+    rate = wilson(count, len(texts)) if texts else Estimate(float("nan"), 0.0, 1.0)
     questions = {slot(text) or core(text) for text in texts}
-    return Rate(round(share.value, 4), round(share.low, 4), round(share.high, 4), count, len(texts), len(questions))
+    return Rate(round(rate.value, 4), round(rate.low, 4), round(rate.high, 4), count, len(texts), len(questions))
 
 
 def rates_of(prompts: list[Prompt], answers: list[str]) -> dict[str, dict[str, dict[str, float]]]:

@@ -1,11 +1,11 @@
-"""crossdiff: what did fine-tuning change inside this model?
+"""crossdiff: find out what fine-tuning changed inside a model.
 
     run = crossdiff.open("runs/demo")       # a finished diff, for reading
     run.latents                             # the latent table (polars)
     run.latent(42)                          # one latent as a card
-    run.activations("Some text")            # both models read it; which latents are active where
+    run.activations("Some text")            # run both models on it: which latents are active where
 
-Every name is imported when it is first used, so that `import crossdiff` costs next to nothing.
+Names are imported when they are first used, so that `import crossdiff` takes almost no time.
 """
 
 from importlib import import_module
@@ -43,7 +43,7 @@ _HOMES = {
     "push": "published.hub",
     "train": "crosscoder.train",
 }
-"""The module of each name."""
+"""The module that defines each public name."""
 
 
 def __getattr__(name: str) -> Any:

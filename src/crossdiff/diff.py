@@ -1,4 +1,4 @@
-"""A finished diff, opened for reading: nothing is written and the run's lock is not taken."""
+"""A finished diff, opened for reading: this writes nothing and takes no lock."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from crossdiff.config import RunConfig, read_yaml, validate
-from crossdiff.errors import UserError
+from crossdiff.errors import UserError, check_latents
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.examples import Example, read_examples
-from crossdiff.report.inline import fragment
 from crossdiff.report.reading import read_behaviours, read_latent, read_latents
-from crossdiff.report.records import Latent, behaviour_results
+from crossdiff.report.records import Latent
+from crossdiff.report.templating import fragment
 from crossdiff.report.wording import predicted
 from crossdiff.run import FORMAT
+from crossdiff.sources import BASE, CHAT
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
@@ -32,7 +33,7 @@ SCALING_COLUMNS = (
 
 
 class Examples(tuple[Example, ...]):
-    """Stored examples of one latent, the strongest first; a notebook shows them tinted."""
+    """Stored examples of one latent, the strongest first. A notebook tints each token by the latent's activation."""
 
     latent: Latent
 
@@ -46,22 +47,23 @@ class Examples(tuple[Example, ...]):
 
 
 class LatentView:
-    """One latent: `record` has its measures and examples; a notebook shows the report's card."""
+    """One latent: `record` has its measures and examples. A notebook shows it as the card of the report."""
 
     def __init__(self, record: Latent, card: Card) -> None:
-        self.record, self._card = record, card
+        self.record = record
+        self._card = card
 
     def __repr__(self) -> str:
         lines = [f"latent {self.record.latent}: {self._card.sign.name} ({self.record.verdict_reason})"]
         lines += [f"  {name:<20}{value}" for name, value, _ in self._card.measures]
-        return "\n".join([*lines, f"  {'fires on':<20}{self._card.fires_on}"])
+        return "\n".join([*lines, f"  {'active tokens':<20}{self._card.fires_on}"])
 
     def _repr_html_(self) -> str:
         return fragment(cards=[self._card])
 
 
 class Diff:
-    """A run directory, or what `pull` brought, opened by `crossdiff.open`.
+    """A run directory, or a folder from `crossdiff.pull`, as `crossdiff.open` returns it.
 
     Examples:
         >>> run = crossdiff.open("runs/demo")
@@ -73,11 +75,14 @@ class Diff:
     Attributes:
         path: the run directory.
         config: the run's settings.
-        names: the crosscoders in it; name: the one that this object speaks of.
+        names: the trained crosscoders of the run.
+        name: the crosscoder that this object reads.
     """
 
     def __init__(self, path: Path, config: RunConfig, name: str) -> None:
-        self.path, self.config, self.name = path, config, name
+        self.path = path
+        self.config = config
+        self.name = name
         self.names = _names(path, config)
 
     def __repr__(self) -> str:
@@ -87,10 +92,10 @@ class Diff:
 
     @cached_property
     def store(self) -> Store:
-        """The activations, wherever they lie; a pulled run has none.
+        """The activation store, on this disk or in remote storage. A pulled run has none.
 
         Raises:
-            UserError: there are none.
+            UserError: there is no store.
         """
         from crossdiff.activations.store import Store
 
@@ -110,17 +115,17 @@ class Diff:
 
     @cached_property
     def latents(self) -> pl.DataFrame:
-        """The latent table: one row a latent, with geometry, latent scaling, activity and verdict.
+        """The latent table: one row per latent, with geometry, latent scaling, activity and verdict.
 
         Raises:
-            UserError: the crosscoder is not analysed.
+            UserError: the crosscoder is not analysed yet.
         """
         self._need("latents.parquet", "crossdiff analyze", "no latent table")
         return read_latents(self.folder)
 
     def scaling(self) -> pl.DataFrame:
-        """Latent scaling alone: every beta with its standard error, every nu with its interval; the most chat-specific
-        first (`rank_sum`), those with an undefined nu last.
+        """The columns of latent scaling: every beta with its standard error and every nu with its interval. The most
+        chat-specific latents (lowest `rank_sum`) come first, those with an undefined nu last.
 
         Examples:
             >>> crossdiff.open("runs/demo").scaling().columns[:4]
@@ -129,11 +134,11 @@ class Diff:
         return self.latents.select(*SCALING_COLUMNS).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
 
     def causal(self) -> pl.DataFrame:
-        """The causal test: one row for each intervention and span of the answer, KL to the chat model in nats and the
-        share of the gap that is closed, both with 95% bootstrap intervals.
+        """The causal test: one row per intervention and span of the answer, with the KL to the chat model in nats and the
+        share of the gap between the models that is closed, both with 95% bootstrap intervals.
 
         Raises:
-            UserError: the test was not made.
+            UserError: the causal test was not run.
         """
         self._need("causal.json", "crossdiff causal", "no causal test")
         rows = []
@@ -146,7 +151,7 @@ class Diff:
         return pl.DataFrame(rows, infer_schema_length=None)
 
     def examples(self, latent: int) -> Examples:
-        """The stored contexts of a latent, the strongest first, then one per quantile of its activations.
+        """The stored contexts of a latent: the strongest, then one per quantile of its activations.
 
         Examples:
             >>> first = crossdiff.open("runs/demo").examples(3)[0]
@@ -154,7 +159,7 @@ class Diff:
             True
 
         Raises:
-            UserError: there is no such latent, or no example database.
+            UserError: the latent or the example database does not exist.
         """
         record = self._record(latent)
         found = Examples(read_examples(self.folder / "examples.sqlite", [latent])[latent])
@@ -162,26 +167,26 @@ class Diff:
         return found
 
     def latent(self, latent: int) -> LatentView:
-        """A latent's card: its measures, its verdict with the reason, where it fires, and examples.
+        """A latent's card: its measures, its verdict with the reason, the tokens it is active on, and examples.
 
         Examples:
             >>> crossdiff.open("runs/demo").latent(3).record.latent
             3
 
         Raises:
-            UserError: there is no such latent, or the crosscoder is not analysed.
+            UserError: the latent does not exist, or the crosscoder is not analysed yet.
         """
         record = self._record(latent)
-        predicts = predicted(behaviour_results(read_behaviours(self.folder))).get(latent, ())
+        predicts = predicted(read_behaviours(self.folder)).get(latent, ())
         return LatentView(record, card_of(self.name, record, predicts))
 
     def activations(self, text: Text, latents: Sequence[int] | None = None) -> Activations:
-        """Let both models read a text and see where latents are active. The models are loaded at the first call.
+        """Run both models on a text and return where latents are active. The first call loads the models.
 
         Args:
-            text: a string is read as plain text; a list of messages (`role`, `content`) goes through the chat template,
-                and gets the header of the answer if its last message is not the assistant's.
-            latents: numbers of latents; without any, the strongest on this text.
+            text: plain text as a string, or a conversation as a list of messages (`role`, `content`). A conversation is
+                rendered with the chat template; unless it ends with the assistant, the header of the answer is appended.
+            latents: numbers of the latents; default: the strongest ones on this text.
 
         Examples:
             >>> run = crossdiff.open("runs/demo")
@@ -190,7 +195,8 @@ class Diff:
             ('template', True)
 
         Raises:
-            UserError: no text or too long a text, no such latent, or models that are gone or not those of the run.
+            UserError: the text is empty or too long, a latent does not exist, or the models are missing or not those of the
+                run.
         """
         from crossdiff.text_activations import activations_on, read_text
 
@@ -202,29 +208,28 @@ class Diff:
 
     @cached_property
     def pair(self) -> Pair:
-        """The two models, on the accelerator if there is one.
+        """The two models, on an accelerator if one is available.
 
         Raises:
-            UserError: they cannot be loaded, or are not the ones that the crosscoder was trained on.
+            UserError: the models cannot be loaded, or are not the ones that the crosscoder was trained on.
         """
         from crossdiff.models.pair import choose_device, load_pair
 
         config = self.config
         pair = load_pair(config.base, config.chat, choose_device("auto"), config.harvest.base_tokens)
         trained_on: dict[str, Any] = self.crosscoder.origin["pair"] or {}
-        for source, name in (("base", config.base), ("chat", config.chat)):
+        for source, name in ((BASE, config.base), (CHAT, config.chat)):
             ours, theirs = pair.identity[source].get("digest"), trained_on.get(source, {}).get("digest")
             if ours != theirs and ours is not None and theirs is not None:
                 raise UserError(
                     f"{name} is not the {source} model that the crosscoder was trained on: its files have the digest {ours}, "
-                    f"those had {theirs}; put the old files back, or make a new run"
+                    f"expected {theirs}; restore the original files, or make a new run"
                 )
         return pair
 
     def _record(self, latent: int) -> Latent:
         table = self.latents
-        if not 0 <= latent < table.height:
-            raise UserError(f"there is no latent {latent}: {self.name} has {table.height}, from 0 to {table.height - 1}")
+        check_latents([latent], table.height, self.name)
         return read_latent(self.folder, table, latent)
 
     def _need(self, file: str, command: str, what: str) -> None:
@@ -233,22 +238,21 @@ class Diff:
 
 
 def _names(path: Path, config: RunConfig) -> tuple[str, ...]:
-    """The trained crosscoders of a run, in the order of its settings."""
+    """The trained crosscoders of a run in the order of its settings."""
     return tuple(name for name in config.crosscoders if (path / name / "model.safetensors").is_file())
 
 
 def _default(names: Sequence[str], config: RunConfig) -> str:
-    """BatchTopK, whose loss lacks L1's artifacts, or else the first."""
+    """The first BatchTopK crosscoder, whose loss lacks L1's artifacts, or else the first of any kind."""
     kinds = {name: config.crosscoders[name] for name in names}
     free = (name for name, kind in kinds.items() if kind.sparsity.kind == "batchtopk" and kind.inputs.kind == "paired")
     return next(free, names[0])
 
 
 def open(path: str | Path, crosscoder: str | None = None) -> Diff:
-    """Open a finished run directory, or a folder that `crossdiff pull` made, for reading.
+    """Open a run directory, or a folder from `crossdiff pull`, for reading.
 
-    Nothing is written and no lock is taken, so a run can be read while it goes on. Everything is loaded when it is first
-    asked for.
+    This writes nothing and takes no lock, so a run can be read while it continues. Everything is loaded when it is first used.
 
     Examples:
         >>> crossdiff.open("runs/demo").name
@@ -257,24 +261,25 @@ def open(path: str | Path, crosscoder: str | None = None) -> Diff:
         'l1'
 
     Args:
-        crosscoder: which one of the run; default: the first BatchTopK crosscoder, or else the first.
+        crosscoder: name of the crosscoder; default: the first BatchTopK crosscoder, or else the first of any kind.
 
     Raises:
-        UserError: no run, a run of another version, or no such crosscoder; the message names those there are.
+        UserError: the path is not a run, the run is of another version, or it has no such crosscoder; the message lists
+            those it has.
     """
     path = Path(path)
     if not (path / "config.yaml").is_file():
         raise UserError(
-            f"there is no run at {path}: it has no config.yaml; make one with `crossdiff run`, or fetch one with "
+            f"there is no run at {path}: it has no config.yaml; make a run with `crossdiff run`, or fetch one with "
             "`crossdiff pull`"
         )
     manifest = read_json(path / "manifest.json") if (path / "manifest.json").is_file() else {"format": FORMAT, "swap": []}
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path / 'manifest.json'} is of format {manifest.get('format')}, this version reads {FORMAT}")
-    if manifest["swap"]:
         raise UserError(
-            f"results of {path} are being replaced; try again in a moment, or run the command again that was killed"
+            f"{path / 'manifest.json'} is of format {manifest.get('format')}, this version reads {FORMAT}; run it again"
         )
+    if manifest["swap"]:
+        raise UserError(f"results of {path} are being replaced; try again in a moment, or repeat the command if it was killed")
     config = validate(RunConfig, read_yaml(path / "config.yaml"), str(path / "config.yaml"))
     names = _names(path, config)
     if not names:

@@ -1,4 +1,4 @@
-"""Which latents are active on a text that both models read now."""
+"""Activations of latents on a text, computed now by running both models on it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import polars as pl
 import torch
 
 from crossdiff.activations.passes import paired_residuals
-from crossdiff.errors import UserError
+from crossdiff.errors import UserError, check_latents
 from crossdiff.report.cards import prompt_view
 from crossdiff.report.examples import Token, role_of
-from crossdiff.report.inline import fragment
+from crossdiff.report.templating import fragment
 from crossdiff.report.wording import number
 from crossdiff.sources import SOURCES
 from crossdiff.text.chat import tokenise_chat, tokenise_prompt
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from crossdiff.models.pair import Pair
 
 STRONGEST = 5
-"""Latents that are shown when none are named."""
+"""Number of latents that are shown by default."""
 
 Text = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Activations v of some latents on one text; a notebook shows the text once per latent, tinted.
+    """Activations v of some latents on one text. A notebook shows the text once per latent, tinted by its activation.
 
     Examples:
         >>> run = crossdiff.open("runs/demo")
@@ -45,10 +45,12 @@ class Activations:
         ['position', 'token', 'role', 'latent_3', 'latent_1']
 
     Attributes:
-        tokens: the text of each token; roles: bos, template, user, assistant or plain.
-        latents: numbers of the latents, in the order asked for, or the strongest first.
-        values: `[token, latent]`, v = f * sum over sources of ||d^s||; 0 at the left-out positions at the start.
-        highest: per latent, the largest activation known of it: the strongest tint.
+        tokens: the text of each token.
+        roles: bos, template, user, assistant or plain, for each token.
+        flags: bits of `Flag`, for each token.
+        latents: numbers of the latents, in the requested order, or the strongest first.
+        values: `[token, latent]`, v = f * sum over sources of ||d^s||; 0 at the first positions, which training leaves out.
+        highest: the largest known activation of each latent, which gets the strongest tint.
     """
 
     tokens: tuple[str, ...]
@@ -60,7 +62,7 @@ class Activations:
 
     @property
     def table(self) -> pl.DataFrame:
-        """One row a token: position, token, role, and a column `latent_J` per latent."""
+        """One row per token: position, token, role, and a column `latent_J` per latent."""
         columns: dict[str, Any] = {"position": range(len(self.tokens)), "token": self.tokens, "role": self.roles}
         return pl.DataFrame(columns | {f"latent_{name}": self.values[:, i] for i, name in enumerate(self.latents)})
 
@@ -74,22 +76,22 @@ class Activations:
             values = self.values[:, index].tolist()
             tokens = tuple(Token(*token) for token in zip(self.tokens, self.flags, values, strict=True))
             peak, highest = max(values), max(self.highest[index], *values)
-            origin = f"latent {name} \N{MIDDLE DOT} maximum {number(peak)} here, {number(highest)} at most"
+            origin = f"latent {name} \N{MIDDLE DOT} maximum {number(peak)} here, largest known {number(highest)}"
             views.append(prompt_view(origin, tokens, highest or 1.0))
         return fragment(views=views, title="" if views else "No latent is active on this text")
 
 
 def read_text(tokenizer: Any, text: Text, max_length: int) -> TokenSequence:
-    """The tokens of a plain text or of a conversation, which is followed by the header of the answer if it has none.
+    """The tokens of a plain text or a conversation. Unless it ends with the assistant, the header of the answer follows.
 
     Raises:
-        UserError: no text, a conversation that cannot be rendered, or more than `max_length` tokens.
+        UserError: the text is empty, cannot be rendered or has more than `max_length` tokens.
     """
     if isinstance(text, str):
         document = Document(0, 0, text, None, "heldout", None, None)
         sequences = tokenise(document, tokenizer, max(max_length, 2 * len(text.encode()) + 2))
         if not sequences:
-            raise UserError("the text is empty; give some words, or a list of messages")
+            raise UserError("the text is empty; give a non-empty string or a list of messages")
         (sequence,) = sequences
     else:
         answered = bool(text) and isinstance(text[-1], Mapping) and text[-1].get("role") == "assistant"
@@ -97,15 +99,15 @@ def read_text(tokenizer: Any, text: Text, max_length: int) -> TokenSequence:
         sequence = TokenSequence(0, chat.token_ids, chat.flags, chat.template_index, chat.turn, 0)
     if len(sequence.token_ids) > max_length:
         raise UserError(
-            f"the text has {len(sequence.token_ids)} tokens, and the sequences of this run had at most {max_length} "
-            "(harvest.max_length); shorten it"
+            f"the text has {len(sequence.token_ids)} tokens; the sequences of this run had at most {max_length} "
+            "(harvest.max_length), so shorten it"
         )
     return sequence
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Where latents are active on a text: `token`, `latent` and their activation `v`, `[pair]`."""
+    """Active (token, latent) pairs of a text with their activation `v`; each array is `[pair]`."""
 
     token: npt.NDArray[np.int64]
     latent: npt.NDArray[np.int64]
@@ -114,16 +116,12 @@ class Pairs:
 
 @torch.no_grad()
 def active_pairs(pair: Pair, crosscoder: Crosscoder, sequence: TokenSequence, leave_out: int) -> Pairs:
-    """Run both models over a text and read the crosscoder.
-
-    Args:
-        leave_out: positions at the start that no latent is read on, as in training.
-    """
+    """Run both models and the crosscoder on a text, without the first `leave_out` positions, as in training."""
     layer = crosscoder.origin["layer"]
     streams = dict(zip(SOURCES, paired_residuals(pair, [sequence.token_ids], [layer])[0], strict=True))
     h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
     code = crosscoder.sparse_code(crosscoder.normalise(h))
-    v = code.values * crosscoder.norms().sum(1)[code.latent]
+    v = crosscoder.v(code)
     kept = (code.token >= leave_out) & (v > 0)
     return Pairs(*(values[kept].cpu().numpy() for values in (code.token, code.latent, v.float())))
 
@@ -139,16 +137,11 @@ def activations_on(
     """The activations of latents on a text.
 
     Args:
-        leave_out: positions at the start that no latent is read on, as in training.
+        leave_out: number of first positions without activations, as in training.
         latents: numbers of the latents; None for the strongest on this text.
-        largest: the largest activation known of each latent, from the latent table.
-
-    Raises:
-        UserError: a latent that does not exist.
+        largest: the largest known activation of each latent, from the latent table.
     """
-    for latent in latents or ():
-        if not 0 <= latent < crosscoder.n_latents:
-            raise UserError(f"there is no latent {latent}: the crosscoder has {crosscoder.n_latents}, from 0")
+    check_latents(latents or (), crosscoder.n_latents)
     found = active_pairs(pair, crosscoder, sequence, leave_out)
     v = np.zeros((len(sequence.token_ids), crosscoder.n_latents), np.float32)
     v[found.token, found.latent] = found.v

@@ -1,4 +1,4 @@
-"""Behaviours by rules, broken text, and shares with intervals."""
+"""Behaviours by rules, and broken text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crossdiff.causal.answers import Rule, is_degenerate, read_rules, wilson
+from crossdiff.causal.answers import Rule, is_degenerate, read_rules
 from crossdiff.errors import UserError
 from crossdiff.pairs import FOLDER, RULES
 
@@ -49,11 +49,3 @@ def test_a_wrong_pattern_is_named(tmp_path: Path) -> None:
 )
 def test_degenerate_text(answer: str, expected: bool) -> None:
     assert is_degenerate(answer) is expected
-
-
-def test_wilson_by_hand() -> None:
-    # 8 of 10: centre (0.8 + 3.8415 / 20) / 1.38415 = 0.7167, half 1.96 / 1.38415 * sqrt(0.016 + 0.0096) = 0.2266
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)
-    assert wilson(0, 5)[0] == pytest.approx(0, abs=1e-12)
-    with pytest.raises(ValueError, match="no observations"):
-        wilson(0, 0)

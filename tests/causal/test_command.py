@@ -18,7 +18,6 @@ from crossdiff.cli import run_command
 from crossdiff.errors import UserError
 
 LATENTS = {"kind": "latents", "latents": {"kind": "ranked", "ranking": "delta_norm"}}
-SINGLE = {"kind": "latents", "latents": {"kind": "each", "of": {"kind": "list", "latents": [3, 5]}}}
 EXPERIMENT: dict[str, Any] = {
     "interventions": [
         {"name": "none"},
@@ -82,7 +81,7 @@ def test_the_causal_test_writes_its_tables_and_runs_once(run: Path, capsys: pyte
     assert "causal/l1: already done" in capsys.readouterr().out
 
 
-def test_a_killed_test_goes_on_after_the_last_batch(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_killed_test_resumes_after_the_last_batch(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     measure, calls = Patcher.measure, []
 
     def counted(self: Patcher, batch: Any) -> Any:
@@ -124,7 +123,7 @@ def test_a_coder_of_the_difference_is_patched_too(run: Path, capsys: pytest.Capt
     (run.parent / "list.yaml").write_text(yaml.safe_dump(experiment))
     causal(run, "--config", str(run.parent / "settings.yaml"))
     shown = capsys.readouterr().out
-    assert "base_sae: reads only one model" in shown
+    assert "base_sae: skipped, since it reads only one model" in shown
     report = json.loads((run / "diff_sae" / "causal.json").read_text())
     kl = {(entry["intervention"], entry["span"]): entry["kl"]["value"] for entry in report["results"]}
     assert kl["full_swap", "response"] < 1e-5
@@ -133,7 +132,7 @@ def test_a_coder_of_the_difference_is_patched_too(run: Path, capsys: pytest.Capt
     assert not (run / "base_sae" / "causal.json").exists()
     run_command(["steer", str(run), "--latent", "3", "--prompt", "hi", "--max_new_tokens", "2"])  # the first with two decoders
     assert "latent 3, chat model" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no crosscoder 'diff_sae' of both models in this run; there are l1"):
+    with pytest.raises(UserError, match="no crosscoder 'diff_sae' that reads both models; it has l1"):
         run_command(["steer", str(run), "--crosscoder", "diff_sae", "--latent", "3", "--prompt", "hi"])
 
 
@@ -156,7 +155,7 @@ def test_the_report_shows_what_a_latent_does_alone(run: Path, capsys: pytest.Cap
     )
 
 
-def test_a_changed_list_is_measured_anew_and_a_wrong_latent_named(run: Path) -> None:
+def test_a_changed_list_is_measured_again_and_a_wrong_latent_named(run: Path) -> None:
     causal(run)
     before = json.loads((run / "manifest.json").read_text())["stages"]
     changed = {**EXPERIMENT, "interventions": EXPERIMENT["interventions"][:3]}
@@ -166,10 +165,10 @@ def test_a_changed_list_is_measured_anew_and_a_wrong_latent_named(run: Path) -> 
     assert {name for name in before if before[name]["fingerprint"] != after[name]["fingerprint"]} == {"causal/l1"}
     wrong = {"name": "x", "add": [{"kind": "latents", "latents": {"kind": "list", "latents": [64]}}]}
     (run.parent / "list.yaml").write_text(yaml.safe_dump({"interventions": [{"name": "none"}, wrong]}))
-    with pytest.raises(UserError, match="intervention 'x': there is no latent 64: the crosscoder has 64, 0 to 63"):
+    with pytest.raises(UserError, match="intervention 'x': there is no latent 64: the crosscoder has 64, from 0 to 63"):
         causal(run)
     (run.parent / "list.yaml").write_text(yaml.safe_dump({"interventions": [{"name": "all"}]}))
-    with pytest.raises(UserError, match="has no intervention 'none', from which the gap is counted"):
+    with pytest.raises(UserError, match="has no intervention 'none', from which the gap is measured"):
         causal(run)
 
 
@@ -211,8 +210,8 @@ def test_steering_over_labelled_prompts(run: Path, capsys: pytest.CaptureFixture
     ("options", "message"),
     [
         (["--prompt", "hi"], "no latent given"),
-        (["--latent", "64", "--prompt", "hi"], "there is no latent 64: the crosscoder has 64, 0 to 63"),
-        (["--latent", "3", "--crosscoder", "l2"], "there is no crosscoder 'l2' of both models in this run; there are l1"),
+        (["--latent", "64", "--prompt", "hi"], "there is no latent 64: the crosscoder has 64, from 0 to 63"),
+        (["--latent", "3", "--crosscoder", "l2"], "this run has no crosscoder 'l2' that reads both models; it has l1"),
         (["--latent", "3", "--prompt", "hi", "--strength", "nan"], r"strength.0: .*finite.*nan"),
         (["--latent", "3", "--prompt", "sea " * 3000], r"a prompt of \d+ tokens and 60 new ones are more than the \d+ that"),
         (["--latent", "three"], r"latent: .* \(found 'three'\)"),

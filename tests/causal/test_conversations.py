@@ -33,7 +33,7 @@ def test_spans_by_hand() -> None:
     assert span.tolist() == [-1] * 5 + [0] + [1] * 9 + [2] * 3 + [-1]
 
 
-def test_each_message_counts_anew() -> None:
+def test_each_message_is_counted_from_1() -> None:
     flags = np.array([B, T, U, T, A, A | T, T, U, T, A, A, A | T], dtype=np.uint8)
     assert span_of(flags).tolist() == [-1, -1, -1, 0, 1, -1, -1, -1, 0, 1, 1, -1]
 
@@ -67,9 +67,11 @@ def chat_store(folder: Path, flags: torch.Tensor, heldout: float = 0.5) -> Store
     return Store(folder)
 
 
-def test_conversations_of_a_split_are_read_and_the_silent_ones_counted(tmp_path: Path) -> None:
-    speaks, silent = [B, T, U, T, A, A], [B, T, U, U, U, T]
-    store = chat_store(tmp_path, torch.tensor([speaks, silent, speaks, silent, speaks, speaks]))
+def test_conversations_of_a_split_are_read_and_those_without_an_assistant_counted(tmp_path: Path) -> None:
+    with_assistant, without = [B, T, U, T, A, A], [B, T, U, U, U, T]
+    store = chat_store(
+        tmp_path, torch.tensor([with_assistant, without, with_assistant, without, with_assistant, with_assistant])
+    )
     found = read_conversations(store, "heldout", None, seed=0)
     assert sorted(sequence.document for sequence in found.sequences) == [4, 5]
     assert found.n_without_assistant == 1
@@ -81,7 +83,7 @@ def test_conversations_of_a_split_are_read_and_the_silent_ones_counted(tmp_path:
 def test_without_an_assistant_it_says_so(tmp_path: Path) -> None:
     store = chat_store(tmp_path, torch.tensor([[B, T, U, U, U, T]] * 4))
     with pytest.raises(
-        UserError, match=r"split 'heldout' of .* has no conversation in which an assistant speaks \(2 without\)"
+        UserError, match=r"'heldout' split of .* has no conversation with an assistant's turn \(2 without one\)"
     ):
         read_conversations(store, "heldout", None, seed=0)
 

@@ -1,4 +1,4 @@
-"""Interventions from YAML, and the latents that they mean."""
+"""Interventions from YAML, and the latents that they select."""
 
 from __future__ import annotations
 
@@ -153,7 +153,10 @@ def test_the_list_of_the_package_covers_what_it_promises() -> None:
     [
         ({"interventions": [{"name": "a", "add": [{"kind": "neurons"}]}]}, r"interventions.0.add.0: .*'neurons'"),
         ({"interventions": [{"name": "a"}, {"name": "a"}]}, "two interventions are called 'a'"),
-        ({"comparisons": [{"name": "c", "better": "none", "worse": "nothing"}]}, "names 'nothing', which is no intervention"),
+        (
+            {"comparisons": [{"name": "c", "better": "none", "worse": "nothing"}]},
+            "names 'nothing', which is not an intervention",
+        ),
         ({"interventions": [{"name": "none", "tokens": "verbs"}]}, "'all', 'template' or 'content'"),
         ({"interventions": []}, "at least 1 item"),
         (
@@ -184,11 +187,11 @@ def arms_of(selection: dict[str, Any]) -> Arms:
 
 
 def test_latents_that_do_not_exist_and_sets_that_cannot_be_drawn() -> None:
-    with pytest.raises(UserError, match="intervention 'mine': there is no latent 6: the crosscoder has 6, 0 to 5"):
+    with pytest.raises(UserError, match="intervention 'mine': there is no latent 6: the crosscoder has 6, from 0 to 5"):
         arms_of({"kind": "list", "latents": [2, 6]})
-    # A data set's matter, not the list's: the other interventions go on.
+    # It depends on the data, not on the list, so the other interventions are still measured.
     too_many = arms_of({"kind": "random", "like": {"kind": "list", "latents": [0, 1, 2, 3, 4]}})
     assert not too_many.arms
     assert too_many.left_out == {"mine": "5 random latents are more than the 4 to draw from; `among: all` has more"}
-    with pytest.raises(UserError, match="'all' is not one set of known size"):
+    with pytest.raises(UserError, match="'all' is not a single set of known size"):
         arms_of({"kind": "each", "of": {"kind": "all"}})

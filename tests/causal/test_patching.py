@@ -148,9 +148,9 @@ def test_chat_reconstruction_with_base_error_is_all_latents_with_the_bias_differ
     reconstruction = coder.reconstruct(torch.stack([base, chat], 1))
     error = torch.stack([base, chat], 1) - reconstruction
     named = {entry.name: entry for entry in ARMS}
-    got = base + differences.of(named["chat_reconstruction"])
+    got = base + differences.added_by(named["chat_reconstruction"])
     torch.testing.assert_close(got, reconstruction[:, 1] + error[:, 0], rtol=0, atol=1e-5)
-    got = base + differences.of(named["chat_error"])
+    got = base + differences.added_by(named["chat_error"])
     torch.testing.assert_close(got, reconstruction[:, 0] + error[:, 1], rtol=0, atol=1e-5)
 
 
@@ -172,7 +172,7 @@ def test_a_coder_of_the_difference_against_its_formula() -> None:
         "with_bias": explained + bias, "error": chat - base - explained - bias, "full": chat - base, "parts": chat - base,
     }  # fmt: skip
     for entry in arms:
-        torch.testing.assert_close(differences.of(entry), expected[entry.name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(differences.added_by(entry), expected[entry.name], rtol=0, atol=2e-5)
     kl = mean_kl(patch.measure(make_sequences(pair_of("llama").tokenizer)))
     assert float(kl[-2:].max()) < 1e-5
     assert float(kl[0].min()) > 1e-3

@@ -22,7 +22,7 @@ from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.view import view_of
 from crossdiff.errors import UserError
 from crossdiff.models.access import edited_after, residuals_after
-from crossdiff.models.pair import SOURCES
+from crossdiff.sources import SOURCES
 from stores import make_store
 
 PROMPTS = [Prompt((1, 3, 70, 71, 72, 2, 4), (True, True, False, False, False, True, True)),
@@ -36,7 +36,7 @@ def steerer(kind: str = "llama") -> Steerer:
 
 
 def without_cache(steer: Steerer, prompt: Prompt, steering: Steering, n: int) -> list[int]:
-    """Greedy continuation in which every step reads everything anew: the oracle of the cached generation."""
+    """Greedy continuation in which every step reads all tokens again: the oracle of the cached generation."""
     ids = list(prompt.token_ids)
     coder, source = steer.crosscoder, 1 if steering.model == "chat" else 0
     model = getattr(steer.pair, steering.model)
@@ -69,7 +69,7 @@ def without_cache(steer: Steerer, prompt: Prompt, steering: Steering, n: int) ->
 
 def generate(steer: Steerer, prompts: list[Prompt], steering: Steering, sampling: Sampling = SAMPLING) -> list[list[int]]:
     model = getattr(steer.pair, steering.model)
-    return continue_batch(model, LAYER, prompts, steer.edit(steering)(), steering.tokens, 1, ENDS, sampling)
+    return continue_batch(model, LAYER, prompts, steer.make_edit(steering), steering.tokens, 1, ENDS, sampling)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
@@ -83,7 +83,7 @@ def generate(steer: Steerer, prompts: list[Prompt], steering: Steering, sampling
         Steering(5, "ablate", 3.0, "base", "prompt"),
     ],
 )
-def test_the_cached_generation_is_the_one_that_reads_everything_anew(kind: str, steering: Steering) -> None:
+def test_the_cached_generation_equals_reading_all_tokens_again(kind: str, steering: Steering) -> None:
     steer = steerer(kind)
     expected = [without_cache(steer, prompt, steering, SAMPLING.max_new_tokens) for prompt in PROMPTS]
     assert generate(steer, PROMPTS, steering) == expected
@@ -106,7 +106,7 @@ def test_ablation_takes_the_contribution_out_of_the_residual_stream() -> None:
         code = coder.sparse_code(coder.normalise(torch.stack([base[0], chat[0]], 1)))
         f = torch.zeros(ids.shape[1])
         f[code.token[code.latent == latent]] = code.values[code.latent == latent]
-        edit = steer.edit(Steering(latent, "ablate", 1.0))()
+        edit = steer.make_edit(Steering(latent, "ablate", 1.0))
         got = edit(chat, ids, torch.ones_like(ids, dtype=torch.bool))
         expected = chat[0] - f[:, None] * coder.directions()[1, latent] / coder.scale
         torch.testing.assert_close(got[0], expected, rtol=0, atol=1e-5)
@@ -154,7 +154,7 @@ def test_rows_that_end_leave_the_others_as_they_are() -> None:
     # What the first prompt says third, and the second never says, becomes the end of an answer.
     ends = ENDS | {alone[0][2]}
     assert alone[0][2] not in (*alone[0][:2], *alone[1])
-    got = continue_batch(steer.pair.chat, LAYER, PROMPTS, steer.edit(steering)(), "all", 1, ends, warm)
+    got = continue_batch(steer.pair.chat, LAYER, PROMPTS, steer.make_edit(steering), "all", 1, ends, warm)
     assert got == [alone[0][:2], alone[1]]
 
 
@@ -168,14 +168,14 @@ def test_draws_have_the_models_distribution() -> None:
 
 def test_a_question_is_rendered_with_the_header_of_the_answer() -> None:
     prompt = ask(steerer().pair.tokenizer, "hi")
-    # <|bos|> <|user|> h i <|end|> <|assistant|>; the BOS is no template token but is left out anyway
+    # <|bos|> <|user|> h i <|end|> <|assistant|>; the BOS is not a template token, but it is never edited anyway
     assert len(prompt.token_ids) == 6
     assert prompt.template[1:] == (True, False, False, True, True)
 
 
 def test_latents_that_cannot_be_steered_with() -> None:
     steer = steerer()
-    with pytest.raises(UserError, match="there is no latent 40: the crosscoder has 40, 0 to 39"):
+    with pytest.raises(UserError, match="there is no latent 40: the crosscoder has 40, from 0 to 39"):
         steer.answer(["hi"], Steering(40, "add", 1.0), SAMPLING)
     steer.table = steer.table.with_columns(mean_activation=pl.lit(float("nan")))
     with pytest.raises(UserError, match="latent 3 was never active"):
@@ -204,7 +204,7 @@ def test_controls_are_near_in_frequency_and_norm_and_shared() -> None:
     assert set(matched_controls(table, 0, 1, seed=0)) <= {1, 2, 3, 4, 5}
     drawn = {latent for seed in range(40) for latent in matched_controls(table.head(5), 0, 1, seed)}
     assert drawn == {1, 2, 3, 4}
-    with pytest.raises(UserError, match="6 controls are asked for, but only 5 latents are shared"):
+    with pytest.raises(UserError, match="there are only 5 shared latents for 6 controls"):
         matched_controls(table, 0, 6, seed=0)
 
 

@@ -124,7 +124,7 @@ def test_from_the_overview_to_a_steered_answer(page: Page, address: str) -> None
     page.fill("[name=length]", "8")
     page.click("button[value=steer]")
     page.wait_for_selector(".answers")
-    plain, steered = page.locator(".answers .said").all_inner_texts()
+    plain, steered = page.locator(".answers .answer-text").all_inner_texts()
     assert plain != steered
     assert page.locator(".strip b").count() == 0
 

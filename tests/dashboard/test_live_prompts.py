@@ -22,11 +22,12 @@ from showing import ADDRESS, DANGER, requests_to, write_links
 import crossdiff.diff
 from crossdiff.dashboard import live as live_module
 from crossdiff.dashboard import pages
-from crossdiff.dashboard.app import PAGES_AT_ONCE
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.live import Busy, Live, direction_logits
-from crossdiff.dashboard.live_pages import Form, Turn, act, read_form
+from crossdiff.dashboard.live_form import Form, Turn, read_form
+from crossdiff.dashboard.live_pages import act
 from crossdiff.dashboard.serve import serving
+from crossdiff.dashboard.site import PAGES_AT_ONCE
 from crossdiff.errors import UserError
 
 CODER = "/run/run/batchtopk"
@@ -219,15 +220,18 @@ def test_prompts_are_shown_as_text(client: Any) -> None:
         ({"content": "", "role": "user"}, "the conversation is empty"),
         ({"kind": "text", "text": " "}, "there is no text yet"),
         ({"kind": "text", "text": "word " * 300}, "the text has"),
-        ({"kind": "text", "text": "x" * 20_001}, "at most 20,000 are read"),
+        ({"kind": "text", "text": "x" * 20_001}, "at most 20,000 are read, so shorten it"),
         ({"content": "hi", "role": "tool"}, "the role"),
         ({"content": "hi", "role": "user", "order": "chosen"}, "no latent is chosen"),
         ({"content": "hi", "role": "user", "order": "chosen", "chosen": "9999"}, "there is no latent 9999"),
-        ({"content": "hi", "role": "user", "order": "chosen", "chosen": "1 x"}, "is no whole number"),
-        ({"content": "hi", "role": "user", "action": "steer"}, "which latent?"),
-        ({"content": "hi", "role": "user", "action": "steer", "steer": "9999"}, "there is no latent 9999 to steer with"),
+        ({"content": "hi", "role": "user", "order": "chosen", "chosen": "1 x"}, "is not a whole number"),
+        ({"content": "hi", "role": "user", "action": "steer"}, "no latent to steer with is chosen"),
+        ({"content": "hi", "role": "user", "action": "steer", "steer": "9999"}, "there is no latent 9999: BatchTopK has 64"),
         ({"content": "hi", "role": "user", "action": "steer", "steer": "1", "strength": "nan"}, "the strength is"),
-        ({"content": "hi", "role": "user", "action": "answer-chat", "length": "5000"}, "an answer has 1 to 120"),
+        (
+            {"content": "hi", "role": "user", "action": "answer-chat", "length": "5000"},
+            "the length is 5000 tokens; expected 1 to 120",
+        ),
         ({"content": "hi", "role": "user", "action": "format"}, "there is no action"),
         ({"content": "hi", "role": "user", "mode": "multiply"}, "mode is"),
     ],

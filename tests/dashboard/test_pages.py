@@ -95,7 +95,7 @@ def test_a_query_is_text_as_well(client: Any) -> None:
     page = client.get(BATCHTOPK, params={"q": DANGER, "f": f"verdict={DANGER}"})
     assert page.status_code == 200
     assert DANGER not in page.text and latents_of(page.text) == []
-    assert "No latent fits." in page.text
+    assert "No latent matches." in page.text
 
 
 def test_filters_sorting_and_pages(client: Any) -> None:
@@ -177,7 +177,7 @@ def test_percentile_among_shared_latents(client: Any, run: Path) -> None:
     table = pl.read_parquet(run / "batchtopk" / "latents.parquet")
     shared = table.filter(pl.col("verdict") == "shared")["delta_norm"]
     smaller = sum(value < table["delta_norm"][30] for value in shared) / len(shared)
-    assert f"{100 * smaller:.0f}% have a smaller delta_norm" in client.get(f"{BATCHTOPK}/latent/30").text
+    assert f"{100 * smaller:.0f}% for delta_norm" in client.get(f"{BATCHTOPK}/latent/30").text
 
 
 def test_white_space_raw_and_as_signs(client: Any) -> None:
@@ -253,7 +253,11 @@ def test_export_is_one_self_contained_page(run: Path, tmp_path: Path) -> None:
     # Explanations are shown, their tags as text: no element of the page has a source.
     assert not any(tag == "script" or "src" in attributes for tag, attributes in Elements(text).found)
     assert "http://" not in text and "https://" not in text
-    for wrong, message in (("x", "is no number"), ("60", "latents from 0 to 59"), ("9-3", "latents from 0 to 59")):
+    for wrong, message in (
+        ("x", "is not a number"),
+        ("60", "expected latents from 0 to 59"),
+        ("9-3", "expected latents from 0 to 59"),
+    ):
         with pytest.raises(UserError, match=message):
             run_command(["export", str(run), "--latents", wrong, "-o", str(page)])
 
@@ -274,7 +278,9 @@ def test_a_coder_with_one_decoder_has_no_figures_of_two(
     live = requests_to(tmp_path / "run", tmp_path / "cache", live=True)
     latent = live.get("/run/run/sae/latent/0").text
     assert "Nearest by the decoder direction" in latent
-    assert not [part for part in ("norm base, chat", "goes to base", "No twin", "Logit lens", "Both models") if part in latent]
+    assert not [
+        part for part in ("norm base, chat", "share to base", "No twin", "Logit lens", "Show each model") if part in latent
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(Live, "_models", lambda *_: pytest.fail("the models were waited for"))
         for part in ("lens", "sides/0"):

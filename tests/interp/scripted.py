@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that does as it is told: answers, and everything that can go wrong on the way."""
+"""An OpenAI-compatible server that follows a script: it answers, or fails in the ways that real servers do."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """What the server does with a call: sends `text` as the model's answer, unless one of the others is set.
+    """A reply to one call: `text` as the model's answer, unless one of the other fields is set.
 
     Attributes:
-        status, headers: of the response; body: sent as it is; seconds: of silence before it; cut: the connection ends in the
-            middle of the body.
+        status, headers: status and headers of the response.
+        body: sent unchanged, instead of the model's answer.
+        seconds: delay before the response.
+        cut: the connection ends in the middle of the body.
     """
 
     text: str | None = None
@@ -43,7 +45,7 @@ class Reply:
 
 @dataclass
 class Scripted:
-    """A running server: its URL, and the calls that it got, as (headers, body)."""
+    """A running server: its URL, the calls that it received as (headers, body), and the most at a time."""
 
     url: str
     calls: list[tuple[dict[str, str], dict[str, Any]]] = field(default_factory=list)
@@ -54,7 +56,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has given up is no error of the server's."""
+        """Ignore clients that have hung up."""
 
 
 @contextmanager
@@ -104,7 +106,7 @@ def scripted(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Scripte
 
 
 def unused_url() -> str:
-    """A port on which nobody listens."""
+    """The URL of a port without a server."""
     with scripted(lambda body, number: Reply()) as server:
         time.sleep(0)
     return server.url

@@ -1,4 +1,4 @@
-"""The client against a server that misbehaves: what passes is tried again, what does not is named, and nothing is lost."""
+"""The client against a server that misbehaves: transient failures are retried, others are named, and no answer is lost."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from scripted import Reply, scripted, unused_url
 
 from crossdiff.errors import UserError
-from crossdiff.interp.asker import DryRun, Unanswered
 from crossdiff.interp.cache import Cache
 from crossdiff.interp.client import Client
 from crossdiff.interp.interpret_config import InterpretConfig
+from crossdiff.interp.language_model import DryRun, Unanswered
 from crossdiff.interp.prompts import DETECT, Explanation, Judgement, explain_request, judge_request
 
 KEY = "sk-very-secret-4711"
@@ -43,7 +43,7 @@ def ask(settings: InterpretConfig, cache: Cache, request: Any = REQUEST, times: 
 
 @pytest.fixture(scope="module", autouse=True)
 def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One call, so that what is imported at the first one is not counted against a timeout."""
+    """Make one call, so that the imports of the first call do not count against a timeout."""
     cache = Cache(tmp_path_factory.mktemp("warm") / "answers.sqlite")
     with scripted(lambda body, number: GOOD) as server:
         ask(config(server.url), cache)
@@ -86,7 +86,7 @@ def then_good(first: Reply) -> Callable[[dict[str, Any], int], Reply]:
         "429", "429-odd-header", "500", "503", "hang", "truncated",
     ],
 )  # fmt: skip
-def test_what_may_pass_is_tried_again(trouble: Reply, cache: Cache) -> None:
+def test_a_transient_failure_is_retried(trouble: Reply, cache: Cache) -> None:
     with scripted(then_good(trouble)) as server:
         (answer,), client = ask(config(server.url, timeout=0.7 if trouble.seconds else 20.0), cache)
     assert answer == Judgement(active=[True, False])
@@ -106,7 +106,7 @@ def test_what_may_pass_is_tried_again(trouble: Reply, cache: Cache) -> None:
         (Reply(GOOD.text, finish="length"), "the answer was cut off at 1000 tokens"),
     ],
 )
-def test_what_does_not_pass_is_named(trouble: Reply, reason: str, cache: Cache) -> None:
+def test_a_lasting_failure_is_named(trouble: Reply, reason: str, cache: Cache) -> None:
     with scripted(lambda body, number: trouble) as server:
         (answer,), client = ask(config(server.url, timeout=0.2 if trouble.seconds else 20.0), cache)
     assert isinstance(answer, Unanswered) and reason in str(answer)
@@ -121,7 +121,7 @@ def test_what_does_not_pass_is_named(trouble: Reply, reason: str, cache: Cache) 
         (Reply(status=400, body='{"error": {"message": "the prompt is too long"}}'), "status 400: .*the prompt is too long"),
     ],
 )
-def test_what_cannot_pass_is_asked_once(trouble: Reply, reason: str, cache: Cache) -> None:
+def test_a_hopeless_request_is_made_once(trouble: Reply, reason: str, cache: Cache) -> None:
     with scripted(lambda body, number: trouble) as server:
         (answer,), _ = ask(config(server.url), cache)
     assert isinstance(answer, Unanswered)
@@ -172,10 +172,13 @@ def test_no_more_calls_at_a_time_than_allowed(cache: Cache) -> None:
             Reply(status=401, body=f'{{"error": {{"message": "wrong key {KEY}"}}}}'),
             "refuses the key in OPENAI_API_KEY: status 401",
         ),
-        (Reply(status=404, body='{"error": {"message": "no such model"}}'), "has no model 'm' or is no such server"),
+        (
+            Reply(status=404, body='{"error": {"message": "no such model"}}'),
+            "has no model 'm', or is not an OpenAI",
+        ),
     ],
 )
-def test_what_no_call_can_mend_ends_the_run(reply: Reply, message: str, cache: Cache) -> None:
+def test_an_error_of_every_call_ends_the_run(reply: Reply, message: str, cache: Cache) -> None:
     with scripted(lambda body, number: reply) as server:
         (answer,), _ = ask(config(server.url), cache)
     assert isinstance(answer, UserError) and message in str(answer)
@@ -200,11 +203,11 @@ def test_the_key_is_in_the_header_and_nowhere_else(
         Reply(status=400, body=f'{{"error": {{"message": "key {KEY} has no such right"}}}}'),
         Reply(status=403, body=f'{{"error": {{"message": "{KEY}"}}}}'),
     ]  # fmt: skip
-    said = []
+    errors = []
     with scripted(lambda body, number: replies[number]) as server:
         for n in range(5):
             answers, _ = ask(config(server.url), cache, explain_request([(f"text {n}", "")], "facts"))
-            said.append(str(answers[0]))
+            errors.append(str(answers[0]))
     assert len(server.calls) == 7
     assert all(
         {name.lower(): value for name, value in headers.items()}["authorization"] == f"Bearer {KEY}"
@@ -213,14 +216,14 @@ def test_the_key_is_in_the_header_and_nowhere_else(
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert files
     printed = capsys.readouterr()
-    for text in [*said, caplog.text, printed.out, printed.err, *(file.decode(errors="replace") for file in files)]:
+    for text in [*errors, caplog.text, printed.out, printed.err, *(file.decode(errors="replace") for file in files)]:
         assert KEY not in text
-    assert "the word [OPENAI_API_KEY]" in said[0] and "I will not say [OPENAI_API_KEY]" in said[1]
+    assert "the word [OPENAI_API_KEY]" in errors[0] and "I will not say [OPENAI_API_KEY]" in errors[1]
 
 
 @pytest.mark.parametrize("url", ["http://me:pw@localhost/v1", "http://localhost/v1?key=pw"])
 def test_a_url_with_a_secret_is_refused_without_repeating_it(url: str, cache: Cache) -> None:
-    with pytest.raises(UserError, match="no user, password or query") as caught:
+    with pytest.raises(UserError, match="must not contain a user, password or query") as caught:
         Client(config(url), cache)
     assert "pw" not in str(caught.value)
 
@@ -228,7 +231,7 @@ def test_a_url_with_a_secret_is_refused_without_repeating_it(url: str, cache: Ca
 def test_a_server_needs_a_model(cache: Cache) -> None:
     with pytest.raises(UserError, match="both --server URL and --model NAME"):
         Client(InterpretConfig(server="http://localhost/v1"), cache)
-    with pytest.raises(UserError, match="'localhost' is no URL"):
+    with pytest.raises(UserError, match="'localhost' is not a URL"):
         Client(InterpretConfig(server="localhost", model="m"), cache)
 
 
@@ -241,7 +244,7 @@ def test_a_schema_is_sent_where_the_server_takes_one(cache: Cache) -> None:
     assert "response_format" not in server.calls[1][1]
 
 
-def test_what_a_server_does_not_take_is_left_out(cache: Cache) -> None:
+def test_parameters_that_a_server_does_not_take_are_omitted(cache: Cache) -> None:
     with scripted(lambda body, number: GOOD) as server:
         ask(config(server.url), cache)
         ask(config(server.url, temperature=None, answer_limit="max_completion_tokens", answer_tokens=77), cache)

@@ -1,4 +1,4 @@
-"""`crossdiff interpret` on a tiny run: tables, resuming, what fails, and what it would cost."""
+"""`crossdiff interpret` on a tiny run: tables, resuming, failures and cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(analysed_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def latents(analysed_run: Path) -> list[str]:
-    """Two latents with many contexts, in which others are silent."""
+    """Two latents with many contexts, and others without activation."""
     table = pl.read_parquet(analysed_run / "batchtopk" / "latents.parquet").filter(pl.col("frequency").is_between(0.01, 0.06))
     return [str(latent) for latent in table.sort("frequency", descending=True)["latent"].head(2)]
 
@@ -130,7 +130,7 @@ def test_without_a_server_the_scores_are_offline_ones(run: Path, latents: list[s
         (FUZZ, "fuzzing: 18 of 18 unanswered, the model refuses: no", ("fuzzing",)),
     ],
 )
-def test_a_latent_that_fails_is_marked_and_the_run_goes_on(
+def test_a_latent_that_fails_is_marked_and_the_run_continues(
     broken: str, reason: str, lost: tuple[str, ...], run: Path, latents: list[str]
 ) -> None:
     healthy = True
@@ -161,9 +161,9 @@ def test_a_latent_that_fails_is_marked_and_the_run_goes_on(
         assert len(server.calls) - n_calls == {EXPLAIN: 5, FUZZ: 2}[broken]
 
 
-def test_a_run_that_ends_early_goes_on_where_it_was(run: Path, latents: list[str]) -> None:
-    with scripted(ORACLE) as whole:
-        interpret(run, whole.url, latents)
+def test_a_run_that_ends_early_resumes(run: Path, latents: list[str]) -> None:
+    with scripted(ORACLE) as undisturbed:
+        interpret(run, undisturbed.url, latents)
     shutil.rmtree(run / "interpretation")
     (run / "batchtopk" / "interpretation.parquet").unlink()
     up = False
@@ -177,10 +177,10 @@ def test_a_run_that_ends_early_goes_on_where_it_was(run: Path, latents: list[str
         assert not (run / "batchtopk" / "interpretation.parquet").exists()
         up = True
         interpret(run, server.url, latents)
-        assert len(server.calls) == len(whole.calls) + 1  # the refused one
+        assert len(server.calls) == len(undisturbed.calls) + 1  # the refused one
 
 
-def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+def test_a_dry_run_prints_the_cost_and_writes_nothing(
     run: Path, latents: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with scripted(ORACLE) as server:
@@ -208,11 +208,11 @@ def test_another_training_in_its_place_has_no_interpretation(run: Path, latents:
     [
         (("--latents", "9999"), "there is no latent 9999"),
         (("--latents", "many"), "'many' is neither a number nor COLUMN=VALUE"),
-        (("--latents", "mood=good"), "'mood' is no column to choose by; there are delta_norm_class"),
+        (("--latents", "mood=good"), "cannot choose by 'mood'; choose by one of delta_norm_class"),
         (("--latents", "verdict=odd"), "verdict is never 'odd'; its values are chat_specific"),
         (("--model", "m"), "both --server URL and --model NAME"),
         (("--dry-run",), "both --server URL and --model NAME"),
-        (("--embedding", "no/such/folder"), "'no/such/folder' is neither packaged nor none nor a folder"),
+        (("--embedding", "no/such/folder"), "'no/such/folder' is not a folder with a model"),
         (("--crosscoders", "l2"), "there is no crosscoder 'l2'"),
         (("--contexts", "1"), "contexts: Input should be greater than or equal to 5"),
     ],

@@ -1,5 +1,5 @@
 """Detection and fuzzing themselves, tested where the answer is known: latents planted on the embedded pair's behaviours, in its
-own conversations, and an oracle that explains and judges by the patterns of these behaviours."""
+own conversations, with an oracle that explains and judges by the patterns of these behaviours."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from crossdiff.config import AnalyzeConfig, DatasetConfig, L1Config
 from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.interp.cache import Cache
 from crossdiff.interp.client import Client
-from crossdiff.interp.interpret import LatentContexts, Scorer, ask_all, latent_contexts, no_responses, tables
+from crossdiff.interp.contexts import LatentContexts, latent_contexts
 from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.prompts import CLOSE, OPEN, Renderer
+from crossdiff.interp.responses import ask_all, no_responses
+from crossdiff.interp.scorer import Scorer
 from crossdiff.latents.analyze import analyze
 from crossdiff.models.pair import load_tokenizer
 from crossdiff.pairs import RULES, demo_path
@@ -56,7 +58,7 @@ def planted_crosscoder() -> Crosscoder:
     for latent in range(D):
         encoder[latent, 1, latent] = decoder[latent, 1, latent] = 1.0
         decoder[latent, 0, latent] = 0.01 if latent < len(BEHAVIOURS) else 1.0
-    # Every latent leans a little to all others, so that each has nearest ones.
+    # Every latent has a small random part, so that each has nearest neighbours.
     decoder += 0.01 * torch.randn(decoder.shape, generator=torch.Generator().manual_seed(0))
     coder.encoder, coder.decoder = encoder.flatten(1), decoder.flatten(1)
     coder.encoder_bias = torch.full((D,), -1.5)
@@ -96,20 +98,20 @@ def explained(user: str, shift: int) -> str:
 
 
 def interpreted(planted: tuple[list[LatentContexts], Renderer, InterpretConfig], shift: int, folder: Path) -> pl.DataFrame:
-    found, renderer, config = planted
+    latents, renderer, config = planted
     cache = Cache(folder / f"{shift}.sqlite")
 
     async def ask(url: str) -> Any:
         client = Client(config.model_copy(update={"server": url, "model": "oracle"}), cache)
         try:
-            return await ask_all(found, client, renderer, config, lambda n: None)
+            return await ask_all(latents, client, renderer, config, lambda n: None)
         finally:
             await client.close()
 
     with scripted(answer_by_pattern(lambda user: explained(user, shift))) as server:
-        said = asyncio.run(ask(server.url))
+        responses = asyncio.run(ask(server.url))
     cache.close()
-    return tables(Scorer(renderer, None, config, "x"), found, said, lambda n: None)[0]
+    return Scorer(renderer, None, config, "x").tables(latents, responses, lambda n: None)[0]
 
 
 def test_a_right_explanation_scores_high_and_a_wrong_one_half(
@@ -130,15 +132,16 @@ def test_a_right_explanation_scores_high_and_a_wrong_one_half(
 
 def test_words_predict_latents_that_are_words(planted: tuple[list[LatentContexts], Renderer, InterpretConfig]) -> None:
     """The baseline, too, is high where a few words decide, and held-out contexts are none that were shown or fitted on."""
-    found, renderer, config = planted
-    rows, contexts = tables(Scorer(renderer, None, config, "x"), found, [no_responses(s) for s in found], lambda n: None)
+    latents, renderer, config = planted
+    scorer = Scorer(renderer, None, config, "x")
+    rows, contexts = scorer.tables(latents, [no_responses(each) for each in latents], lambda n: None)
     assert rows["bag_of_words"].min() > 0.9
-    for subject in found:
-        shown = {window.document for window in subject.shown}
-        fitted = {window.document for _, window in subject.train.items()}
-        scored = {window.document for _, window in subject.test.items()}
+    for each in latents:
+        shown = {window.document for window in each.shown}
+        fitted = {window.document for _, window in each.train.items()}
+        scored = {window.document for _, window in each.test.items()}
         assert scored and not scored & shown and not scored & fitted
-        assert {len(windows) for windows in subject.test.kinds.values()} == {N_CONTEXTS}
+        assert {len(windows) for windows in each.test.kinds.values()} == {N_CONTEXTS}
     column = pl.col("text").str.contains(PATTERNS["identity"])
     identity = contexts.filter(pl.col("latent") == 0)
     assert identity.filter(pl.col("kind") == "active").select(column).to_series().mean() > 0.9

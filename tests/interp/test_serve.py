@@ -43,8 +43,8 @@ def served(tiny_pair: tuple[Path, Path], tmp_path: Path) -> Iterator[str]:
             deadline = time.monotonic() + SECONDS_TO_START
             while not _answers(port):
                 if server.poll() is not None or time.monotonic() > deadline:
-                    said = (tmp_path / "serve.log").read_text()[-300:]
-                    pytest.skip(f"transformers serve did not start within {SECONDS_TO_START} s: {said}")
+                    log_end = (tmp_path / "serve.log").read_text()[-300:]
+                    pytest.skip(f"transformers serve did not start within {SECONDS_TO_START} s: {log_end}")
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/v1"
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -81,12 +82,13 @@ def test_the_licence_is_looked_up_on_the_hub(hub: HubServer, run_path: Path, tmp
     for part in ("l1", "batchtopk", "manifest.json", "config.yaml"):
         (tmp_path / part).symlink_to(run_path / part)
     (tmp_path / "activations").mkdir()
-    (tmp_path / "activations" / "manifest.json").write_text('{"pair": {"base": "org/base", "chat": "org/chat"}, "layer": 1}')
+    manifest = {"pair": {"base": {"name": "org/base"}, "chat": {"name": "org/chat"}}}
+    (tmp_path / "activations" / "manifest.json").write_text(json.dumps(manifest))
     for name, licence in (("org/base", "gemma"), ("org/chat", "apache-2.0")):
         hub.create(name)
         hub.cards[name] = {"license": licence}
     card = push(tmp_path, NAME).card
-    assert "Of the models: gemma, apache-2.0." in card and "license: other" in card
+    assert "Licence of the models: gemma, apache-2.0." in card and "license: other" in card
     assert "base_model:\n  - org/base\n  - org/chat\n" in card
     assert hub.repositories[f"models/{NAME}"]["README.md"].decode() == card
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from crossdiff.latents.verdict import counts
+
 N_LATENTS = 60
 N_SPECIFIC = 7
 DANGER = "<script>alert(1)</script>"
@@ -120,25 +122,25 @@ def behaviour_table() -> pl.DataFrame:
 def health_record(architecture: str, table: pl.DataFrame) -> dict[str, Any]:
     dead = table.filter(pl.col("verdict") == "dead").height
     return {
-        "n_latents": table.height, "d_model": 16, "layer": 4, "architecture": architecture,
-        "k": 32 if architecture != "l1" else None,
+        "n_latents": table.height, "d_model": 16, "layer": 4, "architecture": architecture, "sources": ["base", "chat"],
+        "k": 32 if architecture != "l1" else None, "training_tokens": 400_000, "analysed_tokens": 412_000,
         "heldout": {
             "n_tokens": 200_123, "fve": {"base": 0.9123, "chat": 0.8876, "total": 0.9}, "l0": 31.62, "n_dead": dead,
-            "fve_interval": {"base": [0.9, 0.92], "chat": {"low": 0.88, "high": 0.9}, "total": None},
-            "dead_share": dead / table.height, "massive": {"n_tokens": 812, "fve": {"base": 0.9999, "chat": None}},
+            "fve_interval": {"base": [0.9, 0.92], "chat": [0.88, 0.9], "total": [math.nan, math.nan]},
+            "dead_share": dead / table.height, "massive": {"n_tokens": 812, "fve": {"base": 0.9999, "chat": 0.9998}},
         },
         "frequency_histogram": {"log10_edges": [-5, -4, -3, -2, -1, 0], "counts": [1, 9, 30, 12, 5]},
         "decoder_norm_movement": {"at_start": 1.0, "chat": [0.8, 1.1, 1.4], "quantiles": [0.01, 0.5, 0.99]},
-        "counts": {"chat_specific": int(table["chat_specific"].sum())},
-        "controls": {"random_directions": {"beta_error_base": 0.0004}}, "notes": ["Trained for few steps <b>only</b>."],
+        "counts": counts(table),
+        "controls": {"random_directions": {"beta_error_base": 0.0004}},
     }  # fmt: skip
 
 
 def write_crosscoder(folder: Path, table: pl.DataFrame, behaviours: bool = True, **examples: Any) -> None:
     folder.mkdir(parents=True)
     table.write_parquet(folder / "latents.parquet")
-    living = table.filter(pl.col("verdict") != "dead")["latent"].to_list()[:20]
-    write_examples(folder / "examples.sqlite", living, **examples)
+    live = table.filter(pl.col("verdict") != "dead")["latent"].to_list()[:20]
+    write_examples(folder / "examples.sqlite", live, **examples)
     architecture = folder.name if folder.name in ("l1", "batchtopk") else "topk"
     (folder / "health.json").write_text(json.dumps(health_record(architecture, table)))
     if behaviours:
@@ -147,7 +149,12 @@ def write_crosscoder(folder: Path, table: pl.DataFrame, behaviours: bool = True,
 
 def write_activations(directory: Path) -> None:
     (directory / "activations").mkdir()
-    manifest = {"pair": {"base": "demo/base", "chat": "demo/<chat>"}, "layer": 4, "n_tokens": 412_000, "format": 1}
+    manifest = {
+        "pair": {"base": {"name": "demo/base"}, "chat": {"name": "demo/<chat>"}},
+        "layer": 4,
+        "n_tokens": 412_000,
+        "format": 1,
+    }
     (directory / "activations" / "manifest.json").write_text(json.dumps(manifest))
     pl.DataFrame({
         "document": [0, 1, 2], "dataset": ["prose", "prose", "conversations"], "split": ["train", "heldout", "train"],

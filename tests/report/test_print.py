@@ -1,6 +1,5 @@
 """The figures for print, drawn from a small synthetic run."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,9 @@ import numpy as np
 import pytest
 from synthetic_run import latent_table, write_activations, write_crosscoder
 
-from crossdiff.report.print import FORMATS, draw, write_figures
+from crossdiff.report.figures import Axis, Figure, Series
+from crossdiff.report.marks import Mark
+from crossdiff.report.print_figures import FORMATS, draw, write_figures
 from crossdiff.report.reading import read_run
 from crossdiff.report.records import RunReport
 
@@ -39,19 +40,24 @@ def test_every_figure_is_written_twice_alike_with_a_caption_of_its_numbers(repor
     assert len(re.findall(r"^\*\*[\w-]+\.\*\*", captions, re.MULTILINE)) == len(NAMES)
     # The synthetic table: 7 specific, 4 rotated, 3 undecided and 3 dead of 60; health.json: FVE 0.9123 and 0.8876, L0 31.62.
     assert "43 shared, 7 chat-specific, 4 rotated" in captions and "limits 0.2 and 0.5" in captions
-    assert "held-out FVE 0.912 [0.900, 0.920] base, 0.888 [0.880, 0.900] chat; L0 31.6; 200,123 held-out tokens" in captions
+    assert (
+        "(FVE) 0.912 [0.900, 0.920] base, 0.888 [0.880, 0.900] chat; active latents per token (L0) 31.6; 200,123 held-out"
+        in captions
+    )
     assert "identity (77 with, 140 without): specific pool 0.91 [0.83, 0.97]" in captions
 
 
 def test_points_and_bars_are_drawn_where_they_are(report: RunReport, tmp_path: Path) -> None:
     """A bar over 2 to 4 of height 3 beside a point at (1, 2), on axes from 0 to 5 and 0 to 4, read back from the SVG."""
-    figure = {
-        "data": [
-            {"type": "bar", "x": [3], "y": [3], "width": [2], "marker": {"color": "#112233", "line": {"width": 0}}},
-            {"type": "scatter", "x": [1], "y": [2], "name": "p", "marker": {"color": "#445566", "symbol": "square", "size": 8}},
-        ],
-        "layout": {"height": 300, "xaxis": {"range": [0, 5], "title": {"text": "a &lt; $b"}}, "yaxis": {"range": [0, 4]}},
-    }  # fmt: skip
+    figure = Figure(
+        (
+            Series("bars", [3], [3], [""], Mark("#112233", "square"), width=[2]),
+            Series("points", [1], [2], [""], Mark("#445566", "square"), "p"),
+        ),
+        x=Axis("a < $b", (0, 5)),
+        y=Axis(range=(0, 4)),
+        height=300,
+    )
     draw(figure, tmp_path / "figure")
     svg = (tmp_path / "figure.svg").read_text()
     assert "a &lt; $b" in svg  # the label's own sign, and no mathematics
@@ -76,8 +82,6 @@ def _extent(path: str) -> tuple[tuple[float, float], tuple[float, float]]:
 
 def test_a_run_without_behaviours_has_no_figure_of_them(tmp_path: Path) -> None:
     write_crosscoder(tmp_path / "run" / "topk", latent_table(0), behaviours=False)
-    record = json.loads((tmp_path / "run" / "topk" / "health.json").read_text())
-    del record["frequency_histogram"]
-    (tmp_path / "run" / "topk" / "health.json").write_text(json.dumps(record))
     write_figures(read_run(tmp_path / "run"), tmp_path / "figures")
-    assert {path.stem for path in (tmp_path / "figures").glob("*.pdf")} == {"topk-delta-norm", "topk-latent-scaling"}
+    names = {"topk-delta-norm", "topk-latent-scaling", "topk-frequency"}
+    assert {path.stem for path in (tmp_path / "figures").glob("*.pdf")} == names

@@ -32,11 +32,13 @@ from synthetic_run import (
 from crossdiff.errors import UserError
 from crossdiff.report import wording
 from crossdiff.report.examples import Example, Tokens, context_of, visible
-from crossdiff.report.figures import delta_norm_histogram, plotly_script, scaling_scatter
+from crossdiff.report.figures import delta_norm_histogram, scaling_scatter
 from crossdiff.report.html import render_html, write_html
+from crossdiff.report.plotly_figures import for_page, plotly_script
 from crossdiff.report.reading import read_run
-from crossdiff.report.records import Estimate, RunReport
+from crossdiff.report.records import RunReport
 from crossdiff.report.terminal import print_summary
+from crossdiff.statistics import Estimate
 
 
 class Page(HTMLParser):
@@ -114,8 +116,9 @@ def test_reads_every_file(report: RunReport) -> None:
     assert [coder.title for coder in report.crosscoders] == ["L1", "BatchTopK"]
     coder = report.primary
     assert coder.name == "batchtopk" and coder.latents.height == N_LATENTS
-    # Both spellings of an interval are read; a source without one has none.
-    assert coder.health.heldout.fve_interval == {"base": (0.9, 0.92), "chat": (0.88, 0.9)}
+    assert coder.health.heldout.fve_interval["chat"] == (0.88, 0.9)
+    # Without a finite interval the value stands alone.
+    assert (wording.fve(coder, "chat"), wording.fve(coder, "total")) == ("0.888 [0.880, 0.900]", "0.900")
     assert [(share.dataset, share.split, share.n_tokens) for share in report.datasets] == [
         ("conversations", "train", 30), ("prose", "heldout", 20), ("prose", "train", 100),
     ]  # fmt: skip
@@ -140,7 +143,9 @@ def test_few_specific_latents_are_filled_up_and_the_page_says_so(run: Path) -> N
     report = read_run(run)
     # 2 specific; of the others only latent 40 has both nu defined and delta_norm >= 0.6.
     assert [latent.latent for latent in report.primary.top.latents] == [0, 1, 40]
-    assert wording.selection(report.primary).startswith("Only 2 latents are chat-specific. After those come the nearest")
+    assert wording.selection(report.primary).startswith(
+        "Only 2 latents are chat-specific. They are followed by the nearest candidates"
+    )
 
 
 def test_page_is_well_formed_and_asks_no_host(rendered: str, page: Page) -> None:
@@ -163,8 +168,7 @@ def test_danger_in_tokens_and_names_is_only_text(rendered: str, page: Page) -> N
     # One JSON per figure (histogram, scatter, frequencies, behaviours; twice), the library, the page's own script.
     assert len(scripts) == 2 * 4 + 2
     assert DANGER not in rendered and html.escape(DANGER) in rendered
-    assert "What demo/<chat> has and demo/base has not" in page.text
-    assert "Trained for few steps <b>only</b>." in page.text
+    assert "What demo/<chat> has that demo/base lacks" in page.text
 
 
 def test_figures_json_survives_the_script_element(rendered: str) -> None:
@@ -210,17 +214,17 @@ def test_invisible_text_becomes_visible() -> None:
 
 def test_answer_counts(report: RunReport) -> None:
     answer = " ".join(wording.answer(report))
-    assert "Of 60 latents of the BatchTopK crosscoder, 7 are specific to the chat model by latent scaling" in answer
-    assert "delta_norm alone would have named 7 (0.9 or above), of which 7 pass latent scaling as well." in answer
-    assert "In the L1 crosscoder delta_norm alone names 2 of 60, latent scaling 2." in answer
+    assert "Of the 60 latents of the BatchTopK crosscoder, 7 are specific to the chat model by latent scaling" in answer
+    assert "(delta_norm of 0.9 or above) would have named 7, of which 7 also pass latent scaling." in answer
+    assert "In the L1 crosscoder, delta_norm alone names 2 of 60 latents and latent scaling 2." in answer
     # identity: 0.91 - 0.55; small talk only 0.06 above, refusal below.
-    assert "by at least 0.1 AUROC, for 1 of 3 labelled behaviours (identity)." in answer
+    assert "For 1 of 3 labelled behaviours (identity), the best" in answer and "by at least 0.1 AUROC" in answer
 
 
 def test_behaviours_are_worded_honestly(report: RunReport) -> None:
-    by_name = {result.behaviour: wording.judgement(result) for result in report.primary.behaviour_results()}
+    by_name = {result.behaviour: wording.judgement(result) for result in report.primary.behaviours}
     assert by_name["identity"].startswith("Ahead of the shared pool by 0.36.")
-    assert "The words of the prompt predict it as well or better (0.99)." in by_name["identity"]
+    assert "The words of the prompt predict it at least as well (0.99)." in by_name["identity"]
     assert by_name["refusal"].startswith("Fails: the specific pool does not beat the shared pool (0.57 against 0.60).")
     assert "The interval includes chance (0.5)." in by_name["refusal"]
     assert by_name["small_talk"] == "No clear gain: 0.06 above the shared pool."
@@ -239,7 +243,10 @@ def test_numbers_have_three_significant_digits(value: float | None, text: str) -
 
 def test_intervals_and_shares() -> None:
     assert wording.interval(Estimate(0.8613, 0.7901, 0.9249)) == "0.86 [0.79, 0.92]"
-    assert wording.interval(Estimate(0.5)) == "0.50" and wording.interval(Estimate(math.nan, 0.0, 1.0)) == "undefined"
+    assert (
+        wording.interval(Estimate(0.5, math.nan, math.nan)) == "0.50"
+        and wording.interval(Estimate(math.nan, 0.0, 1.0)) == "undefined"
+    )
     assert wording.interval(Estimate(-0.001, -0.1, 0.2)) == "0.00 [\N{MINUS SIGN}0.10, 0.20]"
     assert [wording.share(x) for x in (0.0, 0.00001, 0.00312, 0.0501, 0.42)] == [
         "0%",
@@ -252,11 +259,11 @@ def test_intervals_and_shares() -> None:
 
 def test_scatter_clips_and_says_what_it_leaves_out(report: RunReport) -> None:
     figure = scaling_scatter(report.primary, report.limits)
-    found = json.loads(figure.json)
+    found = json.loads(for_page(figure).json)
     xs = [x for trace in found["data"] for x in trace["x"]]
     # 60 less 3 undecided and 3 dead, all without nu; latent 20's nu_error of 7.5 stands at the edge.
     assert len(xs) == 54 and max(xs) == 1.5
-    assert "which moves 1 latent." in figure.note and "6 latents with an undefined nu" in figure.note
+    assert "are drawn at the edge (1 latent)." in figure.note and "6 latents with an undefined nu" in figure.note
     hover = next(text for trace in found["data"] for text in trace["text"] if text.startswith("latent 20,"))
     assert "nu_error 7.50 [7.45, 7.55]" in hover
     assert len({trace["marker"]["symbol"] for trace in found["data"]}) == len(found["data"]) == 3
@@ -264,16 +271,16 @@ def test_scatter_clips_and_says_what_it_leaves_out(report: RunReport) -> None:
 
 def test_histogram_holds_every_latent_once(report: RunReport) -> None:
     coder = report.primary
-    found = json.loads(delta_norm_histogram(coder, 40).json)
-    counts = {trace["name"]: sum(trace["y"]) for trace in found["data"]}
+    found = delta_norm_histogram(coder, 40)
+    counts = {series.name: int(sum(series.y)) for series in found.series}
     assert counts == {"active": 57, "dead": 3}
-    assert sorted(shape["x0"] for shape in found["layout"]["shapes"]) == [0.1, 0.4, 0.6, 0.9]
+    assert sorted(rule.at for rule in found.rules) == [0.1, 0.4, 0.6, 0.9]
 
 
 def test_terminal_summary(report: RunReport) -> None:
     text = summary(report)
-    measures = text[: text.index("Behaviours")].splitlines()[4:]
-    rows = {line[:28].strip(): line[28:].split()[-1] for line in measures if line.strip()}
+    measures = text[: text.index("FVE: fraction")].splitlines()[4:]
+    rows = {line[:27].strip(): line[27:].split()[-1] for line in measures if line.strip()}
     expected = {
         "FVE base": "0.912",
         "FVE chat": "0.888",
@@ -298,7 +305,7 @@ def test_one_or_three_crosscoders_without_behaviours(tmp_path: Path, names: tupl
     assert [coder.name for coder in report.crosscoders] == list(names)
     assert "was not compared with labelled behaviours" in page.text
     assert "#behaviours" not in {a["href"] for a in page.of("a")}
-    assert "What the chat model has and its base has not" in page.text
+    assert "What the chat model has that its base lacks" in page.text
     assert "BatchTopK" in summary(report)
 
 
@@ -307,9 +314,9 @@ def test_no_specific_latent_and_a_dead_crosscoder(tmp_path: Path) -> None:
     write_crosscoder(tmp_path / "batchtopk", latent_table(0, n_specific=0))
     report = read_run(tmp_path)
     text = Page(render_html(report)).text
-    assert "none is specific to the chat model" in text and "delta_norm alone would have named none" in text
+    assert "none is specific to the chat model" in text and "(delta_norm of 0.9 or above) would have named none" in text
     assert report.crosscoders[0].top.latents == () and "so none is shown" in text
-    assert "100% of the L1 latents are dead" in text
+    assert "100% of the L1 latents are dead, that is, never active." in text
     assert "so none is shown" in summary(read_run(tmp_path, ["l1"]))
     assert "Every latent is dead" in Page(render_html(read_run(tmp_path, ["l1"]))).text
 
@@ -357,12 +364,13 @@ def test_damage_is_named(run: Path, damage: Callable[[Path], object], message: s
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no run directory at .*nowhere: run `crossdiff run` first"):
+    with pytest.raises(UserError, match=r"no run directory at .*nowhere; run `crossdiff run` first"):
         read_run(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has no crosscoder folder with a latents"):
         read_run(tmp_path)
 
 
 def test_torch_stays_out() -> None:
-    program = "import sys, crossdiff.report.html, crossdiff.report.terminal; sys.exit('torch' in sys.modules)"
+    modules = ", ".join(f"crossdiff.report.{name}" for name in ("html", "terminal", "print_figures"))
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,1 +1,1 @@
-"""What the latents do: patching and steering (METHOD: causal test; Minder, Dumas et al. 2025)."""
+"""What the latents do: patching and steering (docs/method.md#causal-test, #steering; Minder, Dumas et al. 2025)."""

@@ -1,11 +1,13 @@
-"""The causal test of one crosscoder: conversations of a store in, divergences with intervals out."""
+"""The causal test of one crosscoder: from the conversations of a store to KL with intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 from safetensors import SafetensorError
@@ -16,18 +18,11 @@ from crossdiff.causal.contribution import contributions
 from crossdiff.causal.conversations import SPANS, mean_differences, read_conversations
 from crossdiff.causal.interventions import DEFAULT, Arms, Experiment, make_arms, read_experiment
 from crossdiff.causal.patching import Divergences, Patcher
-from crossdiff.causal.results import (
-    NO_CHANGE,
-    Bootstrap,
-    arm_results,
-    comparison_results,
-    latent_results,
-    plain,
-)
+from crossdiff.causal.results import NO_CHANGE, Bootstrap, arm_results, comparison_results, latent_results
 from crossdiff.config import CausalConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
-from crossdiff.files import write_json
+from crossdiff.files import replacing, write_json
 from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.stream import check_fits
 from crossdiff.models.pair import Pair
@@ -39,53 +34,32 @@ from crossdiff.text.sequences import TokenSequence, bucketed
 OUTPUTS = ("causal.json", "causal_conversations.parquet", "causal_latents.parquet")
 
 
-def experiment_path(config: CausalConfig) -> Path:
-    """The list of interventions: the given one, or that of the package."""
-    return DEFAULT if config.interventions is None else Path(config.interventions)
-
-
 def load_experiment(config: CausalConfig) -> Experiment:
-    """The interventions and comparisons of the configured file.
-
-    Raises:
-        UserError: it cannot be read, or has no intervention called `none`.
-    """
-    experiment = read_experiment(experiment_path(config))
+    """The interventions and comparisons of the configured file, or those of the package."""
+    path = DEFAULT if config.interventions is None else Path(config.interventions)
+    experiment = read_experiment(path)
     if NO_CHANGE not in {intervention.name for intervention in experiment.interventions}:
-        raise UserError(f"{experiment_path(config)} has no intervention {NO_CHANGE!r}, from which the gap is counted; add one")
+        raise UserError(f"{path} has no intervention {NO_CHANGE!r}, from which the gap is measured; add one")
     return experiment
 
 
-def pool_size(config: CausalConfig, n_latents: int) -> int:
-    """Number of latents that are ranked against each other."""
-    return max(2, n_latents // 20) if config.pool is None else config.pool
-
-
-def _arms(
+def _make_arms(
     experiment: Experiment, store: Store, crosscoder: Crosscoder, table: pl.DataFrame | None, pool: int, config: CausalConfig
 ) -> tuple[Arms, Float[Tensor, "group d_model"]]:
-    """What is measured, and the mean differences that some of it adds."""
+    """The arms of the experiment, and the mean differences that some of them add."""
     if table is None:
         table = contributions(store, crosscoder, config.batch_tokens)
     elif any("contribution" in intervention.rankings for intervention in experiment.interventions):
-        size = contributions(store, crosscoder, config.batch_tokens).drop("n_active")
-        table = table.join(size, on="latent", how="left", maintain_order="left")
+        contribution = contributions(store, crosscoder, config.batch_tokens).drop("n_active")
+        table = table.join(contribution, on="latent", how="left", maintain_order="left")
     arms = make_arms(experiment, table, pool, config.seed)
-    return arms, _means(store, arms, config.batch_tokens)
-
-
-def _means(store: Store, arms: Arms, batch_tokens: int) -> Float[Tensor, "group d_model"]:
     if any(kind.startswith("mean_difference") for arm in arms.arms for kind in arm.others):
-        return mean_differences(store, batch_tokens).float()
-    return torch.zeros(len(GROUPS) + 1, store.d_model)
+        return arms, mean_differences(store, config.batch_tokens).float()
+    return arms, torch.zeros(len(GROUPS) + 1, store.d_model)
 
 
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"batch-{number:05d}.safetensors"
-
-
-def _measured(path: Path, patcher: Patcher, batch: list[TokenSequence]) -> Divergences:
-    """The divergences of a batch, from `path` if an earlier run wrote them there."""
+def _measure(path: Path, patcher: Patcher, batch: list[TokenSequence]) -> Divergences:
+    """The divergences of a batch, kept in `path` so that a killed run does not measure it again."""
     if path.exists():
         try:
             tensors = load_file(path)
@@ -93,10 +67,43 @@ def _measured(path: Path, patcher: Patcher, batch: list[TokenSequence]) -> Diver
             raise UserError(f"{path} is damaged: {error}; delete it and run the same command again") from None
         return Divergences(tensors["total"], tensors["n"])
     divergences = patcher.measure(batch)
-    temporary = path.with_suffix(".partial")
-    save_file({"total": divergences.total.contiguous(), "n": divergences.n.contiguous()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as partial:
+        save_file({"total": divergences.total.contiguous(), "n": divergences.n.contiguous()}, partial)
     return divergences
+
+
+def _measure_all(
+    patcher: Patcher,
+    sequences: Sequence[TokenSequence],
+    parts: Path,
+    batch_tokens: int,
+    advance: Callable[..., None],
+    ranks: Ranks,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """KL summed over tokens, `[arm, conversation, span]`, and the numbers of tokens, `[conversation, span]`.
+
+    The ranks share the batches; only the first one gets the results, the others get zeros.
+    """
+    parts.mkdir(exist_ok=True)
+    batches = [
+        (parts / f"batch-{number:05d}.safetensors", batch)
+        for number, batch in enumerate(bucketed(sequences, batch_tokens, pool=len(sequences)))
+    ]
+    for number, (path, batch) in enumerate(batches):
+        if ranks.has(number):
+            _measure(path, patcher, batch)
+        advance(len(batch), total=len(sequences))
+    ranks.wait()
+    index_of = {sequence.document: index for index, sequence in enumerate(sequences)}
+    total = np.zeros((len(patcher.arms), len(sequences), len(SPANS)))
+    n = np.zeros((len(sequences), len(SPANS)), dtype=np.int64)
+    if ranks.is_first:
+        for path, batch in batches:
+            divergences = _measure(path, patcher, batch)
+            members = [index_of[sequence.document] for sequence in batch]
+            total[:, members] = divergences.total.numpy()
+            n[members] = divergences.n.numpy()
+    return total, n
 
 
 def causal_test(
@@ -113,73 +120,55 @@ def causal_test(
     """Write causal.json, causal_conversations.parquet and causal_latents.parquet into `folder`.
 
     Args:
-        parts: where finished batches are kept; a killed run goes on after them.
-        table: the latent table of this crosscoder; None for a coder of the difference, which has none.
-        ranks: the processes that share the batches, all of which see the folders; the first writes the results.
-
-    Raises:
-        UserError: no conversations, a coder of other sources, a latent out of range, a wrong list of interventions.
+        parts: folder of the finished batches, from which a killed run resumes.
+        table: the latent table of the crosscoder; None for a coder of the difference, which has none.
+        ranks: the processes that share the batches; all of them see both folders, and the first writes the results.
     """
     check_fits(crosscoder, store)
     if crosscoder.view.reads != SOURCES:
         raise UserError(
-            f"patching adds what chat has and base has not; this coder reads {', '.join(crosscoder.view.reads)} alone"
+            f"patching needs a coder that reads base and chat; this one reads only {', '.join(crosscoder.view.reads)}"
         )
     experiment = load_experiment(config)
-    pool = pool_size(config, crosscoder.n_latents)
-    # Of nearly equal latents another machine might choose others.
-    arms, means = ranks.once(lambda: _arms(experiment, store, crosscoder, table, pool, config))
-    conversations = read_conversations(store, config.split, config.max_conversations, config.seed)
+    pool = max(2, crosscoder.n_latents // 20) if config.pool is None else config.pool
+    # On one rank for all: where latents are nearly equal, another machine might choose others.
+    arms, means = ranks.once(lambda: _make_arms(experiment, store, crosscoder, table, pool, config))
+    sequences, n_without_assistant = read_conversations(store, config.split, config.max_conversations, config.seed)
     patcher = Patcher(pair, crosscoder, store.layer, arms.arms, means, store.leave_out)
 
-    place = {sequence.document: index for index, sequence in enumerate(conversations.sequences)}
-    total = np.zeros((len(arms.arms), len(place), len(SPANS)))
-    n = np.zeros((len(place), len(SPANS)), dtype=np.int64)
-    parts.mkdir(exist_ok=True)
-    batches = list(enumerate(bucketed(conversations.sequences, config.batch_tokens, pool=len(place))))
-    for number, batch in batches:
-        if ranks.has(number):
-            _measured(_part(parts, number), patcher, batch)
-        advance(len(batch), total=len(place))
-    ranks.wait()
+    total, n = _measure_all(patcher, sequences, parts, config.batch_tokens, advance, ranks)
     if not ranks.is_first:
         return
-    for number, batch in batches:
-        divergences = _measured(_part(parts, number), patcher, batch)
-        where = [place[sequence.document] for sequence in batch]
-        total[:, where], n[where] = divergences.total.numpy(), divergences.n.numpy()
-
-    names = [arm.intervention for arm in arms.arms]
-    bootstrap = Bootstrap(total, n, names, config.resamples, config.seed)
-    _conversation_table(bootstrap, arms, conversations.sequences).write_parquet(folder / "causal_conversations.parquet")
-    latent_results(bootstrap, arms.arms).write_parquet(folder / "causal_latents.parquet")
+    sample = Bootstrap(total, n, [arm.intervention for arm in arms.arms], config.resamples, config.seed)
+    _conversation_table(sample, arms, sequences).write_parquet(folder / "causal_conversations.parquet")
+    latent_results(sample, arms.arms).write_parquet(folder / "causal_latents.parquet")
     report = {
         "layer": store.layer,
         "split": config.split,
-        "n_conversations": len(place),
-        "n_without_assistant": conversations.n_without_assistant,
+        "n_conversations": len(sequences),
+        "n_without_assistant": n_without_assistant,
         "n_predictions": int(n.sum()),
         "pool": pool,
         "skips_lower_layers": all(upper.skips_lower for upper in patcher.upper.values()),
         "left_out": arms.left_out,
         "arms": {arm.name: arm.latents for arm in arms.arms},
-        "results": plain(arm_results(bootstrap, arms.arms)),
-        "comparisons": plain(comparison_results(bootstrap, experiment.comparisons)),
+        "results": [asdict(result) for result in arm_results(sample, arms.arms)],
+        "comparisons": [asdict(result) for result in comparison_results(sample, experiment.comparisons)],
     }
     write_json(folder / "causal.json", report)
 
 
-def _conversation_table(bootstrap: Bootstrap, arms: Arms, sequences: tuple[TokenSequence, ...]) -> pl.DataFrame:
-    """One row for each arm, conversation and span that has tokens: document, n_tokens and mean kl."""
-    n_arms, n_conversations, n_spans = bootstrap.kl.shape
+def _conversation_table(sample: Bootstrap, arms: Arms, sequences: Sequence[TokenSequence]) -> pl.DataFrame:
+    """One row per arm, conversation and span with tokens: document, n_tokens and mean kl."""
+    n_arms, n_conversations, n_spans = sample.kl.shape
     documents = np.array([sequence.document for sequence in sequences])
     frame = pl.DataFrame(
         {
             "arm": np.repeat([arm.name for arm in arms.arms], n_conversations * n_spans),
             "document": np.tile(np.repeat(documents, n_spans), n_arms),
-            "span": np.tile(bootstrap.spans, n_arms * n_conversations),
-            "n_tokens": np.tile(bootstrap.n.ravel(), n_arms),
-            "kl": bootstrap.kl.ravel(),
+            "span": np.tile(sample.spans, n_arms * n_conversations),
+            "n_tokens": np.tile(sample.n.ravel(), n_arms),
+            "kl": sample.kl.ravel(),
         }
     )
     return frame.filter(pl.col("n_tokens") > 0)

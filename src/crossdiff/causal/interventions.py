@@ -1,17 +1,21 @@
-"""Interventions as data: what is added to the base model's activations, on which tokens, and which model goes on.
+"""Interventions as data: what is added to the base model's activations, on which tokens, and which model continues.
 
-    h = h^base + sum of the parts, on the chosen tokens; h^base elsewhere          (METHOD: causal test)
+    h = h^base + sum of the parts, on the chosen tokens; h^base elsewhere          (docs/method.md#causal-test)
 
-Every part is a difference, chat minus base, so that the parts add up: all latents + bias + error = activation, the full
-swap; all latents + bias is the chat reconstruction with the base error; error alone is the base reconstruction with the chat
-error. A YAML file lists the interventions and the comparisons between them; `interventions.yaml` ships with the package.
+Every part is a difference, chat minus base, so the parts add up:
+
+- all latents + bias + error = activation, the full swap;
+- all latents + bias = the chat reconstruction with the base error;
+- error alone = the base reconstruction with the chat error.
+
+A YAML file lists the interventions and the comparisons between them. `interventions.yaml` is the default list.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import polars as pl
 from pydantic import Field, model_validator
@@ -31,41 +35,38 @@ class LatentsPart(Config):
 
 
 class DifferencePart(Config):
-    """A whole difference between the models.
-
-    `bias`: of the reconstructions' biases; `error`: of the reconstruction errors; `activation`: of the activations.
-    """
+    """The difference of the reconstructions' biases (`bias`), of the reconstruction errors, or of the activations."""
 
     kind: Literal["bias", "error", "activation"]
 
 
 class MeanDifferencePart(Config):
-    """The mean of h^chat - h^base over the training conversations: one vector, or one for each group of tokens."""
+    """The mean of h^chat - h^base over the training conversations: one vector, or one per group of tokens."""
 
     kind: Literal["mean_difference"]
     over: Literal["conversations", "token_group"] = "conversations"
 
 
 Part = Annotated[LatentsPart | DifferencePart | MeanDifferencePart, Field(discriminator="kind")]
-Tokens = Literal["all", "template", "content"]
+PatchedTokens = Literal["all", "template", "content"]
 
 
 class Intervention(Config):
-    """One entry of the list; it makes one arm, or several when its latents are several sets (seeds, single latents)."""
+    """One entry of the list. It has one arm, or several if its latents are several sets (random seeds, single latents)."""
 
     name: str = Field(pattern=r"^[a-z0-9_.]+$")
     add: tuple[Part, ...] = Field((), description="differences added to the base activations")
-    tokens: Tokens = Field("all", description="tokens whose activations are edited; content is all but the template")
-    continues: Literal["chat", "base"] = Field("chat", description="the model whose upper layers go on")
+    tokens: PatchedTokens = Field("all", description="tokens to edit; content means all but the template tokens")
+    continues: Literal["chat", "base"] = Field("chat", description="model whose upper layers continue")
 
     @property
     def rankings(self) -> set[str]:
-        """The rankings of latents that it reads."""
+        """The rankings of latents that it needs."""
         return {ranking for part in self.add if isinstance(part, LatentsPart) for ranking in rankings_of(part.latents)}
 
 
 class Comparison(Config):
-    """KL(worse) - KL(better), paired over conversations: positive where `better` is nearer to the chat model."""
+    """KL(worse) - KL(better), paired over conversations; positive where `better` is nearer to the chat model."""
 
     name: str
     better: str
@@ -73,13 +74,13 @@ class Comparison(Config):
 
 
 class Experiment(Config):
-    """What the YAML file holds."""
+    """The content of the YAML file."""
 
     interventions: tuple[Intervention, ...] = Field(min_length=1)
     comparisons: tuple[Comparison, ...] = ()
 
     @model_validator(mode="after")
-    def _names_are_known_and_differ(self) -> Experiment:
+    def _names_are_known_and_unique(self) -> Experiment:
         names = [intervention.name for intervention in self.interventions]
         for name in names:
             if names.count(name) > 1:
@@ -87,30 +88,28 @@ class Experiment(Config):
         for comparison in self.comparisons:
             for name in (comparison.better, comparison.worse):
                 if name not in names:
-                    raise ValueError(f"the comparison {comparison.name!r} names {name!r}, which is no intervention")
+                    raise ValueError(f"the comparison {comparison.name!r} names {name!r}, which is not an intervention")
         for intervention in self.interventions:
             if sum(isinstance(part, LatentsPart) for part in intervention.add) > 1:
-                raise ValueError(f"{intervention.name!r} adds latents twice: contributions would be counted doubly")
+                raise ValueError(
+                    f"{intervention.name!r} adds latents twice; put them into one part, or their contributions count twice"
+                )
         return self
 
 
 def read_experiment(path: Path) -> Experiment:
-    """The experiment of a YAML file.
-
-    Raises:
-        UserError: the file cannot be read, or names what does not exist.
-    """
+    """Read an experiment from a YAML file; a `UserError` names the wrong entry."""
     return validate(Experiment, read_yaml(path), str(path))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One condition of the experiment, with its latents settled.
+    """One condition of the experiment, with its latents resolved.
 
     Attributes:
-        latents: numbers of the latents that contribute; None for all of them, empty for none.
-        latent: the latent whose effect alone is measured, where the arm is one of single latents.
-        others: kinds of the parts beside the latents.
+        latents: numbers of the latents that contribute; None for all, empty for none.
+        latent: the latent that is measured alone, if the arm is one of single latents.
+        others: kinds of the parts other than latents.
     """
 
     name: str
@@ -118,13 +117,12 @@ class Arm:
     latents: tuple[int, ...] | None
     latent: int | None
     others: tuple[str, ...]
-    tokens: Tokens
+    tokens: PatchedTokens
     continues: Literal["chat", "base"]
 
 
-@dataclass(frozen=True)
-class Arms:
-    """The arms of an experiment on one crosscoder, and why some interventions have none."""
+class Arms(NamedTuple):
+    """The arms of an experiment on one crosscoder, and the reason per intervention without one."""
 
     arms: tuple[Arm, ...]
     left_out: dict[str, str]
@@ -135,14 +133,10 @@ def _kind(part: Part) -> str:
 
 
 def make_arms(experiment: Experiment, table: pl.DataFrame, pool: int, seed: int) -> Arms:
-    """Settle which latents each intervention means.
+    """Resolve the latents of each intervention on a latent table.
 
     Args:
-        table: the latent table.
-        pool: number of latents that are ranked against each other (see `selection.pool_of`).
-
-    Raises:
-        UserError: a latent out of range.
+        pool: number of latents that are ranked against each other (see `latent_sets.pool_of`).
     """
     arms: list[Arm] = []
     left_out = {}
@@ -157,7 +151,7 @@ def make_arms(experiment: Experiment, table: pl.DataFrame, pool: int, seed: int)
             left_out[intervention.name] = str(reason)
             continue
         for suffix, latents in sets.sets.items():
-            if selections and latents is not None and not latents:
+            if selections and latents == ():
                 left_out[intervention.name] = "no latent of this crosscoder is in the set"
                 continue
             single = latents[0] if sets.single and latents else None

@@ -1,25 +1,24 @@
-"""Sets of latents as data, settled on a latent table.
+"""Sets of latents as data, resolved on a latent table.
 
-A set is named by what it is for (the best half by `nu_error`), never by numbers of latents, so that one list of interventions
-serves every crosscoder.
+A set is defined by a rule (the best half by `nu_error`) rather than by latent numbers, so that one list of interventions works
+for every crosscoder.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
 from pydantic import Field, FiniteFloat
 
 from crossdiff.config import Config
-from crossdiff.errors import UserError
+from crossdiff.errors import UserError, check_latents
 
 Ranking = Literal["delta_norm", "nu_error", "nu_reconstruction", "rank_sum", "contribution"]
 HIGH_IS_BEST = {"delta_norm", "contribution"}
-"""Rankings in which the larger value comes first: more specific to the chat model, or more of the models' difference. In the
-others a smaller value is more specific."""
+"""Rankings whose best latent has the largest value: the most chat-specific, or the largest share of the models' difference.
+In the other rankings, smaller values are more chat-specific."""
 
 Among = Literal["pool", "all"]
 Verdict = Literal[
@@ -34,14 +33,17 @@ class AllLatents(Config):
 
 
 class ListedLatents(Config):
-    """Latents by number: these belong to one crosscoder."""
+    """Latents by number; they are specific to one crosscoder."""
 
     kind: Literal["list"]
     latents: tuple[int, ...] = Field(min_length=1)
 
 
 class RankedLatents(Config):
-    """The first or the last of a ranking: a share of the pool, or so many; `among: all` takes as many from all latents."""
+    """The best or the worst latents of a ranking: a share of the pool, or `size` latents.
+
+    With `among: all`, the same number is taken from all latents.
+    """
 
     kind: Literal["ranked"]
     ranking: Ranking
@@ -52,7 +54,7 @@ class RankedLatents(Config):
 
 
 class ThresholdLatents(Config):
-    """Those on the specific side of a threshold: nu and rank_sum below it, the others at least it."""
+    """Latents on the chat-specific side of a threshold: below it for nu and rank_sum, at or above it for the others."""
 
     kind: Literal["threshold"]
     ranking: Ranking
@@ -61,7 +63,7 @@ class ThresholdLatents(Config):
 
 
 class VerdictLatents(Config):
-    """Those with one of the verdicts of the latent table. A verdict is a set: it has no order and no halves."""
+    """Latents with one of the verdicts of the latent table."""
 
     kind: Literal["verdict"]
     verdicts: tuple[Verdict, ...] = Field(min_length=1)
@@ -69,7 +71,7 @@ class VerdictLatents(Config):
 
 
 class RandomLatents(Config):
-    """As many as another set has, drawn without replacement, once for each seed."""
+    """Random sets of the same size as another set, drawn without replacement, one per seed."""
 
     kind: Literal["random"]
     like: Selection
@@ -78,7 +80,7 @@ class RandomLatents(Config):
 
 
 class EachLatent(Config):
-    """The latents of another set one at a time."""
+    """The latents of another set, one at a time."""
 
     kind: Literal["each"]
     of: Selection
@@ -93,43 +95,46 @@ EachLatent.model_rebuild()
 
 
 class Unavailable(Exception):
-    """This crosscoder has no such set: its table lacks what the set is chosen by (a coder of the difference has no delta_norm,
-    nu or verdict), or holds fewer latents than are to be drawn."""
+    """The crosscoder does not have the set.
+
+    Its table lacks the column to choose by (a coder of the difference has no delta_norm, nu or verdict), or there are fewer
+    latents than are to be drawn.
+    """
 
 
-@dataclass(frozen=True)
-class LatentSets:
-    """One or several sets; the keys tell them apart, None stands for all latents, `single` for sets of one latent each."""
+class LatentSets(NamedTuple):
+    """One or several sets by suffix; None means all latents. `single`: every set is a single latent."""
 
     sets: dict[str, tuple[int, ...] | None]
     single: bool = False
 
 
 def pool_of(table: pl.DataFrame, size: int) -> pl.DataFrame:
-    """The `size` latents of the largest delta_norm among those that every ranking orders (all nu defined).
+    """The `size` latents with the largest delta_norm among those that every ranking orders (all nu defined).
 
-    Its size is the same in each crosscoder, so that crosscoders can be compared whose classes are of very different sizes;
-    Minder, Dumas et al. 2025 take 3,176 of 73,728 latents (4%) of their L1 and of their BatchTopK crosscoder.
+    The size is the same for every crosscoder, so that crosscoders with classes of very different sizes can be compared. Minder,
+    Dumas et al. 2025 take 3,176 of 73,728 latents (4%), both of their L1 and of their BatchTopK crosscoder.
     """
-    ranked = _with(table, "rank_sum", "delta_norm").filter(pl.col("rank_sum").is_not_nan() & pl.col("delta_norm").is_not_nan())
+    is_ranked = pl.col("rank_sum").is_not_nan() & pl.col("delta_norm").is_not_nan()
+    ranked = _with_columns(table, "rank_sum", "delta_norm").filter(is_ranked)
     return ranked.sort("delta_norm", "latent", descending=[True, False]).head(size)
 
 
-def _with(table: pl.DataFrame, *columns: str) -> pl.DataFrame:
-    """The table, if it has the columns; raises `Unavailable`."""
+def _with_columns(table: pl.DataFrame, *columns: str) -> pl.DataFrame:
+    """The table; `Unavailable` names a column that it lacks."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise Unavailable(f"the latents of this coder have no {missing[0]}")
     return table
 
 
-def _source(table: pl.DataFrame, pool: int, among: Among) -> pl.DataFrame:
-    """The latents that a set is taken from."""
-    return pool_of(table, pool) if among == "pool" else table
+def _candidates(table: pl.DataFrame, pool: int, among: Among, *columns: str) -> pl.DataFrame:
+    """The latents from which a set is chosen by the given columns."""
+    return _with_columns(pool_of(table, pool) if among == "pool" else table, *columns)
 
 
 def rankings_of(selection: Selection) -> set[str]:
-    """The rankings that a selection reads."""
+    """The rankings that a selection needs."""
     match selection:
         case RankedLatents() | ThresholdLatents():
             return {selection.ranking}
@@ -145,14 +150,14 @@ def resolve(selection: Selection, table: pl.DataFrame, pool: int, seed: int) -> 
     """The latents of a selection, each set in ascending order.
 
     Raises:
-        UserError: a latent that the table has not.
-        Unavailable: the table lacks what the set is chosen by, or a random set is larger than what it is drawn from.
+        UserError: a latent does not exist.
+        Unavailable: the crosscoder does not have the set.
     """
     match selection:
         case AllLatents():
             return LatentSets({"": None})
         case RandomLatents():
-            return _random(selection, table, pool, seed)
+            return _random_sets(selection, table, pool, seed)
         case EachLatent():
             chosen = _one_set(selection.of, table, pool)
             return LatentSets({str(latent): (latent,) for latent in chosen}, single=True)
@@ -160,46 +165,40 @@ def resolve(selection: Selection, table: pl.DataFrame, pool: int, seed: int) -> 
             return LatentSets({"": tuple(sorted(_one_set(selection, table, pool)))})
 
 
-def _random(selection: RandomLatents, table: pl.DataFrame, pool: int, seed: int) -> LatentSets:
+def _random_sets(selection: RandomLatents, table: pl.DataFrame, pool: int, seed: int) -> LatentSets:
     size = len(_one_set(selection.like, table, pool))
-    source = _source(table, pool, selection.among).filter(pl.col("n_active") > 0)["latent"].to_numpy()
-    if size > len(source):
-        raise Unavailable(f"{size} random latents are more than the {len(source)} to draw from; `among: all` has more")
-    source = np.sort(source)
+    candidates = _candidates(table, pool, selection.among).filter(pl.col("n_active") > 0)["latent"].sort().to_numpy()
+    if size > len(candidates):
+        raise Unavailable(f"{size} random latents are more than the {len(candidates)} to draw from; `among: all` has more")
     sets: dict[str, tuple[int, ...] | None] = {}
     for draw in range(selection.seeds):
-        drawn = np.random.default_rng([seed, draw]).choice(source, size, replace=False)
+        drawn = np.random.default_rng([seed, draw]).choice(candidates, size, replace=False)
         sets[str(draw)] = tuple(sorted(drawn.tolist()))
     return LatentSets(sets)
 
 
 def _one_set(selection: Selection, table: pl.DataFrame, pool: int) -> list[int]:
-    """A set in the order of its ranking, where it has one."""
+    """A set in the order of its ranking, if it has one."""
     match selection:
         case ListedLatents():
-            wrong = [latent for latent in selection.latents if not 0 <= latent < table.height]
-            if wrong:
-                raise UserError(f"there is no latent {wrong[0]}: the crosscoder has {table.height}, 0 to {table.height - 1}")
-            chosen = pl.DataFrame({"latent": sorted(set(selection.latents))})
+            check_latents(selection.latents, table.height)
+            return sorted(set(selection.latents))
         case RankedLatents():
-            source = _with(_source(table, pool, selection.among), selection.ranking)
-            ranked = sorted_by(source.filter(pl.col(selection.ranking).is_not_nan()), selection.ranking)
+            ranking = selection.ranking
+            candidates = _candidates(table, pool, selection.among, ranking).filter(pl.col(ranking).is_not_nan())
+            ranked = candidates.sort(ranking, "latent", descending=[ranking in HIGH_IS_BEST, False])
             # Rounded down, so that the best and the worst half of an odd pool share no latent.
             size = int(selection.share * min(pool, ranked.height)) if selection.size is None else selection.size
             chosen = ranked.head(size) if selection.part == "best" else ranked.tail(size)
         case ThresholdLatents():
             value = pl.col(selection.ranking)
-            best = value >= selection.at if selection.ranking in HIGH_IS_BEST else value < selection.at
-            chosen = _with(_source(table, pool, selection.among), selection.ranking).filter(value.is_not_nan() & best)
+            is_best = value >= selection.at if selection.ranking in HIGH_IS_BEST else value < selection.at
+            candidates = _candidates(table, pool, selection.among, selection.ranking)
+            chosen = candidates.filter(value.is_not_nan() & is_best)
         case VerdictLatents():
-            source = _with(_source(table, pool, selection.among), "verdict")
-            chosen = source.filter(pl.col("verdict").is_in(selection.verdicts))
+            candidates = _candidates(table, pool, selection.among, "verdict")
+            chosen = candidates.filter(pl.col("verdict").is_in(selection.verdicts))
         case AllLatents() | RandomLatents() | EachLatent():
-            raise UserError(f"{selection.kind!r} is not one set of known size, which `like` and `of` need")
+            raise UserError(f"{selection.kind!r} is not a single set of known size, which `like` and `of` need")
     latents: list[int] = chosen["latent"].to_list()
     return latents
-
-
-def sorted_by(table: pl.DataFrame, ranking: Ranking) -> pl.DataFrame:
-    """The best latent first; equal ones by number."""
-    return table.sort(ranking, "latent", descending=[ranking in HIGH_IS_BEST, False])

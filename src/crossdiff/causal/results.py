@@ -1,9 +1,9 @@
-"""From divergences per conversation to estimates with intervals: bootstrap over conversations, the same draws for all arms."""
+"""KL per conversation to estimates with intervals: a bootstrap over conversations, with the same draws for every arm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,36 +12,29 @@ import polars as pl
 
 from crossdiff.causal.conversations import RESPONSE, SPANS
 from crossdiff.causal.interventions import Arm, Comparison
+from crossdiff.statistics import Estimate, bootstrap
 
 NO_CHANGE = "none"
-"""Name of the intervention from which the gap is counted; the other end of the gap is the chat model itself, KL 0."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95% percentile interval; NaN where it is undefined."""
-
-    value: float
-    low: float
-    high: float
+"""The intervention at one end of the gap. The other end is the chat model itself, whose KL is 0."""
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm, or the mean of an intervention's arms (random sets of several seeds), on one span.
+    """One arm on one span, or the mean over an intervention's arms (random sets of several seeds).
 
     Attributes:
         kl: mean over conversations of the mean KL over the conversation's tokens in the span, in nats.
-        closed: share of the gap from `none` to the chat model that is closed, 1 - kl / kl of none.
-        n_arms: how many arms are averaged; spread: smallest and largest kl among them.
+        closed: share of the gap between `none` and the chat model that is closed, 1 - kl / kl of none.
+        n_arms: number of arms averaged.
+        spread: smallest and largest kl among them.
     """
 
     intervention: str
     span: str
     n_latents: int | None
     n_conversations: int
-    kl: Estimate
-    closed: Estimate
+    kl: Estimate[float]
+    closed: Estimate[float]
     n_arms: int
     spread: tuple[float, float]
 
@@ -54,15 +47,16 @@ class ComparisonResult:
     better: str
     worse: str
     span: str
-    difference: Estimate
+    difference: Estimate[float]
 
 
 class Bootstrap:
-    """Means over conversations and their resamples.
+    """Mean KL over conversations, for the sample and for its resamples.
 
     Args:
-        total, n: KL summed over the tokens of each span, and the numbers of tokens; conversations without a token in a span
-            do not count there.
+        total: KL summed over the tokens of each span.
+        n: number of tokens in each span; a conversation without any does not count in that span.
+        names: the intervention of each arm.
     """
 
     def __init__(
@@ -71,119 +65,116 @@ class Bootstrap:
         total = np.concatenate([total, total.sum(2, keepdims=True)], axis=2)
         self.n = np.concatenate([n, n.sum(1, keepdims=True)], axis=1)
         self.spans = (*SPANS, RESPONSE)
-        self.rows: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            self.rows.setdefault(name, []).append(row)
+        self.arms_of: dict[str, list[int]] = {}
+        for arm, name in enumerate(names):
+            self.arms_of.setdefault(name, []).append(arm)
         with np.errstate(invalid="ignore"):
-            self.kl = total / self.n  # [arm, conversation, span], NaN where there is no token
+            self.kl = total / self.n  # [arm, conversation, span], NaN where the span has no token
         n_conversations = len(n)
-        draws = np.random.default_rng(seed).multinomial(
-            n_conversations, np.full(n_conversations, 1 / n_conversations), resamples
-        )
-        # The first row is the sample itself, so that a value and its resamples come from one product.
+        shares = np.full(n_conversations, 1 / n_conversations)
+        draws = np.random.default_rng(seed).multinomial(n_conversations, shares, resamples)
+        # The first row is the sample itself, so that the value and its resamples come from the same product.
         self.weights = np.concatenate([np.ones((1, n_conversations)), draws.astype(np.float64)])
 
-    def means(self, rows: Sequence[int], span: str) -> npt.NDArray[np.float64]:
-        """Mean KL of arms on a span: `[resample, arm]`, the sample first."""
+    def arm_means(self, arms: Sequence[int], span: str) -> npt.NDArray[np.float64]:
+        """Mean KL of each arm on a span, `[resample, arm]`, the sample first."""
         index = self.spans.index(span)
-        there = self.n[:, index] > 0
-        values = np.where(there, self.kl[list(rows)][:, :, index], 0.0)
+        has_tokens = self.n[:, index] > 0
+        values = np.where(has_tokens, self.kl[list(arms)][:, :, index], 0.0)
+        counts = self.weights @ has_tokens.astype(np.float64)
         with np.errstate(invalid="ignore"):
-            means: npt.NDArray[np.float64] = (self.weights @ values.T) / (self.weights @ there.astype(np.float64))[:, None]
+            means: npt.NDArray[np.float64] = (self.weights @ values.T) / counts[:, None]
         return means
 
-    def of(self, intervention: str, span: str) -> npt.NDArray[np.float64]:
-        """Mean KL of an intervention, over its arms: `[resample]`."""
-        mean: npt.NDArray[np.float64] = self.means(self.rows[intervention], span).mean(1)
+    def mean(self, intervention: str, span: str) -> npt.NDArray[np.float64]:
+        """Mean KL of an intervention over its arms, `[resample]`, the sample first."""
+        mean: npt.NDArray[np.float64] = self.arm_means(self.arms_of[intervention], span).mean(1)
         return mean
 
 
-def interval(values: npt.NDArray[np.float64]) -> Estimate:
-    """The first value, with the 95% percentile interval of the others that are defined."""
-    defined = values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(values[0]) or not len(defined):
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return Estimate(float(values[0]), float(low), float(high))
+def _estimate(values: npt.NDArray[np.float64]) -> Estimate[float]:
+    """The first value, with the percentile interval of the others."""
+    return bootstrap(float(values[0]), values[1:])
 
 
 def closed_share(kl: npt.NDArray[np.float64], none: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """1 - kl / none, NaN where none is 0: there is no gap then."""
+    """1 - kl / none; NaN where none is 0, since there is no gap to close."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(none > 0, 1 - kl / none, np.nan)
 
 
-def arm_results(bootstrap: Bootstrap, arms: Sequence[Arm]) -> list[ArmResult]:
-    """Every intervention but the single latents, on every span."""
+def arm_results(sample: Bootstrap, arms: Sequence[Arm]) -> list[ArmResult]:
+    """Results of every intervention except those that measure latents one at a time, on every span."""
     results = []
-    first = {arm.intervention: arm for arm in reversed(arms)}
-    for name, rows in bootstrap.rows.items():
-        if first[name].latent is not None:
+    for name, rows in sample.arms_of.items():
+        first = arms[rows[0]]
+        if first.latent is not None:
             continue
-        latents = first[name].latents
-        for index, span in enumerate(bootstrap.spans):
-            each = bootstrap.means(rows, span)
-            kl, none = each.mean(1), bootstrap.of(NO_CHANGE, span)
+        n_latents = None if first.latents is None else len(first.latents)
+        for index, span in enumerate(sample.spans):
+            kl_of_arms = sample.arm_means(rows, span)
+            kl = kl_of_arms.mean(1)
             results.append(
                 ArmResult(
-                    name, span, None if latents is None else len(latents), int((bootstrap.n[:, index] > 0).sum()),
-                    interval(kl), interval(closed_share(kl, none)), len(rows), (float(each[0].min()), float(each[0].max())),
+                    intervention=name,
+                    span=span,
+                    n_latents=n_latents,
+                    n_conversations=int((sample.n[:, index] > 0).sum()),
+                    kl=_estimate(kl),
+                    closed=_estimate(closed_share(kl, sample.mean(NO_CHANGE, span))),
+                    n_arms=len(rows),
+                    spread=(float(kl_of_arms[0].min()), float(kl_of_arms[0].max())),
                 )
-            )  # fmt: skip
+            )
     return results
 
 
-def comparison_results(bootstrap: Bootstrap, comparisons: Sequence[Comparison]) -> list[ComparisonResult]:
-    """The comparisons whose interventions both have an arm."""
-    return [
-        ComparisonResult(
-            comparison.name, comparison.better, comparison.worse, span,
-            interval(bootstrap.of(comparison.worse, span) - bootstrap.of(comparison.better, span)),
-        )
-        for comparison in comparisons
-        if comparison.better in bootstrap.rows and comparison.worse in bootstrap.rows
-        for span in bootstrap.spans
-    ]  # fmt: skip
+def comparison_results(sample: Bootstrap, comparisons: Sequence[Comparison]) -> list[ComparisonResult]:
+    """Results of the comparisons whose interventions both have an arm."""
+    results = []
+    for comparison in comparisons:
+        better, worse = comparison.better, comparison.worse
+        if better in sample.arms_of and worse in sample.arms_of:
+            for span in sample.spans:
+                difference = _estimate(sample.mean(worse, span) - sample.mean(better, span))
+                results.append(ComparisonResult(comparison.name, better, worse, span, difference))
+    return results
 
 
 LATENT_COLUMNS = {
     "latent": "number of the latent",
-    "intervention": "the entry of the list that it stands in; a latent may stand in several",
+    "intervention": "entry of the list of interventions; a latent may occur in several",
     "kl_reduction_<span>": "KL(none) - KL(this latent alone) in nats, mean over conversations; spans: first, 2_to_10, from_11, "
     "response",
     "kl_reduction_<span>_low, _high": "95% bootstrap interval over conversations",
     "closed_<span>": "the reduction as a share of KL(none)",
-    "conversations_changed": "share of the conversations whose distributions it changes",
+    "conversations_changed": "share of the conversations whose distributions the latent changes",
 }
-"""Columns of `causal_latents.parquet`, which is joined to the latent table by `latent`."""
+"""Columns of `causal_latents.parquet`; join it with the latent table by `latent`."""
 
 
-def latent_results(bootstrap: Bootstrap, arms: Sequence[Arm]) -> pl.DataFrame:
-    """What each latent does alone: one row for each arm of a single latent."""
-    none = bootstrap.rows[NO_CHANGE][0]
+def latent_results(sample: Bootstrap, arms: Sequence[Arm]) -> pl.DataFrame:
+    """What each latent does alone: one row per arm of a single latent, with the columns in `LATENT_COLUMNS`."""
+    none = sample.arms_of[NO_CHANGE][0]
     rows: list[dict[str, Any]] = []
-    for row, arm in enumerate(arms):
+    for index, arm in enumerate(arms):
         if arm.latent is None:
             continue
-        entry: dict[str, Any] = {"latent": arm.latent, "intervention": arm.intervention}
-        for span in bootstrap.spans:
-            reduction = bootstrap.of(NO_CHANGE, span) - bootstrap.means([row], span)[:, 0]
-            estimate = interval(reduction)
-            entry[f"kl_reduction_{span}"] = estimate.value
-            entry[f"kl_reduction_{span}_low"], entry[f"kl_reduction_{span}_high"] = estimate.low, estimate.high
-            entry[f"closed_{span}"] = float(
-                closed_share(bootstrap.of(NO_CHANGE, span) - reduction, bootstrap.of(NO_CHANGE, span))[0]
-            )
-        entry["conversations_changed"] = float((bootstrap.kl[row, :, -1] != bootstrap.kl[none, :, -1]).mean())
-        rows.append(entry)
-    schema = {"latent": pl.Int64, "intervention": pl.String} | {
-        name: pl.Float64
-        for span in bootstrap.spans
+        row: dict[str, Any] = {"latent": arm.latent, "intervention": arm.intervention}
+        for span in sample.spans:
+            kl_none = sample.mean(NO_CHANGE, span)
+            reduction = kl_none - sample.arm_means([index], span)[:, 0]
+            estimate = _estimate(reduction)
+            row[f"kl_reduction_{span}"] = estimate.value
+            row[f"kl_reduction_{span}_low"] = estimate.low
+            row[f"kl_reduction_{span}_high"] = estimate.high
+            row[f"closed_{span}"] = float(closed_share(kl_none - reduction, kl_none)[0])
+        row["conversations_changed"] = float((sample.kl[index, :, -1] != sample.kl[none, :, -1]).mean())
+        rows.append(row)
+    measures = [
+        name
+        for span in sample.spans
         for name in (f"kl_reduction_{span}", f"kl_reduction_{span}_low", f"kl_reduction_{span}_high", f"closed_{span}")
-    }
-    return pl.DataFrame(rows, schema={**schema, "conversations_changed": pl.Float64})
-
-
-def plain(results: Sequence[ArmResult | ComparisonResult]) -> list[dict[str, Any]]:
-    """Results as plain data, for JSON."""
-    return [asdict(result) for result in results]
+    ]
+    schema = {"latent": pl.Int64, "intervention": pl.String} | dict.fromkeys([*measures, "conversations_changed"], pl.Float64)
+    return pl.DataFrame(rows, schema=schema)

@@ -1,16 +1,17 @@
-"""Steering: generate with a latent's contribution added to, or taken from, the residual stream (METHOD: causal test).
+"""Steering: generate while a latent's contribution is added to the residual stream or removed (docs/method.md#steering).
 
-- `add`: h + strength * a_j * d_j^chat, where a_j is the mean activation of the latent over the tokens of the analysed text on
-  which it is active. Strength 1 is thus what the latent itself adds where it speaks. Its largest activation, some three to
-  five times that, would be a unit that one odd token decides. The direction is the chat model's, in whichever model is steered.
-- `ablate`: h - strength * f_j(x) * d_j^m, where f_j(x) is what the crosscoder reads from both models on the tokens at hand and
-  d_j^m is the direction of the steered model m. Strength 1 takes out the latent's contribution, and nothing else;
-  strength 1 + c is the latent clamped to -c times what it would be.
+- `add`: h + strength * a_j * d_j^chat, where a_j is the latent's mean activation over the analysed tokens on which it is
+  active. Strength 1 is thus the latent's own mean contribution where it is active. Its largest activation, some three to five
+  times as much, would be a poor unit: a single odd token decides it. The direction is the chat model's in either model.
+- `ablate`: h - strength * f_j(x) * d_j^m, where f_j(x) is computed from both models on the current tokens, and d_j^m is the
+  direction of the steered model m. Strength 1 removes the latent's contribution and nothing else. Strength 1 + c clamps the
+  latent to -c times its activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,26 +20,30 @@ import polars as pl
 import torch
 from torch import nn
 
-from crossdiff.causal.generation import Answer, Edit, Prompt, Sampling, Tokens, answers, ask, end_tokens
+from crossdiff.causal.generation import Answer, Edit, Hidden, Prompt, Sampling, SteeredTokens, ask, continue_batch, end_tokens
 from crossdiff.crosscoder.crosscoder import Crosscoder
-from crossdiff.errors import UserError
+from crossdiff.errors import UserError, check_latents
 from crossdiff.models.access import next_residual_after
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Int, Tensor
-from crossdiff.sources import SOURCES
+from crossdiff.sources import BASE, CHAT, SOURCES
 
-CHAT = SOURCES.index("chat")
+CHAT_INDEX = SOURCES.index(CHAT)
 
 
 @dataclass(frozen=True)
 class Steering:
-    """What is done to which model. norm: for `add`, the norm of the vector at strength 1, by default the latent's own."""
+    """How a latent is steered, in which model.
+
+    Attributes:
+        norm: for `add`, the norm of the vector at strength 1; by default that of the latent's own mean contribution.
+    """
 
     latent: int
     mode: Literal["add", "ablate"]
     strength: float
     model: Literal["base", "chat"] = "chat"
-    tokens: Tokens = "all"
+    tokens: SteeredTokens = "all"
     norm: float | None = None
 
 
@@ -48,51 +53,43 @@ class Addition:
     def __init__(self, vector: Float[Tensor, " d_model"]) -> None:
         self.vector = vector
 
-    def __call__(
-        self,
-        hidden: Float[Tensor, "row position d_model"],
-        token_ids: Int[Tensor, "row position"],
-        chosen: Bool[Tensor, "row position"],
-    ) -> Float[Tensor, "row position d_model"]:
+    def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
         return hidden + chosen.unsqueeze(2) * self.vector.to(hidden)
 
-    def keep(self, rows: Int[Tensor, " row"]) -> None:
-        """Nothing is kept for a row."""
+    def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
+        """Do nothing: an addition has no state."""
 
 
 class Ablation:
-    """Takes a latent's contribution out of the chosen tokens.
+    """Removes a latent's contribution from the chosen tokens.
 
-    The crosscoder reads both models, so the lower half of the other one reads the same tokens beside, with its own cache.
+    The crosscoder reads both models, so the lower half of the other model reads the same tokens, with its own cache.
     """
 
     def __init__(self, other: nn.Module, crosscoder: Crosscoder, layer: int, steering: Steering) -> None:
         from transformers import DynamicCache
 
-        self.other, self.crosscoder, self.layer, self.steering = other, crosscoder, layer, steering
-        self.source = SOURCES.index(steering.model)
-        self.direction = crosscoder.directions()[self.source, steering.latent] / crosscoder.scale
+        self.other = other
+        self.crosscoder = crosscoder
+        self.layer = layer
+        self.steering = steering
+        self.direction = crosscoder.directions()[SOURCES.index(steering.model), steering.latent] / crosscoder.scale
         self.cache: Any = DynamicCache(config=other.config)  # type: ignore[arg-type]
 
-    def __call__(
-        self,
-        hidden: Float[Tensor, "row position d_model"],
-        token_ids: Int[Tensor, "row position"],
-        chosen: Bool[Tensor, "row position"],
-    ) -> Float[Tensor, "row position d_model"]:
-        beside = next_residual_after(self.other, token_ids, self.layer, self.cache)
-        streams = [hidden, beside] if self.source == 0 else [beside, hidden]
-        home = self.crosscoder.encoder.device
-        h = torch.stack([stream.flatten(0, 1).float().to(home) for stream in streams], dim=1)
+    def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
+        of_other = next_residual_after(self.other, token_ids, self.layer, self.cache)
+        streams = [hidden, of_other] if self.steering.model == BASE else [of_other, hidden]
+        device = self.crosscoder.encoder.device
+        h = torch.stack([stream.flatten(0, 1).float().to(device) for stream in streams], dim=1)
         code = self.crosscoder.sparse_code(self.crosscoder.normalise(h))
-        f = torch.zeros(len(h), device=home)
         of_latent = code.latent == self.steering.latent
+        f = torch.zeros(len(h), device=device)
         f[code.token[of_latent]] = code.values[of_latent]
-        taken = self.steering.strength * f.view(chosen.shape).to(hidden).unsqueeze(2) * self.direction.to(hidden)
-        return hidden - chosen.unsqueeze(2) * taken
+        removed = self.steering.strength * f.view(chosen.shape).to(hidden).unsqueeze(2) * self.direction.to(hidden)
+        return hidden - chosen.unsqueeze(2) * removed
 
-    def keep(self, rows: Int[Tensor, " row"]) -> None:
-        """Drop the other rows from the cache."""
+    def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
+        """Drop all other rows from the cache."""
         self.cache.batch_select_indices(rows)
 
 
@@ -100,86 +97,105 @@ class Steerer:
     """Answers questions with either model of a pair, steered or not.
 
     Args:
-        table: the latent table, which knows each latent's mean activation.
-        leave_out: leading positions that are never edited.
+        table: the latent table, for the mean activation of each latent.
+        leave_out: number of leading positions that are never edited.
     """
 
     def __init__(self, pair: Pair, crosscoder: Crosscoder, layer: int, table: pl.DataFrame, leave_out: int) -> None:
-        self.pair, self.crosscoder, self.layer, self.table, self.leave_out = pair, crosscoder, layer, table, leave_out
+        self.pair = pair
+        self.crosscoder = crosscoder
+        self.layer = layer
+        self.table = table
+        self.leave_out = leave_out
         self.ends = end_tokens(pair.chat, pair.tokenizer)
 
     def check(self, steering: Steering) -> None:
-        """Raises `UserError` for a coder of one source, a latent that does not exist, or one that was never active and so has
-        no strength."""
-        n = self.crosscoder.n_latents
+        """Raise a `UserError` for a coder of one source, or a latent that does not exist or was never active."""
         if self.crosscoder.n_sources == 1:
-            name = self.crosscoder.sources[0]
             raise UserError(
-                f"this coder has one source, {name}, and no direction in the chat model; steer with one of both models"
+                f"this coder has one source, {self.crosscoder.sources[0]}, and no direction in the chat model; "
+                "steer with a crosscoder that reads both models"
             )
-        if not 0 <= steering.latent < n:
-            raise UserError(f"there is no latent {steering.latent}: the crosscoder has {n}, 0 to {n - 1}")
+        check_latents([steering.latent], self.crosscoder.n_latents)
         if steering.mode == "add" and steering.norm is None and not self.typical_norm(steering.latent) > 0:
-            raise UserError(f"latent {steering.latent} was never active, so a strength has no unit; choose another latent")
+            raise UserError(f"latent {steering.latent} was never active, so strength has no unit; choose another latent")
 
     def typical_norm(self, latent: int) -> float:
         """Norm of the latent's contribution to the chat model, mean over its active tokens, in the models' own space."""
         mean_v = float(self.table["mean_activation"][latent])
         norms = self.crosscoder.norms()[latent]
-        return mean_v / float(norms.sum()) * float(norms[CHAT]) / self.crosscoder.scale
+        return mean_v / float(norms.sum()) * float(norms[CHAT_INDEX]) / self.crosscoder.scale
 
     def vector(self, steering: Steering) -> Float[Tensor, " d_model"]:
-        """What `add` adds to each chosen token."""
-        direction = self.crosscoder.directions()[CHAT, steering.latent]
+        """The vector that `add` adds to each chosen token."""
+        direction = self.crosscoder.directions()[CHAT_INDEX, steering.latent]
         norm = self.typical_norm(steering.latent) if steering.norm is None else steering.norm
         vector: Tensor = direction / direction.norm() * norm * steering.strength
         return vector
 
-    def edit(self, steering: Steering) -> Callable[[], Edit]:
-        """Makes the edit anew for each batch."""
+    def make_edit(self, steering: Steering) -> Edit:
+        """A new edit, for one batch."""
         if steering.mode == "add":
-            vector = self.vector(steering)
-            return lambda: Addition(vector)
-        other = self.pair.base if steering.model == "chat" else self.pair.chat
-        return lambda: Ablation(other, self.crosscoder, self.layer, steering)
+            return Addition(self.vector(steering))
+        other = self.pair.base if steering.model == CHAT else self.pair.chat
+        return Ablation(other, self.crosscoder, self.layer, steering)
 
     def answer(
-        self, questions: Sequence[str], steering: Steering | None, sampling: Sampling, model: str = "chat"
+        self, questions: Sequence[str], steering: Steering | None, sampling: Sampling, model: str = CHAT
     ) -> list[Answer]:
-        """Answer each question; `model` says whose answers are wanted where nothing is steered.
+        """Answer each question; `model` answers if `steering` is None.
 
         Raises:
-            UserError: a latent that cannot be steered with, or a question that the template cannot render.
+            UserError: the latent cannot be steered with, or the chat template cannot render a question.
         """
         return self.answer_prompts([ask(self.pair.tokenizer, question) for question in questions], steering, sampling, model)
 
     def answer_prompts(
-        self, prompts: Sequence[Prompt], steering: Steering | None, sampling: Sampling, model: str = "chat"
+        self, prompts: Sequence[Prompt], steering: Steering | None, sampling: Sampling, model: str = CHAT
     ) -> list[Answer]:
-        """The same for prompts as token ids; raises `UserError` for a latent that cannot be steered with."""
+        """Answer each tokenised prompt; see `answer`."""
+        tokens: SteeredTokens = "all"
         if steering is not None:
             self.check(steering)
             model = steering.model
-        make_edit = None if steering is None else self.edit(steering)
-        tokens: Tokens = "all" if steering is None else steering.tokens
-        return answers(
-            getattr(self.pair, model), self.pair.tokenizer, self.layer, prompts, make_edit, tokens, self.leave_out,
-            self.ends, sampling,
-        )  # fmt: skip
+            tokens = steering.tokens
+        answering = getattr(self.pair, model)
+        self._check_length(answering, prompts, sampling)
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            by_length[len(prompt.token_ids)].append(index)
+        found: dict[int, Answer] = {}
+        for members in by_length.values():
+            for first in range(0, len(members), sampling.batch_size):
+                part = members[first : first + sampling.batch_size]
+                batch = [prompts[index] for index in part]
+                edit = None if steering is None else self.make_edit(steering)
+                outputs = continue_batch(answering, self.layer, batch, edit, tokens, self.leave_out, self.ends, sampling)
+                for index, output in zip(part, outputs, strict=True):
+                    text = self.pair.tokenizer.decode(output, skip_special_tokens=True).strip()
+                    found[index] = Answer(text, len(output), finished=len(output) < sampling.max_new_tokens)
+        return [found[index] for index in range(len(prompts))]
+
+    @staticmethod
+    def _check_length(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+        if limit is not None and longest + sampling.max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones are more than the {limit} that the model "
+                "can read; shorten the prompt, or lower max_new_tokens"
+            )
 
 
 def matched_controls(table: pl.DataFrame, latent: int, n: int, seed: int) -> list[int]:
-    """Random latents of like frequency and chat norm whose verdict is shared: `n` drawn from the `5 n` nearest.
+    """Random latents with the verdict `shared` and similar frequency and chat norm: `n` drawn from the `5 n` nearest.
 
-    Nearness is the sum of the absolute logarithms of the two ratios.
-
-    Raises:
-        UserError: fewer than `n` shared latents.
+    The distance is the sum of the absolute logarithms of the two ratios.
     """
     own = table.row(latent, named=True)
     others = table.filter((pl.col("verdict") == "shared") & (pl.col("latent") != latent) & (pl.col("frequency") > 0))
     if others.height < n:
-        raise UserError(f"{n} controls are asked for, but only {others.height} latents are shared; lower the number")
+        raise UserError(f"there are only {others.height} shared latents for {n} controls; lower --controls")
     distance = pl.sum_horizontal([(pl.col(name) / own[name]).log().abs() for name in ("frequency", "norm_chat")])
     nearest = others.sort(distance, "latent").head(5 * n)["latent"].to_numpy()
     return sorted(np.random.default_rng(seed).choice(nearest, n, replace=False).tolist())

@@ -1,4 +1,4 @@
-"""The causal test and steering on the terminal."""
+"""Terminal output of the causal test and of steering."""
 
 from __future__ import annotations
 
@@ -24,40 +24,37 @@ def _estimate(entry: dict[str, float], percent: bool = False) -> str:
 
 
 def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
-    """KL of every intervention and what it closes of the gap, then the comparisons."""
-    skipped = f", {report['n_without_assistant']} without an assistant's turn skipped" if report["n_without_assistant"] else ""
+    """Print KL and the share of the gap closed for every intervention, then the comparisons."""
+    skipped = f" ({report['n_without_assistant']} without an assistant's turn skipped)" if report["n_without_assistant"] else ""
     table = Table(
         title=f"{name}: KL to the chat model in nats, {report['n_conversations']} {report['split']} conversations{skipped}",
-        caption="95% bootstrap intervals over conversations; closed: share of the gap from `none` to the chat model",
+        caption="closed: share of the gap between `none` and the chat model; [95% bootstrap interval over conversations]",
     )
     for column in ("intervention", "latents", *(f"KL {span}" for span in SHOWN), f"closed, {RESPONSE}"):
         table.add_column(column, justify="left" if column == "intervention" else "right")
-    found = {(result["intervention"], result["span"]): result for result in report["results"]}
-    for intervention in dict.fromkeys(result["intervention"] for result in report["results"]):
-        row = found[intervention, RESPONSE]
+    results = {(result["intervention"], result["span"]): result for result in report["results"]}
+    for intervention in dict.fromkeys(intervention for intervention, _ in results):
+        row = results[intervention, RESPONSE]
         title = intervention if row["n_arms"] == 1 else f"{intervention} (mean of {row['n_arms']})"
         latents = "all" if row["n_latents"] is None else str(row["n_latents"] or "")
-        cells = [_estimate(found[intervention, span]["kl"]) for span in SHOWN]
+        cells = [_estimate(results[intervention, span]["kl"]) for span in SHOWN]
         table.add_row(title, latents, *cells, _estimate(row["closed"], percent=True))
     console.print(table)
     for intervention, reason in report["left_out"].items():
-        console.print(f"[dim]{intervention}: left out, {reason}[/dim]")
-    differences = Table(title=f"{name}: KL(worse) - KL(better), paired over conversations")
+        console.print(f"[dim]{intervention}: skipped, {reason}[/dim]")
+    differences = Table(title=f"{name}: KL(worse) - KL(better) in nats, paired over conversations")
     for column in ("comparison", "better", "worse", *SHOWN):
         differences.add_column(column)
-    pairs = {(entry["comparison"], entry["span"]): entry for entry in report["comparisons"]}
-    for entry in (entry for entry in report["comparisons"] if entry["span"] == RESPONSE):
-        cells = [_estimate(pairs[entry["comparison"], span]["difference"]) for span in SHOWN]
-        differences.add_row(entry["comparison"], entry["better"], entry["worse"], *cells)
+    comparisons = {(entry["comparison"], entry["span"]): entry["difference"] for entry in report["comparisons"]}
+    for entry in report["comparisons"]:
+        if entry["span"] == RESPONSE:
+            cells = [_estimate(comparisons[entry["comparison"], span]) for span in SHOWN]
+            differences.add_row(entry["comparison"], entry["better"], entry["worse"], *cells)
     console.print(differences)
 
 
 def print_side_by_side(steerer: Steerer, config: SteerConfig, console: Console) -> None:
-    """The answers to each prompt, unsteered and at each strength.
-
-    Raises:
-        UserError: the latent cannot be steered with.
-    """
+    """Print the answers to each prompt, unsteered and at each strength."""
     assert config.latent is not None
     sampling = Sampling(config.max_new_tokens, config.temperature, config.seed)
     answered = {"unsteered": steerer.answer(config.prompt, None, sampling, config.model)}
@@ -75,12 +72,12 @@ def print_side_by_side(steerer: Steerer, config: SteerConfig, console: Console) 
 
 
 def print_rates(path: Path, title: str, console: Console) -> None:
-    """Rates of the behaviours that some answer shows."""
-    found = pl.read_parquet(path)
-    shown = found.filter(pl.col("rate").max().over("label", "behaviour") > 0)
+    """Print the rates of the behaviours that at least one answer shows."""
+    rates = pl.read_parquet(path)
+    shown = rates.filter(pl.col("rate").max().over("label", "behaviour") > 0)
     table = Table(
         title=f"steering {title}",
-        caption="rate: Wilson 95%; change: to unsteered, paired bootstrap over prompts 95%",
+        caption="rate [95% Wilson interval]; change from the unsteered answers [95% paired bootstrap interval over prompts]",
     )
     for column in ("prompts", "behaviour", "condition", "latent", "n", "rate", "change", "degenerate"):
         table.add_column(column)

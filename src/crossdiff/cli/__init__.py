@@ -19,6 +19,18 @@ Without options, `crossdiff run` diffs the embedded pair into runs/demo. Your ow
 """
 
 
+def command_line(argv: Sequence[str]) -> tuple[Parser, Commands]:
+    """The parser of a command line, and its commands."""
+    parser = Parser(
+        prog="crossdiff", description="What did fine-tuning change inside this model?", epilog=EPILOG,
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
+    commands = Commands(parser, argv)
+    for room in (run_commands, analysis_commands, sharing_commands):
+        room.add(commands)
+    return parser, commands
+
+
 def run_command(argv: Sequence[str]) -> None:
     """Run one command line.
 
@@ -30,13 +42,7 @@ def run_command(argv: Sequence[str]) -> None:
 
         print(__version__)
         return
-    parser = Parser(
-        prog="crossdiff", description="What did fine-tuning change inside this model?", epilog=EPILOG,
-        formatter_class=HelpFormatter,
-    )  # fmt: skip
-    commands = Commands(parser, argv)
-    for room in (run_commands, analysis_commands, sharing_commands):
-        room.add(commands)
+    parser, commands = command_line(argv)
     if not argv or argv[0] == "help":
         parser.print_help()
     elif not argv[0].startswith("-") and argv[0] not in commands.names:

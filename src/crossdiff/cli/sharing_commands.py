@@ -72,7 +72,7 @@ def dashboard(args: Namespace) -> None:
 
 
 def export(args: Namespace) -> None:
-    from crossdiff.dashboard.card import export_page
+    from crossdiff.dashboard.export import export_page
 
     n = export_page(args.directory, args.crosscoder, args.latents, args.output)
     print(f"{n} latents written to {args.output}")

@@ -120,7 +120,8 @@ def time_step(size: Size, device: torch.device, steps: int = TIMED) -> float:
 
 def calibrate(size: Size, device: torch.device) -> Rates:
     """Fit the rates to three timed steps of smaller sizes with similar proportions."""
-    n_latents, batch = max(512, size.n_latents // 8), max(128, size.batch // 4)
+    n_latents = max(512, size.n_latents // 8)
+    batch = max(128, size.batch // 4)
     active = max(1, min(size.active, n_latents // 8))
     small = Size(size.d_model, n_latents, active, batch, size.n_sources)
     sizes = (small, replace(small, batch=batch // 4), replace(small, active=min(4 * active, n_latents // 4)))

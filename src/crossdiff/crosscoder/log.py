@@ -100,7 +100,8 @@ class Log:
         trainer = self.trainer
         if trainer.step % LOG_EVERY and not trainer.is_done:
             return None
-        record, excess = self._record(), self._error_over_input()
+        record = self._record()
+        excess = self._error_over_input()
         self.sums = {}
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

@@ -78,7 +78,8 @@ class HeldoutSums:
     def fve(self, kind: int, blocks: Tensor | None = None) -> Float64[Tensor, " entry"]:
         """1 - sum ||x - xhat||^2 / sum ||x - mean||^2 for each source, and for all of them together at the end."""
         chosen = slice(None) if blocks is None else blocks
-        n, error = self.n[kind][chosen].sum(), self.squared_error[kind][chosen].sum(0)
+        n = self.n[kind][chosen].sum()
+        error = self.squared_error[kind][chosen].sum(0)
         mean_square = (self.total[kind][chosen].sum(0).view(len(error), -1) / n).square().sum(1)
         variance = self.square[kind][chosen].sum(0) - n * mean_square
         return torch.cat([1 - error / variance, (1 - error.sum() / variance.sum()).unsqueeze(0)])
@@ -110,7 +111,8 @@ def health(crosscoder: Crosscoder, sums: HeldoutSums) -> dict[str, Any]:
     filled = (sums.n[0] > 0).nonzero().squeeze(1)
     left_out = torch.stack([sums.fve(0, filled[filled != block]) for block in filled])
     half = jackknife_se(left_out) * student_t(max(2, len(filled)))
-    n_tokens, n_massive = int(sums.n.sum()), int(sums.n[1].sum())
+    n_tokens = int(sums.n.sum())
+    n_massive = int(sums.n[1].sum())
     report: dict[str, Any] = {
         "n_tokens": n_tokens,
         "fve": dict(zip(names, value.tolist(), strict=True)),

@@ -209,8 +209,8 @@ class JumpReLU(Rule[JumpReLUConfig]):
     def penalty(self, b: TrainingBatch) -> Tensor:
         bent = torch.tanh(self.settings.tanh_scale * b.f * b.code.of_latents(b.norms))
         sparsity = (b.weighted(b.weight) * b.code.sum_tokens(bent)).sum()
-        encoder, bias, theta = b.weights["encoder"], b.weights["encoder_bias"], b.weights["log_threshold"].exp()
-        shortfall: Tensor = apply(TotalShortfall, encoder, bias, theta, b.x, b.encoded.raw)
+        theta = b.weights["log_threshold"].exp()
+        shortfall: Tensor = apply(TotalShortfall, b.weights["encoder"], b.weights["encoder_bias"], theta, b.x, b.encoded.raw)
         return sparsity + (b.weighted(self.settings.pre_activation_weight) * shortfall * b.norms).sum()
 
 

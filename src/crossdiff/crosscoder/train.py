@@ -61,7 +61,9 @@ class _Training:
         self.log = Log(job.folder / "train.jsonl" if mesh.all.is_first else None, self.trainer, shown, state.log_sums)
         self.record: dict[str, Any] = {}
         self._index = source_indices(store, self.trainer.crosscoder.view.reads)
-        self._device, self._saved_at, self._saved_step = device, time.monotonic(), self.trainer.step
+        self._device = device
+        self._saved_at = time.monotonic()
+        self._saved_step = self.trainer.step
 
     @property
     def is_due(self) -> bool:
@@ -110,7 +112,8 @@ class _Training:
         state = self.trainer.state()
         state.log_sums = self.log.sums
         self.checkpoints.save(state)
-        self._saved_at, self._saved_step = time.monotonic(), self.trainer.step
+        self._saved_at = time.monotonic()
+        self._saved_step = self.trainer.step
 
     def finish(self) -> Crosscoder | None:
         """Write the crosscoder, and return it on the first rank."""
@@ -186,7 +189,8 @@ def train_together(
         KeyboardInterrupt: after a signal, once the checkpoints are written.
     """
     passes: dict[tuple[int, int], Batches] = {}
-    trainings, mesh = [], mesh_of(ranks, latent_ranks, device)
+    mesh = mesh_of(ranks, latent_ranks, device)
+    trainings = []
     for job in jobs:
         key = (job.config.batch_size, job.config.seed)
         if key not in passes:

@@ -92,7 +92,8 @@ class Trainer:
         self.constraint = constraint_of(config.structure, self.n_latents, crosscoder.n_sources).of_latents(part)
         self.constraint.settle(crosscoder.parameters())
         self.schedule = Schedule(n_steps, config)
-        self.step, self.guess = 0, 0.0
+        self.step = 0
+        self.guess = 0.0
         self.since_fired = TokensSinceFired(
             crosscoder.encoder.new_zeros(crosscoder.n_latents, dtype=torch.int64), self.schedule.dead_after
         )
@@ -177,7 +178,8 @@ class Trainer:
         Tokens are drawn with a probability proportional to their squared loss. The input minus the decoder bias gives the
         direction, with the mean decoder norm of the live latents and a fifth of their mean encoder norm.
         """
-        dead, coder, latent = self.since_fired.dead(), self.crosscoder, self.mesh.latent
+        dead = self.since_fired.dead()
+        coder, latent = self.crosscoder, self.mesh.latent
         numbers = latent.gather(len(dead))
         n_alive = self.n_latents - sum(numbers)
         if not sum(numbers) or not n_alive:
@@ -215,11 +217,14 @@ class Trainer:
 
     def restore(self, state: TrainingState) -> None:
         """Resume from a state whose tensors are those of `state()`."""
-        self.step, self.guess, self.crosscoder.threshold = state.step, state.guess, state.threshold
+        self.step = state.step
+        self.guess = state.guess
+        self.crosscoder.threshold = state.threshold
 
     def assembled(self) -> Crosscoder | None:
         """The crosscoder with all its latents, in host memory, on the first rank; None on the others."""
-        coder, latent = self.crosscoder.to(torch.device("cpu")), self.mesh.latent
+        coder = self.crosscoder.to(torch.device("cpu"))
+        latent = self.mesh.latent
         if latent.size == 1:
             return coder if self.mesh.all.is_first else None
         parts = {name: latent.collect(tensor) for name, tensor in coder.parameters().items()}

@@ -1,1 +1,1 @@
-"""The dashboard: from the overview of a diff to one latent to one prompt, in the browser."""
+"""The dashboard: a diff in the browser, from its overview to single latents and live prompts."""

@@ -1,16 +1,11 @@
-"""The web application: which address shows what. Every page works without JavaScript; htmx swaps parts where there is some."""
+"""The web application: the address of each page. Every page works without JavaScript; with it, htmx swaps parts of a page."""
 
 from __future__ import annotations
 
-import gzip
 import io
-from collections.abc import Callable
-from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import polars as pl
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,58 +14,15 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.dashboard import charts, live_pages, pages
-from crossdiff.dashboard.catalogue import Catalogue, Coder
-from crossdiff.dashboard.live import WAITING, Busy, Live
+from crossdiff.dashboard import live_pages, pages
+from crossdiff.dashboard.catalogue import Catalogue
+from crossdiff.dashboard.live import Busy, Live
 from crossdiff.dashboard.queries import parse, select
-from crossdiff.dashboard.search import Search
 from crossdiff.dashboard.security import Guard
-from crossdiff.dashboard.threads import own_threads
+from crossdiff.dashboard.site import ROOT, Site, is_partial
 from crossdiff.errors import UserError
 
 HERE = Path(__file__).parent
-ROOT = "/run/{run}/{name}"
-CACHED_POINTS = 8
-PAGES_AT_ONCE = 3
-"""More would only take the interpreter from each other."""
-WAITING_AT_ONCE = 2 * WAITING
-"""Pages that wait for the models, or are told at once that too many do."""
-
-
-class Site:
-    """What all requests share: the runs, their search indexes, the models, the templates."""
-
-    def __init__(self, catalogue: Catalogue, live: Live, cache: Path) -> None:
-        self.catalogue, self.live = catalogue, live
-        self.templates: jinja2.Environment = pages.templates()
-        self.in_turn, self.waits = own_threads(PAGES_AT_ONCE), own_threads(WAITING_AT_ONCE)
-        self.search = {key: Search(coder, cache) for key, coder in catalogue.coders.items()}
-        self.points: Callable[[tuple[str, str], str], bytes] = lru_cache(CACHED_POINTS)(self._points)
-        # What does not change while the server runs is made once.
-        self.home: Callable[[], dict[str, Any]] = lru_cache(1)(lambda: pages.home(catalogue))
-        self.coder_page: Callable[[Coder], dict[str, Any]] = lru_cache(None)(pages.coder_page)
-
-    def coder(self, run: str, name: str) -> Coder:
-        """The crosscoder of an address; a path is never made from it."""
-        found = self.catalogue.coders.get((run, name))
-        if found is None:
-            raise HTTPException(404, "There is no such run or crosscoder here.")
-        return found
-
-    def row(self, coder: Coder, latent: int) -> dict[str, Any]:
-        """The latent of an address."""
-        row = coder.row(latent)
-        if row is None:
-            raise HTTPException(404, f"There is no latent {latent}: {coder.title} has {coder.table.height:,}.")
-        return row
-
-    def page(self, template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> HTMLResponse:
-        """A page from a template."""
-        text = self.templates.get_template(template).render(live=self.live.enabled, **values)
-        return HTMLResponse(text, status, headers)
-
-    def _points(self, key: tuple[str, str], colour: str) -> bytes:
-        return gzip.compress(charts.points(self.catalogue.coders[key], colour).encode(), 5)
 
 
 def create_app(
@@ -85,7 +37,9 @@ def create_app(
 
     Args:
         cache: folder of the search indexes, which are built in the background.
-        host: the address that the server listens on; token: what readers show, None on loopback; names: of the server.
+        host: the address that the server listens on.
+        token: secret that readers must present; None on loopback.
+        names: further host names of the server.
     """
     site = Site(catalogue, live, cache)
     app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
@@ -96,11 +50,6 @@ def create_app(
     for search in site.search.values():
         search.start()
     return Guard(app, host, token, names)
-
-
-def is_partial(request: Request) -> bool:
-    """Whether htmx asks for a part of the page."""
-    return request.headers.get("hx-request") == "true" and "hx-history-restore-request" not in request.headers
 
 
 def _add_pages(app: FastAPI, site: Site) -> None:
@@ -129,7 +78,7 @@ def _add_pages(app: FastAPI, site: Site) -> None:
     @site.in_turn
     def points(run: str, name: str, colour: str = "verdict") -> Response:
         if colour not in ("verdict", "template"):
-            raise HTTPException(422, "colour is verdict or template.")
+            raise HTTPException(422, "colour must be verdict or template.")
         site.coder(run, name)
         headers = {"content-encoding": "gzip", "cache-control": "private, max-age=60"}
         return Response(site.points((run, name), colour), media_type="application/json", headers=headers)
@@ -139,7 +88,7 @@ def _add_pages(app: FastAPI, site: Site) -> None:
     def download(request: Request, run: str, name: str, kind: str) -> Response:
         found = site.coder(run, name)
         if kind not in ("csv", "parquet"):
-            raise HTTPException(404, "The table is there as latents.csv and latents.parquet.")
+            raise HTTPException(404, "The table can be downloaded as latents.csv or latents.parquet.")
         query = parse(request.query_params.multi_items(), found.table.schema)
         latents = site.search[run, name].latents(query.search) if query.search else None
         rows = select(found.table, query, latents)
@@ -173,7 +122,7 @@ def _file_part(name: str) -> str:
 def _written(rows: pl.DataFrame, kind: str) -> bytes:
     buffer = io.BytesIO()
     if kind == "csv":
-        # Spreadsheets take a text that begins so for a formula.
+        # Spreadsheets would read a text that begins with one of these characters as a formula.
         texts = [name for name, kind in rows.schema.items() if kind == pl.String]
         rows.with_columns(pl.col(texts).str.replace(r"^([=+\-@\t\r])", "'$1")).write_csv(buffer)
     else:
@@ -183,7 +132,7 @@ def _written(rows: pl.DataFrame, kind: str) -> bytes:
 
 def _add_errors(app: FastAPI, site: Site) -> None:
     def answer(request: Request, status: int, message: str) -> HTMLResponse:
-        # htmx swaps no error in by default; the page asks it to, so that the message is seen where it happened.
+        # The page tells htmx to swap errors in as well, so that the message appears where the error happened.
         template = "problem.html.j2" if is_partial(request) else "error.html.j2"
         return site.page(template, status, phrase=HTTPStatus(status).phrase, message=message)
 
@@ -193,7 +142,7 @@ def _add_errors(app: FastAPI, site: Site) -> None:
 
     @app.exception_handler(Busy)
     def busy(request: Request, error: Busy) -> HTMLResponse:
-        return answer(request, 503, "Too many requests wait for the models. Try again in a moment.")
+        return answer(request, 503, "Too many requests are waiting for the models. Try again in a moment.")
 
     @app.exception_handler(StarletteHTTPException)
     def http_error(request: Request, error: StarletteHTTPException) -> HTMLResponse:

@@ -1,14 +1,12 @@
-"""The runs that the dashboard shows, each crosscoder with its tables in memory and its examples on disk, all read only."""
+"""The runs that the dashboard shows. Tables are held in memory, examples stay on disk; nothing is written."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,35 +15,36 @@ import polars as pl
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of
-from crossdiff.report.examples import Example, ExampleDatabase
-from crossdiff.report.html import short
-from crossdiff.report.reading import latent_of, read_run
+from crossdiff.report.examples import ExampleDatabase
+from crossdiff.report.reading import latent_of, read_run, read_table
 from crossdiff.report.records import CrosscoderReport, Latent, RunReport
 from crossdiff.report.wording import predicted
 
 TOP, PER_QUANTILE = 10, 3
-"""Examples of a latent page: the strongest, and of each quantile."""
+"""Examples on the page of a latent: the strongest, and from each quantile."""
 PERCENTILES = ("delta_norm", "nu_error", "nu_reconstruction", "nu_activation", "decoder_cosine")
 
 
-@dataclass(frozen=True)
-class Percentile:
-    """Where a latent's value stands among the latents with the verdict shared; `share` of them have a smaller one."""
+class Percentile(NamedTuple):
+    """A latent's measure compared with the latents of the verdict shared: `share` of them have a smaller value."""
 
     name: str
     share: float
 
 
 class Coder:
-    """One crosscoder of a run. `run` and `name` are the parts of its address."""
+    """One crosscoder of a run; `run` and `name` make up its address."""
 
-    def __init__(self, run: str, title: str, report: RunReport, coder: CrosscoderReport) -> None:
-        self.run, self.run_title, self.report, self.coder = run, title, report, coder
-        self.name, self.title, self.folder = coder.name, coder.title, report.directory / coder.name
+    def __init__(self, run: str, report: RunReport, coder: CrosscoderReport) -> None:
+        self.run = run
+        self.report = report
+        self.coder = coder
+        self.name = coder.name
+        self.title = coder.title
+        self.folder = report.directory / coder.name
         self.table = coder.latents
-        self.columns = tuple(self.table.columns)
         self._row_of = {latent: row for row, latent in enumerate(self.table["latent"].to_list())}
-        self.predicted = predicted(coder.behaviour_results())
+        self.predicted = predicted(coder.behaviours)
 
     @property
     def path(self) -> str:
@@ -62,24 +61,22 @@ class Coder:
         return self.table["explanation"].null_count() < self.table.height
 
     def row(self, latent: int) -> dict[str, Any] | None:
-        """The latent's row of the table; None where there is no such latent."""
+        """The latent's row of the table; None if there is no such latent."""
         at = self._row_of.get(latent)
         return None if at is None else self.table.row(at, named=True)
 
     def beside(self, latent: int) -> tuple[int | None, int | None]:
-        """The latents before and after in the order of their numbers."""
+        """The previous and the next latent by number."""
         at, numbers = self._row_of[latent], self.table["latent"]
         return (int(numbers[at - 1]) if at else None, int(numbers[at + 1]) if at + 1 < len(numbers) else None)
 
     @cached_property
     def database(self) -> ExampleDatabase:
-        """Its examples."""
         return ExampleDatabase(self.folder / "examples.sqlite")
 
     def latent(self, row: dict[str, Any], top: int = TOP, per_quantile: int = PER_QUANTILE) -> Latent:
         """The record of a row, with its examples."""
-        examples: tuple[Example, ...] = self.database.examples(row["latent"], top, per_quantile)
-        return latent_of(row, examples)
+        return latent_of(row, self.database.examples(row["latent"], top, per_quantile))
 
     def card(self, latent: Latent) -> Card:
         """The report's card of a latent."""
@@ -91,7 +88,7 @@ class Coder:
         return {name: np.sort(shared[name].drop_nulls().drop_nans().to_numpy()) for name in PERCENTILES}
 
     def percentiles(self, row: dict[str, Any]) -> tuple[Percentile, ...]:
-        """Where its measures stand among the shared latents; those that are undefined are left out."""
+        """Its defined measures compared with the shared latents."""
         found = []
         for name, values in self._shared.items():
             value = row[name]
@@ -100,73 +97,62 @@ class Coder:
         return tuple(found)
 
     def activity(self, latent: int) -> list[dict[str, Any]]:
-        """Where it fires: rows of activity.parquet, the largest share first."""
+        """The groups of tokens on which it is active: rows of activity.parquet, the largest share first."""
         path = self.folder / "activity.parquet"
         if not path.is_file():
             return []
-        with _readable(path):
-            # The largest of the side tables, so it is left on disk.
+        try:
+            # This is the largest side table, so it stays on disk.
             found = pl.scan_parquet(path).filter(pl.col("latent") == latent).collect()
             return found.sort("share", descending=True, nulls_last=True, maintain_order=True).to_dicts()
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(f"{path} cannot be read as Parquet ({error}); run `crossdiff analyze` again") from error
 
     def neighbours(self, latent: int) -> list[dict[str, Any]]:
-        """The nearest latents by the chat direction."""
+        """The nearest latents by their chat directions."""
         return _rows_of(latent, self._neighbours)
 
     def twins(self, latent: int) -> list[dict[str, Any]]:
-        """Latents that may carry it in the base model, and those that it may carry: rows with `other`."""
+        """Latents that may carry its concept in the base model, or whose concept it may carry: rows with `other`."""
         return _rows_of(latent, self._twins)
 
     @cached_property
     def _neighbours(self) -> pl.DataFrame:
-        path = self.folder / "neighbours.parquet"
-        with _readable(path):
-            return _links(path).sort("latent", "rank")
+        return self._links("neighbours.parquet", "neighbour", "cosine", "rank").sort("latent", "rank")
 
     @cached_property
     def _twins(self) -> pl.DataFrame:
-        """Every pair from both sides."""
-        path = self.folder / "twins.parquet"
-        with _readable(path):
-            pairs = _links(path)
-            sides = [pairs.with_columns(latent=mine, other=other) for mine, other in (("latent", "twin"), ("twin", "latent"))]
-            return pl.concat(sides).sort("latent", "cosine", descending=[False, True])
+        """Every pair twice, once for each of its latents."""
+        pairs = self._links("twins.parquet", "twin", "cosine")
+        sides = [pairs.with_columns(latent=mine, other=other) for mine, other in (("latent", "twin"), ("twin", "latent"))]
+        return pl.concat(sides).sort("latent", "cosine", descending=[False, True])
+
+    def _links(self, file: str, *columns: str) -> pl.DataFrame:
+        """A table of links between latents; empty if the run has none."""
+        path = self.folder / file
+        if not path.is_file():
+            return pl.DataFrame(schema=dict.fromkeys(("latent", *columns), pl.Int64))
+        return read_table(path, ("latent", *columns), "crossdiff analyze")
 
     @cached_property
     def causal(self) -> list[dict[str, Any]]:
-        """Results of the causal test; empty where it was not made."""
+        """Results of the causal test; empty if it was not run."""
         path = self.folder / "causal.json"
         results: list[dict[str, Any]] = read_json(path)["results"] if path.is_file() else []
         return results
 
 
-def _links(path: Path) -> pl.DataFrame:
-    """A table of links between latents; empty where the run has none."""
-    if not path.is_file():
-        return pl.DataFrame(schema=dict.fromkeys(("latent", "twin", "cosine", "rank"), pl.Int64))
-    return pl.read_parquet(path)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What Polars finds wrong with the file is the user's to mend."""
-    try:
-        yield
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}): run `crossdiff analyze` again") from error
-
-
 def _rows_of(latent: int, table: pl.DataFrame) -> list[dict[str, Any]]:
-    """The latent's rows of a table in the order of latents."""
+    """The latent's rows of a table that is sorted by latent."""
     first, end = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
     return table[first:end].to_dicts()
 
 
 class Catalogue:
-    """All runs by the parts of their addresses.
+    """All runs by their addresses.
 
     Raises:
-        UserError: a directory is no analysed run.
+        UserError: a directory is not an analysed run.
     """
 
     def __init__(self, directories: Sequence[Path]) -> None:
@@ -176,14 +162,14 @@ class Catalogue:
             report = read_run(directory)
             self.reports[slug] = report
             for coder in report.crosscoders:
-                self.coders[slug, coder.name] = Coder(slug, short(str(directory), directory.name), report, coder)
+                self.coders[slug, coder.name] = Coder(slug, report, coder)
 
     def __iter__(self) -> Iterator[Coder]:
         return iter(self.coders.values())
 
 
 def slugs(directories: Sequence[Path]) -> list[str]:
-    """Short names for addresses, each once; a directory's own name may hold anything."""
+    """A short unique name per run for its address; the name of a directory may have any characters."""
     found: list[str] = []
     for directory in directories:
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.resolve().name).strip("-") or "run"

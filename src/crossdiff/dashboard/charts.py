@@ -1,4 +1,5 @@
-"""Figures that the report has not: every latent as a point that can be brushed, crosscoders laid over one another, KL bars."""
+"""Figures that only the dashboard has: every latent as a point that can be brushed, delta_norm of several crosscoders in one
+figure, and bars of KL."""
 
 from __future__ import annotations
 
@@ -9,19 +10,23 @@ import numpy as np
 import polars as pl
 
 from crossdiff.dashboard.catalogue import Coder
-from crossdiff.report.figures import NU_RANGE, VERDICT_MARKS, Figure, figure_json, scaling_layout
+from crossdiff.report.figures import DELTA_NORM_EDGES, DELTA_NORM_TITLE, NU_RANGE, NUS, scaling_plot, with_both_nus
+from crossdiff.report.marks import BLUE, GREEN, ORANGE, PURPLE, SKY, VERDICT_MARKS, VERMILLION
+from crossdiff.report.plotly_figures import LEGEND, PageFigure, error_lengths, figure_json, layout_of, plain
 from crossdiff.report.wording import VERDICTS, words
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "x")
-_BINS = 40
-_NUS = ("nu_error", "nu_reconstruction")
+_SCALE = {
+    "colorscale": "Cividis", "cmin": 0, "cmax": 1, "opacity": 0.8,
+    "colorbar": {"title": {"text": "share of active tokens<br>on template tokens", "side": "right"}, "thickness": 12},
+}  # fmt: skip
 
 
 def points(coder: Coder, colour: str) -> str:
-    """The figure's JSON: nu_error against nu_reconstruction of every latent that has both, by `verdict` or `template` share."""
-    table = coder.table.filter(*(pl.col(nu).is_finite() for nu in _NUS))
+    """JSON of nu_error against nu_reconstruction for every latent with both, coloured by `verdict` or `template` share."""
+    table = with_both_nus(coder.table)
     if colour == "template":
         traces = [_trace(table, "latents", {"color": table["share_template"].round(3).to_list(), "size": 6, **_SCALE})]
     else:
@@ -31,17 +36,11 @@ def points(coder: Coder, colour: str) -> str:
             if rows.height:
                 marker = {"color": mark.colour, "symbol": mark.symbol, "opacity": mark.opacity, "size": mark.size}
                 traces.append(_trace(rows, f"{VERDICTS[verdict]} ({rows.height:,})", marker))
-    return figure_json(traces, scaling_layout(coder.report.limits), 460)
-
-
-_SCALE = {
-    "colorscale": "Cividis", "cmin": 0, "cmax": 1, "opacity": 0.8,
-    "colorbar": {"title": {"text": "share of active tokens<br>on template tokens", "side": "right"}, "thickness": 12},
-}  # fmt: skip
+    return figure_json(traces, layout_of(scaling_plot(coder.report.limits)), 460)
 
 
 def _trace(rows: pl.DataFrame, name: str, marker: dict[str, Any]) -> dict[str, Any]:
-    x, y = (rows[nu].clip(*NU_RANGE).round(4).to_list() for nu in _NUS)
+    x, y = (rows[nu].clip(*NU_RANGE).round(4).to_list() for nu in NUS)
     hover = "latent %{customdata}<br>nu_error %{x}<br>nu_reconstruction %{y}"
     return {
         "type": "scattergl", "mode": "markers", "name": name, "showlegend": "colorbar" not in marker, "x": x, "y": y,
@@ -49,20 +48,9 @@ def _trace(rows: pl.DataFrame, name: str, marker: dict[str, Any]) -> dict[str, A
     }  # fmt: skip
 
 
-def points_note(coder: Coder) -> str:
-    """What the points leave out or move."""
-    defined = coder.table.filter(*(pl.col(nu).is_finite() for nu in _NUS))
-    outside = defined.filter(pl.any_horizontal(~pl.col(nu).is_between(*NU_RANGE) for nu in _NUS)).height
-    low, high = NU_RANGE
-    return (
-        f"{defined.height:,} latents. Not drawn, with an undefined nu: {coder.table.height - defined.height:,}. "
-        f"Moved to the edge at {low:g} or {high:g}: {outside:,}."
-    )
-
-
-def norm_overlay(coders: Sequence[Coder]) -> Figure:
-    """delta_norm of several crosscoders as a share of each one's live latents."""
-    edges = np.linspace(0, 1, _BINS + 1)
+def norm_overlay(coders: Sequence[Coder]) -> PageFigure:
+    """delta_norm of several crosscoders, each as a share of its live latents."""
+    edges = DELTA_NORM_EDGES
     traces = []
     for at, coder in enumerate(coders):
         values = coder.table.filter(pl.col("verdict") != "dead")["delta_norm"].drop_nans().drop_nulls().to_numpy()
@@ -75,27 +63,27 @@ def norm_overlay(coders: Sequence[Coder]) -> Figure:
             "hovertemplate": "delta_norm %{x}<br>%{y:.2%} of live latents<extra>%{fullData.name}</extra>",
         })  # fmt: skip
     layout = {
-        "xaxis": {"title": {"text": "delta_norm (0 base-only, 1 chat-only)"}, "range": [0, 1]},
+        "xaxis": {"title": {"text": DELTA_NORM_TITLE}, "range": [0, 1]},
         "yaxis": {"title": {"text": "share of live latents (log scale)"}, "type": "log", "tickformat": ".2~%"},
-        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0},
+        "legend": LEGEND,
     }
     names = ", ".join(label(coder) for coder in coders)
-    return Figure(figure_json(traces, layout, 340), f"delta_norm of the latents of {names}, laid over one another.")
+    return PageFigure(figure_json(traces, layout, 340), f"delta_norm of the latents of {names}, in one figure.")
 
 
-def kl_bars(coders: Sequence[Coder], span: str = "response") -> Figure | None:
-    """KL to the chat model of every intervention with its interval; None where no crosscoder has a causal test."""
+def kl_bars(coders: Sequence[Coder], span: str = "response") -> PageFigure | None:
+    """KL to the chat model of every intervention with its interval; None if no crosscoder has a causal test."""
     tested = [coder for coder in coders if coder.causal]
     traces: list[dict[str, Any]] = []
     for at, coder in enumerate(tested):
         rows = [row for row in coder.causal if row["span"] == span]
+        value, low, high = ([row["kl"][end] for row in rows] for end in ("value", "low", "high"))
         traces.append({
             "type": "bar", "name": label(coder), "showlegend": True, "y": [words(row["intervention"]) for row in rows],
-            "x": [row["kl"]["value"] for row in rows], "orientation": "h", "marker": {"color": COLOURS[at % 6]},
+            "x": value, "orientation": "h", "marker": {"color": COLOURS[at % 6]},
             "error_x": {
-                "type": "data", "symmetric": False,
-                "array": [row["kl"]["high"] - row["kl"]["value"] for row in rows],
-                "arrayminus": [row["kl"]["value"] - row["kl"]["low"] for row in rows],
+                "type": "data", "symmetric": False, "array": error_lengths(value, high),
+                "arrayminus": error_lengths(low, value),
             },
             "hovertemplate": "%{y}<br>KL %{x:.3f} nats<extra>%{fullData.name}</extra>",
         })  # fmt: skip
@@ -104,15 +92,14 @@ def kl_bars(coders: Sequence[Coder], span: str = "response") -> Figure | None:
     count = len({name for trace in traces for name in trace["y"]})
     layout = {
         "barmode": "group",
-        "xaxis": {"title": {"text": "KL to the chat model, nats per token (lower is nearer)"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": "KL to the chat model, nats per token (lower is closer)"}, "rangemode": "tozero"},
         "yaxis": {"automargin": True, "autorange": "reversed"},
-        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0},
+        "legend": LEGEND,
     }
     description = f"KL to the chat model of {count} interventions, with 95% intervals."
-    return Figure(figure_json(traces, layout, 140 + 26 * count * len(tested)), description)
+    return PageFigure(figure_json(traces, layout, 140 + 26 * count * len(tested)), description)
 
 
 def label(coder: Coder) -> str:
-    """A crosscoder among those of all runs; plotly reads tags in labels, and a run's name has none."""
-    text = f"{coder.run} {coder.name}"
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """A crosscoder's name among those of all runs."""
+    return plain(f"{coder.run} {coder.name}")

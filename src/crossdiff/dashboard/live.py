@@ -1,4 +1,4 @@
-"""Prompts that the models read now: activations, answers, steering. The models are loaded once; one request runs at a time."""
+"""Live prompts: activations, answers and steering. The models are loaded once, and one request runs at a time."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ MAX_CHARACTERS = 20_000
 MAX_STRENGTH = 20.0
 MAX_LATENTS = 12
 WAITING = 8
-"""Requests that may wait for the models; the next one is asked to come again."""
+"""Requests that may wait for the models; further ones are turned away."""
 KEPT = 64
-"""Readings that are remembered, so that a token can be clicked without running the models again."""
+"""Readings that are kept, so that clicking a token does not run the models again."""
 PATIENCE = 120.0
-"""Seconds that a request waits for its turn."""
+"""Seconds that a request waits for the models."""
 
 Order = Literal["active", "specific"]
 Prompt = str | Sequence[Mapping[str, str]]
 
 
 class Busy(Exception):
-    """Too many requests wait for the models."""
+    """Too many requests are waiting for the models."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What both models made of one text: active pairs (token, latent, v), `[pair]`, and the tokens with their flags."""
+    """One text with its active latents: arrays `[pair]` of token, latent and v, and the text and flags of each token."""
 
     key: str
     texts: tuple[str, ...]
@@ -59,17 +59,17 @@ class Reading:
         return values
 
     def at(self, position: int) -> list[tuple[int, float]]:
-        """The latents that are active on a token, the strongest first."""
+        """The active latents of a token, the strongest first."""
         here = np.flatnonzero(self.token == position)
         order = here[np.argsort(-self.v[here], kind="stable")]
         return [(int(self.latent[pair]), float(self.v[pair])) for pair in order]
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """How many latents are active on each token."""
+        """Number of active latents per token."""
         return np.bincount(self.token, minlength=len(self.texts))
 
     def strongest(self, order: Order, rank_sum: Mapping[int, float], n: int) -> list[int]:
-        """The most active latents, or of the active ones those of the lowest `rank_sum`, the most chat-specific."""
+        """The most active latents, or the active ones with the lowest `rank_sum`, which are the most chat-specific."""
         latents, where = np.unique(self.latent, return_inverse=True)
         top = np.zeros(len(latents), np.float32)
         np.maximum.at(top, where, self.v)
@@ -81,7 +81,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Sides:
-    """One latent on one stored example as each model feeds it: `<x_s, e^s>` per token, and the bias added to their sum."""
+    """One latent's input from each model on a stored example: `<x_s, e^s>` per token, and the bias added to their sum."""
 
     base: npt.NDArray[np.float32]
     chat: npt.NDArray[np.float32]
@@ -90,7 +90,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Promoted:
-    """Logit lens of one direction: the tokens that it promotes and those that it demotes, with their logits."""
+    """Logit lens of one direction: the tokens that it promotes (`up`) and demotes (`down`), with their logits."""
 
     name: str
     up: tuple[tuple[str, float], ...]
@@ -98,7 +98,7 @@ class Promoted:
 
 
 class Live:
-    """The models of the runs on show. Threads wait in line for them; what was read stays readable without them."""
+    """The models of all runs. Threads take turns with them; earlier readings are available without them."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -110,14 +110,10 @@ class Live:
 
     @contextmanager
     def _models(self, coder: Coder) -> Iterator[Diff]:
-        """The crosscoder with its pair of models, for this thread alone.
-
-        Raises:
-            Busy: too many wait already, or the wait was too long.
-            UserError: the models are switched off, cannot be loaded, or are not those of the run.
-        """
+        """The crosscoder with its pair of models, for this thread alone. Raises `Busy` if too many wait already, or after
+        `PATIENCE`."""
         if not self.enabled:
-            raise UserError("this dashboard was started with --no-live, so no model is loaded; start it without")
+            raise UserError("this dashboard was started with --no-live, so no model is loaded; start it without that option")
         if not self._line.acquire(blocking=False):
             raise Busy
         try:
@@ -137,7 +133,7 @@ class Live:
         if key not in self._diffs:
             opened = diff.open(coder.report.directory, coder.name)
             _ = opened.crosscoder
-            # Crosscoders of one run read the same pair, which is loaded once.
+            # Crosscoders of one run share a pair, which is loaded once.
             for other in self._diffs.values():
                 if other.path == opened.path:
                     opened.__dict__["pair"] = other.pair
@@ -146,11 +142,7 @@ class Live:
         return self._diffs[key]
 
     def read(self, coder: Coder, text: Prompt) -> Reading:
-        """Let both models read a text.
-
-        Raises:
-            Busy: too many requests wait. UserError: the text is empty, too long or cannot be rendered.
-        """
+        """Run both models on a text."""
         check_length(text)
         with self._models(coder) as diff:
             from crossdiff.text_activations import read_text
@@ -163,17 +155,13 @@ class Live:
         return reading
 
     def recall(self, key: str) -> Reading | None:
-        """A reading of before, while it is remembered."""
+        """An earlier reading, while it is kept."""
         return self._readings.get(key)
 
     def answer(
         self, coder: Coder, text: Prompt, steering: Sequence[Steering | None], models: Sequence[str], n: int
     ) -> list[str]:
-        """What the models say next, an answer for each pair of steering and model.
-
-        Raises:
-            Busy: too many requests wait. UserError: the text cannot be read, or the latent cannot be steered with.
-        """
+        """One answer of at most `n` tokens for each pair of steering and model."""
         check_length(text)
         with self._models(coder) as diff:
             from crossdiff.causal.generation import Prompt, Sampling
@@ -190,7 +178,7 @@ class Live:
             ]
 
     def sides(self, coder: Coder, latent: int, token_ids: npt.NDArray[np.int32]) -> Sides:
-        """Both models' part in one latent's pre-activation, on the tokens of a stored example."""
+        """Each model's part of one latent's pre-activation on the tokens of a stored example."""
         _check_compares(coder)
         with self._models(coder) as diff:
             import torch
@@ -202,14 +190,14 @@ class Live:
                 h = torch.stack(paired_residuals(diff.pair, [token_ids], [crosscoder.origin["layer"]])[0], dim=1)
                 x = crosscoder.normalise(h.to(crosscoder.encoder.device))
                 encoder = crosscoder.encoder[latent].view(crosscoder.n_sources, crosscoder.d_model)
-                # In v, as everything that is shown: times the sum of the decoder norms.
-                scale = crosscoder.norms()[latent].sum()
+                # In the unit of v, like every activation that is shown.
+                scale = crosscoder.norm_sums()[latent]
                 parts = torch.einsum("tsd,sd->ts", x, encoder) * scale
             base, chat = parts.cpu().numpy().T
             return Sides(base, chat, float(crosscoder.encoder_bias[latent] * scale))
 
     def lens(self, coder: Coder, latent: int, n: int = 10) -> tuple[Promoted, ...]:
-        """Tokens that its directions promote: base in the base model, chat and the difference in the chat model."""
+        """Tokens that a latent's directions promote: base in the base model, chat and chat minus base in the chat model."""
         _check_compares(coder)
         key = coder.path, latent
         if key not in self._lenses:
@@ -219,16 +207,16 @@ class Live:
 
 
 def _check_compares(coder: Coder) -> None:
-    """Raises `UserError` before any model is waited for."""
+    """Refuse a coder with one decoder before waiting for a model."""
     if not coder.compares:
-        raise UserError(f"{coder.title} has one decoder, so there are no two sides to compare")
+        raise UserError(f"{coder.title} has one decoder, so it has no base and chat side to compare")
 
 
 def check_length(text: Prompt) -> None:
-    """Raises `UserError` for a text of more than `MAX_CHARACTERS`, before any of it is tokenised."""
+    """Refuse a text of more than `MAX_CHARACTERS` before it is tokenised."""
     length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
     if length > MAX_CHARACTERS:
-        raise UserError(f"the text has {length:,} characters; at most {MAX_CHARACTERS:,} are read: shorten it")
+        raise UserError(f"the text has {length:,} characters; at most {MAX_CHARACTERS:,} are read, so shorten it")
 
 
 def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
@@ -277,13 +265,10 @@ def _tokens(tokenizer: Any, logits: Any, n: int, largest: bool) -> tuple[tuple[s
 
 
 def direction_logits(model: Any, direction: Any) -> Any:
-    """Logits of a direction of the residual stream, `[vocabulary]`: through the final norm's gain and the unembedding.
+    """Logits `[vocabulary]` of a direction of the residual stream, through the final norm and the unembedding.
 
-    The final norm is applied to the direction itself, so every architecture's way to write the gain is its own; what the norm
-    makes of nothing, its bias, is taken off.
-
-    Raises:
-        UserError: the model has no final norm under a usual name.
+    Applying the norm module to the direction covers every architecture's way of storing its gain. The norm of a zero vector,
+    which is the norm's bias, is subtracted.
     """
     import torch
 
@@ -291,7 +276,7 @@ def direction_logits(model: Any, direction: Any) -> Any:
     names = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
     norm = next((getattr(trunk, name) for name in names if hasattr(trunk, name)), None)
     if norm is None:
-        raise UserError(f"{type(model).__name__} has no final norm named {', '.join(names)}, so there is no logit lens")
+        raise UserError(f"{type(model).__name__} has no final norm named {', '.join(names)}, so the logit lens is unavailable")
     unembedding = model.get_output_embeddings()
     weight = unembedding.weight
     vectors = torch.stack([direction.to(weight), torch.zeros_like(direction).to(weight)])

@@ -1,4 +1,4 @@
-"""What each page shows, as values for its template."""
+"""The values that each page passes to its template."""
 
 from __future__ import annotations
 
@@ -11,34 +11,31 @@ from crossdiff.dashboard import charts
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.queries import SHOWN, Query, page_of, select
 from crossdiff.dashboard.search import Search
-from crossdiff.report import figures as report_figures
-from crossdiff.report import html, wording
-from crossdiff.report.cards import LEVELS, example_view, sign_of
-from crossdiff.report.environment import environment
+from crossdiff.report import figures, overview, wording
+from crossdiff.report.cards import example_view
 from crossdiff.report.examples import visible
-from crossdiff.report.figures import NU_RANGE, VERDICT_MARKS
+from crossdiff.report.figures import NU_RANGE, scaling_note
+from crossdiff.report.marks import Sign, sign_of, verdict_mark
+from crossdiff.report.plotly_figures import for_page
+from crossdiff.report.templating import environment
 
-OPEN_EXAMPLES = 4
 MAX_ACTIVITY_ROWS = 14
 
 
 def templates() -> jinja2.Environment:
-    """The dashboard's templates over the report's, escaped like them."""
+    """The dashboard's templates, which use those of the report and are escaped like them."""
     made = environment()
     assert made.loader is not None
     made.loader = jinja2.ChoiceLoader([jinja2.PackageLoader("crossdiff.dashboard"), made.loader])
     made.auto_reload = False
-    made.filters["words"] = wording.words
-    made.filters["number"] = wording.number
-    made.filters["share"] = wording.share
-    made.filters |= {"cell": cell, "visible": visible}
-    made.globals |= {"sign_of_verdict": sign_of_verdict, "levels": range(1, LEVELS + 1), "open_examples": OPEN_EXAMPLES}
+    made.filters |= {"number": wording.number, "share": wording.share, "cell": cell, "visible": visible}
+    made.globals["sign_of_verdict"] = sign_of_verdict
     return made
 
 
-def sign_of_verdict(verdict: str) -> Any:
-    """The coloured sign of a verdict with its name."""
-    return sign_of(wording.words(verdict), VERDICT_MARKS.get(verdict, VERDICT_MARKS["undecided"]))
+def sign_of_verdict(verdict: str) -> Sign:
+    """The name of a verdict with its coloured glyph."""
+    return sign_of(wording.words(verdict), verdict_mark(verdict))
 
 
 def cell(value: Any, column: str) -> str:
@@ -59,18 +56,18 @@ def cell(value: Any, column: str) -> str:
 
 
 def home(catalogue: Catalogue) -> dict[str, Any]:
-    """All runs: their health side by side, their norms laid over one another, and KL."""
+    """The overview: each run's answer and health, and delta_norm and KL of all crosscoders in one figure each."""
     coders = list(catalogue)
     runs = [
         {
             "slug": slug,
-            "title": html.title(report),
-            "facts": html.facts(report),
+            "title": overview.title(report),
+            "facts": overview.facts(report),
             "answer": wording.answer(report),
             "names": [coder.title for coder in report.crosscoders],
-            "health": html.health_rows(report),
+            "health": overview.health_rows(report),
             "coders": [coder for coder in coders if coder.run == slug],
-            "caveats": html.caveats(report),
+            "caveats": overview.caveats(report),
             "has_null": bool(report.null),
         }
         for slug, report in catalogue.reports.items()
@@ -96,24 +93,24 @@ def table(coder: Coder, query: Query, search: Search) -> dict[str, Any]:
 
 
 def coder_page(coder: Coder) -> dict[str, Any]:
-    """One crosscoder: its answer in numbers and the figures that filter the table."""
+    """The page of a crosscoder: its health, and the figures that filter the table."""
     report_coder = coder.coder
-    rows = [(name, values[coder.report.crosscoders.index(report_coder)]) for name, values in html.health_rows(coder.report)]
+    place = coder.report.crosscoders.index(report_coder)
     histogram = None
     if coder.compares:
-        histogram = report_figures.delta_norm_histogram(report_coder, report_figures.highest_bar([report_coder]))
+        histogram = for_page(figures.delta_norm_histogram(report_coder, figures.highest_bar([report_coder])))
     return {
-        "health": rows,
+        "health": [(row.name, row.values[place], row.meaning) for row in overview.health_rows(coder.report)],
         "histogram": histogram,
-        "frequencies": report_figures.frequency_histogram(report_coder),
+        "frequencies": for_page(figures.frequency_histogram(report_coder)),
         "kl": charts.kl_bars([coder]),
-        "note": charts.points_note(coder) if coder.compares else f"One decoder: {wording.ONE_DECODER}",
+        "note": scaling_note(coder.table) if coder.compares else f"One decoder: {wording.ONE_DECODER}",
         "nu_range": NU_RANGE,
     }
 
 
 def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> dict[str, Any]:
-    """One latent."""
+    """The page of a latent."""
     latent = coder.latent(row)
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
     previous, following = coder.beside(row["latent"])
@@ -138,7 +135,7 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> di
 
 
 def _scores(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Scores of the explanation, where there are any."""
+    """The defined scores of the latent's explanation."""
     names = ("detection", "fuzzing", "embedding_explanation", "embedding_examples", "bag_of_words")
     found = [(wording.words(name), row.get(name)) for name in names]
     return [(name, wording.number(value)) for name, value in found if isinstance(value, float) and value == value]

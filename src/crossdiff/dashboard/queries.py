@@ -1,4 +1,4 @@
-"""What a reader asks of the latent table, in the address: search, filters, order, page."""
+"""The query of the latent table, kept in the address: search, filters, order, page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_FILTERS = 20
 
 @dataclass(frozen=True)
 class Filter:
-    """`column:low:high` keeps numbers between the ends, either of which may be left out; `column=text` keeps one text."""
+    """`column:low:high` keeps numbers between two ends, of which one may be empty; `column=text` keeps one text."""
 
     column: str
     low: float | None = None
@@ -38,7 +38,7 @@ class Filter:
 
     @property
     def words(self) -> str:
-        """The filter as a reader says it."""
+        """The filter in words."""
         if self.equals is not None:
             return f"{self.column} is {self.equals.replace('_', ' ')}"
         if self.low is None or self.high is None:
@@ -46,7 +46,7 @@ class Filter:
         return f"{self.column} {self.low:g} to {self.high:g}"
 
     def expression(self) -> pl.Expr:
-        """Which rows are kept; a value that is undefined lies between no ends."""
+        """Which rows are kept. An undefined value is never between the ends."""
         column = pl.col(self.column)
         if self.equals is not None:
             return column.cast(pl.String) == self.equals
@@ -56,7 +56,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Query:
-    """Everything that a table's address says."""
+    """The query of a table's address."""
 
     search: str = ""
     sort: str = "rank_sum"
@@ -66,7 +66,7 @@ class Query:
     show: tuple[str, ...] = ()
 
     def address(self, **changes: Any) -> str:
-        """The query part of the address, with changes; what is as by default is left out."""
+        """The query part of the address, with changes and without defaults."""
         new = replace(self, **changes)
         pairs = [("q", new.search)] if new.search else []
         if (new.sort, new.descending) != ("rank_sum", False):
@@ -77,7 +77,7 @@ class Query:
         return "?" + urlencode(pairs)
 
     def sorted_by(self, column: str) -> str:
-        """The address with this column as the order; a second time turns the order round."""
+        """The address that sorts by this column, or reverses the order if it already does."""
         turned = not self.descending if column == self.sort else False
         return self.address(sort=column, descending=turned, page=1)
 
@@ -87,7 +87,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Page:
-    """One page of rows, and how many rows there are."""
+    """One page of rows, and the number of all rows and pages."""
 
     rows: list[dict[str, Any]]
     n_rows: int
@@ -95,11 +95,7 @@ class Page:
 
 
 def parse(pairs: Sequence[tuple[str, str]], schema: Mapping[str, Any]) -> Query:
-    """Read the query part of an address.
-
-    Raises:
-        UserError: a column that does not exist, a number that is none, a value out of range; the message names it.
-    """
+    """Read the query part of an address."""
     found: dict[str, list[str]] = {}
     for key, value in pairs:
         found.setdefault(key, []).append(value)
@@ -110,7 +106,7 @@ def parse(pairs: Sequence[tuple[str, str]], schema: Mapping[str, Any]) -> Query:
         ends = f"={equals}" if equals else f":{last.get('min', '')}:{last.get('max', '')}"
         filters.append(parse_filter(last["column"] + ends, schema))
     if len(filters) > MAX_FILTERS:
-        raise UserError(f"the address has {len(filters)} filters; at most {MAX_FILTERS} are read")
+        raise UserError(f"the address has {len(filters)} filters; at most {MAX_FILTERS} are allowed, so remove some")
     sort = last.get("sort", "rank_sum")
     show = tuple(dict.fromkeys(found.get("show", [])))
     for column in (sort, *show):
@@ -126,7 +122,7 @@ def parse(pairs: Sequence[tuple[str, str]], schema: Mapping[str, Any]) -> Query:
 
 
 def parse_filter(text: str, schema: Mapping[str, Any]) -> Filter:
-    """Read one filter; raises as `parse`."""
+    """Read one filter."""
     column, is_equal, equals = text.partition("=")
     if is_equal and column in schema:
         return Filter(column, equals=equals[:100])
@@ -134,15 +130,15 @@ def parse_filter(text: str, schema: Mapping[str, Any]) -> Filter:
     _check_column(column, schema)
     low, colon, high = ends.partition(":")
     if not colon or (not low and not high):
-        raise UserError(f"the filter {text[:80]!r} has no ends; expected column:low:high or column=text")
+        raise UserError(f"the filter {text[:80]!r} has no value; expected column:low:high or column=text")
     if not schema[column].is_numeric():
-        raise UserError(f"{column} holds no numbers; filter it with {column}=text")
+        raise UserError(f"{column} is not a column of numbers; filter it with {column}=text")
     return Filter(column, _number(low), _number(high))
 
 
 def _check_column(column: str, schema: Mapping[str, Any]) -> None:
     if column not in schema:
-        raise UserError(f"there is no column {column[:60]!r} in the latent table; the table's head lists them")
+        raise UserError(f"there is no column {column[:60]!r} in the latent table; the list beside Column names them")
 
 
 def _number(text: str) -> float | None:
@@ -153,7 +149,7 @@ def _number(text: str) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{text[:40]!r} is no number that a filter can have; write it like 0.25")
+        raise UserError(f"{text[:40]!r} is not a finite number; write it like 0.25")
     return value
 
 
@@ -162,7 +158,7 @@ def _end(value: float | None) -> str:
 
 
 def select(table: pl.DataFrame, query: Query, found: npt.NDArray[np.int64] | None) -> pl.DataFrame:
-    """The rows that a query asks for, in its order; undefined values come last. `found` are the latents of the search."""
+    """The rows of a query in its order, undefined values last. `found` has the latents that the search found, if any."""
     table = table.filter(*(each.expression() for each in query.filters))
     if found is not None:
         table = table.filter(pl.col("latent").is_in(found.tolist()))
@@ -173,7 +169,7 @@ def select(table: pl.DataFrame, query: Query, found: npt.NDArray[np.int64] | Non
 
 
 def page_of(rows: pl.DataFrame, query: Query) -> Page:
-    """The page that the query asks for; the last one where it asks for more."""
+    """The requested page, or the last one if there are fewer."""
     n_pages = max(1, -(-rows.height // PAGE_SIZE))
     at = min(query.page, n_pages) - 1
     return Page(rows.slice(at * PAGE_SIZE, PAGE_SIZE).to_dicts(), rows.height, n_pages)

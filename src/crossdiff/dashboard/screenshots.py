@@ -1,4 +1,4 @@
-"""Pictures of every page in light, dark and narrow, to be looked at: `crossdiff dashboard RUN --screenshots DIR`."""
+"""Screenshots of every page in light, dark and narrow layout: `crossdiff dashboard RUN --screenshots DIR`."""
 
 from __future__ import annotations
 
@@ -19,32 +19,28 @@ if TYPE_CHECKING:
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ("--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
-"""Software rendering, so that pictures are the same everywhere; the sandbox does not start in containers, and only our own
-pages are opened."""
+"""Software rendering gives the same pictures everywhere. The sandbox does not start in containers, and only our
+own pages are opened."""
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
 PROMPT = "Who are you?"
 TIMEOUT = 60_000
 
 
 def find_chromium() -> str | None:
-    """Where the system's Chromium is."""
+    """Path of the system's Chromium; None if it is not installed."""
     return next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
 
 
 def launch(playwright: Playwright) -> Any:
-    """Start the system's Chromium.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Start the system's Chromium."""
     path = find_chromium()
     if path is None:
-        raise UserError("no Chromium is installed (looked for " + ", ".join(CHROMIUMS) + "); install the package chromium")
+        raise UserError(f"Chromium is not installed (looked for {', '.join(CHROMIUMS)}); install the package chromium")
     return playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
 
 
 def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[Path]:
-    """Write a picture of each page; returns their paths.
+    """Write a screenshot of each page and return their paths.
 
     Raises:
         UserError: Playwright or Chromium is missing.
@@ -52,7 +48,7 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        raise UserError("pictures need the package playwright: pip install playwright") from None
+        raise UserError("screenshots need the package playwright; run `pip install playwright`") from None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     coders = list(Catalogue(directories))
@@ -82,7 +78,7 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
 
 
 def interesting(coder: Coder) -> int:
-    """The latent that pictures show: the most chat-specific one."""
+    """The latent that screenshots show: the most chat-specific one."""
     specific = coder.table.filter("chat_specific")
     ranked = (specific if specific.height else coder.table).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
     return int(ranked["latent"][0])

@@ -1,4 +1,4 @@
-"""Who may ask, and what a page may do: Host, Origin and token are checked first, and every answer has its policy."""
+"""Access control: checks of Host, Origin and token before every request, and a content policy on every response."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 256 * 1024
-"""Bytes of a request's body; a prompt has its own, smaller limit in tokens."""
+"""Largest request body in bytes; prompts have a smaller limit of their own."""
 POLICY = "; ".join([
     "default-src 'none'",
     "script-src 'self'",
-    # Plotly adds two style elements when it starts, an empty one and the rules of its maps; the hashes allow these texts alone.
+    # When Plotly starts it adds two style elements, an empty one and the rules of its maps; the hashes allow only these.
     "style-src 'self' 'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' "
     "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='",
-    "style-src-attr 'unsafe-inline'",  # the report's macros colour a sign by attribute
-    "img-src 'self' data: blob:",  # plotly draws its buttons and pictures so
+    "style-src-attr 'unsafe-inline'",  # the report's macros colour a glyph by attribute
+    "img-src 'self' data: blob:",  # Plotly's buttons and downloaded pictures
     "connect-src 'self'",
     "form-action 'self'",
     "frame-ancestors 'none'",
@@ -38,12 +38,12 @@ HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to `host` is reached from this machine alone."""
+    """Whether a server bound to `host` can only be reached from this machine."""
     return host in LOOPBACK
 
 
 def host_of(header: str) -> str:
-    """The name in a Host header or in an origin's place: without the port and the brackets of IPv6; "" where damaged."""
+    """The name in a Host header, without the port and the brackets of IPv6; "" if it is malformed."""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:
@@ -55,17 +55,19 @@ class Guard:
 
     Args:
         bound: the address that the server listens on.
-        token: what a reader has to show once, None on loopback.
-        names: further names that the server goes by.
+        token: secret that a reader must present once; None on loopback.
+        names: further host names of the server.
     """
 
     def __init__(self, app: ASGIApp, bound: str, token: str | None, names: tuple[str, ...] = ()) -> None:
-        self.app, self.bound, self.token, self.names = app, bound, token, names
+        self.app = app
+        self.bound = bound
+        self.token = token
         self.allowed = set(LOOPBACK) | {bound, *names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            # No page uses web sockets, so nothing but HTTP and the server's own start and stop goes on.
+            # Pages use no web sockets, so only HTTP and the server's own start and stop pass.
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
@@ -82,12 +84,10 @@ class Guard:
         await (refusal or self.app)(scope, receive, send_with_headers)
 
     def _refusal(self, headers: Headers, scope: Scope) -> ASGIApp | None:
-        """The answer to a request that must not go on."""
+        """The response to a request that is refused; None if it may pass."""
         host = headers.get("host", "")
         if not self._knows(host_of(host)):
-            text = (
-                f"This server does not go by the name {host_of(host)!r}. Open the address it printed, or name it with --name."
-            )
+            text = f"This server is not known as {host_of(host)!r}. Open the address it printed, or add the name with --name."
             return PlainTextResponse(text, 421)
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
@@ -95,10 +95,10 @@ class Guard:
         if headers.get("sec-fetch-site", "none") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             return PlainTextResponse("Requests from other pages are refused.", 403)
         if scope["method"] not in ("GET", "HEAD") and origin is None:
-            return PlainTextResponse("A request that changes something has to say its Origin.", 403)
+            return PlainTextResponse("A request that changes something must have an Origin header.", 403)
         length = headers.get("content-length", "0" if scope["method"] in ("GET", "HEAD") else "")
         if not length.isdecimal():
-            return PlainTextResponse("A request with a body has to say its length.", 411)
+            return PlainTextResponse("A request with a body must have a Content-Length header.", 411)
         if int(length) > MAX_BODY:
             return PlainTextResponse(f"The request is larger than {MAX_BODY:,} bytes; shorten the text.", 413)
         return None if self.token is None else self._without_token(headers, scope)
@@ -106,11 +106,11 @@ class Guard:
     def _knows(self, name: str) -> bool:
         if name in self.allowed:
             return True
-        # On all addresses the name is whichever address was typed; a name of somebody's own (DNS rebinding) is not.
+        # A server on all addresses accepts any address, but no unknown name, which may be an attack by DNS rebinding.
         return self.bound in ("0.0.0.0", "::") and _is_address(name)
 
     def _without_token(self, headers: Headers, scope: Scope) -> ASGIApp | None:
-        """What to answer whoever has not shown the token; a shown one moves into a cookie and out of the address."""
+        """The response to a request without the cookie. A valid token in the address is moved into the cookie."""
         assert self.token is not None
         cookie = f"crossdiff-{scope['server'][1]}" if scope.get("server") else "crossdiff"
         if _same(_cookie(headers, cookie), self.token):
@@ -119,12 +119,12 @@ class Guard:
         given = next((value for key, value in query if key == "token"), "")
         if scope["method"] == "GET" and _same(given, self.token):
             rest = urlencode([(key, value) for key, value in query if key != "token"])
-            # A path of two slashes would be another host's address.
+            # A path that begins with two slashes would lead to another host.
             path = "/" + scope["path"].lstrip("/\\")
             answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
             answer.set_cookie(cookie, self.token, httponly=True, samesite="strict", path="/")
             return answer
-        return PlainTextResponse("Open the address with the token that `crossdiff dashboard` printed.", 401)
+        return PlainTextResponse("This dashboard needs a token. Open the address that `crossdiff dashboard` printed.", 401)
 
 
 def _same(given: str, token: str) -> bool:

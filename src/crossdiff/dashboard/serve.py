@@ -22,11 +22,7 @@ THREADS_STOP = 5
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on the address; port 0 takes a free one.
-
-    Raises:
-        UserError: the address does not exist here, or the port is taken.
-    """
+    """A socket on the address; port 0 takes a free one."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
@@ -42,28 +38,28 @@ def _server(
     cache: Path,
 ) -> uvicorn.Server:
     app = create_app(Catalogue(directories), Live(live), cache, host, token, names)
-    # The guard checks addresses itself, so no proxy's headers are believed; the log would hold what readers search for.
+    # The guard checks addresses itself, so proxy headers are ignored. An access log would contain readers' searches.
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False, server_header=False))
 
 
 def serve(directories: Sequence[Path], host: str, port: int, names: tuple[str, ...] = (), live: bool = True) -> None:
-    """Serve until interrupted. Beyond loopback readers have to show a token, which the printed address holds.
+    """Serve until interrupted. Beyond loopback, readers need a token, which is part of the printed address.
 
     Raises:
-        UserError: a directory is no analysed run, or the address cannot be listened on.
+        UserError: a directory is not an analysed run, or the server cannot listen on the address.
     """
     listening = listen(host, port)
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
     server = _server(directories, host, token, names, live, cache_folder())
     shown = names[0] if names else host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listening.getsockname()[1]}/"
-    print(f"The dashboard is at {address}{f'?token={token}' if token else ''}  (Ctrl+C ends it)", flush=True)
+    print(f"The dashboard is at {address}{f'?token={token}' if token else ''}  (Ctrl+C stops it)", flush=True)
     server.run(sockets=[listening])
 
 
 @contextmanager
 def serving(directories: Sequence[Path], cache: Path, live: bool = True) -> Iterator[str]:
-    """A server on a free port of loopback while the block runs; gives its address."""
+    """Serve on a free port of loopback while the block runs; yields the address."""
     with listen("127.0.0.1", 0) as listening:
         server = _server(directories, "127.0.0.1", None, (), live, cache)
         thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)

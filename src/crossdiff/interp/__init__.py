@@ -1,1 +1,1 @@
-"""What the latents mean: explanations by a language model, and scores that say how good they are."""
+"""What the latents mean: explanations by a language model, and scores of how good they are."""

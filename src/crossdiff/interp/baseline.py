@@ -1,4 +1,4 @@
-"""How well the words of a context alone predict that a latent is active in it: what a score has to be compared with."""
+"""A baseline for the scores: predict from the words of a context alone whether a latent is active in it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from crossdiff.interp.windows import Contexts, Window
 
 FIT_CONTEXTS = 100
 """Training contexts of each kind."""
-FEWEST = 5
-"""Contexts of a class below which nothing is fitted."""
+MIN_CONTEXTS = 5
+"""Smallest number of contexts per class to fit on."""
 
 
 def _bags(windows: Sequence[Window], n_tokens: int) -> Any:
@@ -27,13 +27,14 @@ def _bags(windows: Sequence[Window], n_tokens: int) -> Any:
 
 
 def bag_of_words(train: Contexts, test: Contexts) -> npt.NDArray[np.float64] | None:
-    """Log-odds of the test contexts, in their order, by a logistic regression on token ids; None with too few to fit on."""
-    fitted, asked = list(train.items()), list(test.items())
-    active = np.array([kind == "active" for kind, _ in fitted], dtype=bool)
-    if min(active.sum(), (~active).sum()) < FEWEST or not asked:
+    """Log-odds of the test contexts, in order, by a logistic regression on token ids; None with too few contexts to fit."""
+    train_items = list(train.items())
+    test_items = list(test.items())
+    active = np.array([kind == "active" for kind, _ in train_items], dtype=bool)
+    if min(active.sum(), (~active).sum()) < MIN_CONTEXTS or not test_items:
         return None
-    windows = [window for _, window in (*fitted, *asked)]
+    windows = [window for _, window in (*train_items, *test_items)]
     bags = _bags(windows, 1 + max(int(window.token_ids.max()) for window in windows))
-    model = LogisticRegression(max_iter=1000, class_weight="balanced").fit(bags[: len(fitted)], active)
-    odds: npt.NDArray[np.float64] = model.decision_function(bags[len(fitted) :]).astype(np.float64)
+    model = LogisticRegression(max_iter=1000, class_weight="balanced").fit(bags[: len(train_items)], active)
+    odds: npt.NDArray[np.float64] = model.decision_function(bags[len(train_items) :]).astype(np.float64)
     return odds

@@ -1,12 +1,10 @@
-"""Answers on disk, by the content of the question: what was asked once is not asked again."""
+"""Answers on disk, keyed by the content of the request, so that no request is paid for twice."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sqlite3
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from crossdiff.errors import UserError
 
@@ -23,17 +21,8 @@ class Entry(NamedTuple):
     answer_tokens: int
 
 
-def key_of(question: dict[str, Any]) -> str:
-    """The name of a question: server, model, settings and messages."""
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-
-
 class Cache:
-    """A SQLite file; every answer is on disk before the next step.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """An SQLite file. Every answer is on disk when `put` returns."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +31,7 @@ class Cache:
             self._database = sqlite3.connect(path)
             self._database.execute(SCHEMA)
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, and what it held is asked again") from None
+            raise UserError(f"{path} is damaged ({error}); delete it, and its answers are requested again") from None
 
     def close(self) -> None:
         self._database.close()

@@ -1,4 +1,4 @@
-"""Which latents are interpreted: numbers, or the rows of the latent table with some value in a column."""
+"""The latents to interpret: given by number, or by the value of a column of the latent table."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from crossdiff.latents.verdict import VERDICTS
 
 
 def select(table: pl.DataFrame, wanted: Sequence[str], per_selection: int | None, seed: int) -> list[int]:
-    """The latents that are asked for, sorted, each once; a COLUMN=VALUE that holds of more is drawn from.
+    """The requested latents, sorted and without repeats.
 
-    Latents that are never active have no contexts and are left out of a COLUMN=VALUE.
-
-    Raises:
-        UserError: no such latent, column or value.
+    A COLUMN=VALUE with more than `per_selection` latents is sampled. It skips latents that are never active, since they have
+    no contexts.
     """
     found: set[int] = set()
     for index, text in enumerate(wanted):
@@ -43,7 +41,7 @@ def _number(text: str, n_latents: int) -> int:
 def _matching(table: pl.DataFrame, column: str, value: str) -> pl.Series:
     choices = [name for name, kind in table.schema.items() if kind in (pl.String, pl.Boolean)]
     if column not in choices:
-        raise UserError(f"--latents: {column!r} is no column to choose by; there are {', '.join(choices)}")
+        raise UserError(f"--latents: cannot choose by {column!r}; choose by one of {', '.join(choices)}")
     values = table[column].cast(pl.String)
     known = list(VERDICTS) if column == "verdict" else values.unique().drop_nulls().sort().to_list()
     if value not in known:

@@ -1,7 +1,7 @@
-"""Asking an OpenAI-compatible server, many questions at a time; nothing that was answered is lost.
+"""Requests to an OpenAI-compatible server, many at a time, with retries and a cache.
 
-The key comes from the environment and goes into the requests' header alone: whatever the server says is cleaned of it before it
-can reach a file, a message or a terminal.
+The key comes from the environment and is sent only in the requests' header. If the server repeats it, the key is removed
+before the text reaches a file, a message or the terminal.
 """
 
 from __future__ import annotations
@@ -10,31 +10,33 @@ import asyncio
 import os
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import openai
 
 from crossdiff.errors import UserError
-from crossdiff.interp.asker import Unanswered, Usage, check_server, question
-from crossdiff.interp.cache import Cache, Entry, key_of
+from crossdiff.interp.cache import Cache, Entry
 from crossdiff.interp.interpret_config import InterpretConfig
-from crossdiff.interp.prompts import Answer, Message, Request
+from crossdiff.interp.language_model import Unanswered, Usage, cache_key, check_server
+from crossdiff.interp.prompts import AnswerSchema, Message, Request
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
-"""Seconds before the second attempt, doubled from one to the next, and the longest pause."""
+# The retries of the `openai` package (3.57) do not suffice. Without a Retry-After header they never wait longer than 8 s, too
+# little for a rate limit per minute. They give up if the header asks for more than 2 minutes. And they do not report failed
+# attempts, which are counted and limited here together with invalid answers.
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 60.0
+"""Seconds before the second attempt, doubled for each further one, and the longest pause."""
 RETRIED = {408, 409, 425, 429}
-"""Statuses that may pass, beside those of 500 and more."""
-A = TypeVar("A", bound=Answer)
+"""Statuses worth another attempt, besides those from 500."""
+A = TypeVar("A", bound=AnswerSchema)
 
 
 class Client:
     """A server, asked through the `openai` package.
 
-    A call is tried again, after pauses that double, when the server is busy, fails, breaks off or is silent for too long, and
-    with a word on what was wrong when the answer is not what was asked for.
-
-    Raises:
-        UserError: see `check_server`.
+    A call is repeated, after pauses that double, if the server is busy, fails, drops the connection or does not answer in time.
+    If the answer is not valid, it is requested again with a message that names the problem.
     """
 
     def __init__(
@@ -45,10 +47,13 @@ class Client:
         first_pause: float = FIRST_PAUSE,
     ) -> None:
         server, self._model = check_server(config)
-        self.config, self.usage, self._cache, self._first_pause = config, Usage(), cache, first_pause
+        self.config = config
+        self.usage = Usage()
+        self._cache = cache
+        self._first_pause = first_pause
         self._key = environment.get(config.key_variable, "")
         self._client = openai.AsyncOpenAI(base_url=server, api_key=self._key or "none", max_retries=0, timeout=config.timeout)
-        self._free = asyncio.Semaphore(config.concurrency)
+        self._slots = asyncio.Semaphore(config.concurrency)
         self._random = random.Random(config.seed)
 
     async def close(self) -> None:
@@ -59,27 +64,29 @@ class Client:
 
         Raises:
             Unanswered: no attempt got a valid answer.
-            UserError: the server cannot be reached, refuses the key, or does not have the model: no other call would fare
-                better.
+            UserError: no other request would fare better, because the server cannot be reached, refuses the key, or does not
+                have the model.
         """
-        key = key_of(question(self.config, request))
-        if (found := self._cache.get(key)) is not None:
+        key = cache_key(self.config, request)
+        if (entry := self._cache.get(key)) is not None:
             self.usage.cached += 1
-            return request.parse(found.text)
-        async with self._free:
-            return await self._attempts(request, key)
+            return request.parse(entry.text)
+        async with self._slots:
+            return await self._retrying(request, key)
 
-    async def _attempts(self, request: Request[A], key: str) -> A:
-        messages, reason = list(request.messages), ""
+    async def _retrying(self, request: Request[A], key: str) -> A:
+        messages = list(request.messages)
+        reason = ""
         for attempt in range(self.config.attempts):
+            is_last = attempt + 1 == self.config.attempts
             try:
                 entry = await self._call(messages, request)
-            except _Passing as trouble:
-                reason = str(trouble)
+            except _Transient as failure:
+                reason = str(failure)
                 self.usage.failed_attempts += 1
-                if attempt + 1 < self.config.attempts:
-                    await asyncio.sleep(self._pause(attempt, trouble.wait))
-                if trouble.unreachable and attempt + 1 == self.config.attempts:
+                if not is_last:
+                    await asyncio.sleep(self._pause(attempt, failure.retry_after))
+                elif failure.unreachable:
                     raise UserError(
                         f"the server {self.config.server} cannot be reached; start it and run the command again"
                     ) from None
@@ -95,84 +102,83 @@ class Client:
             return answer
         raise Unanswered(f"{reason} (after {self.config.attempts} attempts)")
 
-    def _pause(self, attempt: int, asked: float | None) -> float:
-        """What the server asks for, or twice the last pause, with some chance in it so that calls do not come back at once."""
+    def _pause(self, attempt: int, retry_after: float) -> float:
+        """Seconds to wait: twice the last pause, at least `retry_after`, with jitter so that calls do not return together."""
         doubled: float = self._first_pause * 2**attempt * self._random.uniform(0.5, 1.5)
-        return min(LONGEST_PAUSE, doubled if asked is None else max(asked, doubled))
+        return min(LONGEST_PAUSE, max(doubled, retry_after))
 
     async def _call(self, messages: list[Message], request: Request[Any]) -> Entry:
         config = self.config
-        more: dict[str, Any] = {config.answer_limit: config.answer_tokens}
+        options: dict[str, Any] = {config.answer_limit: config.answer_tokens}
         if config.temperature is not None:
-            more["temperature"] = config.temperature
+            options["temperature"] = config.temperature
         if config.answer_format == "json_schema":
-            more["response_format"] = {"type": "json_schema", "json_schema": request.schema()}
+            options["response_format"] = {"type": "json_schema", "json_schema": request.schema()}
         self.usage.calls += 1
         create: Any = self._client.chat.completions.create
         try:
             async with asyncio.timeout(config.timeout):
-                completion = await create(model=self._model, messages=messages, seed=config.seed, **more)
+                completion = await create(model=self._model, messages=messages, seed=config.seed, **options)
         except (TimeoutError, openai.APITimeoutError):
-            raise _Passing(f"no answer within {self.config.timeout:g} s") from None
+            raise _Transient(f"no answer within {config.timeout:g} s") from None
         except openai.APIStatusError as error:
-            raise self._status(error) from None
+            raise self._explain_status(error) from None
         except openai.APIConnectionError as error:
-            raise _Passing("the connection failed or broke off", unreachable=_is_refused(error)) from None
+            refused = type(error.__cause__).__name__ in {"ConnectError", "ConnectTimeout"}
+            raise _Transient("the connection failed or broke off", unreachable=refused) from None
         except (openai.OpenAIError, ValueError) as error:
-            raise _Passing(f"the server's reply cannot be read: {self._clean(type(error).__name__)}") from None
+            raise _Transient(f"the server's reply cannot be read: {self._clean(type(error).__name__)}") from None
         return self._entry(completion)
 
     def _entry(self, completion: Any) -> Entry:
-        """The text of a reply, which may hold anything that a server sends.
-
-        Raises:
-            _Passing: it has no text, or was cut off; Unanswered: the model refuses.
-        """
+        """The text of a reply. A server may send anything, so every part is checked."""
         choices = getattr(completion, "choices", None)
         if not choices or getattr(choices[0], "message", None) is None:
-            raise _Passing("the server's reply has no answer in it")
-        choice, usage = choices[0], getattr(completion, "usage", None)
-        prompt_tokens, answer_tokens = (int(getattr(usage, f"{k}_tokens", 0) or 0) for k in ("prompt", "completion"))
+            raise _Transient("the server's reply contains no answer")
+        choice = choices[0]
+        usage = getattr(completion, "usage", None)
+        prompt_tokens = int(getattr(usage, "prompt_tokens", 0) or 0)
+        answer_tokens = int(getattr(usage, "completion_tokens", 0) or 0)
         self.usage.prompt_tokens += prompt_tokens
         self.usage.answer_tokens += answer_tokens
         refusal = getattr(choice.message, "refusal", None)
         if refusal or choice.finish_reason == "content_filter":
             raise Unanswered(f"the model refuses: {self._clean(str(refusal or 'content filter'))[:200]}")
         if choice.finish_reason == "length":
-            raise _Passing(f"the answer was cut off at {self.config.answer_tokens} tokens; see --answer_tokens")
+            raise _Transient(f"the answer was cut off at {self.config.answer_tokens} tokens; raise --answer_tokens")
         if not isinstance(choice.message.content, str) or not choice.message.content.strip():
-            raise _Passing("the answer is empty")
+            raise _Transient("the answer is empty")
         return Entry(self._clean(choice.message.content), prompt_tokens, answer_tokens)
 
-    def _status(self, error: openai.APIStatusError) -> Exception:
-        """What an error of the server means for the call, or for all calls."""
+    def _explain_status(self, error: openai.APIStatusError) -> Exception:
+        """The consequence of an error status: for this attempt, for this request, or for all of them."""
         status = error.status_code
+        server = f"the server {self.config.server}"
+        message = self._clean(str(error.message))[:300]
         if status in {401, 403}:
-            state = (
-                f"the key in {self.config.key_variable}"
-                if self._key
-                else f"calls without a key ({self.config.key_variable} is not set)"
-            )
-            return UserError(f"the server {self.config.server} refuses {state}: status {status}")
-        said = self._clean(str(error.message))[:300]
+            variable = self.config.key_variable
+            refused = f"the key in {variable}" if self._key else f"calls without a key ({variable} is not set)"
+            return UserError(f"{server} refuses {refused}: status {status}")
         if status == 404:
-            return UserError(f"the server {self.config.server} has no model {self._model!r} or is no such server: {said}")
+            return UserError(f"{server} has no model {self._model!r}, or is not an OpenAI-compatible server: {message}")
         if status in RETRIED or status >= 500:
-            return _Passing(
-                f"the server answered with status {status}", wait=_seconds(error.response.headers.get("retry-after"))
-            )
-        return Unanswered(f"the server answered with status {status}: {said}")
+            retry_after = 0.0
+            with suppress(ValueError):
+                retry_after = float(error.response.headers.get("retry-after", 0))
+            return _Transient(f"the server answered with status {status}", retry_after)
+        return Unanswered(f"the server answered with status {status}: {message}")
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, f"[{self.config.key_variable}]") if self._key else text
 
 
-class _Passing(Exception):
-    """An attempt failed in a way that the next may not."""
+class _Transient(Exception):
+    """A failed attempt; another one may succeed. unreachable: nothing listens at the server's address."""
 
-    def __init__(self, reason: str, wait: float | None = None, unreachable: bool = False) -> None:
+    def __init__(self, reason: str, retry_after: float = 0.0, unreachable: bool = False) -> None:
         super().__init__(reason)
-        self.wait, self.unreachable = wait, unreachable
+        self.retry_after = retry_after
+        self.unreachable = unreachable
 
 
 def _correction(text: str, problem: str) -> list[Message]:
@@ -180,15 +186,3 @@ def _correction(text: str, problem: str) -> list[Message]:
         {"role": "assistant", "content": text[:2000]},
         {"role": "user", "content": f"This cannot be used: {problem}. Answer again, with the JSON object only."},
     ]
-
-
-def _is_refused(error: openai.APIConnectionError) -> bool:
-    """Nobody listens there, in contrast to a connection that broke off."""
-    return type(error.__cause__).__name__ in {"ConnectError", "ConnectTimeout"}
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        return None if header is None else max(0.0, float(header))
-    except ValueError:
-        return None

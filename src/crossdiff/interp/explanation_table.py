@@ -1,4 +1,4 @@
-"""`interpretation.parquet`, the side table of explanations and scores, and how the latent table carries it."""
+"""`interpretation.parquet`, the table of explanations and scores, and its join with the latent table."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ FILE = "interpretation.parquet"
 CONTEXTS_FILE = "interpretation_contexts.parquet"
 SUMMARY_FILE = "interpretation.json"
 SCORES = {
-    "detection": "balanced accuracy of the model that tells, by the explanation, active contexts from others",
-    "fuzzing": "balanced accuracy of the model that tells, by the explanation, rightly from wrongly marked tokens",
-    "embedding_explanation": "AUROC of the similarity of a context's embedding to the explanation's",
-    "embedding_examples": "AUROC of the similarity of a context's embedding to the mean of those of the shown examples",
+    "detection": "balanced accuracy with which the model, given the explanation, tells active contexts from others",
+    "fuzzing": "balanced accuracy with which the model, given the explanation, tells rightly from wrongly marked tokens",
+    "embedding_explanation": "AUROC of the similarity between the embeddings of a context and the explanation",
+    "embedding_examples": "AUROC of the similarity between the embedding of a context and the mean of the shown examples'",
     "bag_of_words": "AUROC of a logistic regression on the words of a context, fitted on training contexts",
 }
-"""Every score is 0.5 by chance and 1 at best, and compares held-out contexts with an active latent with others."""
+"""Scores of how well held-out contexts with an active latent are told from others: 0.5 is chance, 1 is perfect."""
 KINDS = ("random", "similar")
-"""Contexts without activation: anywhere, or where one of the latent's nearest latents is active."""
+"""Contexts without activation: at random places, or where one of the latent's nearest neighbours is active."""
 COLUMNS = {
     "latent": "number of the latent",
-    "explanation": "what the model says it responds to; null without a model, or where it did not answer",
+    "explanation": "what the latent responds to, according to the model; null without a model or an answer",
     **SCORES,
-    "<score>_low, <score>_high": "ends of its 95% interval",
+    "<score>_low, <score>_high": "ends of the score's 95% interval",
     "<score>_random, <score>_similar": "the score against one kind of contexts without activation",
-    "n_shown": "examples that the explanation was written from",
+    "n_shown": "examples shown to the model for the explanation",
     "contexts_active, contexts_random, contexts_similar": "held-out contexts of each kind",
-    "interpretation_reason": "why a score is NaN, or what the model left unanswered; null where nothing is missing",
-    "explainer": "the model that explained and judged; null without one",
-    "crosscoder": "the training that the latent is of: rows of an older one are not read",
+    "interpretation_reason": "why a score is NaN or a request unanswered; null if nothing is missing",
+    "explainer": "name of the model that explained and judged; null without one",
+    "crosscoder": "fingerprint of the crosscoder's training; rows of an older training are ignored",
 }
 SCHEMA: dict[str, Any] = {
     "latent": pl.Int64,
@@ -47,12 +47,12 @@ SCHEMA: dict[str, Any] = {
 CONTEXT_COLUMNS = {
     "latent": "number of the latent",
     "kind": "active, random or similar",
-    "document, sequence, start, stop": "where it is in the activation store",
-    "activation": "largest v of the latent in it; 0 where it is silent",
-    "detection": "what the model answered: is the latent active in it",
-    "fuzzing": "what it answered: are the right tokens marked",
+    "document, sequence, start, stop": "its place in the activation store",
+    "activation": "largest v of the latent in it; 0 if the latent is not active",
+    "detection": "the model's answer: is the latent active in it",
+    "fuzzing": "the model's answer: are the right tokens marked",
     "embedding_explanation, embedding_examples": "similarity of its embedding",
-    "bag_of_words": "log-odds by its words",
+    "bag_of_words": "log-odds of activation from its words",
     "text": "its text",
 }
 CONTEXT_SCHEMA: dict[str, Any] = {
@@ -62,8 +62,8 @@ CONTEXT_SCHEMA: dict[str, Any] = {
 }  # fmt: skip
 
 
-def training_of(folder: Path) -> str | None:
-    """What tells the crosscoder in a run's folder from one trained anew in its place."""
+def training_fingerprint(folder: Path) -> str | None:
+    """The fingerprint of the training of a run's crosscoder, which changes when it is retrained."""
     manifest = folder.parent / "manifest.json"
     if not manifest.is_file():
         return None
@@ -72,34 +72,32 @@ def training_of(folder: Path) -> str | None:
 
 
 def read_interpretation(folder: Path) -> pl.DataFrame:
-    """The explanations and scores of a crosscoder's folder, without a row where there are none of this training.
+    """The explanations and scores in a crosscoder's folder; no rows if there are none for its current training.
 
     Raises:
         UserError: the file is damaged or of another version.
     """
-    path, training = folder / FILE, training_of(folder)
+    path, training = folder / FILE, training_fingerprint(folder)
     if not path.is_file() or training is None:
         return pl.DataFrame(schema=SCHEMA)
     return _read(path, SCHEMA).filter(pl.col("crosscoder") == training)
 
 
 def with_interpretation(latents: pl.DataFrame, folder: Path) -> pl.DataFrame:
-    """The latent table of a crosscoder's folder with the columns of the interpretation, null where a latent has none.
-
-    Raises:
-        UserError: as `read_interpretation`.
-    """
-    found = read_interpretation(folder).drop("crosscoder")
-    return latents.with_columns(pl.col("latent").cast(pl.Int64)).join(found, on="latent", how="left", maintain_order="left")
+    """A latent table with the columns of the interpretation in a crosscoder's folder; null for other latents."""
+    interpretation = read_interpretation(folder).drop("crosscoder")
+    return latents.with_columns(pl.col("latent").cast(pl.Int64)).join(
+        interpretation, on="latent", how="left", maintain_order="left"
+    )
 
 
 def read_latent_table(folder: Path) -> pl.DataFrame:
-    """The latent table with the columns of the interpretation."""
+    """The latent table in a crosscoder's folder, with the columns of the interpretation."""
     return with_interpretation(pl.read_parquet(folder / "latents.parquet"), folder)
 
 
 def write_tables(target: Path, rows: pl.DataFrame, contexts: pl.DataFrame, earlier: Path) -> pl.DataFrame:
-    """Write both tables: the new rows, and those of other latents that stand in the folder `earlier`; returns the first."""
+    """Write both tables, with the new rows and those of other latents in the folder `earlier`; return the table of latents."""
     new = rows["latent"].implode()
     old = read_interpretation(earlier).filter(~pl.col("latent").is_in(new))
     table = pl.concat([old, rows]).sort("latent")
@@ -117,5 +115,5 @@ def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}); delete it and run `crossdiff interpret` again") from None
     if dict(table.schema) != {name: kind() for name, kind in schema.items()}:
-        raise UserError(f"{path} is of another version of crossdiff; delete it and run `crossdiff interpret` again")
+        raise UserError(f"{path} was written by another version of crossdiff; delete it and run `crossdiff interpret` again")
     return table

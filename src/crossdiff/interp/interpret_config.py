@@ -10,45 +10,44 @@ from crossdiff.config import Config
 
 
 class InterpretConfig(Config):
-    """Which latents are interpreted, on which contexts, and by which model behind which server."""
+    """The latents to interpret, their contexts, and the server and model that explain them."""
 
     server: str | None = Field(
         None,
-        description="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: no model is asked",
+        description="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: ask no model",
     )
-    model: str | None = Field(None, description="name of the model that explains and judges, as the server knows it")
-    key_variable: str = Field(
-        "OPENAI_API_KEY", description="environment variable that holds the server's key, if it asks for one"
-    )
+    model: str | None = Field(None, description="name, on the server, of the model that explains and judges")
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable with the server's key, if it needs one")
     answer_format: Literal["text", "json_schema"] = Field(
-        "text", description="json_schema: the server is told the schema of the answer; text: the prompt alone asks for JSON"
+        "text", description="json_schema: send the server the schema of the answer; text: ask for JSON in the prompt only"
     )
-    crosscoders: tuple[str, ...] = Field((), description="crosscoders of the run; default: all")
+    crosscoders: tuple[str, ...] = Field((), description="crosscoders to interpret; default: all of the run")
     latents: tuple[str, ...] = Field(
         ("verdict=chat_specific", "verdict=shared"),
         min_length=1,
-        description="numbers of latents, or COLUMN=VALUE of the latent table",
+        description="numbers of latents, or COLUMN=VALUE for a column of the latent table",
     )
     per_selection: int | None = Field(
-        50, ge=1, description="latents drawn at random where a COLUMN=VALUE has more; null for all"
+        50, ge=1, description="size of the random sample if more latents have a COLUMN=VALUE; null for all"
     )
-    tokens: int = Field(200_000, ge=1000, description="tokens of each split in which contexts are looked for")
+    tokens: int = Field(200_000, ge=1000, description="tokens of each split that are searched for contexts")
     before: int = Field(20, ge=1, description="tokens of a context before its strongest token")
     after: int = Field(11, ge=0, description="tokens of a context after its strongest token")
-    contexts: int = Field(20, ge=5, description="held-out contexts of each kind (active, random, similar) that score a latent")
+    contexts: int = Field(20, ge=5, description="held-out contexts of each kind (active, random, similar) to score a latent on")
     embedding: str = Field(
         "packaged", description="sentence encoder: packaged (MiniLM from the extra `interp`), a folder, or none"
     )
-    batch: int = Field(10, ge=1, description="contexts that the model judges in one call")
-    concurrency: int = Field(8, ge=1, description="calls at a time")
-    timeout: float = Field(120.0, gt=0, description="seconds after which a call is given up and tried again")
-    attempts: int = Field(5, ge=1, description="times that a call is made until it is answered")
-    answer_tokens: int = Field(1000, ge=16, description="longest answer")
+    batch: int = Field(10, ge=1, description="contexts judged in one call")
+    concurrency: int = Field(8, ge=1, description="simultaneous calls")
+    timeout: float = Field(120.0, gt=0, description="seconds until a call is aborted and tried again")
+    attempts: int = Field(5, ge=1, description="attempts per call")
+    answer_tokens: int = Field(1000, ge=16, description="longest answer, in tokens")
     answer_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
-        "max_tokens", description="what the server calls the longest answer; OpenAI's reasoning models take the second name"
+        "max_tokens",
+        description="the server's name for the longest answer; OpenAI's reasoning models need max_completion_tokens",
     )
-    temperature: float | None = Field(0.0, ge=0, description="null where the server takes none")
-    input_price: float = Field(0.0, ge=0, description="price of a million prompt tokens, for the estimate of the cost")
+    temperature: float | None = Field(0.0, ge=0, description="sampling temperature; null for servers that do not take one")
+    input_price: float = Field(0.0, ge=0, description="price of a million prompt tokens, to estimate the cost")
     output_price: float = Field(0.0, ge=0, description="price of a million answer tokens")
-    batch_tokens: int = Field(4096, ge=1, description="tokens per step of the search for contexts")
+    batch_tokens: int = Field(4096, ge=1, description="tokens per batch in the search for contexts")
     seed: int = 0

@@ -1,4 +1,7 @@
-"""What the model is told, and how its answers are read."""
+"""The prompts for the language model, and the parsing of its answers.
+
+A change of a prompt changes the answers, and invalidates the cached ones.
+"""
 
 from __future__ import annotations
 
@@ -33,30 +36,34 @@ which the latent is active. Tokens such as <|im_start|> belong to the chat templ
 only, one true or false per excerpt, in their order: {{"active": [true, false]}}"""
 
 
-class Answer(BaseModel):
-    """What a model has to answer; other keys are let pass."""
+class AnswerSchema(BaseModel):
+    """The JSON that a model has to answer; other keys are ignored.
+
+    The subclasses have no docstrings, because these would become part of the JSON schema that is sent to the server.
+    """
 
     model_config = ConfigDict(frozen=True)
 
 
-class Explanation(Answer):
+class Explanation(AnswerSchema):
     explanation: str = Field(min_length=3, max_length=2000)
 
 
-class Judgement(Answer):
+class Judgement(AnswerSchema):
     active: list[bool]
 
 
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=AnswerSchema)
 
 
 @dataclass(frozen=True)
 class Request(Generic[A]):
-    """One call.
+    """One request to a language model.
 
     Attributes:
-        answer: the model of the answer; check: raises ValueError where a valid one does not fit the question.
-        typical: an answer of the usual length, for the estimate of a dry run.
+        answer: schema of the answer.
+        check: raises ValueError if a valid answer does not fit the request.
+        typical: an answer of typical length, for the estimate of a dry run.
     """
 
     messages: tuple[Message, ...]
@@ -65,11 +72,7 @@ class Request(Generic[A]):
     typical: A
 
     def parse(self, text: str) -> A:
-        """The answer in a model's words: the JSON object in them, validated.
-
-        Raises:
-            ValueError: there is none, or it is not what was asked for.
-        """
+        """The JSON object in a model's text, validated; raises ValueError if there is none or it is not valid."""
         start, stop = text.find("{"), text.rfind("}")
         if start < 0 or stop < start:
             raise ValueError("there is no JSON object in it")
@@ -83,65 +86,69 @@ class Request(Generic[A]):
         return answer
 
     def schema(self) -> dict[str, Any]:
-        """For servers that hold a model to a schema."""
+        """The schema, for servers that can enforce one."""
         schema = self.answer.model_json_schema() | {"additionalProperties": False}
         return {"name": self.answer.__name__.lower(), "schema": schema, "strict": True}
 
 
-def _asked(task: str, content: str) -> tuple[Message, ...]:
-    """One message of the user's: many chat templates know no system message."""
+def _messages(task: str, content: str) -> tuple[Message, ...]:
+    """A single user message, since many chat templates have no system message."""
     return ({"role": "user", "content": f"{task}\n\n{content}"},)
 
 
 def explain_request(excerpts: Sequence[tuple[str, str]], facts: str) -> Request[Explanation]:
-    """Ask for an explanation.
+    """A request to explain a latent.
 
     Args:
-        excerpts: marked text and its listed activations, the strongest first; facts: what is known of the latent.
+        excerpts: marked text with its list of activations, the strongest first.
+        facts: what the analysis found out about the latent.
     """
     shown = "\n\n".join(f"Excerpt {n}: {text}\n  {listed}" for n, (text, listed) in enumerate(excerpts, 1))
     typical = Explanation(explanation="x" * 160)
-    return Request(_asked(EXPLAIN, f"{facts}\n\n{shown}"), Explanation, lambda answer: None, typical)
+    return Request(_messages(EXPLAIN, f"{facts}\n\n{shown}"), Explanation, lambda answer: None, typical)
 
 
 def judge_request(task: str, explanation: str, excerpts: Sequence[str]) -> Request[Judgement]:
-    """Ask which excerpts fit an explanation; `task` is DETECT or FUZZ."""
+    """A request to judge which excerpts fit an explanation; `task` is DETECT or FUZZ."""
 
     def check(answer: Judgement) -> None:
         if len(answer.active) != len(excerpts):
             raise ValueError(f"it has {len(answer.active)} values for {len(excerpts)} excerpts")
 
     shown = "\n".join(f"{n}. {text}" for n, text in enumerate(excerpts, 1))
-    messages = _asked(task, f"Explanation: {explanation}\n\n{shown}")
+    messages = _messages(task, f"Explanation: {explanation}\n\n{shown}")
     return Request(messages, Judgement, check, Judgement(active=[False] * len(excerpts)))
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Windows as text."""
+    """Renders windows as text."""
 
     tokenizer: Any
 
     def plain(self, window: Window) -> str:
-        """The words of a window."""
+        """The text of a window."""
         return str(self.tokenizer.decode(window.token_ids.tolist()))
 
     def line(self, window: Window, marked: Integers) -> str:
-        """A window on one line, with marks around runs of the given tokens."""
-        ids, places, text = window.token_ids.tolist(), set(marked.tolist()), ""
-        prefix, start = "", 0
-        # A tokenizer may write a token by what stands before it, so pieces are differences of decoded beginnings.
+        """A window on one line, with brackets around runs of the marked tokens."""
+        ids = window.token_ids.tolist()
+        places = set(marked.tolist())
+        text = prefix = ""
+        start = 0
+        # How a token is written may depend on those before it, so each piece is the difference of two decoded prefixes.
         for stop in range(1, len(ids) + 1):
             if stop < len(ids) and (stop in places) == (start in places):
                 continue
-            whole = str(self.tokenizer.decode(ids[:stop]))
-            piece, prefix = whole[len(prefix) :], whole
+            longer = str(self.tokenizer.decode(ids[:stop]))
+            piece = longer[len(prefix) :]
+            prefix = longer
             text += f"{OPEN}{piece}{CLOSE}" if start in places else piece
             start = stop
         return text.replace("\n", "\\n")
 
     def listed(self, window: Window, largest: float) -> str:
-        """The active tokens of a window with their activation from 1 to 10, the strongest ten of them, in their order."""
+        """The ten strongest active tokens of a window, in order, with their activations from 1 to 10."""
         strongest = sorted(sorted(range(len(window.marked)), key=lambda i: -float(window.values[i]))[:10])
         parts = []
         for index in strongest:

@@ -1,57 +1,52 @@
-"""How interpretable the latents of each verdict are, and whether the chat-specific ones are more so than the shared ones."""
+"""How interpretable the latents of each verdict are, and the difference between chat-specific and shared latents."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from crossdiff.interp.explanation_table import SCORES
+from crossdiff.statistics import bootstrap
 
 RESAMPLES = 2000
-FEWEST = 3
-"""Latents below which a mean has no interval."""
-
-
-def _resampled(values: npt.NDArray[np.float64], generator: np.random.Generator) -> npt.NDArray[np.float64]:
-    means: npt.NDArray[np.float64] = values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    return means
-
-
-def _interval(draws: npt.NDArray[np.float64]) -> dict[str, float]:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"low": float(low), "high": float(high)}
+MIN_LATENTS = 3
+"""Smallest number of latents whose mean has an interval."""
 
 
 def summarise(table: pl.DataFrame, seed: int) -> dict[str, Any]:
-    """The distribution of every score over the latents of each verdict, with a bootstrap interval of its mean over latents.
+    """The distribution of each score over the latents of each verdict, with a bootstrap interval of its mean.
 
     Args:
         table: verdicts, and the columns of the interpretation.
 
     Returns:
-        `scores`: one entry a score and verdict that has one; `differences`: the mean of chat_specific minus that of shared.
+        `scores` has one entry per score and verdict with values, and `differences` the mean of chat_specific minus that of
+        shared per score.
     """
     generator = np.random.default_rng(seed)
     scores, differences = [], []
     for score in SCORES:
-        draws = {}
+        means: dict[str, float] = {}
+        resamples = {}
         for verdict in sorted(table["verdict"].unique()):
             values = table.filter((pl.col("verdict") == verdict) & pl.col(score).is_not_nan())[score].drop_nulls().to_numpy()
             if not len(values):
                 continue
+            n = len(values)
+            means[verdict] = float(values.mean())
             quartiles = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
-            entry = {"score": score, "verdict": verdict, "n": len(values), "mean": float(values.mean()), "quartiles": quartiles}
-            if len(values) >= FEWEST:
-                draws[verdict] = _resampled(values, generator)
-                entry |= _interval(draws[verdict])
+            entry = {"score": score, "verdict": verdict, "n": n, "mean": means[verdict], "quartiles": quartiles}
+            if n >= MIN_LATENTS:
+                resamples[verdict] = values[generator.integers(n, size=(RESAMPLES, n))].mean(1)
+                interval = bootstrap(means[verdict], resamples[verdict])
+                entry |= {"low": interval.low, "high": interval.high}
             scores.append(entry)
-        if {"chat_specific", "shared"} <= draws.keys():
-            means = {entry["verdict"]: entry["mean"] for entry in scores if entry["score"] == score}
-            value = means["chat_specific"] - means["shared"]
-            differences.append({"score": score, "value": value, **_interval(draws["chat_specific"] - draws["shared"])})
+        if {"chat_specific", "shared"} <= resamples.keys():
+            difference = bootstrap(means["chat_specific"] - means["shared"], resamples["chat_specific"] - resamples["shared"])
+            differences.append({"score": score, **asdict(difference)})
     return {
         "n_latents": table.height,
         "n_explained": int(table["explanation"].is_not_null().sum()),

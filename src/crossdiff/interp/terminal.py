@@ -1,4 +1,4 @@
-"""The interpretation on the terminal."""
+"""Terminal output of the interpretation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crossdiff.interp.asker import Usage
 from crossdiff.interp.explanation_table import SCORES
 from crossdiff.interp.interpret_config import InterpretConfig
+from crossdiff.interp.language_model import Usage
 
 EXAMPLES = 5
 
@@ -23,11 +23,11 @@ def _interval(entry: dict[str, Any], sign: str = "") -> str:
 
 
 def print_summary(summary: dict[str, Any], name: str, console: Console) -> None:
-    """Means over the latents of each verdict, and the difference of chat-specific and shared ones."""
+    """Print the mean scores of each verdict, and the difference between chat-specific and shared latents."""
     judges = f", explained and judged by {', '.join(summary['models'])}" if summary["models"] else ""
     table = Table(
-        title=f"{name}: how interpretable {summary['n_latents']} latents are{judges}", title_justify="left",
-        caption="mean over latents [95% bootstrap interval over latents], number of latents; 0.5 is chance",
+        title=f"{name}: interpretability of {summary['n_latents']} latents{judges}", title_justify="left",
+        caption="mean over latents [95% bootstrap interval over latents], number of latents; 0.5 is chance, 1 is perfect",
     )  # fmt: skip
     verdicts = list(dict.fromkeys(entry["verdict"] for entry in summary["scores"]))
     found = {(entry["score"], entry["verdict"]): entry for entry in summary["scores"]}
@@ -43,22 +43,22 @@ def print_summary(summary: dict[str, Any], name: str, console: Console) -> None:
             table.add_row(score, *cells, _interval(differences[score], "+") if score in differences else "")
     console.print(table)
     if summary["n_incomplete"]:
-        console.print(
-            f"[yellow]{summary['n_incomplete']} latents lack a score or an answer; interpretation_reason says why[/yellow]"
-        )
+        incomplete = f"{summary['n_incomplete']} latents lack a score or an answer; see the column interpretation_reason"
+        console.print(f"[yellow]{incomplete}[/yellow]")
 
 
 def print_explanations(table: pl.DataFrame, console: Console) -> None:
-    """The best explained latents."""
+    """Print the latents with the best explanations."""
     best = table.filter(pl.col("explanation").is_not_null()).sort("detection", descending=True, nulls_last=True).head(EXAMPLES)
     for row in best.iter_rows(named=True):
         console.print(Text(f"latent {row['latent']}, detection {row['detection']:.2f}: {row['explanation']}"))
 
 
 def print_usage(usage: Usage, config: InterpretConfig, console: Console, planned: bool) -> None:
-    """Calls, tokens and cost, made or to be made."""
-    calls, priced = f"{usage.calls:,} calls", config.input_price or config.output_price
-    cost = f", cost {usage.cost(config):.2f}" if priced else ", cost unknown: give --input_price and --output_price"
+    """Print calls, tokens and cost, of the past or of a planned run."""
+    calls = f"{usage.calls:,} calls"
+    has_price = config.input_price or config.output_price
+    cost = f", cost {usage.cost(config):.2f}" if has_price else ", cost unknown: pass --input_price and --output_price"
     tokens = f"{usage.prompt_tokens:,} prompt and {usage.answer_tokens:,} answer tokens"
     about = "to make, about " if planned else "made, "
     more = "" if planned else f"; {usage.failed_attempts:,} attempts failed"

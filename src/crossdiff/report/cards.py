@@ -1,4 +1,6 @@
-"""What the page shows of one latent: its measures, and its examples as highlighted tokens."""
+"""The card of one latent: its measures, and its examples as highlighted tokens."""
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -6,29 +8,19 @@ from typing import NamedTuple
 
 from crossdiff.report import wording
 from crossdiff.report.examples import Context, Example, Token, context_of, role_of, visible
-from crossdiff.report.figures import VERDICT_MARKS, Mark
+from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.records import TOKEN_GROUPS, Latent
 from crossdiff.text.chat import Flag
 
 LEVELS = 8
-"""Steps of the one hue that shows an activation."""
+"""Steps of the tint that shows an activation."""
 
 _CHIPS = ("bos", "template")
 _TEMPLATE, _ASSISTANT = int(Flag.TEMPLATE), int(Flag.ASSISTANT)
 
-GLYPHS = {
-    "circle": "\N{BLACK CIRCLE}",
-    "circle-open": "\N{WHITE CIRCLE}",
-    "diamond": "\N{BLACK DIAMOND}",
-    "square": "\N{BLACK SQUARE}",
-    "star": "\N{BLACK STAR}",
-    "triangle-up": "\N{BLACK UP-POINTING TRIANGLE}",
-    "x": "\N{MULTIPLICATION X}",
-}
-
 
 class Piece(NamedTuple):
-    """One token as the page shows it. `speaker` is the label of a turn's content that begins here."""
+    """One token as the page shows it. `speaker` is the label before the first token of a turn's content."""
 
     text: str
     classes: str
@@ -38,43 +30,36 @@ class Piece(NamedTuple):
     ends_line: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Sign:
-    """The coloured sign of a verdict or pool."""
-
-    name: str
-    glyph: str
-    colour: str
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleView:
-    """One highlighted context with its origin in words."""
+class ExampleView(NamedTuple):
+    """One highlighted context, and a line about where it is from."""
 
     origin: str
     pieces: tuple[Piece, ...]
-    cut_before: bool
-    cut_after: bool
+    cut_before: bool = False
+    cut_after: bool = False
+
+
+class Measure(NamedTuple):
+    """A number of a card, with its meaning as hover text."""
+
+    name: str
+    value: str
+    meaning: str
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One latent with its measures as (name, value, explanation), and what it predicts best."""
+    """One latent with its measures, and the behaviours that it predicts best."""
 
     anchor: str
     latent: int
     sign: Sign
     reason: str
     predicts: tuple[str, ...]
-    measures: tuple[tuple[str, str, str], ...]
+    measures: tuple[Measure, ...]
     fires_on: str
     explanation: str | None
     examples: tuple[ExampleView, ...]
-
-
-def sign_of(name: str, mark: Mark) -> Sign:
-    """The sign with the mark that the figures draw."""
-    return Sign(name, GLYPHS[mark.symbol], mark.colour)
 
 
 def anchor_of(crosscoder: str, latent: int) -> str:
@@ -84,52 +69,51 @@ def anchor_of(crosscoder: str, latent: int) -> str:
 
 def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
     """The card of one latent; `predicts` names the behaviours that it predicts best."""
-    mark = VERDICT_MARKS.get(latent.verdict, VERDICT_MARKS["undecided"])
-    interval, fixed, number = wording.interval, wording.fixed, wording.number
-    nus = (
-        ("nu_error", latent.nu_error, "the chat direction in the base model's error, as a share of the chat model's"),
-        ("nu_reconstruction", latent.nu_reconstruction, "the chat direction in the base reconstruction"),
-        ("nu_activation", latent.nu_activation, "the chat direction in the base activation"),
-    )
-    others: tuple[tuple[str, str, str], ...] = (
-        ("delta_norm", fixed(latent.delta_norm), "relative decoder norm: 0 base-only, 0.5 shared, 1 chat-only"),
-        ("decoder cosine", fixed(latent.decoder_cosine), "cosine of the base and the chat decoder direction"),
-        ("active on", f"{wording.share(latent.frequency)} of tokens", f"{latent.n_active:,} of the analysed tokens"),
-        (
-            "largest activation",
-            number(latent.max_activation),
-            "v: the latent's activation times the sum of its decoder norms",
-        ),
-        (
-            "rank sum",
-            wording.whole(None if math.isnan(latent.rank_sum) else round(latent.rank_sum)),
-            "rank by nu_error plus rank by nu_reconstruction, lowest first",
-        ),
-    )
-    if not math.isnan(latent.alone.value):
-        meaning = "nats that it takes off the KL to the chat model, patched alone into the base model; 95% interval"
-        others += (("KL closed alone", interval(latent.alone), meaning),)
     return Card(
         anchor=anchor_of(crosscoder, latent.latent),
         latent=latent.latent,
-        sign=sign_of(wording.words(latent.verdict), mark),
+        sign=sign_of(wording.words(latent.verdict), verdict_mark(latent.verdict)),
         reason=latent.verdict_reason,
         predicts=predicts,
-        measures=(*((name, interval(nu), f"{meaning}; 95% interval") for name, nu, meaning in nus), *others),
+        measures=_measures(latent),
         fires_on=_fires_on(latent),
         explanation=latent.explanation,
         examples=tuple(example_view(example, latent) for example in latent.examples),
     )
 
 
+def _measures(latent: Latent) -> tuple[Measure, ...]:
+    interval, fixed, number = wording.interval, wording.fixed, wording.number
+    scale = "0: nothing of the latent's chat direction, 1: as much as in the chat model; 95% interval"
+    rank_sum = wording.whole(None if math.isnan(latent.rank_sum) else round(latent.rank_sum))
+    found = (
+        Measure("nu_error", interval(latent.nu_error), f"share in what the crosscoder misses of the base model. {scale}"),
+        Measure("nu_reconstruction", interval(latent.nu_reconstruction), f"share in the base model's reconstruction. {scale}"),
+        Measure("nu_activation", interval(latent.nu_activation), f"share in the base model's activation. {scale}"),
+        Measure(
+            "delta_norm",
+            fixed(latent.delta_norm),
+            "relative length of the two directions: 0 base-only, 0.5 shared, 1 chat-only",
+        ),
+        Measure("decoder cosine", fixed(latent.decoder_cosine), "cosine of the base and the chat direction"),
+        Measure("active on", f"{wording.share(latent.frequency)} of tokens", f"{latent.n_active:,} of the analysed tokens"),
+        Measure("largest activation", number(latent.max_activation), "v, the activation times the sum of the decoder norms"),
+        Measure("rank sum", rank_sum, "rank by nu_error plus rank by nu_reconstruction; the lowest is the most chat-specific"),
+    )
+    if math.isnan(latent.alone.value):
+        return found
+    meaning = "nats by which it reduces the KL to the chat model when patched alone into the base model; 95% interval"
+    return (*found, Measure("KL closed alone", interval(latent.alone), meaning))
+
+
 def _fires_on(latent: Latent) -> str:
-    """Where a latent's active tokens lie, the largest share first."""
+    """The groups of tokens on which a latent is active, the largest share first."""
     shares = [(latent.shares[group], group) for group in TOKEN_GROUPS if latent.shares[group] > 0]
     return ", ".join(f"{group} {wording.share(part)}" for part, group in sorted(shares, reverse=True))
 
 
 def example_view(example: Example, latent: Latent, whole: bool = False, raw: bool = False) -> ExampleView:
-    """An example around its maximum or whole, with its origin in words; `raw` leaves white space as it is."""
+    """An example around its maximum, or `whole`; `raw` leaves white space as it is."""
     context = Context(example.tokens[:], example.position, False, False) if whole else context_of(example)
     kind = "top" if example.quantile is None else f"{example.kind} {wording.number(example.quantile)}"
     parts = [kind, f"maximum {wording.number(example.activation)}"]
@@ -146,25 +130,28 @@ def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> Examp
     """A whole text with one latent's activations; `highest` is the activation of the strongest tint."""
     peak = max(range(len(tokens)), key=lambda index: tokens[index].activation)
     marked = peak if tokens[peak].activation > 0 else -1
-    return ExampleView(origin, pieces(Context(tokens, marked, False, False), highest), False, False)
+    return ExampleView(origin, pieces(Context(tokens, marked, False, False), highest))
 
 
 def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, ...]:
-    """Tokens as the page's spans: a new line before each new turn's template, a label where a turn's content begins."""
+    """The tokens of a context. Each turn's template begins a new line, and its content begins with the speaker."""
     found: list[Piece] = []
     tokens, roles = context.tokens, [role_of(token) for token in context.tokens]
     for index, (token, role) in enumerate(zip(tokens, roles, strict=True)):
-        text, active = token.text if raw else visible(token.text), token.activation > 0
-        classes = [
-            "t",
-            *([role] if role in _CHIPS else []),
-            *([f"a{_level(token.activation, highest)}"] if active else []),
-        ]
+        text = token.text if raw else visible(token.text)
+        active = token.activation > 0
+        classes = ["t"]
+        if role in _CHIPS:
+            classes.append(role)
+        if active:
+            classes.append(f"a{_level(token.activation, highest)}")
+        if index == context.peak:
+            classes.append("peak")
         starts = index > 0 and _begins_turn(token, tokens[index - 1], roles[index - 1])
         found.append(
             Piece(
                 text=text,
-                classes=" ".join([*classes, "peak"] if index == context.peak else classes),
+                classes=" ".join(classes),
                 title=f"{text}  {wording.number(token.activation)}" if active else f"{text}  not active",
                 begins_line=starts and not found[-1].ends_line,
                 speaker=role if role in ("user", "assistant") and (index == 0 or role != roles[index - 1]) else None,
@@ -175,11 +162,11 @@ def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, 
 
 
 def _begins_turn(token: Token, previous: Token, previous_role: str) -> bool:
-    """Whether a token is the first template token after a turn; the token that closes an answer is part of it."""
+    """Whether a token is the first template token after a turn. The token that closes an answer is part of the answer."""
     opens = bool(token.flags & _TEMPLATE) and not token.flags & _ASSISTANT
     return opens and (previous_role not in _CHIPS or bool(previous.flags & _ASSISTANT))
 
 
 def _level(activation: float, highest: float) -> int:
-    """Step of the hue for an activation above 0: 1 to `LEVELS`, which is the latent's maximum."""
+    """Step of the tint for an activation above 0, from 1 to `LEVELS` for `highest`."""
     return min(LEVELS, max(1, math.ceil(LEVELS * activation / highest)))

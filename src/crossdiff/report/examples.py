@@ -1,4 +1,4 @@
-"""Examples from a crosscoder's SQLite database, and the piece of each that is worth showing."""
+"""Examples from a crosscoder's SQLite database, and the part of each that a page shows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from crossdiff.errors import UserError
+from crossdiff.errors import UserError, check_latents
+from crossdiff.files import open_sqlite
 from crossdiff.latents.example_schema import FORMAT
 from crossdiff.text.chat import Flag
 
@@ -29,7 +30,7 @@ _SELECT = """
 
 
 class Token(NamedTuple):
-    """One token: its decoded text, its flags and the latent's activation v on it. A page has thousands."""
+    """One token: its text, its flags and the latent's activation v on it. A page has thousands, hence a tuple."""
 
     text: str
     flags: int
@@ -37,10 +38,12 @@ class Token(NamedTuple):
 
 
 class Tokens(Sequence[Token]):
-    """A sequence's tokens, decoded as they are asked for, since most pages show only those around the maximum.
+    """The tokens of a sequence. Most pages show only those around the maximum, so each is decoded when it is read.
 
     Attributes:
-        ids: token ids, int32 (n_tokens); flags: uint8; activations: v, float32.
+        ids: `[token]`.
+        flags: `[token]`, bits of `Flag`.
+        activations: `[token]`, the latent's v.
     """
 
     def __init__(
@@ -51,10 +54,13 @@ class Tokens(Sequence[Token]):
         vocabulary: Mapping[int, str],
     ) -> None:
         assert len(ids) == len(flags) == len(activations)
-        self.ids, self.flags, self.activations, self._vocabulary = ids, flags, activations, vocabulary
+        self.ids = ids
+        self.flags = flags
+        self.activations = activations
+        self._vocabulary = vocabulary
 
     def with_activations(self, activations: npt.NDArray[np.float32]) -> Tokens:
-        """The same tokens with other values."""
+        """The same tokens with other activations."""
         return Tokens(self.ids, self.flags, activations, self._vocabulary)
 
     def __len__(self) -> int:
@@ -74,22 +80,16 @@ class Tokens(Sequence[Token]):
     def __iter__(self) -> Iterator[Token]:
         return iter(self[:])
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tokens) and self[:] == other[:]
-
-    def __hash__(self) -> int:
-        return hash(self[:])
-
     def __repr__(self) -> str:
         return f"<{len(self)} tokens>"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sequence on which a latent is active. `position` and `activation` are those of the maximum it was picked for.
+    """A sequence on which a latent is active, chosen for its maximum: `activation` at the token `position`.
 
-    `kind` is "top", "quantile" or "band" (of imported examples); `quantile` is None for "top". Imported examples have neither
-    dataset nor document.
+    `kind` is "top", "quantile", or "band" for imported examples; `quantile` is None for "top". Imported examples have
+    neither a dataset nor a document.
     """
 
     kind: str
@@ -104,7 +104,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The tokens around an example's maximum. `peak` indexes `tokens`; the flags say whether text was cut off."""
+    """The tokens around an example's maximum, which is `tokens[peak]`, and whether text was cut off on either side."""
 
     tokens: tuple[Token, ...]
     peak: int
@@ -113,7 +113,7 @@ class Context:
 
 
 class ExampleDatabase:
-    """A crosscoder's examples, read only. Threads may share it: each has a connection of its own.
+    """A crosscoder's examples, open for reading. Threads may share it: each has a connection of its own.
 
     Raises:
         UserError: the database is missing, damaged or of another version.
@@ -121,27 +121,27 @@ class ExampleDatabase:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise UserError(f"{path} is missing: run `crossdiff analyze` to write it")
-        self.path, self._own = path, threading.local()
+            raise UserError(f"{path} is missing; run `crossdiff analyze` to write it")
+        self.path = path
+        self._own = threading.local()
         with self._reading() as database:
             metadata = dict(database.execute("SELECT key, value FROM metadata"))
             if metadata.get("format") != FORMAT:
                 found = metadata.get("format")
-                raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}: run `crossdiff analyze` again")
+                raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}; run `crossdiff analyze` again")
             self.n_latents = int(metadata["n_latents"])
             self.vocabulary: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        """This thread's connection; what SQLite finds wrong with the file is the user's to mend."""
+        """This thread's connection; an error of SQLite becomes one that says what to do."""
         try:
             if not hasattr(self._own, "database"):
-                # A thread ends with its connection, and `close` may come from another one.
-                uri = f"{self.path.resolve().as_uri()}?mode=ro"
-                self._own.database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+                # When a thread ends, another one may close its connection.
+                self._own.database = open_sqlite(self.path, any_thread=True)
             yield self._own.database
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path} cannot be read ({error}): run `crossdiff analyze` again") from error
+            raise UserError(f"{self.path} cannot be read ({error}); run `crossdiff analyze` again") from error
 
     def close(self) -> None:
         """Close this thread's connection."""
@@ -150,21 +150,14 @@ class ExampleDatabase:
             del self._own.database
 
     def examples(self, latent: int, top: int = TOP_EXAMPLES, per_quantile: int = 1) -> tuple[Example, ...]:
-        """The top examples of a latent, then so many per quantile from high to low, each sequence among the top ones once.
-
-        Raises:
-            UserError: there is no such latent; an array does not fit its sequence.
-        """
-        if not 0 <= latent < self.n_latents:
-            raise UserError(
-                f"there is no latent {latent} in {self.path}: its crosscoder has {self.n_latents}, "
-                f"from 0 to {self.n_latents - 1}"
-            )
+        """The top examples of a latent, then `per_quantile` of each quantile from high to low, without repeating a sequence
+        that is among the top ones."""
+        check_latents([latent], self.n_latents, f"the crosscoder of {self.path}")
         with self._reading() as database:
             strongest = database.execute(f"{_SELECT} AND kind = 'top' ORDER BY rank LIMIT ?", (latent, top))
             shown = {row[-1]: row for row in strongest}
             lower = database.execute(f"{_SELECT} AND kind <> 'top' ORDER BY quantile DESC, rank", (latent,))
-            by_quantile: dict[object, list[tuple[object, ...]]] = {}
+            by_quantile: dict[float, list[tuple[Any, ...]]] = {}
             for row in lower:
                 if row[-1] not in shown:
                     by_quantile.setdefault(row[1], []).append(row)
@@ -173,46 +166,33 @@ class ExampleDatabase:
 
 
 def read_examples(path: Path, latents: Sequence[int]) -> dict[int, tuple[Example, ...]]:
-    """The top examples of each latent, then one per quantile; raises as `ExampleDatabase`."""
+    """The top examples of each latent, then one per quantile."""
     with closing(ExampleDatabase(path)) as database:
         return {latent: database.examples(latent) for latent in latents}
 
 
-def _example(path: Path, row: tuple[object, ...], vocabulary: Mapping[int, str]) -> Example:
+def _example(path: Path, row: tuple[Any, ...], vocabulary: Mapping[int, str]) -> Example:
     kind, quantile, dataset, label, document, position, activation, *blobs, sequence = row
-    if not (isinstance(position, int) and isinstance(activation, float) and all(isinstance(blob, bytes) for blob in blobs)):
-        types = ", ".join(type(part).__name__ for part in (position, activation, *blobs))
-        raise UserError(
-            f"{path}: an example in sequence {sequence} has position, activation, token_ids, flags, positions and "
-            f"activations of types {types}; expected int, float and four times bytes; run `crossdiff analyze` again"
-        )
-    ids, flags, positions, activations = (
-        np.frombuffer(blob, dtype=dtype) if len(blob) % np.dtype(dtype).itemsize == 0 else np.empty(0, dtype)
-        for blob, dtype in zip((b for b in blobs if isinstance(b, bytes)), ("<i4", "u1", "<i4", "<f4"), strict=True)
-    )
+    try:
+        ids, flags, positions, active = map(np.frombuffer, blobs, ("<i4", "u1", "<i4", "<f4"))
+    except (TypeError, ValueError) as error:  # not bytes, or not a whole number of values
+        raise UserError(f"{path}: sequence {sequence} is damaged ({error}); run `crossdiff analyze` again") from error
     inside = bool(((positions >= 0) & (positions < len(ids))).all())
-    if len(flags) != len(ids) or len(positions) != len(activations) or not inside or not 0 <= position < len(ids):
+    if len(flags) != len(ids) or len(positions) != len(active) or not inside or not 0 <= position < len(ids):
         raise UserError(
             f"{path}: sequence {sequence} has {len(ids)} tokens, {len(flags)} flags, {len(positions)} positions, "
-            f"{len(activations)} activations and its maximum at {position}; expected as many flags as tokens, as many "
-            "activations as positions, and all of these inside; run `crossdiff analyze` again"
+            f"{len(active)} activations and its maximum at {position}; expected one flag per token, one activation per "
+            "position, and every position inside the sequence; run `crossdiff analyze` again"
         )
-    values = np.zeros(len(ids), dtype=np.float32)
-    values[positions] = activations
-    return Example(
-        kind=str(kind),
-        quantile=quantile if isinstance(quantile, float) else None,
-        dataset=dataset if isinstance(dataset, str) else None,
-        label=label if isinstance(label, str) else None,
-        document=document if isinstance(document, int) else None,
-        position=position,
-        activation=activation,
-        tokens=Tokens(ids, flags, values, vocabulary),
-    )
+    activations = np.zeros(len(ids), dtype=np.float32)
+    activations[positions] = active
+    tokens = Tokens(ids, flags, activations, vocabulary)
+    return Example(kind, quantile, dataset, label, document, position, activation, tokens)
 
 
 def context_of(example: Example, before: int = TOKENS_BEFORE, after: int = TOKENS_AFTER) -> Context:
-    """Trim an example to `before` tokens, the maximum and `after` tokens; room unused on one side goes to the other."""
+    """Trim an example to `before` tokens, the maximum and `after` tokens; a side that is too short leaves its room to the
+    other."""
     length = before + after + 1
     start = max(0, min(example.position - before, len(example.tokens) - length))
     end = min(len(example.tokens), start + length)
@@ -227,19 +207,17 @@ def _role(flags: int) -> str:
 
 
 _ROLES = tuple(_role(flags) for flags in range(16))
-"""By flags: a page has thousands of tokens, and enumerations are slow."""
+"""The role of every combination of flags: a page has thousands of tokens, and enumerations are slow."""
 
 
 def role_of(token: Token) -> str:
-    """What a token is shown as: bos, template, user, assistant or plain; a token with several flags by the first."""
+    """The role that a token is shown with: bos, template, user, assistant or plain. Of several flags the first counts."""
     return _ROLES[token.flags & 15]
 
 
 def visible(text: str) -> str:
-    """A token's text with invisible characters shown: line ends, tabs, lone spaces, control and direction characters.
-
-    Line breaks become a return sign; a caller that wants the break itself adds it after the sign.
-    """
+    """A token's text with a sign for each invisible character: line breaks, tabs, lone spaces, control and direction
+    characters. A line break becomes a return sign alone; callers that want the break itself add it."""
     if not text:
         return "\N{EMPTY SET}"
     if not text.strip(" "):
@@ -254,6 +232,6 @@ def _sign(character: str) -> str:
         return "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
     if character == "\t":
         return "\N{RIGHTWARDS ARROW TO BAR}"
-    # Joiners belong to emoji and scripts; other format characters could turn the direction of the page's own text.
+    # Joiners are part of emoji and scripts; other format characters could reverse the direction of the page's own text.
     shown = unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") or character in "\u200c\u200d"
     return character if shown else f"[U+{ord(character):04X}]"

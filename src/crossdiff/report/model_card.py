@@ -1,4 +1,6 @@
-"""The model card of a published run: what it is, its training and quality, how to load it, its limits."""
+"""The model card of a published run: contents, training, quality, how to load it, and its limits."""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Mapping
@@ -9,32 +11,36 @@ import yaml
 
 from crossdiff.config import CrosscoderConfig, RunConfig, merge, read_yaml, validate
 from crossdiff.report import wording
-from crossdiff.report.environment import environment
-from crossdiff.report.html import caveats, short
+from crossdiff.report.overview import caveats, short, title
 from crossdiff.report.records import CrosscoderReport, RunReport
+from crossdiff.report.templating import environment
 
 VERDICT_ROWS = (
     "chat_specific", "chat_specific_paper", "complete_shrinkage", "latent_decoupling", "rotated", "shared", "base_specific",
     "undecided", "dead", "chat_only", "base_only",
 )  # fmt: skip
 ALWAYS = (
-    "A latent that is specific to the chat model need not matter for what the model says; that takes a causal test.",
-    "One layer of one pair, and only concepts that the analysed texts contain.",
-    "What a latent means is for the reader of its examples to judge; nobody has tested a reading of them here.",
+    "A latent that is specific to the chat model may still not affect what the model says; only a causal test shows that.",
+    "The results cover one layer of one pair, and only concepts that occur in the analysed texts.",
+    "The examples suggest what a latent means, but nobody has tested a reading of them here.",
 )
 """Limits of every run."""
 
 
 def model_card(report: RunReport, repository: str, licence: str, trained: Mapping[str, dict[str, Any]]) -> str:
-    """The card as Markdown with the front matter that the Hub reads; `trained`: the settings of each crosscoder's training."""
+    """The card as Markdown with the front matter that the Hub reads.
+
+    Args:
+        trained: the training settings of each crosscoder.
+    """
     config = validate(RunConfig, read_yaml(report.directory / "config.yaml"), str(report.directory / "config.yaml"))
-    coders = report.crosscoders
     primary = report.primary
     models = [name for name in (report.base, report.chat) if name is not None]
     return environment().overlay(autoescape=False).get_template("model_card.md.j2").render(
         licence_identifier=licence if re.fullmatch(r"[a-z0-9.-]+", licence) and licence != "unknown" else "other",
         licence=licence,
         hub_models=[name for name in models if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)],
+        title=title(report),
         base=short(report.base, "the base model"),
         chat=short(report.chat, "the chat model"),
         layer=report.layer,
@@ -43,8 +49,8 @@ def model_card(report: RunReport, repository: str, licence: str, trained: Mappin
         tokens=wording.whole(report.n_tokens) if report.n_tokens else "",
         datasets=report.datasets,
         settings=_settings(config, trained),
-        crosscoders=[coder.title for coder in coders],
-        rows=_rows(coders),
+        crosscoders=[coder.title for coder in report.crosscoders],
+        rows=_rows(report.crosscoders),
         repository=repository,
         primary=primary.name,
         example=primary.top.latents[0].latent if primary.top.latents else 0,
@@ -54,7 +60,7 @@ def model_card(report: RunReport, repository: str, licence: str, trained: Mappin
 
 
 def _settings(config: RunConfig, trained: Mapping[str, dict[str, Any]]) -> str:
-    """The settings that say how the crosscoders came about, as YAML; models and texts are named above."""
+    """The settings that produced the crosscoders, as YAML, without the models and texts, which the card names above."""
     values = config.model_dump(mode="json", exclude_defaults=True, include={"harvest", "analyze"})
     coders = {name: validate(CrosscoderConfig, settings, name) for name, settings in trained.items() if settings}
     values["crosscoders"] = {

@@ -1,102 +1,169 @@
-"""What the page and the terminal summary are written from: typed, immutable records of one run directory.
+"""Typed, immutable records of one run directory: everything that the page and the terminal summary are written from.
 
-Nothing here computes a measure: every figure comes from the files that the analysis wrote (`reading`).
+Nothing here computes a measure. Every number comes from the files that the stages wrote; `reading` reads them.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
-from pydantic import JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from crossdiff.errors import UserError
+from crossdiff.files import read_json
 from crossdiff.report.examples import Example
-from crossdiff.report.interpretation import Interpretation
-from crossdiff.report.record import Record
+from crossdiff.statistics import Estimate
 
 TOKEN_GROUPS = ("plain", "bos", "template", "user", "assistant")
 
+R = TypeVar("R", bound="Record")
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A value with the ends of its 95% interval; NaN where undefined."""
 
-    value: float
-    low: float = math.nan
-    high: float = math.nan
+class Record(BaseModel):
+    """A JSON file of another stage. Keys that are not declared are ignored, so that later versions may add some."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @classmethod
+    def read(cls: type[R], path: Path, command: str) -> R:
+        """Read the record from a file that `command` writes.
+
+        Raises:
+            UserError: the file is missing, damaged or of another version; the message names the first wrong key.
+        """
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise UserError(f"{path}: {key}: {first['msg']}; run `{command}` again") from error
 
 
 class Massive(Record):
-    """Tokens of massive activation norm, kept out of the other figures."""
+    """Tokens of massive activation norm, which the other held-out numbers exclude. Their FVE needs at least two of them."""
 
-    n_tokens: int = 0
-    fve: Mapping[str, float | None] = {}
+    n_tokens: int
+    fve: Mapping[str, float] = {}
 
 
 class HeldOut(Record):
-    """Quality on held-out tokens. `fve` has a key per source and `total`, `fve_interval` those with an interval."""
+    """Quality on held-out tokens. `fve` and its 95% interval have a key per source and `total`."""
 
     n_tokens: int
-    fve: Mapping[str, float | None]
-    fve_interval: Mapping[str, tuple[float, float]] = {}
+    fve: Mapping[str, float]
+    fve_interval: Mapping[str, tuple[float, float]]
     l0: float
     n_dead: int
     dead_share: float
-    massive: Massive | None = None
-
-    @field_validator("fve_interval", mode="before")
-    @classmethod
-    def _pairs_only(cls, found: object) -> dict[str, tuple[float, float]]:
-        """Accept `[low, high]` and `{"low":, "high":}`; a source without a finite interval has none."""
-        pairs = {}
-        for source, ends in (found if isinstance(found, dict) else {}).items():
-            values = [ends.get("low"), ends.get("high")] if isinstance(ends, dict) else ends
-            if isinstance(values, list) and len(values) == 2 and all(_is_finite(value) for value in values):
-                pairs[source] = (float(values[0]), float(values[1]))
-        return pairs
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the run asked of a chat-specific latent: both nu below, delta_norm at least."""
-
-    nu_error: float
-    nu_reconstruction: float
-    delta_norm: float
+    massive: Massive
 
 
 class FrequencyHistogram(Record):
-    """Latents by log10 of the share of tokens they are active on."""
+    """Number of latents by log10 of the share of tokens on which they are active."""
 
     log10_edges: tuple[float, ...]
     counts: tuple[int, ...]
 
 
 class Health(Record):
-    """health.json of one crosscoder."""
+    """health.json of one crosscoder. `counts` has the latents of each delta_norm class, set and verdict."""
 
     n_latents: int
     d_model: int
     layer: int
     architecture: str
-    sources: tuple[str, ...] = ("base", "chat")
-    k: int | None = None
-    training_tokens: int | None = None
-    analysed_tokens: int | None = None
+    sources: tuple[str, ...]
+    k: int | None
+    training_tokens: int
+    analysed_tokens: int
     heldout: HeldOut
-    frequency_histogram: FrequencyHistogram | None = None
-    decoder_norm_movement: Mapping[str, JsonValue] = {}
-    counts: Mapping[str, int] = {}
-    controls: Mapping[str, JsonValue] = {}
-    notes: tuple[str, ...] = ()
+    frequency_histogram: FrequencyHistogram
+    decoder_norm_movement: Mapping[str, JsonValue]
+    counts: Mapping[str, int]
+    controls: Mapping[str, JsonValue]
+
+
+class ScoreSummary(Record):
+    """One interpretability score over the latents of a verdict; `low` and `high` are the ends of the mean's 95% interval."""
+
+    score: str
+    verdict: str
+    n: int
+    mean: float
+    quartiles: tuple[float, float, float, float, float]
+    low: float | None = None
+    high: float | None = None
+
+
+class Difference(Record):
+    """Mean score of the chat-specific latents minus that of the shared ones."""
+
+    score: str
+    value: float
+    low: float
+    high: float
+
+
+class Interpretation(Record):
+    """interpretation.json of one crosscoder."""
+
+    n_latents: int
+    n_incomplete: int
+    models: tuple[str, ...]
+    scores: tuple[ScoreSummary, ...]
+    differences: tuple[Difference, ...]
+
+
+class NullRates(Record):
+    """Result of the null diff for one crosscoder: number of live latents, and their share in each verdict and set."""
+
+    n_live: int
+    rates: Mapping[str, float]
+
+
+class NullDiff(Record):
+    """null.json, by crosscoder."""
+
+    crosscoders: Mapping[str, NullRates]
+
+
+class Model(Record):
+    """A model of the pair."""
+
+    name: str
+
+
+class StoreManifest(Record):
+    """manifest.json of the activation store. `pair` also holds the digest of the tokenizer, which is not read here."""
+
+    pair: Mapping[str, Model | str] | None = None
+    n_tokens: int | None = None
+
+    def model(self, source: str) -> str | None:
+        """Name of a source's model."""
+        found = (self.pair or {}).get(source)
+        return found.name if isinstance(found, Model) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The run's conditions for a chat-specific latent: both nu below these values, delta_norm at least this."""
+
+    nu_error: float
+    nu_reconstruction: float
+    delta_norm: float
 
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One row of the latent table with the examples read for it. Activations are v (f times the decoder norms).
+    """One row of the latent table with the examples read for it. Activations are v (f times the sum of the decoder norms).
 
-    alone: what it takes off the KL to the chat model when patched alone (`crossdiff causal`), in nats.
+    alone: nats by which the latent reduces the KL to the chat model when patched alone (`crossdiff causal`).
     """
 
     latent: int
@@ -108,10 +175,10 @@ class Latent:
     frequency: float
     n_active: int
     max_activation: float
-    nu_error: Estimate
-    nu_reconstruction: Estimate
-    nu_activation: Estimate
-    alone: Estimate
+    nu_error: Estimate[float]
+    nu_reconstruction: Estimate[float]
+    nu_activation: Estimate[float]
+    alone: Estimate[float]
     rank_sum: float
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
@@ -128,12 +195,12 @@ class TopLatents:
 
 @dataclass(frozen=True, slots=True)
 class PoolScore:
-    """How well the best member of one pool predicts a behaviour on held-out conversations."""
+    """How well the best latent of one pool predicts a behaviour on held-out conversations."""
 
     pool: str
     pool_size: int | None
     latent: int | None
-    auroc: Estimate
+    auroc: Estimate[float]
     n_positive: int
     n_negative: int
 
@@ -149,19 +216,19 @@ class BehaviourResult:
 
 @dataclass(frozen=True, slots=True)
 class CrosscoderReport:
-    """What one crosscoder's folder holds. `behaviour_latents` are the best specific ones not already in `top`."""
+    """The contents of one crosscoder's folder. `behaviour_latents` are the best specific latents that are not in `top`."""
 
     name: str
     health: Health
     latents: pl.DataFrame
-    behaviours: pl.DataFrame | None
+    behaviours: tuple[BehaviourResult, ...]
     top: TopLatents
     behaviour_latents: tuple[Latent, ...]
     interpretation: Interpretation | None = None
 
     @property
     def title(self) -> str:
-        """The architecture in its usual spelling, with the folder's name where that says something else."""
+        """The architecture in its usual spelling, followed by the folder's name unless that is the same."""
         usual = {"l1": "L1", "batchtopk": "BatchTopK", "topk": "TopK", "jumprelu": "JumpReLU"}
         spelling = usual.get(self.health.architecture, self.health.architecture)
         return spelling if self.name == self.health.architecture else f"{spelling} ({self.name})"
@@ -172,25 +239,13 @@ class CrosscoderReport:
         return len(self.health.sources) > 1
 
     def count(self, key: str) -> int:
-        """Number of latents: a delta_norm class, a verdict, or a set (chat_specific, chat_specific_paper, template_only).
-
-        health.json's own count is taken where it has one, so that the page agrees with the file.
-        """
-        if key in self.health.counts:
-            return self.health.counts[key]
-        if key in ("chat_specific", "chat_specific_paper", "template_only"):
-            return int(self.latents[key].sum())
-        column = "delta_norm_class" if key in ("base_only", "chat_only", "shared", "other") else "verdict"
-        return self.latents.filter(pl.col(column) == key).height
+        """Number of latents of a delta_norm class, a set or a verdict, as health.json counts them."""
+        return self.health.counts[key]
 
     def rate(self, key: str) -> float:
-        """Share of the live latents in a set or verdict; NaN without a live one."""
-        live = self.latents.filter(pl.col("verdict") != "dead").height
+        """Share of the live latents in a set or verdict; NaN if no latent is live."""
+        live = self.latents.height - self.count("dead")
         return self.count(key) / live if live else math.nan
-
-    def behaviour_results(self) -> tuple[BehaviourResult, ...]:
-        """The behaviours table, a record per behaviour and question, in the file's order."""
-        return behaviour_results(self.behaviours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,22 +258,15 @@ class DatasetShare:
     n_tokens: int
 
 
-class NullRates(Record):
-    """What the null diff gave for one crosscoder: live latents, and their share in each verdict and set."""
-
-    n_live: int
-    rates: Mapping[str, float]
-
-
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet; `null` are the rates of
-    the null diff, by crosscoder."""
+    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet; `null` has the rates of
+    the null diff by crosscoder."""
 
     directory: Path
     base: str | None
     chat: str | None
-    layer: int | None
+    layer: int
     n_tokens: int | None
     datasets: tuple[DatasetShare, ...]
     limits: Limits
@@ -228,26 +276,6 @@ class RunReport:
 
     @property
     def primary(self) -> CrosscoderReport:
-        """The crosscoder that the answer is about: BatchTopK, whose loss lacks L1's artifacts, or else the first."""
+        """The crosscoder that the page's answer is about: BatchTopK, whose loss lacks L1's artifacts, or else the first."""
         comparing = [coder for coder in self.crosscoders if coder.compares] or list(self.crosscoders)
         return next((coder for coder in comparing if coder.health.architecture == "batchtopk"), comparing[0])
-
-
-def behaviour_results(behaviours: pl.DataFrame | None) -> tuple[BehaviourResult, ...]:
-    """A record per behaviour and question of a behaviours table, in its order."""
-    scores: dict[tuple[str, str], dict[str, PoolScore]] = {}
-    for row in () if behaviours is None else behaviours.iter_rows(named=True):
-        estimate = Estimate(as_float(row["auroc"]), as_float(row["auroc_low"]), as_float(row["auroc_high"]))
-        scores.setdefault((row["behaviour"], row["question"]), {})[row["pool"]] = PoolScore(
-            row["pool"], row["pool_size"], row["latent"], estimate, row["n_positive"] or 0, row["n_negative"] or 0
-        )
-    return tuple(BehaviourResult(*key, by_pool) for key, by_pool in scores.items())
-
-
-def as_float(found: object) -> float:
-    """A float, with NaN for null."""
-    return float(found) if isinstance(found, int | float) else math.nan
-
-
-def _is_finite(found: object) -> bool:
-    return isinstance(found, int | float) and math.isfinite(found)

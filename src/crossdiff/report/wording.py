@@ -1,16 +1,20 @@
 """Numbers and sentences that the page and the terminal summary share."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
 from crossdiff.report.reading import CANDIDATE_DELTA_NORM, FEW_SPECIFIC
-from crossdiff.report.records import BehaviourResult, CrosscoderReport, Estimate, Limits, PoolScore, RunReport
+from crossdiff.report.records import BehaviourResult, CrosscoderReport, Limits, PoolScore, RunReport
+from crossdiff.statistics import Estimate
 
 CLEAR_GAIN = 0.1
-"""A difference of AUROC from which one pool is said to be ahead of another."""
+"""Difference of AUROC from which one pool counts as ahead of another."""
 UNDEFINED = "undefined"
-ONE_DECODER = "delta_norm and the verdicts need a crosscoder, which has a decoder for each model."
-
+ONE_DECODER = "delta_norm and the verdicts need a crosscoder, which has one decoder per model."
+NULL_RATES = ("chat_specific", "chat_specific_paper")
+"""Sets whose share of the live latents is compared with the null diff."""
 QUESTIONS = {
     "before_answer": "Before the answer",
     "whole_conversation": "Whole conversation",
@@ -19,8 +23,8 @@ POOLS = {
     "chat_specific": "specific pool",
     "shared": "shared pool",
     "base_sae": "SAE on the base model",
-    "living": "living latents",
-    "bag_of_words": "bag of words on the prompt",
+    "living": "live latents",
+    "bag_of_words": "words of the prompt",
 }
 VERDICTS = {
     "chat_specific": "chat-specific",
@@ -37,6 +41,16 @@ VERDICTS = {
 def words(name: str) -> str:
     """A name from a file as words."""
     return VERDICTS.get(name) or name.replace("_", " ")
+
+
+def pool(name: str) -> str:
+    """A pool of the behaviours table as words."""
+    return POOLS.get(name, words(name))
+
+
+def question(name: str) -> str:
+    """A question of the behaviours table as words."""
+    return QUESTIONS.get(name, words(name).capitalize())
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -60,16 +74,12 @@ def count(coder: CrosscoderReport, key: str) -> str:
     return f"{coder.count(key):,}" if coder.compares else "one decoder"
 
 
-NULL_RATES = ("chat_specific", "chat_specific_paper")
-"""What is set beside the null diff."""
-
-
 def null_rate(report: RunReport, coder: CrosscoderReport, key: str) -> str:
-    """A share of the live latents, beside that of the null diff."""
+    """A share of the live latents, followed by that of the null diff in brackets."""
     if not coder.compares:
         return "one decoder"
     null = report.null.get(coder.name)
-    return f"{share(coder.rate(key))}, null {share(None if null is None else null.rates.get(key))}"
+    return f"{share(coder.rate(key))} ({'none' if null is None else share(null.rates.get(key))})"
 
 
 def whole(value: int | None) -> str:
@@ -91,7 +101,7 @@ def compact(value: int) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share as a percentage of two or three digits; shares that are not 0 do not round to it."""
+    """A share as a percentage of two or three digits; a share above 0 never rounds to 0."""
     if value is None or math.isnan(value):
         return UNDEFINED
     if 0 < value < 0.0001:
@@ -105,7 +115,7 @@ def fixed(value: float, decimals: int = 2) -> str:
     return UNDEFINED if math.isnan(value) else _minus(f"{value:.{decimals}f}")
 
 
-def interval(estimate: Estimate, decimals: int = 2) -> str:
+def interval(estimate: Estimate[float], decimals: int = 2) -> str:
     """0.86 [0.79, 0.92]; the value alone when it has no interval."""
     if math.isnan(estimate.value) or math.isnan(estimate.low) or math.isnan(estimate.high):
         return fixed(estimate.value, decimals)
@@ -114,58 +124,64 @@ def interval(estimate: Estimate, decimals: int = 2) -> str:
 
 
 def fve(coder: CrosscoderReport, source: str) -> str:
-    """Fraction of variance explained on held-out tokens, with its interval where the file has one."""
+    """Fraction of variance explained on held-out tokens with its interval; "undefined" for a source that is not read."""
     heldout = coder.health.heldout
-    value = heldout.fve.get(source)
-    return interval(Estimate(math.nan if value is None else value, *heldout.fve_interval.get(source, ())), 3)
+    if source not in heldout.fve:
+        return UNDEFINED
+    return interval(Estimate(heldout.fve[source], *heldout.fve_interval.get(source, (math.nan, math.nan))), 3)
 
 
 def answer(report: RunReport) -> list[str]:
-    """The page's answer as plain sentences, about the primary crosscoder first."""
-    if not report.primary.compares:
-        return [f"The coder {report.primary.title} has one decoder, which cannot tell whose a latent is. {ONE_DECODER}"]
-    sentences = [*_specific_sentences(report.primary, report.limits), *_null_sentences(report)]
-    for coder in report.crosscoders:
-        if coder is not report.primary and coder.compares:
-            named, specific = coder.count("chat_only"), coder.count("chat_specific")
+    """The page's answer in plain sentences; the primary crosscoder comes first."""
+    coder = report.primary
+    if not coder.compares:
+        return [f"{coder.title} has one decoder, so it cannot tell which model a latent belongs to. {ONE_DECODER}"]
+    sentences = [
+        "A crosscoder explains the activations of both models as sums of a few latents, each with one direction per model.",
+        *_specific_sentences(coder, report.limits),
+        *_null_sentences(report),
+    ]
+    for other in report.crosscoders:
+        if other is not coder and other.compares:
+            named, specific = other.count("chat_only"), other.count("chat_specific")
             sentences.append(
-                f"In the {coder.title} crosscoder delta_norm alone names {whole(named)} of "
-                f"{whole(coder.health.n_latents)}, latent scaling {whole(specific)}."
+                f"In the {other.title} crosscoder, delta_norm alone names {whole(named)} of {latents(other.health.n_latents)} "
+                f"and latent scaling {whole(specific)}."
             )
-    sentences.extend(_behaviour_sentences(report.primary))
-    return sentences
+    return sentences + _behaviour_sentences(coder)
 
 
 def _specific_sentences(coder: CrosscoderReport, limits: Limits) -> list[str]:
     n_latents, specific, named = coder.health.n_latents, coder.count("chat_specific"), coder.count("chat_only")
+    dead = coder.health.heldout.n_dead
     subject = "none is" if specific == 0 else f"{whole(specific)} {'is' if specific == 1 else 'are'}"
     sentences = [
-        f"Of {whole(n_latents)} latents of the {coder.title} crosscoder, {subject} specific to the chat model by "
-        f"latent scaling (nu_error < {limits.nu_error:g}, nu_reconstruction < {limits.nu_reconstruction:g}, upper ends "
-        f"of the 95% intervals, base decoder norm at most {_norm_ratio(limits)} the chat one)."
+        f"Of the {latents(n_latents)} of the {coder.title} crosscoder, {subject} specific to the chat model by latent scaling, "
+        f"which measures how much of a latent's chat direction the base model has (nu_error < {limits.nu_error:g} and "
+        f"nu_reconstruction < {limits.nu_reconstruction:g} at the upper ends of their 95% intervals, and a base direction at "
+        f"most {_norm_ratio(limits)} as long as the chat one)."
     ]
     if named == 0:
-        sentences.append("delta_norm alone would have named none (0.9 or above).")
+        sentences.append("The lengths of the two directions alone (delta_norm of 0.9 or above) would have named none.")
     else:
-        both = coder.latents.filter(coder.latents["delta_norm_class"] == "chat_only")["chat_specific"].sum()
+        both = int(coder.latents.filter(coder.latents["delta_norm_class"] == "chat_only")["chat_specific"].sum())
         sentences.append(
-            f"delta_norm alone would have named {whole(named)} (0.9 or above), of which {whole(int(both))} "
-            f"{'passes' if both == 1 else 'pass'} latent scaling as well."
+            f"The lengths of the two directions alone (delta_norm of 0.9 or above) would have named {whole(named)}, of which "
+            f"{whole(both)} also {'passes' if both == 1 else 'pass'} latent scaling."
         )
     shrunk, decoupled = coder.count("complete_shrinkage"), coder.count("latent_decoupling")
     if shrunk or decoupled:
         sentences.append(
-            f"Of the others the base model has the concept too: {whole(shrunk)} by complete shrinkage (it is in the base "
-            f"model's error), {whole(decoupled)} by latent decoupling (other latents carry it there)."
+            f"Some only look chat-only, because the base model has the concept too: {whole(shrunk)} by complete shrinkage (the "
+            f"direction is in the base model's error), {whole(decoupled)} by latent decoupling (other latents carry it there)."
         )
-    rotated, dead = coder.count("rotated"), coder.health.heldout.n_dead
-    if rotated:
+    if rotated := coder.count("rotated"):
         sentences.append(
-            f"{whole(rotated)} {'other has' if rotated == 1 else 'others have'} a low nu although the decoder norms "
-            f"are alike: both models hold the concept, in different directions (rotated)."
+            f"{whole(rotated)} {'is' if rotated == 1 else 'are'} rotated: both models have the concept, in directions of "
+            f"similar length that point different ways."
         )
     if dead >= n_latents:
-        sentences.append("Every latent is dead on the held-out tokens, so this crosscoder says nothing about the pair.")
+        sentences.append("Every latent is dead on the held-out tokens, so this crosscoder says nothing about the two models.")
     return sentences
 
 
@@ -175,8 +191,9 @@ def _null_sentences(report: RunReport) -> list[str]:
     if null is None:
         return []
     return [
-        f"The specific ones are {share(coder.rate('chat_specific'))} of its live latents; in the null diff, where the second "
-        f"model was only trained further on plain text, {share(null.rates.get('chat_specific'))} of {whole(null.n_live)}."
+        f"The chat-specific latents are {share(coder.rate('chat_specific'))} of the live ones. In the null diff, whose "
+        f"second model was only trained further on plain text, they are {share(null.rates.get('chat_specific'))} of "
+        f"{whole(null.n_live)}."
     ]
 
 
@@ -187,28 +204,34 @@ def _norm_ratio(limits: Limits) -> str:
 
 
 def _behaviour_sentences(coder: CrosscoderReport) -> list[str]:
-    results = [result for result in coder.behaviour_results() if result.question == "before_answer"]
+    results = [result for result in coder.behaviours if result.question == "before_answer"]
     if not results:
         return []
     if not any("chat_specific" in result.scores for result in results):
-        return ["No latent leans to the chat model enough to be tested on the labelled behaviours."]
+        return ["No latent leans enough to the chat model to be tested on the labelled behaviours."]
     ahead = [result.behaviour for result in results if gain(result) >= CLEAR_GAIN]
     names = f" ({', '.join(words(name) for name in ahead)})" if ahead else ""
     return [
-        f"On held-out conversations, read only up to where the answer begins, the best latent of the specific pool "
-        f"predicts the behaviour better than the best of the shared pool, by at least {CLEAR_GAIN} AUROC, for "
-        f"{len(ahead)} of {len(results)} labelled behaviours{names}."
+        f"For {len(ahead)} of {len(results)} labelled behaviours{names}, the best of the most chat-specific latents predicts "
+        f"the behaviour better than the best shared latent, by at least {CLEAR_GAIN} AUROC on held-out conversations read only "
+        f"up to where the answer begins."
     ]
 
 
 def predicted(results: Sequence[BehaviourResult]) -> dict[int, tuple[str, ...]]:
-    """Which behaviours each latent predicts best of the specific pool, before the answer, in words."""
+    """The behaviours that each latent predicts best of the specific pool before the answer, in words."""
     found: dict[int, tuple[str, ...]] = {}
     for result in results:
         score = result.scores.get("chat_specific")
         if result.question == "before_answer" and score is not None and score.latent is not None:
             found[score.latent] = (*found.get(score.latent, ()), f"{words(result.behaviour)}, AUROC {interval(score.auroc)}")
     return found
+
+
+def cases(result: BehaviourResult) -> str:
+    """Number of held-out conversations with and without the behaviour."""
+    first = next(iter(result.scores.values()))
+    return f"{first.n_positive:,} with, {first.n_negative:,} without"
 
 
 def gain(result: BehaviourResult) -> float:
@@ -222,27 +245,27 @@ def gain(result: BehaviourResult) -> float:
 
 def judgement(result: BehaviourResult) -> str:
     """What a behaviour's scores show, failures included."""
-    living, shared = result.scores.get("living"), result.scores.get("shared")
-    specific = result.scores.get("chat_specific", living)
+    live, shared = result.scores.get("living"), result.scores.get("shared")
+    specific = result.scores.get("chat_specific", live)
     if specific is None or math.isnan(specific.auroc.value):
-        return "No latent of the specific pool to test."
-    parts = [_against_shared(specific, shared, gain(result))] if living is None else []
+        return "The specific pool has no latent to test."
+    parts = [_against_shared(specific, shared, gain(result))] if live is None else []
     if specific.auroc.high < 0.5:
         parts.append("It does worse than chance (0.5).")
     elif specific.auroc.low <= 0.5:
         parts.append("The interval includes chance (0.5).")
     sae = result.scores.get("base_sae")
     if sae is not None and sae.auroc.value >= specific.auroc.value:
-        parts.append(f"An SAE on the base model predicts it as well or better ({fixed(sae.auroc.value)}).")
+        parts.append(f"An SAE on the base model predicts it at least as well ({fixed(sae.auroc.value)}).")
     prompt = result.scores.get("bag_of_words")
     if prompt is not None and prompt.auroc.value >= specific.auroc.value:
-        parts.append(f"The words of the prompt predict it as well or better ({fixed(prompt.auroc.value)}).")
+        parts.append(f"The words of the prompt predict it at least as well ({fixed(prompt.auroc.value)}).")
     return " ".join(parts)
 
 
 def _against_shared(specific: PoolScore, shared: PoolScore | None, difference: float) -> str:
     if shared is None or math.isnan(difference):
-        return "No shared pool to compare with."
+        return "There is no shared pool to compare with."
     if difference <= 0:
         scores = f"{fixed(specific.auroc.value)} against {fixed(shared.auroc.value)}"
         return f"Fails: the specific pool does not beat the shared pool ({scores})."
@@ -260,14 +283,17 @@ def selection(coder: CrosscoderReport) -> str:
     if not coder.top.latents:
         return f"No latent has both nu defined and delta_norm of at least {CANDIDATE_DELTA_NORM:g}, so none is shown."
     if not candidates and specific >= FEW_SPECIFIC:
-        return f"The {specific} chat-specific latents with the lowest sum of ranks of nu_error and nu_reconstruction."
+        return (
+            f"These are the {specific} chat-specific latents of which the base model has least: each latent is ranked by "
+            "nu_error and by nu_reconstruction, and the sum of the two ranks is lowest."
+        )
     found = "No latent is" if specific == 0 else f"Only {latents(specific)} {'is' if specific == 1 else 'are'}"
     if not candidates:
         return f"{found} chat-specific, and no other has both nu and delta_norm of at least {CANDIDATE_DELTA_NORM:g}."
     return (
-        f"{found} chat-specific. {'After those come' if specific else 'Shown are'} the nearest candidates, by the "
-        f"lowest sum of ranks among the other latents with delta_norm of at least {CANDIDATE_DELTA_NORM:g} and enough "
-        f"activations; each card has its own verdict."
+        f"{found} chat-specific. {'They are followed by' if specific else 'Shown are'} the nearest candidates: among the other "
+        f"latents with delta_norm of at least {CANDIDATE_DELTA_NORM:g} and enough activations, those with the lowest sum of "
+        "ranks by nu_error and nu_reconstruction. Each card gives the latent's own verdict."
     )
 
 

@@ -1,4 +1,4 @@
-"""The stage `interpret`: explain latents with a language model and score the explanations, crosscoder by crosscoder."""
+"""The stage `interpret`: explain latents with a language model and score the explanations."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ if TYPE_CHECKING:
     import polars as pl
 
     from crossdiff.interp.cache import Cache
-    from crossdiff.interp.interpret import LatentContexts, Responses
+    from crossdiff.interp.contexts import LatentContexts
     from crossdiff.interp.interpret_config import InterpretConfig
     from crossdiff.interp.prompts import Renderer
+    from crossdiff.interp.responses import Responses
 
 CACHE = "interpretation/answers.sqlite"
 
 
 def interpret(session: Session, config: InterpretConfig, dry_run: bool = False) -> None:
-    """Interpret latents of every crosscoder of the session, or say what that would take.
+    """Interpret latents of every crosscoder of the session, or only print the calls and tokens that this would take.
 
     Raises:
         UserError: a crosscoder is not analysed or does not exist, or the server or the sentence encoder is not available.
     """
-    from crossdiff.interp.asker import check_server
     from crossdiff.interp.cache import Cache
+    from crossdiff.interp.language_model import check_server
     from crossdiff.interp.terminal import print_summary
 
     if config.server is not None or config.model is not None or dry_run:
@@ -39,8 +40,9 @@ def interpret(session: Session, config: InterpretConfig, dry_run: bool = False) 
     cache = Cache(session.path / CACHE)
     try:
         for name in session.paired_names:
-            stage, summary = interpret_stage(session.config, name, config), session.path / name / "interpretation.json"
-            # What the model left unanswered is asked again.
+            stage = interpret_stage(session.config, name, config)
+            summary = session.path / name / "interpretation.json"
+            # A finished stage is repeated if requests were unanswered; the cache has the others.
             is_answered = session.run_directory.is_done(stage) and not read_json(summary)["n_unanswered"]
             if dry_run or not is_answered:
                 _interpret(session, name, config, cache, dry_run)
@@ -54,19 +56,21 @@ def interpret(session: Session, config: InterpretConfig, dry_run: bool = False) 
 
 def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cache, dry_run: bool) -> None:
     from crossdiff.interp.chosen_latents import select
+    from crossdiff.interp.contexts import latent_contexts
     from crossdiff.interp.embedding import Encoder
     from crossdiff.interp.explanation_table import read_latent_table
-    from crossdiff.interp.interpret import latent_contexts, no_responses
     from crossdiff.interp.prompts import Renderer
+    from crossdiff.interp.responses import no_responses
     from crossdiff.interp.terminal import print_explanations
     from crossdiff.models.pair import load_tokenizer
 
-    folder, console = session.path / name, session.console
-    store, crosscoder = session.store(), session.crosscoder(name)
+    folder = session.path / name
+    store = session.store()
+    crosscoder = session.crosscoder(name)
     table = read_latent_table(folder)
     latents = select(table, config.latents, config.per_selection, config.seed)
     if not latents:
-        console.print(f"{name}: no active latent has {' or '.join(config.latents)}", highlight=False)
+        session.console.print(f"{name}: no active latent has {' or '.join(config.latents)}", highlight=False)
         return
     encoder = None if config.embedding == "none" or dry_run else Encoder(config.embedding)
     renderer = Renderer(load_tokenizer(session.config.chat))
@@ -81,22 +85,23 @@ def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cach
     explanations: list[pl.DataFrame] = []
 
     def work(folders: list[Path]) -> None:
-        from crossdiff.interp.explanation_table import training_of, write_tables
-        from crossdiff.interp.interpret import Scorer, tables
+        from crossdiff.interp.explanation_table import training_fingerprint, write_tables
+        from crossdiff.interp.scorer import Scorer
         from crossdiff.interp.summary import summarise
 
         target = folders[0] / name
         target.mkdir(exist_ok=True)
+        scorer = Scorer(renderer, encoder, config, training_fingerprint(folder))
         with session.progress(f"score {name}, latents", len(contexts)) as advance:
-            rows, context_rows = tables(Scorer(renderer, encoder, config, training_of(folder)), contexts, responses, advance)
+            rows, context_rows = scorer.tables(contexts, responses, advance)
         explanations.append(rows)
-        whole = write_tables(target, rows, context_rows, folder)
-        summary = summarise(table.select("latent", "verdict").join(whole, on="latent"), config.seed)
+        interpretation = write_tables(target, rows, context_rows, folder)
+        summary = summarise(table.select("latent", "verdict").join(interpretation, on="latent"), config.seed)
         n_unanswered = sum(bool(each.reasons) for each in responses)
         write_json(target / "interpretation.json", summary | {"n_unanswered": n_unanswered})
 
     run_together([(session, interpret_stage(session.config, name, config))], work)
-    print_explanations(explanations[0], console)
+    print_explanations(explanations[0], session.console)
 
 
 def _ask(
@@ -107,9 +112,9 @@ def _ask(
     cache: Cache,
     dry_run: bool,
 ) -> list[Responses]:
-    """Ask the server, or only count what would be asked; prints the usage even when asking ends early."""
-    from crossdiff.interp.asker import DryRun
-    from crossdiff.interp.interpret import ask_all
+    """Ask the server, or only count the requests. The usage is printed even if asking ends early."""
+    from crossdiff.interp.language_model import DryRun
+    from crossdiff.interp.responses import ask_all
     from crossdiff.interp.terminal import print_usage
 
     try:
@@ -118,13 +123,13 @@ def _ask(
         raise UserError(f"{error.name} is not installed: pip install 'crossdiff[interp]'") from None
 
     async def ask() -> list[Responses]:
-        asker = DryRun(config, cache) if dry_run else Client(config, cache)
+        model = DryRun(config, cache) if dry_run else Client(config, cache)
         try:
             with session.progress("ask, latents", len(contexts)) as advance:
-                return await ask_all(contexts, asker, renderer, config, advance)
+                return await ask_all(contexts, model, renderer, config, advance)
         finally:
-            if isinstance(asker, Client):
-                await asker.close()
-            print_usage(asker.usage, config, session.console, planned=dry_run)
+            if isinstance(model, Client):
+                await model.close()
+            print_usage(model.usage, config, session.console, planned=dry_run)
 
     return asyncio.run(ask())

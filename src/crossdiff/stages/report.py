@@ -24,7 +24,7 @@ def report(session: Session) -> None:
     def work(folder: Path) -> None:
         if found is not None:
             from crossdiff.report.html import write_html
-            from crossdiff.report.print import write_figures
+            from crossdiff.report.print_figures import write_figures
 
             write_html(found, folder / "report.html")
             write_figures(found, folder / "figures")

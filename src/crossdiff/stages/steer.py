@@ -1,4 +1,4 @@
-"""`crossdiff steer`: answer prompts with and without a latent, side by side or as the stage `steer`."""
+"""`crossdiff steer`: answers with and without steering, side by side on the terminal or as the stage `steer`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def steer(session: Session, config: SteerConfig) -> None:
-    """Answer given prompts on the terminal, or the run's labelled ones into a table in `steering/`.
+    """Answer the given prompts on the terminal, or the run's labelled prompts in a table in `steering/`.
 
     Raises:
         UserError: no latent is given, it does not exist, or the run has no such crosscoder or no latent table.
@@ -28,13 +28,14 @@ def steer(session: Session, config: SteerConfig) -> None:
 
     names = session.paired_names
     if not names:
-        raise UserError("no crosscoder of this run reads both models, so none has a latent to steer with")
+        raise UserError("no crosscoder of this run reads both models, which steering needs; train one")
     name = config.crosscoder or names[0]
     if name not in names:
-        raise UserError(f"there is no crosscoder {name!r} of both models in this run; there are {', '.join(names)}")
+        raise UserError(f"this run has no crosscoder {name!r} that reads both models; it has {', '.join(names)}")
     if config.latent is None:
         raise UserError("no latent given: pass its number with --latent; the report and latents.parquet list them")
-    store, crosscoder = session.store(), session.crosscoder(name)
+    store = session.store()
+    crosscoder = session.crosscoder(name)
     session.check_analysed(name)
     table = pl.read_parquet(session.path / name / "latents.parquet")
     steerer = Steerer(session.load_pair(), crosscoder, store.layer, table, store.leave_out)

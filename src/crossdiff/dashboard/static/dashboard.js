@@ -1,12 +1,12 @@
 "use strict";
-// Figures, brushing and keys. Whatever needs no script works without this file.
+// Figures, brushing and keys. All other parts of the pages work without this file.
 const roomy = window.matchMedia("(min-width: 700px)").matches;
 const webgl = (() => { const c = document.createElement("canvas"); return !!(c.getContext("webgl2") || c.getContext("webgl")); })();
 const MOST_SVG = 4000;
 
 function config() { return { responsive: true, displaylogo: false, displayModeBar: false, doubleClick: "reset" }; }
 
-// A filter of a column between two ends; an end at the edge of the figure is open, since values beyond are drawn there.
+// A filter of a column between two ends. An end at the edge of the figure is open, because values beyond it are drawn there.
 function between(column, ends, holder) {
   const [low, high] = [Math.min(...ends), Math.max(...ends)];
   const open = (value, edge, sign) => edge !== undefined && sign * (value - Number(edge)) >= 0;
@@ -65,10 +65,10 @@ function drawCharts(root) {
 async function drawCloud(canvas) {
   const colour = document.querySelector("[name=colour]:checked");
   const answer = await fetch(`${canvas.dataset.src}?colour=${colour ? colour.value : "verdict"}`);
-  if (!answer.ok) { canvas.textContent = "The points could not be loaded; load the page again."; return; }
+  if (!answer.ok) { canvas.textContent = "The points could not be loaded. Reload the page."; return; }
   const figure = await answer.json();
   if (!webgl) {
-    // Without WebGL the points are drawn as shapes of the page, of which it bears some thousands.
+    // Without WebGL each point is an SVG shape, of which a page can hold a few thousand.
     for (const trace of figure.data) {
       trace.type = "scatter";
       const step = Math.ceil(trace.x.length / MOST_SVG);
@@ -76,7 +76,7 @@ async function drawCloud(canvas) {
         const thin = list => Array.isArray(list) ? list.filter((_, index) => index % step === 0) : list;
         for (const key of ["x", "y", "customdata"]) trace[key] = thin(trace[key]);
         trace.marker.color = thin(trace.marker.color);
-        trace.name += `, every ${step}th drawn`;
+        trace.name += `, every ${step}th shown`;
       }
     }
   }

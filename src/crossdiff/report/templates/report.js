@@ -1,6 +1,6 @@
 "use strict";
 const buttons = ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"];
-// On a narrow screen the buttons would lie over the legend, and fingers scroll rather than zoom.
+// On a narrow screen the buttons would cover the legend, and fingers scroll rather than zoom.
 const roomy = window.matchMedia("(min-width: 700px)").matches;
 const canvases = [];
 for (const chart of document.querySelectorAll(".chart")) {
@@ -10,14 +10,14 @@ for (const chart of document.querySelectorAll(".chart")) {
   Plotly.newPlot(canvas, figure.data, figure.layout, { responsive: true, displaylogo: false, displayModeBar, modeBarButtons: [buttons] });
   canvases.push(canvas);
 }
-// Paper is narrower than most windows: the figures are drawn for half a sheet, then given back their width.
+// Paper is narrower than most windows, so figures are drawn at half a sheet's width while printing.
 window.addEventListener("beforeprint", () => {
   for (const canvas of canvases) Plotly.relayout(canvas, { width: 330, autosize: false });
 });
 window.addEventListener("afterprint", () => {
   for (const canvas of canvases) Plotly.relayout(canvas, { width: null, autosize: true });
 });
-// A link to a latent whose card is folded away opens what hides it.
+// A link to a latent unfolds the section that hides its card.
 function unfold() {
   const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
   for (let node = target; node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;

@@ -87,4 +87,4 @@ def test_the_order_of_the_arms_has_no_influence() -> None:
     one = Bootstrap(TOTAL, N, names, 100, 0)
     other = Bootstrap(TOTAL[::-1], N, names[::-1], 100, 0)
     for name in names:
-        np.testing.assert_array_equal(one.of(name, "response"), other.of(name, "response"))
+        np.testing.assert_array_equal(one.mean(name, "response"), other.mean(name, "response"))

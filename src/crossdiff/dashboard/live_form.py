@@ -1,0 +1,103 @@
+"""The form of the live page: what a reader typed and chose, read and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, Prompt
+from crossdiff.errors import UserError
+
+MAX_TURNS = 20
+CHOICES = {
+    "kind": ("chat", "text"), "order": ("active", "specific", "chosen"), "mode": ("add", "ablate"), "model": ("chat", "base"),
+    "tokens": ("all", "prompt", "template", "generated"),
+}  # fmt: skip
+
+
+class Turn(NamedTuple):
+    """One message."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Form:
+    """The fields of the form; the page shows them again with the result."""
+
+    kind: str = "chat"
+    text: str = ""
+    system: str = ""
+    turns: tuple[Turn, ...] = (Turn("user", ""),)
+    order: str = "specific"
+    chosen: str = ""
+    steer: str = ""
+    mode: str = "add"
+    strength: float = 1.0
+    model: str = "chat"
+    tokens: str = "all"
+    length: int = 60
+
+    def prompt(self) -> Prompt:
+        """The text or messages that the models read."""
+        if self.kind == "text":
+            if not self.text.strip():
+                raise UserError("there is no text yet; type some, then press Read")
+            return self.text
+        system = [{"role": "system", "content": self.system}] if self.system.strip() else []
+        turns = [{"role": turn.role, "content": turn.content} for turn in self.turns if turn.content.strip()]
+        if not turns:
+            raise UserError("the conversation is empty; type a message, then press Read")
+        return [*system, *turns]
+
+    def latents(self) -> list[int]:
+        """The chosen latents."""
+        words = self.chosen.replace(",", " ").split()
+        if len(words) > MAX_LATENTS:
+            raise UserError(f"{len(words)} latents are chosen; at most {MAX_LATENTS} can be shown at once")
+        return [whole(word) for word in words]
+
+
+def read_form(pairs: list[tuple[str, str]]) -> Form:
+    """A form from its fields, in their order."""
+    last = dict(pairs)
+    roles, contents = ([value for key, value in pairs if key == name] for name in ("role", "content"))
+    if len(roles) != len(contents) or len(roles) > MAX_TURNS:
+        raise UserError(
+            f"the conversation has {len(contents)} messages with {len(roles)} roles; expected a role for each of at most "
+            f"{MAX_TURNS} messages"
+        )
+    if wrong := [role for role in roles if role not in ("user", "assistant")]:
+        raise UserError(f"the role {wrong[0][:40]!r} is not known; expected user or assistant")
+    for key, choices in CHOICES.items():
+        if last.get(key, choices[0]) not in choices:
+            raise UserError(f"{key} is {last[key][:40]!r}; expected one of {', '.join(choices)}")
+    turns = tuple(map(Turn, roles, contents)) or (Turn("user", ""),)
+    texts = {key: last[key] for key in (*CHOICES, "text", "system", "chosen", "steer") if key in last}
+    return Form(turns=turns, strength=_strength(last.get("strength", "1")), length=_length(last.get("length", "60")), **texts)
+
+
+def _strength(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MAX_STRENGTH:
+        raise UserError(f"the strength is {text[:40]!r}; expected a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
+    return value
+
+
+def _length(text: str) -> int:
+    value = whole(text)
+    if not 1 <= value <= MAX_NEW_TOKENS:
+        raise UserError(f"the length is {value} tokens; expected 1 to {MAX_NEW_TOKENS}")
+    return value
+
+
+def whole(text: str) -> int:
+    """A whole number that a reader typed."""
+    if not (text.strip().isdecimal() and len(text) < 10):
+        raise UserError(f"{text[:40]!r} is not a whole number")
+    return int(text)

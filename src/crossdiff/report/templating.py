@@ -1,0 +1,40 @@
+"""Jinja2 templates of the report, and its cards as fragments for a notebook."""
+
+from collections.abc import Sequence
+
+import jinja2
+from markupsafe import Markup
+
+from crossdiff.report.cards import LEVELS, Card, ExampleView
+
+OPEN_EXAMPLES = 3
+"""Examples of a card that are visible without unfolding."""
+
+
+def environment() -> jinja2.Environment:
+    """The templates: values are escaped, and a name without a value is an error."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("crossdiff.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters["script_json"] = _script_json
+    made.globals |= {"levels": range(1, LEVELS + 1), "open_examples": OPEN_EXAMPLES}
+    return made
+
+
+def _script_json(text: str) -> Markup:
+    """JSON inside a script element: no character in it can end the element or open a comment."""
+    escaped = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return Markup(escaped)
+
+
+def fragment(cards: Sequence[Card] = (), views: Sequence[ExampleView] = (), title: str = "") -> str:
+    """HTML of cards, or of texts under a title, that needs no script, no other file and no network."""
+    templates = environment()
+    assert templates.loader is not None
+    sheet, _, _ = templates.loader.get_source(templates, "report.css")
+    # Inside @scope the fragment itself takes the place of the page's root and body.
+    style = sheet.replace(":root", ":scope").replace("\nbody {", "\n:scope {")
+    page = templates.get_template("inline.html.j2").render(cards=cards, views=views, title=title, style=Markup(style))
+    # A blank line would end the fragment where Markdown is read around it.
+    return "\n".join(line for line in page.splitlines() if line.strip())
