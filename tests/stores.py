@@ -1,4 +1,4 @@
-"""Activation stores made from tensors, for tests that need no model."""
+"""Activation stores from tensors, for tests that need no model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_store(
     heldout: float = 0.2,
     token_ids: torch.Tensor | None = None,
 ) -> Store:
-    """A store of sequences of `length` tokens, one document each; position 0 is left out. activations: [token, source, d]."""
+    """Make a store of sequences of `length` tokens, one document each, without position 0. activations: [token, source, d]."""
     folder.mkdir(parents=True, exist_ok=True)
     n, n_sources, d_model = activations.shape
     number = torch.arange(n)

@@ -1,4 +1,4 @@
-"""Harvesting: the stored residuals are the models', a killed harvest resumes, and bad activations are named."""
+"""Harvests store the models' residuals, resume after a kill, and report bad activations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtyp
 
 
 class Killed(Exception):
-    """What the test kills the harvest with."""
+    """Stops a harvest in the middle."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, pair: Pair, datasets: tuple[
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """The content of every file of a store but the manifest, which holds times."""
+    """Content of every file of a store except the manifest, which contains times."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
 
 
@@ -99,7 +99,7 @@ def test_layers_of_one_pass_are_the_stores_of_a_pass_each(
 def test_narrow_dtypes_are_close_to_float32(
     tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], dtype: str, tolerance: float
 ) -> None:
-    """Relative to the value for floats, to the largest of the token and source for int8."""
+    """The error is relative to the value for floats, and to the largest value of the token and source for int8."""
     harvest({1: tmp_path}, pair, datasets, SETTINGS.model_copy(update={"dtype": dtype}))
     narrow, rows = Store(tmp_path), np.arange(store.n_tokens)
     assert verify(tmp_path) == []
@@ -182,7 +182,7 @@ def test_a_stopped_harvest_resumes_to_the_same_store(
     assert shards(folders[1]) == shards(store.folder)
     assert Store(folders[1]).manifest["shards"] == store.manifest["shards"]
     computed, n_batches = calls + 100, len(list(module.bucketed(_all(pair, datasets), SETTINGS.batch_tokens, module.POOL)))
-    assert computed < n_batches - 4, "whole shards are not computed again"
+    assert computed < n_batches - 4, "finished shards are not computed again"
 
 
 def _all(pair: Pair, datasets: tuple[DatasetConfig, ...]) -> Iterator[TokenSequence]:
@@ -203,7 +203,7 @@ write, written = shards._write_all, 0
 def dying(descriptor, block):
     global written
     written += 1
-    if written == 40:  # a shard is some 16 blocks: this is among the activations of the third
+    if written == 40:  # a shard has about 16 blocks, so this is among the activations of the third
         write(descriptor, block[: len(block) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     write(descriptor, block)
@@ -233,7 +233,7 @@ def test_a_kill_in_the_middle_of_a_shard(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 400 kB, where the system lets us make one."""
+    """A disk of 400 kB, if the system allows one to be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]

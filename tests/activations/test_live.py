@@ -1,4 +1,4 @@
-"""A live store gives what a store on disk gives, to the last bit, and runs the models no more often than it has to."""
+"""A live store returns the same bits as a store on disk, and runs the models no more often than necessary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtyp
 
 
 def make_both(folder: Path, pair: Pair, texts: tuple[Path, Path], dtype: str) -> tuple[Store, Store]:
-    """The same harvest on disk and live."""
+    """Make the same harvest on disk and live."""
     datasets = tuple(DatasetConfig(path=str(path), heldout_share=0.3) for path in texts)
     for storage in ("passes", "live"):
         (folder / storage).mkdir()
@@ -84,7 +84,7 @@ def test_batches_are_the_same_and_each_pass_is_run_once_an_epoch(
     for step in range(expected.per_epoch):
         assert torch.equal(batches[step], expected[step])
     n_passes, n_buffers = len(live.passes) - 1, -(-expected.per_epoch * 64 // buffer_tokens)
-    # The reader is one buffer ahead, and the pass at the border of two buffers is run for both.
+    # The reader is one buffer ahead, and a pass that spans two buffers is run for both.
     assert counter.n <= n_passes + (2 * n_buffers + 4 if buffer_tokens == 700 else 0)
     assert counter.n >= n_passes - 1
     before = counter.n
@@ -94,12 +94,12 @@ def test_batches_are_the_same_and_each_pass_is_run_once_an_epoch(
 
 
 def test_the_order_differs_from_that_of_blocks(both: tuple[Store, Store]) -> None:
-    """The bounds of the passes are what is shuffled: a small buffer holds whole passes of the harvest."""
+    """Passes are shuffled, not blocks, so a small buffer holds entire passes of the harvest."""
     _, live = both
     batches = Batches(live, 64, seed=5, buffer_bytes=700 * 2 * 16 * 2)
     rows = batches._read((0, 0)).rows
     touched = np.unique(np.searchsorted(live.passes, rows, side="right"))
-    assert len(touched) <= 700 // 200 + 2, "three passes of some 230 tokens, not five blocks of 128 in as many as five"
+    assert len(touched) <= 700 // 200 + 2, "three passes of about 230 tokens, not five blocks of 128 from up to five passes"
 
 
 def test_crosscoders_trained_live_are_those_trained_from_the_store(

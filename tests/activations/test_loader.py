@@ -1,4 +1,4 @@
-"""Every training token once per epoch, whatever the buffer, and the batch of a step always the same."""
+"""Every training token occurs once per epoch for any buffer size, and the batch of a step is always the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stores import make_store
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Activations that say which row they are."""
+    """Activations that contain the number of their row."""
     n = 3000
     activations = torch.zeros(n, 2, 3)
     activations[:, 0, 0] = torch.arange(n)
@@ -41,11 +41,11 @@ def test_each_training_token_once_per_epoch(store: Store, buffer: int) -> None:
         assert len(rows) == len(set(rows)) == 100 * batches.per_epoch
         assert set(rows) <= training and len(training) - len(rows) < 100
         seen.append(rows)
-    assert seen[0] != seen[1], "every epoch has an order of its own"
+    assert seen[0] != seen[1], "every epoch has its own order"
 
 
 @pytest.mark.parametrize("buffer", [SMALL, LARGE])
-def test_the_batch_of_a_step_does_not_depend_on_what_was_read_before(store: Store, buffer: int) -> None:
+def test_the_batch_of_a_step_does_not_depend_on_earlier_reads(store: Store, buffer: int) -> None:
     batches = Batches(store, 100, seed=3, buffer_bytes=buffer)
     forwards = [rows_of(batches[step]) for step in range(2 * batches.per_epoch)]
     for step in (40, 3, 29, 0):

@@ -1,4 +1,4 @@
-"""Estimates beside what a harvest really takes, and a disk that is too small."""
+"""Estimates are close to what a harvest takes, and a disk that is too small is reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_estimate_is_near_the_truth(
         found.check_disk(tmp_path / "not" / "yet", config)
 
 
-def test_a_size_that_cannot_be_known_is_asked_for(pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
+def test_a_size_that_cannot_be_known_is_requested(pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match=r"the length of name cannot be known .*; set its max_documents or max_tokens"):
         plan(pair, 1, (DatasetConfig(path="org/name"),), HarvestConfig())
     limited = DatasetConfig(path=str(tiny_texts[0]), max_tokens=123_456)

@@ -1,4 +1,4 @@
-"""Stores in a bucket: a real S3 client talks to a server that this module starts; memory:// where no server is needed."""
+"""Stores in a bucket: a real S3 client talks to a server that this module starts. Tests without a server use memory://."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SETTINGS = HarvestConfig(max_length=32, batch_tokens=256, shard_tokens=700, dtyp
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3FileSystem]:
-    """A client of a server with the bucket `bucket`; its address and the credentials are in the environment."""
+    """Client of a server with the bucket `bucket`. Its address and credentials are in the environment."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -71,7 +71,7 @@ def s3() -> Iterator[S3FileSystem]:
 def bucket(s3: S3FileSystem) -> Iterator[str]:
     """A folder of the bucket that no other test uses."""
     yield f"s3://bucket/{uuid.uuid4().hex}"
-    S3FileSystem.clear_instance_cache()  # whoever changed the environment
+    S3FileSystem.clear_instance_cache()  # a test may have changed the environment
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def stored(s3: S3FileSystem, pair: Pair, datasets: tuple[DatasetConfig, ...]) ->
 
 
 def content(where: str | Path) -> dict[str, bytes]:
-    """The content of every file of a store but the manifest, which holds times."""
+    """Content of every file of a store except the manifest, which contains times."""
     system, root = fsspec.url_to_fs(str(where))
     return {name.rpartition("/")[2]: system.cat_file(name) for name in system.ls(root, detail=False) if "manifest" not in name}
 
@@ -128,7 +128,7 @@ def test_the_store_in_the_bucket_is_the_local_one_bit_for_bit(local: Store, stor
 
 @pytest.mark.parametrize("buffer_bytes", [60_000, 256_000_000])
 def test_batches_are_those_of_the_local_store(local: Store, stored: str, buffer_bytes: int) -> None:
-    """In buffers of a part of an epoch, and in one for the whole store; over two epochs and a bit."""
+    """Buffers hold part of an epoch or the entire store. The test runs for a little more than two epochs."""
     far, near = (Batches(store, 64, 5, buffer_bytes) for store in (Store(stored), local))
     for step in range(2 * near.per_epoch + 3):
         assert torch.equal(far[step], near[step])
@@ -153,7 +153,7 @@ def test_a_run_with_its_store_in_the_bucket(
     tmp_path: Path, bucket: str, analysed_run: Path, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Harvest, training, analysis and what the report reads; against the same run on the local disk."""
+    """Harvest, training, analysis and the data of the report are compared with the same run on the local disk."""
     values = tiny_config(tiny_pair, tiny_texts)
     values["crosscoders"] = {"batchtopk": values["crosscoders"]["batchtopk"]}
     values["harvest"]["store"] = bucket
@@ -174,7 +174,7 @@ def test_a_run_with_its_store_in_the_bucket(
     run_command(["store", "verify", str(run / "activations")])
     run_command(["store", "verify", url])
     assert capsys.readouterr().out.endswith(f"{url} is intact\n")
-    # Where the store is does not change what depends on it, and whoever needs the same store finds it there.
+    # Moving the store changes no later stage, and another run with the same settings reuses it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("crossdiff.activations.harvest.paired_residuals", None)
         run_command(["harvest", str(run), "--harvest.store", "null"])
@@ -197,7 +197,7 @@ base, chat, plain, chats, url = sys.argv[1:]
 append = ProgressLog.append
 
 def dying(log, entry):
-    if len(log.entries()) == 2:  # the third shard is up, its line is not
+    if len(log.entries()) == 2:  # the third shard is uploaded, its log line is not
         os.kill(os.getpid(), signal.SIGKILL)
     append(log, entry)
 
@@ -230,7 +230,7 @@ def test_a_killed_harvest_resumes(
 def test_an_upload_that_breaks_off_leaves_no_file(
     bucket: str, s3: S3FileSystem, local: Store, pair: Pair, datasets: tuple[DatasetConfig, ...]
 ) -> None:
-    """A file of three parts whose second is refused, as the third shard."""
+    """The second of three parts of a file is refused, and so is the third shard."""
     folder = open_folder(bucket)
     with pytest.MonkeyPatch.context() as patch:
         send, n_parts = S3FileSystem._call_s3, 0
@@ -248,7 +248,7 @@ def test_an_upload_that_breaks_off_leaves_no_file(
             folder.writing("large") as path,
             path.open("wb") as file,
         ):
-            file.truncate(101 << 20)  # from twice 50 MB on it goes up in parts
+            file.truncate(101 << 20)  # files larger than twice 50 MB are uploaded in parts
     assert folder.sizes() == {}
     original, calls = remote.RemoteFolder.writing, 0
 
@@ -287,7 +287,7 @@ def test_nothing_is_left_on_the_local_disk(tmp_path: Path, memory: str, local: S
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "documents"])
-def test_verify_names_what_is_damaged(bucket: str, s3: S3FileSystem, local: Store, damage: str) -> None:
+def test_verify_names_the_damaged_file(bucket: str, s3: S3FileSystem, local: Store, damage: str) -> None:
     upload(Path(local.folder), bucket)
     name = "documents.parquet" if damage == "documents" else "shard-00002.safetensors"
     whole = bytearray(s3.cat_file(f"{bucket}/{name}"))
@@ -329,8 +329,8 @@ def test_a_manifest_cannot_point_outside(memory: str, local: Store, name: str | 
             verify(memory)
 
 
-def test_links_of_a_remote_machine_are_no_files(memory: str, local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SFTP lists a link as one."""
+def test_links_of_a_remote_machine_are_not_files(memory: str, local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SFTP lists links with their type."""
     upload(Path(local.folder), memory)
     store = Store(memory)
     listed = store._folder._system.ls  # type: ignore[attr-defined]
@@ -377,7 +377,7 @@ def test_the_pointer_of_a_run_says_which_store_it_is(tmp_path: Path, memory: str
 
 @contextmanager
 def nobody_is_known() -> Iterator[None]:
-    """The server checks who asks, and knows nobody."""
+    """Make the server check credentials, and accept none."""
     address = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
 
     def let_in(n_requests: bytes) -> None:
@@ -397,7 +397,7 @@ def nobody_is_known() -> Iterator[None]:
         ("foo://bucket/stores", "Protocol not known: foo"),
         ("gs://bucket/stores", r"needs a package that is not installed \(Please install gcsfs.*crossdiff\[remote\]"),
         ("s3://nowhere/stores", r"NoSuchBucket|The specified bucket does not exist"),
-        ("bucket/stores", r"harvest\.store: .*'bucket/stores' is not the URL of a folder; expected something like s3://bucket/folder"),
+        ("bucket/stores", r"harvest\.store: .*'bucket/stores' is not the URL of a folder; expected something like s3:"),
         ("simplecache::s3://bucket/stores", "is not the URL of a folder"),
         ("sftp://me:secret@host/stores", "a URL must not contain a password"),
         ("unreachable", "EndpointConnectionError: Could not connect to the endpoint URL"),
@@ -427,7 +427,7 @@ def test_a_location_that_cannot_be_used_is_named_before_long_work(
             assert "\n" not in str(raised.value).partition("wrong settings:\n")[2]
 
 
-def test_reading_what_is_not_there(s3: S3FileSystem, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reading_a_missing_store(s3: S3FileSystem, capsys: pytest.CaptureFixture[str]) -> None:
     for url, reason in (("s3://nowhere/store", "The specified bucket does not exist"), ("s3://bucket/none", "")):
         with pytest.raises(UserError, match=rf"{url} is not an activation store: it has no manifest\.json \({reason}"):
             Store(url)
@@ -435,8 +435,8 @@ def test_reading_what_is_not_there(s3: S3FileSystem, capsys: pytest.CaptureFixtu
             run_command(["store", "verify", url])
 
 
-def test_plan_looks_at_the_disk_that_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 tokens of 1,000 bytes. Of a remote store: a shard of 200 + 100 tokens, and 20 bytes a token, 320 kB in all."""
+def test_plan_checks_the_disk_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 tokens of 1,000 bytes. A remote store needs a shard of 200 + 100 tokens and 20 bytes per token, 320 kB in all."""
     found = Plan(1000, 1_000_000, 0, 1.0, 1000.0)
     asked: list[Path] = []
 
@@ -481,7 +481,7 @@ def test_pieces_are_read_in_few_requests_of_a_bounded_size(ranges: list[tuple[in
 
 
 def test_an_analysis_reads_a_shard_in_one_request(tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4,000 tokens in 4 shards, a position in 20 left out: what lies between the runs is read along."""
+    """4,000 tokens in 4 shards, one position in 20 omitted. The bytes between the runs are read too."""
     make_store(tmp_path, torch.randn(4000, 2, 8), shard=1000)
     upload(tmp_path, memory)
     store = Store(memory)

@@ -1,4 +1,4 @@
-"""Round trips, order, normalisation, and damage that is found and named."""
+"""Stores return what was written, in order, and report damage by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def activations() -> torch.Tensor:
     return torch.randn(2000, 2, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
 
 
-def test_gather_gives_the_rows_in_the_order_asked_for(tmp_path: Path, activations: torch.Tensor) -> None:
+def test_gather_returns_the_rows_in_the_given_order(tmp_path: Path, activations: torch.Tensor) -> None:
     store = make_store(tmp_path, activations, shard=300)
     assert len(store.shards) == 7  # 2,000 tokens in shards of 300
     rows = np.array([1999, 0, 299, 300, 301, 7, 1500])
@@ -31,7 +31,7 @@ def test_gather_gives_the_rows_in_the_order_asked_for(tmp_path: Path, activation
 
 def test_rows_leave_out_first_positions_and_the_other_split(tmp_path: Path, activations: torch.Tensor) -> None:
     store = make_store(tmp_path, activations)
-    assert len(store.rows()) == 1900  # 100 sequences of 20, one position each left out
+    assert len(store.rows()) == 1900  # 100 sequences of 20, one position of each omitted
     assert len(store.rows("train")) == 80 * 19
     assert len(store.rows("heldout")) == 20 * 19
     with pytest.raises(UserError, match="no tokens in the split 'test'"):
@@ -60,7 +60,7 @@ def test_a_view_that_does_not_vary_has_no_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "documents"])
-def test_verify_names_what_is_damaged(tmp_path: Path, activations: torch.Tensor, damage: str) -> None:
+def test_verify_names_the_damaged_file(tmp_path: Path, activations: torch.Tensor, damage: str) -> None:
     make_store(tmp_path, activations, shard=500)
     assert verify(tmp_path) == []
     path = tmp_path / ("documents.parquet" if damage == "documents" else "shard-00002.safetensors")
@@ -79,7 +79,7 @@ def test_verify_names_what_is_damaged(tmp_path: Path, activations: torch.Tensor,
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_named_when_it_is_read(tmp_path: Path, activations: torch.Tensor, value: float) -> None:
+def test_non_finite_activations_are_reported_when_read(tmp_path: Path, activations: torch.Tensor, value: float) -> None:
     activations[[700, 1500], 1, 2] = value  # row 100 of shard 2, row 0 of shard 5
     store = make_store(tmp_path, activations, shard=300)
     store.gather(np.arange(700))
@@ -136,8 +136,8 @@ def test_a_shard_cut_off_after_it_was_opened_is_named(tmp_path: Path, activation
         store.gather(np.arange(499, 999))
 
 
-def test_reading_keeps_nothing_of_what_was_read(tmp_path: Path) -> None:
-    """Resident memory after reading a store of 64 MB a slice at a time grows by less than a quarter of it."""
+def test_reading_keeps_nothing_in_memory(tmp_path: Path) -> None:
+    """Reading a store of 64 MB in slices increases resident memory by less than a quarter of its size."""
     store = make_store(tmp_path, torch.randn(8000, 2, 1000), shard=2000)
     store.gather(np.arange(10))
     before = resident()

@@ -1,4 +1,4 @@
-"""What a harvest reads: limits in tokens, and records that are left out, few or too many."""
+"""Limits in tokens, and the omission of damaged records, few or too many, while a harvest reads its texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"
 
 
 def texts(path: Path, records: list[Any], max_damaged: float = 0.01, tokenizer: Any = None, **options: Any) -> Texts:
-    """A dataset of these records (strings as they are), with a tokenizer of one token a byte and a BOS."""
+    """Make a dataset of these records (strings stay as they are). The tokenizer has a BOS and one token per byte."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     (path / "a.jsonl").write_text("".join(line + "\n" for line in lines))
     config = HarvestConfig(max_length=16, max_damaged=max_damaged)
@@ -38,10 +38,10 @@ def test_reading_ends_with_the_document_that_reaches_max_tokens(tmp_path: Path) 
     assert short.records[0].shortfall() == "a is shorter than requested: 15 of max_tokens 100"
     enough = texts(tmp_path, [{"text": "abcd"}] * 3, max_tokens=100, max_documents=2)
     list(enough.sequences())
-    assert enough.records[0].shortfall() is None, "the number of documents asked for was read"
+    assert enough.records[0].shortfall() is None, "the requested number of documents was read"
 
 
-def test_a_conversation_that_cannot_be_told_apart_is_left_out_with_its_row_kept(tmp_path: Path) -> None:
+def test_a_conversation_without_exact_masks_is_omitted_but_keeps_its_row(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | replace('x', '') }}{% endfor %}"
     records = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "x"}]}, {"text": "abc"}]
@@ -57,7 +57,7 @@ def test_a_conversation_that_cannot_be_told_apart_is_left_out_with_its_row_kept(
 
 def test_too_many_damaged_records_are_an_error_with_the_first_reason(tmp_path: Path) -> None:
     good, bad = [{"text": "abcd"}], ["{"]
-    assert len(list(texts(tmp_path, bad * 10 + good).sequences())) == 1  # ten are left out whatever the share
+    assert len(list(texts(tmp_path, bad * 10 + good).sequences())) == 1  # up to ten are omitted whatever the share
     with pytest.raises(UserError, match=r"11 of the first 11 records of a are damaged, a larger .* 0\.01; .*\(line 1\): not"):
         list(texts(tmp_path, bad * 11 + good * 5000).sequences())
     mixed = texts(tmp_path, good * 1200 + bad * 11)
