@@ -22,7 +22,7 @@ def make_store(
     heldout: float = 0.2,
     token_ids: torch.Tensor | None = None,
 ) -> Store:
-    """Make a store of sequences of `length` tokens, one document each, without position 0. activations: [token, source, d]."""
+    """Make a store of sequences of `length` tokens, one document each, with leave_out 1. activations: [token, source, d]."""
     folder.mkdir(parents=True, exist_ok=True)
     n, n_sources, d_model = activations.shape
     number = torch.arange(n)
