@@ -71,5 +71,5 @@ def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
         compare(run, loose)
     with pytest.raises(UserError, match=r"no analysed crosscoder of the same name: l1 in .* and topk in"):
         compare(run, write_run(tmp_path / "d", ["shared"], name="topk"))
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         run_command(["null", str(run), "--null", str(tmp_path / "nowhere")])

@@ -130,7 +130,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         constraint_of(DesignatedConfig(shared_share=0.01), 20, 2)
     assert constraint_of(FreeConfig(), 20, 2).is_free
     values = {"sparsity": {"kind": "l1"}, "structure": {"kind": "partitioned"}, "inputs": {"kind": "difference"}}
-    with pytest.raises(UserError, match="ties latents between sources; inputs difference has one"):
+    with pytest.raises(UserError, match="ties latents between sources; inputs difference has only one"):
         validate(CrosscoderConfig, values, "here")
 
 

@@ -101,7 +101,7 @@ def test_what_is_imported(tmp_path: Path, ours: Path) -> None:
     ]  # fmt: skip
     assert (first.kind, first.quantile, first.document, first.dataset) == ("band", 1.0, None, None)
     assert examples[1] == ()
-    with pytest.raises(UserError, match=r"there is no latent 3 in .*: its crosscoder has 3, from 0 to 2"):
+    with pytest.raises(UserError, match=r"there is no latent 3: the crosscoder of .* has 3, from 0 to 2"):
         read_examples(tmp_path / "imported.sqlite", [3])
 
 

@@ -33,7 +33,7 @@ def test_import_says_what_it_found_and_keeps_the_function(tmp_path: Path, capsys
     f = torch.relu(torch.einsum("bsd,sdf->bf", h, tensors["encoder.weight"]) + tensors["encoder.bias"])
     expected = torch.einsum("bf,sfd->bsd", f, tensors["decoder.weight"]) + tensors["decoder.bias"]
     torch.testing.assert_close(coder.reconstruct(h), expected)
-    with pytest.raises(UserError, match="ours holds a crosscoder already; choose another folder"):
+    with pytest.raises(UserError, match="ours already holds a crosscoder; choose another folder"):
         run_command(["import", str(tmp_path / "published"), str(tmp_path / "ours")])
 
 

@@ -99,7 +99,7 @@ def health_rows(report: RunReport) -> list[Row]:
     for key, (name, meaning) in COUNTS.items():
         rows.append(Row(name, [wording.count(coder, key) for coder in coders], meaning))
     for key in wording.NULL_RATES if report.null else ():
-        name = f"{COUNTS[key][0]}, share (null diff)"
+        name = f"{COUNTS[key][0]}, share"
         rows.append(Row(name, [wording.null_rate(report, coder, key) for coder in coders], null))
     movements = [_flat(coder.health.decoder_norm_movement) for coder in coders]
     return rows + [row._replace(name=f"decoder norms, {row.name}", meaning=NORMS) for row in _side_by_side(movements)]

@@ -56,7 +56,7 @@ def _crosscoders(report: RunReport) -> Table:
     for key in SHOWN_COUNTS:
         table.add_row(COUNTS[key][0], *(wording.count(coder, key) for coder in coders))
     for key in wording.NULL_RATES if report.null else ():
-        table.add_row(f"{COUNTS[key][0]}, share (null diff)", *(wording.null_rate(report, coder, key) for coder in coders))
+        table.add_row(f"{COUNTS[key][0]}, share", *(wording.null_rate(report, coder, key) for coder in coders))
     return table
 
 

@@ -75,11 +75,12 @@ def count(coder: CrosscoderReport, key: str) -> str:
 
 
 def null_rate(report: RunReport, coder: CrosscoderReport, key: str) -> str:
-    """A share of the live latents, followed by that of the null diff in brackets."""
+    """A share of the live latents, followed in brackets by that of the null diff, if it has this crosscoder."""
     if not coder.compares:
         return "one decoder"
     null = report.null.get(coder.name)
-    return f"{share(coder.rate(key))} ({'none' if null is None else share(null.rates.get(key))})"
+    own = share(coder.rate(key))
+    return own if null is None else f"{own} (null {share(null.rates.get(key))})"
 
 
 def whole(value: int | None) -> str:
