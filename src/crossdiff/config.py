@@ -22,11 +22,7 @@ from crossdiff.errors import UserError
 
 
 def check_url(url: str) -> str:
-    """Check the URL of a folder, which is stored in files that others read.
-
-    Raises:
-        UserError: not a URL, a chain of several, or one that contains a password.
-    """
+    """Check the URL of a folder, which is stored in files that others read."""
     if "://" not in url or "::" in url:
         raise UserError(f"{url!r} is not the URL of a folder; expected something like s3://bucket/folder")
     host = url.partition("://")[2].partition("/")[0]

@@ -159,11 +159,7 @@ def leads() -> bool:
 
 
 def current() -> Ranks:
-    """The processes that `torchrun` started, which join at the first call; a single one without it.
-
-    Raises:
-        UserError: they could not join again after a restart.
-    """
+    """The processes that `torchrun` started, which join at the first call; a single one without it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return ALONE
     import torch.distributed as dist

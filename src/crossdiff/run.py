@@ -46,11 +46,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path, ranks: Ranks = ALONE) -> Run:
-        """Open or create a run directory and take its lock.
-
-        Raises:
-            UserError: the folder is not writable, contains something else, or is locked by another process.
-        """
+        """Open or create a run directory and take its lock."""
         run = cls._hold(path, ranks) if ranks.is_first else None
         manifest = ranks.agree(run.manifest if run is not None else {})
         return run or cls(path, manifest, None, ranks)

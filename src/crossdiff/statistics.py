@@ -102,11 +102,7 @@ def bootstrap(value: float, resamples: npt.NDArray[np.float64]) -> Estimate[floa
 
 
 def wilson(count: int, n: int) -> Estimate[float]:
-    """The share `count` / `n` with Wilson's score interval.
-
-    Raises:
-        ValueError: there are no observations.
-    """
+    """The share `count` / `n` with Wilson's score interval."""
     if n == 0:
         raise ValueError("a share of no observations has no interval")
     from scipy.stats import binomtest

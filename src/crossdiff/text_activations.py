@@ -82,11 +82,7 @@ class Activations:
 
 
 def read_text(tokenizer: Any, text: Text, max_length: int) -> TokenSequence:
-    """The tokens of a plain text or a conversation. Unless it ends with the assistant, the header of the answer follows.
-
-    Raises:
-        UserError: the text is empty, cannot be rendered or has more than `max_length` tokens.
-    """
+    """The tokens of a plain text or a conversation. Unless it ends with the assistant, the header of the answer follows."""
     if isinstance(text, str):
         document = Document(0, 0, text, None, "heldout", None, None)
         sequences = tokenise(document, tokenizer, max(max_length, 2 * len(text.encode()) + 2))

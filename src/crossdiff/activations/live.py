@@ -58,11 +58,7 @@ class LiveStore(Store):
         self._last: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Float32[Tensor, "batch source d_model"]:
-        """Activations of the given rows, in the order given, as a store on disk of the same dtype returns them.
-
-        Raises:
-            UserError: an activation is not finite or does not fit the dtype.
-        """
+        """Activations of the given rows, in the order given, as a store on disk of the same dtype returns them."""
         out = torch.empty(len(rows), len(self.sources), self.d_model)
         order = np.argsort(rows, kind="stable")
         bounds = self._passes.bounds

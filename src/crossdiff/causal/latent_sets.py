@@ -147,12 +147,7 @@ def rankings_of(selection: Selection) -> set[str]:
 
 
 def resolve(selection: Selection, table: pl.DataFrame, pool: int, seed: int) -> LatentSets:
-    """The latents of a selection, each set in ascending order.
-
-    Raises:
-        UserError: a latent does not exist.
-        Unavailable: the crosscoder does not have the set.
-    """
+    """The latents of a selection, each set in ascending order."""
     match selection:
         case AllLatents():
             return LatentSets({"": None})

@@ -143,11 +143,7 @@ class Steerer:
     def answer(
         self, questions: Sequence[str], steering: Steering | None, sampling: Sampling, model: str = CHAT
     ) -> list[Answer]:
-        """Answer each question; `model` answers if `steering` is None.
-
-        Raises:
-            UserError: the latent cannot be steered with, or the chat template cannot render a question.
-        """
+        """Answer each question; `model` answers if `steering` is None."""
         return self.answer_prompts([ask(self.pair.tokenizer, question) for question in questions], steering, sampling, model)
 
     def answer_prompts(

@@ -32,11 +32,7 @@ COLUMNS = {
 
 
 def labelled_prompts(store: Store, config: SteerConfig) -> pl.DataFrame:
-    """Up to `prompts_per_label` distinct questions of each label, none from a training conversation: `prompt`, `label`.
-
-    Raises:
-        UserError: there are none, or none with a requested label.
-    """
+    """Up to `prompts_per_label` distinct questions of each label, none from a training conversation: `prompt`, `label`."""
     is_single_exchange = (pl.col("n_messages") == 2) & pl.col("label").is_not_null()
     table = store.documents.filter(is_single_exchange & (pl.col("split") == config.split)).unique(
         "prompt", keep="first", maintain_order=True

@@ -32,11 +32,7 @@ def command_line(argv: Sequence[str]) -> tuple[Parser, Commands]:
 
 
 def run_command(argv: Sequence[str]) -> None:
-    """Run one command line.
-
-    Raises:
-        UserError: anything that the user has to change.
-    """
+    """Run one command line."""
     if argv and argv[0] == "--version":
         from crossdiff import __version__
 

@@ -103,11 +103,7 @@ def run_stages(args: Namespace) -> None:
 
 
 def plan(args: Namespace) -> None:
-    """Print what the harvest and the trainings of these settings will take.
-
-    Raises:
-        UserError: there is no room for the store, or its size cannot be known beforehand.
-    """
+    """Print what the harvest and the trainings of these settings will take."""
     config = _config(args)
 
     from rich.console import Console

@@ -22,11 +22,7 @@ RATES = (*SETS, *(name for name in VERDICTS if name not in SETS and name != "dea
 
 
 def analysed_names(run: Path) -> list[str]:
-    """The crosscoders of a run directory that have a latent table with verdicts, which coders with one decoder lack.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The crosscoders of a run directory that have a latent table with verdicts, which coders with one decoder lack."""
     tables = {path.parent.name: pl.scan_parquet(path) for path in sorted(run.glob("*/latents.parquet"))}
     names = [name for name, table in tables.items() if _compares(table)]
     if not names:
@@ -42,11 +38,7 @@ def _compares(table: pl.LazyFrame) -> bool:
 
 
 def rates(path: Path) -> tuple[int, dict[str, float]]:
-    """The number of live latents in a latent table, and their share in each set and verdict.
-
-    Raises:
-        UserError: the table is of another version.
-    """
+    """The number of live latents in a latent table, and their share in each set and verdict."""
     table = pl.read_parquet(path)
     missing = [name for name in ("verdict", *SETS) if name not in table.columns]
     if missing:
@@ -74,9 +66,6 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
 
     Columns: crosscoder, rate (key of `SETS` or `VERDICTS`), real, null (shares of the live latents), n_real, n_null (numbers of
     live latents).
-
-    Raises:
-        UserError: the runs have different base models, layers or limits of the verdicts, or no crosscoder of the same name.
     """
     ours, theirs = analysed_names(run), analysed_names(null)
     names = [name for name in ours if name in theirs]

@@ -47,11 +47,7 @@ class SeedReport(NamedTuple):
 
 
 def read_seeds(run: Path, names: list[str]) -> list[Seed]:
-    """Read analysed crosscoders of a run directory.
-
-    Raises:
-        UserError: fewer than two, one that is not analysed, or different widths.
-    """
+    """Read analysed crosscoders of a run directory."""
     if len(set(names)) < 2:
         raise UserError(f"seeds are compared with each other: name at least two crosscoders of {run}, found {names}")
     for name in names:

@@ -75,11 +75,7 @@ def save(crosscoder: Crosscoder, folder: Path) -> None:
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        UserError: the disk has become full, or the folder can no longer be written.
-    """
+    """Write a safetensors file."""
     try:
         save_file(tensors, path, metadata=metadata)
     except (SafetensorError, OSError) as error:
@@ -214,11 +210,7 @@ class Checkpoints:
         self.last, self.before = folder / "checkpoint", folder / "checkpoint-before"
 
     def save(self, state: TrainingState) -> None:
-        """Write a state into a new folder, sync, and rename it.
-
-        Raises:
-            UserError: the disk is full or not writable; the last checkpoint is intact.
-        """
+        """Write a state into a new folder, sync, and rename it."""
         partial, problem = self.folder / f"checkpoint-{state.step}.partial", None
         try:
             with _quiet():
@@ -290,11 +282,7 @@ class Checkpoints:
         return None, problems
 
     def check_space(self, state: TrainingState) -> None:
-        """Check before training that there is room for two checkpoints.
-
-        Raises:
-            UserError: the folder is not writable, or the disk is too full.
-        """
+        """Check before training that there is room for two checkpoints."""
         needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         free = shutil.disk_usage(self.folder).free
         if free < needed:

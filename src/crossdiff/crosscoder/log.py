@@ -85,11 +85,7 @@ class Log:
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, result: StepResult) -> dict[str, Any] | None:
-        """Add a step. Every `LOG_EVERY` steps and at the end, write and return a record.
-
-        Raises:
-            Diverged: the error is far larger than the input.
-        """
+        """Add a step. Every `LOG_EVERY` steps and at the end, write and return a record."""
         parts = {key: getattr(result, key) for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
         for name, error, square in zip(
             self.trainer.crosscoder.sources, result.squared_error.tolist(), result.squared_input.tolist(), strict=True

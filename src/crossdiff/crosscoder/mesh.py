@@ -48,11 +48,7 @@ class Mesh:
 
 
 def mesh_of(ranks: Ranks, latent_ranks: int | None, device: torch.device) -> Mesh:
-    """Split the latents over `latent_ranks` of the ranks (None: all of them) and the batch over the others.
-
-    Raises:
-        UserError: `latent_ranks` does not divide the number of ranks.
-    """
+    """Split the latents over `latent_ranks` of the ranks (None: all of them) and the batch over the others."""
     if ranks.size == 1:
         return Mesh()
     from torch.distributed.device_mesh import init_device_mesh

@@ -62,11 +62,7 @@ class Constraint:
 
 
 def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constraint:
-    """The constraint on `n_latents` latents; the constrained ones are the first.
-
-    Raises:
-        UserError: the share gives no latent, or the groups do not fit into the number of latents.
-    """
+    """The constraint on `n_latents` latents; the constrained ones are the first."""
     tied = torch.zeros(n_latents, dtype=torch.bool)
     present = torch.ones(n_latents, n_sources, dtype=torch.bool)
     shares = torch.ones(n_latents)
@@ -88,11 +84,7 @@ def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constr
 
 
 def check_sizes(config: CrosscoderConfig, d_model: int, n_sources: int) -> None:
-    """Check that a crosscoder's settings fit its size, before anything is harvested for it.
-
-    Raises:
-        UserError: more active latents than there are, or groups of latents that do not fit.
-    """
+    """Check that a crosscoder's settings fit its size, before anything is harvested for it."""
     n_latents = config.latents_for(d_model)
     rule_of(config.sparsity).check(n_latents)
     constraint_of(config.structure, n_latents, n_sources if isinstance(config.inputs, PairedConfig) else 1)

@@ -75,9 +75,6 @@ class _Training:
 
         Args:
             place: where in the data the activations are, for messages.
-
-        Raises:
-            UserError: the loss is not finite or has diverged.
         """
         trainer = self.trainer
         number = trainer.step + 1

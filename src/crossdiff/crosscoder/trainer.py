@@ -63,9 +63,6 @@ class Trainer:
     """Updates a crosscoder batch by batch. The same batches give the same weights, wherever training is stopped and resumed.
 
     Each of several ranks has the latents `mesh.latent.part(n_latents)` and its part of each batch; see `mesh`.
-
-    Raises:
-        UserError: settings that do not fit the sizes.
     """
 
     def __init__(
@@ -106,11 +103,7 @@ class Trainer:
         return self.step >= self.schedule.n_steps
 
     def train_step(self, x: Float[Tensor, "batch source d_model"]) -> StepResult:
-        """Make one update from normalised inputs, this rank's part of the batch.
-
-        Raises:
-            Diverged: the loss or its gradient is not finite; the weights are left as they were before the step.
-        """
+        """Make one update from normalised inputs, this rank's part of the batch."""
         crosscoder = self.crosscoder
         if self._raw is None and x.device.type == "cpu":
             self._raw = x.new_empty(len(x), crosscoder.n_latents)

@@ -52,11 +52,7 @@ def identity(names: tuple[str, ...] = SOURCES) -> View:
 
 
 def view_of(inputs: Inputs, sources: tuple[str, ...]) -> View:
-    """The view of a store's sources that the settings describe.
-
-    Raises:
-        UserError: a source that the store does not have, or a difference of other than two sources.
-    """
+    """The view of a store's sources that the settings describe."""
     if isinstance(inputs, SingleConfig):
         if inputs.source not in sources:
             raise UserError(f"inputs.source {inputs.source!r} is not in the store; it has {', '.join(sources)}")

@@ -149,11 +149,7 @@ def _rows_of(latent: int, table: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 class Catalogue:
-    """All runs by their addresses.
-
-    Raises:
-        UserError: a directory is not an analysed run.
-    """
+    """All runs by their addresses."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self.coders: dict[tuple[str, str], Coder] = {}

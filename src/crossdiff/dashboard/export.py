@@ -22,9 +22,6 @@ def export_page(run: Path, crosscoder: str | None, wanted: Sequence[str], path: 
 
     Args:
         wanted: numbers, ranges such as 3-9, or verdicts such as chat_specific.
-
-    Raises:
-        UserError: a word is none of these, a latent does not exist, there are too many, or the path cannot be written.
     """
     opened = open_run(run, crosscoder)
     verdicts = dict(opened.latents.select("latent", "verdict").iter_rows())

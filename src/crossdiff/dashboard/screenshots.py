@@ -40,11 +40,7 @@ def launch(playwright: Playwright) -> Any:
 
 
 def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[Path]:
-    """Write a screenshot of each page and return their paths.
-
-    Raises:
-        UserError: Playwright or Chromium is missing.
-    """
+    """Write a screenshot of each page and return their paths."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:

@@ -43,11 +43,7 @@ def _server(
 
 
 def serve(directories: Sequence[Path], host: str, port: int, names: tuple[str, ...] = (), live: bool = True) -> None:
-    """Serve until interrupted. Beyond loopback, readers need a token, which is part of the printed address.
-
-    Raises:
-        UserError: a directory is not an analysed run, or the server cannot listen on the address.
-    """
+    """Serve until interrupted. Beyond loopback, readers need a token, which is part of the printed address."""
     listening = listen(host, port)
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
     server = _server(directories, host, token, names, live, cache_folder())

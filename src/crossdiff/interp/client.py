@@ -60,13 +60,7 @@ class Client:
         await self._client.close()
 
     async def ask(self, request: Request[A]) -> A:
-        """The answer, from the cache or the server.
-
-        Raises:
-            Unanswered: no attempt got a valid answer.
-            UserError: no other request would fare better, because the server cannot be reached, refuses the key, or does not
-                have the model.
-        """
+        """The answer, from the cache or the server."""
         key = cache_key(self.config, request)
         if (entry := self._cache.get(key)) is not None:
             self.usage.cached += 1

@@ -72,11 +72,7 @@ def training_fingerprint(folder: Path) -> str | None:
 
 
 def read_interpretation(folder: Path) -> pl.DataFrame:
-    """The explanations and scores in a crosscoder's folder; no rows if there are none for its current training.
-
-    Raises:
-        UserError: the file is damaged or of another version.
-    """
+    """The explanations and scores in a crosscoder's folder; no rows if there are none for its current training."""
     path, training = folder / FILE, training_fingerprint(folder)
     if not path.is_file() or training is None:
         return pl.DataFrame(schema=SCHEMA)

@@ -34,11 +34,7 @@ from crossdiff.sources import SOURCES
 
 
 def check_store(store: Store, config: AnalyzeConfig) -> None:
-    """Check that a store has what an analysis needs, before any long work.
-
-    Raises:
-        UserError: it has other sources than a base and a chat model, fewer documents than blocks, or no held-out tokens.
-    """
+    """Check that a store has what an analysis needs, before any long work."""
     if store.sources != SOURCES:
         found = ", ".join(store.sources)
         raise UserError(
@@ -134,10 +130,6 @@ def analyze(
     Args:
         ranks: the processes that share the pass; the first one writes.
         reference: an SAE on the base model, whose latents are compared with the crosscoder's on the behaviours.
-
-    Raises:
-        UserError: the crosscoder does not fit the store; the store has too few documents for the blocks, no held-out tokens,
-            or activations that are not finite.
     """
     check_store(store, config)
     directions = with_random_directions(crosscoder, config.seed)

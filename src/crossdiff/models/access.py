@@ -28,11 +28,7 @@ def d_model(model: nn.Module) -> int:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers: the shallowest `nn.ModuleList` of the trunk with the config's number of layers.
-
-    Raises:
-        UserError: the architecture has no such list.
-    """
+    """The decoder layers: the shallowest `nn.ModuleList` of the trunk with the config's number of layers."""
     wanted = n_layers(model)
     found = [
         (name.count("."), module)

@@ -65,11 +65,7 @@ class Pair:
         return mapped
 
     def check_layer(self, layer: int | None) -> int:
-        """The layer to use: the given one, or the middle one.
-
-        Raises:
-            UserError: the layer does not exist.
-        """
+        """The layer to use: the given one, or the middle one."""
         if layer is None:
             return self.n_layers // 2
         if not 0 <= layer < self.n_layers:
@@ -78,11 +74,7 @@ class Pair:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device; `auto` is the accelerator if there is one (each local rank gets its own), else the CPU.
-
-    Raises:
-        UserError: torch does not know or cannot use the device.
-    """
+    """The torch device; `auto` is the accelerator if there is one (each local rank gets its own), else the CPU."""
     try:
         accelerator = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else torch.device(name)
         device = torch.device("cpu") if accelerator is None else accelerator
@@ -194,10 +186,6 @@ def check_tokenizers(base: Any, chat: Any, base_name: str, chat_name: str, base_
 
     Returns:
         The ids of `base_tokens`: the chat model's token -> the token that the base model reads.
-
-    Raises:
-        UserError: a token has different ids, one tokenizer has tokens that the other lacks, or `base_tokens` names a
-            token that does not exist.
     """
     left, right = base.get_vocab(), chat.get_vocab()
     differing = [token for token in left if token in right and left[token] != right[token]]
@@ -258,9 +246,6 @@ def load_pair(base: str, chat: str, device: torch.device, base_tokens: Mapping[s
 
     Args:
         base_tokens: tokens that the base model lacks or was never trained on, and its own tokens that it reads instead.
-
-    Raises:
-        UserError: a model cannot be loaded, tokenizers or layer counts or widths differ, or hooks do not work on it.
     """
     base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(chat)
     stand_ins = check_tokenizers(base_tokenizer, tokenizer, base, chat, base_tokens or {})

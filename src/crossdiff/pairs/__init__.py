@@ -12,11 +12,7 @@ RULES = FOLDER / "rules.yaml"
 
 
 def demo_path(name: str) -> Path:
-    """The file or folder behind a `demo:` name.
-
-    Raises:
-        UserError: there is no such part of the embedded pair.
-    """
+    """The file or folder behind a `demo:` name."""
     part = name.removeprefix("demo:")
     parts = {"base": FOLDER / "base", "chat": FOLDER / "chat"}
     parts |= {file.name.split(".")[0]: file for file in sorted((FOLDER / "text").glob("*.jsonl.gz"))}

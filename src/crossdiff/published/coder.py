@@ -130,11 +130,7 @@ def _constant_factor(norms: Float64[Tensor, " latent"], weight: Float64[Tensor, 
 
 
 class TensorFile:
-    """The tensors of a file, each to be taken once, with axes whose sizes must agree.
-
-    Raises:
-        UserError: the file is damaged or holds something other than tensors.
-    """
+    """The tensors of a file, each to be taken once, with axes whose sizes must agree."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -52,9 +52,6 @@ def export_examples(source: Path, target: Path) -> int:
     """Write the examples of our database `source` in the published layout to `target`; returns their number.
 
     A latent and a sequence make one row there, however often the sequence is among the latent's examples here.
-
-    Raises:
-        UserError: `source` is not an example database of this version, or `target` exists.
     """
     _check_paths(source, target)
     try:
@@ -87,10 +84,6 @@ def import_examples(source: Path, target: Path, tokenizer: Any) -> int:
 
     Each becomes an example of kind 'band'. Documents and datasets stay NULL and flags 0, except for the BOS token. The number
     of latents is set to the largest latent's number plus one.
-
-    Raises:
-        UserError: `source` does not have the published layout or contradicts itself, its tokens are not the tokenizer's, or
-            `target` exists.
     """
     _check_paths(source, target)
     try:

@@ -42,11 +42,7 @@ TABLE_COLUMNS = ("latent", "delta_norm", "delta_norm_class", *NAMES, "rank_sum",
 
 
 def read_published_table(path: Path) -> pl.DataFrame:
-    """Read a published latent table; `TABLE_COLUMNS` lists the columns, NaN where the file has no value.
-
-    Raises:
-        UserError: the file is missing or not a CSV, lacks `dec_norm_diff`, or has values that do not fit.
-    """
+    """Read a published latent table; `TABLE_COLUMNS` lists the columns, NaN where the file has no value."""
     try:
         table = pl.read_csv(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:

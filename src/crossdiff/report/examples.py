@@ -113,11 +113,7 @@ class Context:
 
 
 class ExampleDatabase:
-    """A crosscoder's examples, open for reading. Threads may share it: each has a connection of its own.
-
-    Raises:
-        UserError: the database is missing, damaged or of another version.
-    """
+    """A crosscoder's examples, open for reading. Threads may share it: each has a connection of its own."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():

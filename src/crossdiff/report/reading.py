@@ -55,9 +55,6 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
 
     Args:
         names: the crosscoder folders to read, in this order; default: every analysed one.
-
-    Raises:
-        UserError: the directory or one of its files is missing, damaged or of another format.
     """
     if not directory.is_dir():
         raise UserError(f"there is no run directory at {directory}; run `crossdiff run` first, or give the path of a run")
@@ -102,9 +99,6 @@ def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
 def read_latents(folder: Path) -> pl.DataFrame:
     """The latent table of a crosscoder's folder, joined with the effect of single latents (`crossdiff causal`) and with
     their explanations and scores (`crossdiff interpret`); null where these were not made.
-
-    Raises:
-        UserError: a file is damaged or of another version.
     """
     latents = read_table(folder / "latents.parquet", _LATENT_COLUMNS, "crossdiff analyze")
     return with_interpretation(_with_causal(latents, folder / "causal_latents.parquet"), folder)

@@ -31,11 +31,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls: type[R], path: Path, command: str) -> R:
-        """Read the record from a file that `command` writes.
-
-        Raises:
-            UserError: the file is missing, damaged or of another version; the message names the first wrong key.
-        """
+        """Read the record from a file that `command` writes."""
         try:
             return cls.model_validate(read_json(path))
         except ValidationError as error:

@@ -24,11 +24,7 @@ CACHE = "interpretation/answers.sqlite"
 
 
 def interpret(session: Session, config: InterpretConfig, dry_run: bool = False) -> None:
-    """Interpret latents of every crosscoder of the session, or only print the calls and tokens that this would take.
-
-    Raises:
-        UserError: a crosscoder is not analysed or does not exist, or the server or the sentence encoder is not available.
-    """
+    """Interpret latents of every crosscoder of the session, or only print the calls and tokens that this would take."""
     from crossdiff.interp.cache import Cache
     from crossdiff.interp.language_model import check_server
     from crossdiff.interp.terminal import print_summary

@@ -25,11 +25,7 @@ STAGES = {
 
 
 def begin(session: Session) -> None:
-    """Keep the settings in the run directory.
-
-    Raises:
-        UserError: they name no texts.
-    """
+    """Keep the settings in the run directory."""
     check_texts(session.config)
     session.run_directory.write_config(session.config.model_dump(mode="json"))
 

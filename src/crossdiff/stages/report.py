@@ -9,11 +9,7 @@ from crossdiff.stages.session import Session
 
 
 def report(session: Session) -> None:
-    """Write `report.html` and `figures/`, and print the summary.
-
-    Raises:
-        UserError: a crosscoder is not analysed with these settings.
-    """
+    """Write `report.html` and `figures/`, and print the summary."""
     from crossdiff.report.reading import read_run
     from crossdiff.report.terminal import print_summary
 

@@ -49,11 +49,7 @@ class Session:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The crosscoders to work on.
-
-        Raises:
-            UserError: a requested one is not in the run.
-        """
+        """The crosscoders to work on."""
         for name in self.only:
             if name not in self.config.crosscoders:
                 raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
@@ -88,11 +84,7 @@ class Session:
         return load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
 
     def store(self) -> Store:
-        """The finished store of this run.
-
-        Raises:
-            UserError: there is none for these settings.
-        """
+        """The finished store of this run."""
         from crossdiff.activations.live import open_store
         from crossdiff.models.pair import identify
 
@@ -104,11 +96,7 @@ class Session:
         return store
 
     def check_may_harvest(self) -> None:
-        """Refuse to replace a store, the most expensive result, unless --force was given.
-
-        Raises:
-            UserError: there is a store of other models, texts or settings.
-        """
+        """Refuse to replace a store, the most expensive result, unless --force was given."""
         manifest = self.path / "activations" / "manifest.json"
         if self.force or not manifest.exists():
             return
@@ -136,11 +124,7 @@ class Session:
                 )
 
     def crosscoder(self, name: str) -> Crosscoder:
-        """A trained crosscoder of this run.
-
-        Raises:
-            UserError: it is not trained with these settings.
-        """
+        """A trained crosscoder of this run."""
         from crossdiff.crosscoder.checkpoint import load
 
         if not self.run_directory.is_done(train_stage(self.config, name)):

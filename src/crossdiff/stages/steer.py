@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def steer(session: Session, config: SteerConfig) -> None:
-    """Answer the given prompts on the terminal, or the run's labelled prompts in a table in `steering/`.
-
-    Raises:
-        UserError: no latent is given, it does not exist, or the run has no such crosscoder or no latent table.
-    """
+    """Answer the given prompts on the terminal, or the run's labelled prompts in a table in `steering/`."""
     import polars as pl
 
     from crossdiff.causal.steering import Steerer

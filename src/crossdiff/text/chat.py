@@ -73,10 +73,6 @@ def tokenise_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokenise
 
     Only `role` and `content` of a message are rendered. A BOS (the tokenizer's BOS as the first token, written by the template
     and not by a content) has only the flag BOS.
-
-    Raises:
-        UserError: not a conversation; no chat template, or one that refuses the conversation, drops or changes text;
-            a tokenizer without character offsets, or one whose ids depend on how it is called.
     """
     turns = check_messages(messages)
     rendered = _render(tokenizer, turns)
@@ -97,11 +93,7 @@ def tokenise_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokenise
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of the conversation followed by the header of the assistant's next message.
-
-    Raises:
-        UserError: not a conversation, or the template is missing or refuses it.
-    """
+    """Token ids of the conversation followed by the header of the assistant's next message."""
     turns = check_messages(messages)
     options = {"tokenize": True, "return_dict": False, "add_generation_prompt": True}
     return list(_apply(tokenizer, turns, **options, tokenizer_kwargs={"verbose": False}))
@@ -111,9 +103,6 @@ def tokenise_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokeni
     """The conversation as the model reads it before it answers: `chat_prompt` with flags.
 
     The header of the answer is template, in its own turn after the last message.
-
-    Raises:
-        UserError: see `tokenise_chat`.
     """
     chat = tokenise_chat(tokenizer, messages)
     token_ids = np.asarray(chat_prompt(tokenizer, messages), dtype=np.int32)
@@ -128,12 +117,7 @@ def tokenise_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokeni
 
 
 def check_messages(messages: object) -> list[dict[str, str]]:
-    """The messages, reduced to `role` and `content`.
-
-    Raises:
-        UserError: this is not a non-empty list of messages whose role and content are strings, or a message carries
-            text outside its content (tool calls, reasoning).
-    """
+    """The messages, reduced to `role` and `content`."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise UserError(f"a conversation must be a list of messages, found {type(messages).__name__}")
     if not messages:
@@ -156,11 +140,7 @@ def check_messages(messages: object) -> list[dict[str, str]]:
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Check that a text can be encoded as UTF-8; JSON can contain half of a surrogate pair.
-
-    Raises:
-        UserError: it cannot; the message calls the text `name`.
-    """
+    """Check that a text can be encoded as UTF-8; JSON can contain half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -50,21 +50,13 @@ class Document:
 
 
 def read_documents(configs: Sequence[DatasetConfig]) -> Iterator[Document]:
-    """All documents of the datasets, in order, read lazily. The same call gives the same documents.
-
-    Raises:
-        UserError: at once, for no or too many datasets or an unreadable path; later, see `read_dataset`.
-    """
+    """All documents of the datasets, in order, read lazily. The same call gives the same documents."""
     check_datasets(configs)
     return _read_all(configs)
 
 
 def check_datasets(configs: Sequence[DatasetConfig]) -> None:
-    """Check what can be checked without reading.
-
-    Raises:
-        UserError: no or too many datasets, or an unreadable path.
-    """
+    """Check what can be checked without reading."""
     if not 1 <= len(configs) <= MAX_DATASETS:
         raise UserError(f"found {len(configs)} datasets; give 1 to {MAX_DATASETS}")
     for config in configs:
@@ -95,9 +87,6 @@ def read_dataset(
     Args:
         damaged: called for each record that is not JSON or UTF-8, lacks a column or does not contain text; such a record gets
             no number. By default the first one is raised.
-
-    Raises:
-        UserError: the file cannot be read to the end, or no record is a document.
     """
     number, wrong = first, ""
     for place, record in islice(_reader(config)(config), config.max_documents):
@@ -118,11 +107,7 @@ def read_dataset(
 
 
 def count_records(config: DatasetConfig) -> int | None:
-    """Number of records that will be read, counted without parsing; None if unknown or slow to find out.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Number of records that will be read, counted without parsing; None if unknown or slow to find out."""
     path, read = Path(config.path), _reader(config)
     if config.max_tokens is not None:
         return None

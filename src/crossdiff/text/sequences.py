@@ -62,9 +62,6 @@ def tokenise(document: Document, tokenizer: Tokenizer, max_length: int) -> list[
 
     Each window starts with a BOS, which counts, if the tokenizer has one; the last window may be shorter, and a text without
     tokens has no window. The text of a special token inside plain text is tokenised like any other text.
-
-    Raises:
-        UserError: a conversation that cannot be tokenised, or no room for a token after the BOS.
     """
     if document.text is None:
         return [_conversation(document, tokenizer, max_length)]
@@ -112,10 +109,6 @@ def bucketed(sequences: Iterable[TokenSequence], batch_tokens: int, pool: int) -
 
     `pool` sequences at a time are sorted, longest first, and cut into batches as large as possible. Each sequence is in one
     batch, and the same input gives the same batches.
-
-    Raises:
-        UserError: a sequence is longer than `batch_tokens`.
-        ValueError: `pool` is less than 1.
     """
     if pool < 1:
         raise ValueError(f"pool must be at least 1, found {pool}")
