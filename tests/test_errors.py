@@ -142,3 +142,37 @@ def test_an_interrupt_in_any_stage_loses_nothing_finished(tmp_path: Path, tiny_s
     assert expected <= done
     run_command(["run", str(tmp_path / "run"), "--config", config])
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_an_unknown_option_names_the_help_of_its_command() -> None:
+    with pytest.raises(UserError, match=r"unrecognized arguments: --bogus; see `crossdiff plan --help`"):
+        run_command(["plan", "--bogus"])
+    with pytest.raises(UserError, match="put the name of a crosscoder in place of <NAME>"):
+        run_command(["plan", "--crosscoders.<NAME>.lr", "3"])
+
+
+def test_a_crosscoder_may_have_any_name_that_a_folder_may_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("crosscoders: {NAME: {sparsity: {kind: topk, k: 3}}}")
+    with pytest.raises(SystemExit):
+        run_command(["run", "--config", str(config), "--help"])
+    assert "<NAME> is one of NAME" in capsys.readouterr().out
+
+
+def test_the_settings_of_a_crosscoder_are_listed_once_with_their_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(["run", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.count(".lr VALUE") == 1
+    assert "--crosscoders.<NAME>.sparsity.kind {l1,batchtopk,topk,jumprelu}" in shown
+
+
+def test_options_of_plain_commands_may_be_abbreviated(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run directory"):
+        run_command(["null", str(tmp_path), "--nul", str(tmp_path)])
+
+
+def test_an_unknown_crosscoder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no crosscoder 'bogus' in this run"):
+        run_command(["harvest", str(tmp_path / "run"), "--only", "bogus"])
+    assert not (tmp_path / "run" / "config.yaml").exists()

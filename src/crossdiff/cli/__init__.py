@@ -43,10 +43,11 @@ def run_command(argv: Sequence[str]) -> None:
         parser.print_help()
     elif not argv[0].startswith("-") and argv[0] not in commands.names:
         raise UserError(f"there is no command {argv[0]!r}; there are {', '.join(commands.names)}")
-    else:
-        args = parser.parse_args(argv)
-        if args.shared or leads():
-            args.work(args)
+    elif argv[0] in commands.shared or leads():
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `crossdiff {argv[0]} --help`")
+        args.work(args)
 
 
 def main() -> None:

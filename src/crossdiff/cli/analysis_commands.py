@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add("steer", "generate with a latent added or ablated, beside the unsteered text", steer)
+    parser = commands.add(
+        "steer", "generate with a latent added or ablated, beside the unsteered text", steer, abbreviations=False
+    )
     parser.add_argument("directory", type=Path, help="run directory with an analysed crosscoder")
     if commands.command == "steer":
         add_settings(parser, SteerConfig(), "settings")
 
     summary = "explain latents with a language model and score the explanations; without a server, score latents by embeddings"
-    parser = commands.add("interpret", summary, interpret)
+    parser = commands.add("interpret", summary, interpret, abbreviations=False)
     parser.add_argument("directory", type=Path, help="run directory with an analysed crosscoder")
     parser.add_argument("--dry-run", action="store_true", help="print the calls, tokens and cost without asking the server")
     if commands.command == "interpret":
@@ -40,7 +42,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("names", nargs="+", metavar="NAME", help="crosscoders of the run, such as l1 l1-seed1 l1-seed2")
     parser.add_argument("--cosine", type=float, default=0.9, help="two latents are the same above this cosine [0.9]")
 
-    parser = commands.add("truth", "plant known concepts, train on them, and see which measure finds the chat-only ones", truth)
+    summary = "plant known concepts, train on them, and see which measure finds the chat-only ones"
+    parser = commands.add("truth", summary, truth, abbreviations=False)
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/truth"), help="run directory [runs/truth]")
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     if commands.command == "truth":

@@ -41,23 +41,38 @@ class Commands:
     def __init__(self, parser: Parser, argv: Sequence[str]) -> None:
         self.command, self.argv = argv[0] if argv else "", argv[1:]
         self.names: list[str] = []
+        self.shared: list[str] = []
         self._subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", prog="crossdiff")
         self._common = Parser(add_help=False)
         self._common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    def add(self, name: str, summary: str, work: Callable[[argparse.Namespace], None], shared: bool = False) -> Parser:
-        """Add a command; `shared` ones are run by every process that torchrun starts, the others by the first alone."""
+    def add(
+        self,
+        name: str,
+        summary: str,
+        work: Callable[[argparse.Namespace], None],
+        shared: bool = False,
+        abbreviations: bool = True,
+    ) -> Parser:
+        """Add a command.
+
+        Args:
+            shared: every process that torchrun starts runs it; the others are run by the first process only.
+            abbreviations: its options may be abbreviated.
+        """
         self.names.append(name)
+        if shared:
+            self.shared.append(name)
         description = summary[0].upper() + summary[1:] + "."
         parser: Parser = self._subparsers.add_parser(
             name,
             help=summary,
             description=description,
-            allow_abbrev=False,
+            allow_abbrev=abbreviations,
             parents=[self._common],
             formatter_class=HelpFormatter,
         )
-        parser.set_defaults(work=work, shared=shared)
+        parser.set_defaults(work=work)
         return parser
 
 
@@ -119,7 +134,7 @@ def add_settings(parser: Parser, config: Config, title: str = "settings (each is
         section, _, rest = setting.key.partition(".")
         _add(group, setting, _show(setting.value), hidden=section in named and bool(rest))
     for section, entries in named.items():
-        listed = parser.add_argument_group(f"settings of each crosscoder; NAME is one of {', '.join(entries)}")
+        listed = parser.add_argument_group(f"settings of each crosscoder; <NAME> is one of {', '.join(entries)}")
         for setting, value in _by_name(section, entries):
             _add(listed, setting, value)
 
@@ -134,7 +149,7 @@ def _by_name(section: str, entries: dict[str, Config]) -> Iterator[tuple[_Settin
         values = {name: _show(setting.value) for name, setting in by_name.items()}
         is_same = len(by_name) == len(entries) and len(set(values.values())) == 1
         shown = next(iter(values.values())) if is_same else ", ".join(f"{name}: {value}" for name, value in values.items())
-        yield next(iter(by_name.values()))._replace(key=f"{section}.NAME.{key}"), shown
+        yield next(iter(by_name.values()))._replace(key=f"{section}.<NAME>.{key}"), shown
 
 
 def _add(group: Any, setting: _Setting, value: str, hidden: bool = False) -> None:
@@ -162,8 +177,8 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
         kind, _, key = name.partition(":")
         if not key:
             continue
-        if ".NAME." in key:
-            raise UserError(f"--{key}: put the name of a crosscoder in place of NAME")
+        if "<NAME>" in key:
+            raise UserError(f"--{key}: put the name of a crosscoder in place of <NAME>")
         if kind == "text":
             parsed = value
         else:

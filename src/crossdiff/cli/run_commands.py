@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
 
 
 def _add(commands: Commands, name: str, summary: str) -> None:
-    parser = commands.add(name, summary, plan if name == "plan" else run_stages, shared=name != "plan")
+    parser = commands.add(name, summary, plan if name == "plan" else run_stages, shared=name != "plan", abbreviations=False)
     parser.add_argument("directory", nargs="?", type=Path, help="run directory [runs/demo for the embedded pair]")
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     parser.set_defaults(command=name, layers=[])

@@ -10,7 +10,7 @@ from crossdiff.errors import UserError
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add("dashboard", "explore finished runs in the browser", dashboard)
+    parser = commands.add("dashboard", "explore finished runs in the browser", dashboard, abbreviations=False)
     parser.add_argument("directories", nargs="+", type=Path, metavar="RUN", help="run directories with an analysed crosscoder")
     parser.add_argument("--port", type=int, default=8321, help="port to listen on; 0 takes a free one [8321]")
     text = "address to listen on; readers of any but a loopback address need a token [127.0.0.1]"
@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--no-live", action="store_true", help="load no models: tables and examples only")
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="write pictures of every page there instead of serving")
 
-    parser = commands.add("export", "write latents as one self-contained page", export)
+    parser = commands.add("export", "write latents as one self-contained page", export, abbreviations=False)
     parser.add_argument("directory", type=Path, metavar="RUN", help="run directory with an analysed crosscoder")
     text = "numbers, ranges such as 3-9, or verdicts such as chat_specific"
     parser.add_argument("--latents", nargs="+", required=True, metavar="LATENT", help=text)

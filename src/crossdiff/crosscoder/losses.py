@@ -129,7 +129,7 @@ class Loss:
             aux = rule.auxiliary_loss(batch)
             found = torch.autograd.grad(reconstruction + sparsity + aux, list(weights.values()))
 
-        l0 = counts.sum() / n_tokens
+        l0 = counts.sum().double() / n_tokens
         sparsity, l0 = mesh.latent.sum(_float64(sparsity, l0))
         reconstruction, sparsity, aux = mesh.data.mean(_float64(reconstruction, sparsity, aux))
         squares = squares.detach()

@@ -143,9 +143,10 @@ def bootstrap_interval(
     the AUROC of every resample.
     """
     positives, negatives = (np.unique(groups[positive == side], return_inverse=True)[1] for side in (True, False))
-    ahead = score[positive][:, None] - score[~positive]
+    of_positives, of_negatives = score[positive][:, None], score[~positive]
+    ahead = (of_positives > of_negatives) + 0.5 * (of_positives == of_negatives)
     won = np.zeros((positives.max() + 1, negatives.max() + 1))
-    np.add.at(won, (positives[:, None], negatives), np.heaviside(ahead, 0.5))
+    np.add.at(won, (positives[:, None], negatives), ahead)
     generator = np.random.default_rng(seed)
     drawn_positives, drawn_negatives = (_resamples(generator, n) for n in won.shape)
     n_pairs = (drawn_positives @ np.bincount(positives)) * (drawn_negatives @ np.bincount(negatives))

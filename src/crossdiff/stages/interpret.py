@@ -39,8 +39,7 @@ def interpret(session: Session, config: InterpretConfig, dry_run: bool = False) 
             stage = interpret_stage(session.config, name, config)
             summary = session.path / name / "interpretation.json"
             # A finished stage is repeated if requests were unanswered; the cache has the others.
-            is_answered = session.run_directory.is_done(stage) and not read_json(summary)["n_unanswered"]
-            if dry_run or not is_answered:
+            if dry_run or not session.run_directory.is_done(stage) or read_json(summary)["n_unanswered"]:
                 _interpret(session, name, config, cache, dry_run)
             else:
                 session.skips(stage)

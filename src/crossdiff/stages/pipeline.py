@@ -25,8 +25,9 @@ STAGES = {
 
 
 def begin(session: Session) -> None:
-    """Keep the settings in the run directory."""
+    """Write the settings to the run directory, if they name texts and the requested crosscoders exist."""
     check_texts(session.config)
+    _ = session.names  # raises for an unknown one
     session.run_directory.write_config(session.config.model_dump(mode="json"))
 
 
