@@ -65,7 +65,7 @@ class HarvestConfig(Config):
 
     max_length: int = Field(256, ge=2, description="tokens per sequence; longer plain text is cut into windows")
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
-        "float16", description="of the stored activations; int8 stores a scale per token and source"
+        "float16", description="dtype of the stored activations; int8 stores a scale per token and source"
     )
     batch_tokens: int = Field(8192, ge=1, description="padded tokens per forward pass")
     shard_tokens: int = Field(65536, ge=1, description="tokens per shard of the store")
@@ -103,7 +103,7 @@ class L1Config(Kind):
     kind: Literal["l1"] = "l1"
     mu: float = Field(0.04, ge=0, description="weight of the sparsity penalty")
     mu_warmup_share: float = Field(0.2, ge=0, le=1, description="share of the steps over which mu grows from 0")
-    resamplings: int = Field(2, ge=0, description="times that dead latents are resampled, within the first half of the run")
+    resamplings: int = Field(2, ge=0, description="how many times dead latents are resampled, within the first half of the run")
 
 
 class AuxConfig(Config):
@@ -321,7 +321,7 @@ class RunConfig(Config):
     dataset: tuple[Annotated[DatasetConfig, BeforeValidator(_dataset_from_text)], ...] = Field(
         (), description="texts: paths, Hub names, or mappings with the keys of a dataset"
     )
-    device: str = Field("auto", description="auto, cpu, or torch's name of the accelerator")
+    device: str = Field("auto", description="auto, cpu, or a torch device name")
     latent_ranks: int | None = Field(
         None,
         ge=1,

@@ -33,16 +33,21 @@ def add(commands: Commands) -> None:
 
         add_settings(parser, InterpretConfig(), "settings")
 
-    parser = commands.add("null", "put the verdicts of a run beside those of a null run", null)
+    parser = commands.add("null", "compare the verdicts of a run with those of a null run", null)
     parser.add_argument("directory", type=Path, help="run directory of the diff")
     parser.add_argument("--null", type=Path, required=True, help="run directory of the same base model and a null model")
 
     parser = commands.add("seeds", "compare trainings of one crosscoder from several seeds", seeds)
     parser.add_argument("directory", type=Path, help="run directory")
-    parser.add_argument("names", nargs="+", metavar="NAME", help="crosscoders of the run, such as l1 l1-seed1 l1-seed2")
+    parser.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="crosscoders of the run, such as l1 l1-seed1 l1-seed2 (recipes/seeds.py trains them)",
+    )
     parser.add_argument("--cosine", type=float, default=0.9, help="two latents are the same above this cosine [0.9]")
 
-    summary = "plant known concepts, train on them, and see which measure finds the chat-only ones"
+    summary = "plant known concepts, train on them, and check which measure recovers the chat-only ones"
     parser = commands.add("truth", summary, truth, abbreviations=False)
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/truth"), help="run directory [runs/truth]")
     parser.add_argument("--config", type=Path, help="YAML file with settings")

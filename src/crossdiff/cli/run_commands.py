@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 STAGES = {
     "run": "run every stage: harvest, train, analyze, report",
     "harvest": "collect the paired activations of both models",
-    "train": "train the crosscoders, after what they need",
+    "train": "train the crosscoders (runs earlier stages first)",
     "compare": "train the crosscoders on the same batches and compare them",
-    "analyze": "write the latent tables and example databases, after what they need",
-    "causal": "patch latents into the base model and measure what they do, after what it needs",
-    "report": "write the page and print the summary, after what they need",
+    "analyze": "write the latent tables and example databases (runs earlier stages first)",
+    "causal": "patch latents into the base model and measure the effect (runs earlier stages first)",
+    "report": "write the page and print the summary (runs earlier stages first)",
 }
 TYPICAL_ACTIVE = 64
 """Active latents per token that `plan` assumes for a kind of sparsity without a k; L1 crosscoders end near it."""
@@ -37,12 +37,14 @@ def add(commands: Commands) -> None:
 
 def _add(commands: Commands, name: str, summary: str) -> None:
     parser = commands.add(name, summary, plan if name == "plan" else run_stages, shared=name != "plan", abbreviations=False)
-    parser.add_argument("directory", nargs="?", type=Path, help="run directory [runs/demo for the embedded pair]")
+    parser.add_argument(
+        "directory", nargs="?", type=Path, help="run directory [runs/demo for the embedded pair, else runs/CHAT-layer-L]"
+    )
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     parser.set_defaults(command=name, layers=[])
     if name != "plan":
-        parser.add_argument("--force", action="store_true", help="harvest again although there is a store")
-        parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="work on these crosscoders of the run only")
+        parser.add_argument("--force", action="store_true", help="harvest again even if there is a store")
+        parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only process these crosscoders of the run")
     if name == "harvest":
         text = "harvest several layers in one pass, each into its own run directory DIRECTORY/layer-L"
         parser.add_argument("--layers", nargs="+", type=int, metavar="LAYER", help=text)

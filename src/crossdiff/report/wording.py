@@ -137,11 +137,7 @@ def answer(report: RunReport) -> list[str]:
     coder = report.primary
     if not coder.compares:
         return [f"{coder.title} has one decoder, so it cannot tell which model a latent belongs to. {ONE_DECODER}"]
-    sentences = [
-        "A crosscoder explains the activations of both models as sums of a few latents, each with one direction per model.",
-        *_specific_sentences(coder, report.limits),
-        *_null_sentences(report),
-    ]
+    sentences = [*_specific_sentences(coder, report.limits), *_null_sentences(report)]
     for other in report.crosscoders:
         if other is not coder and other.compares:
             named, specific = other.count("chat_only"), other.count("chat_specific")
@@ -157,10 +153,11 @@ def _specific_sentences(coder: CrosscoderReport, limits: Limits) -> list[str]:
     dead = coder.health.heldout.n_dead
     subject = "none is" if specific == 0 else f"{whole(specific)} {'is' if specific == 1 else 'are'}"
     sentences = [
-        f"Of the {latents(n_latents)} of the {coder.title} crosscoder, {subject} specific to the chat model by latent scaling, "
-        f"which measures how much of a latent's chat direction the base model has (nu_error < {limits.nu_error:g} and "
-        f"nu_reconstruction < {limits.nu_reconstruction:g} at the upper ends of their 95% intervals, and a base direction at "
-        f"most {_norm_ratio(limits)} as long as the chat one)."
+        f"Of the {latents(n_latents)} of the {coder.title} crosscoder, {subject} specific to the chat model by latent scaling.",
+        "A crosscoder explains the activations of both models as sums of a few latents, each with one direction per model.",
+        "Latent scaling measures how much of a latent's chat direction the base model has. Its two measures are 0 for nothing: "
+        f"nu_error must be below {limits.nu_error:g} and nu_reconstruction below {limits.nu_reconstruction:g}, each at the "
+        f"upper end of its 95% interval, and the base direction at most {_norm_ratio(limits)} as long as the chat one.",
     ]
     if named == 0:
         sentences.append("The lengths of the two directions alone (delta_norm of 0.9 or above) would have named none.")
@@ -285,8 +282,8 @@ def selection(coder: CrosscoderReport) -> str:
         return f"No latent has both nu defined and delta_norm of at least {CANDIDATE_DELTA_NORM:g}, so none is shown."
     if not candidates and specific >= FEW_SPECIFIC:
         return (
-            f"These are the {specific} chat-specific latents of which the base model has least: each latent is ranked by "
-            "nu_error and by nu_reconstruction, and the sum of the two ranks is lowest."
+            f"These are the {specific} chat-specific latents with the lowest sum of their ranks by nu_error and by "
+            "nu_reconstruction."
         )
     found = "No latent is" if specific == 0 else f"Only {latents(specific)} {'is' if specific == 1 else 'are'}"
     if not candidates:
