@@ -12,7 +12,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/crossdiff run
 
-# A process a core (eight at most), each with one thread; a file's tests share what they have set up.
+# One process per core (at most eight), each with one thread. The tests of a file share their fixtures.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
@@ -21,7 +21,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The wheel, installed into an empty environment, diffs the embedded pair.
+# Install the wheel into an empty environment and diff the embedded pair with it.
 package: .venv/installed
 	.ci/package.sh
 
@@ -29,12 +29,12 @@ package: .venv/installed
 minimum: .venv/installed
 	.ci/package.sh --minimum
 
-# The documentation in build/site; a warning (a broken link, a page that is not in the menu, an example that is gone) fails.
+# The documentation in build/site. Warnings (a broken link, a page missing from the menu, a missing example) are errors.
 docs: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The notebook, executed on the demo's run; its outputs are kept in the file.
+# Execute the notebook on the demo's run and keep its outputs in the file.
 notebook: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebook]'
 	$(BIN)/python notebooks/execute.py
