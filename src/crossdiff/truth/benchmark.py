@@ -56,7 +56,7 @@ RANKINGS_OF_ONE_DECODER = ("nu_activation_nobias",)
 
 
 @dataclass(frozen=True)
-class Score:
+class RankingScore:
     """How well one ranking finds the latents of chat-only concepts.
 
     Attributes:
@@ -98,7 +98,7 @@ class CoderResult:
     n_matched: int
     found: dict[str, float]
     verdicts: dict[str, dict[str, int]]
-    scores: dict[str, Score]
+    scores: dict[str, RankingScore]
 
 
 class Trained(NamedTuple):
@@ -153,8 +153,8 @@ def _called(table: pl.DataFrame, name: str, n_positive: int, config: AnalyzeConf
     return reaches
 
 
-def score(table: pl.DataFrame, n_concepts: int, name: str, config: AnalyzeConfig) -> Score:
-    """Score one ranking of a matched latent table, given the number of planted chat-only concepts."""
+def score(table: pl.DataFrame, n_concepts: int, name: str, config: AnalyzeConfig) -> RankingScore:
+    """RankingScore one ranking of a matched latent table, given the number of planted chat-only concepts."""
     kinds = table["kind"].to_numpy()
     matched = kinds != "none"
     positive = kinds == "chat_only"
@@ -162,7 +162,7 @@ def score(table: pl.DataFrame, n_concepts: int, name: str, config: AnalyzeConfig
     right = called & positive
     n_called = int((called & matched).sum())
     wrong = {kind: int((called & (kinds == kind)).sum()) for kind in KINDS if kind != "chat_only"}
-    return Score(
+    return RankingScore(
         rule=RANKINGS[name],
         n_called=n_called,
         n_unmatched=int((called & ~matched).sum()),
