@@ -154,7 +154,7 @@ def _called(table: pl.DataFrame, name: str, n_positive: int, config: AnalyzeConf
 
 
 def score(table: pl.DataFrame, n_concepts: int, name: str, config: AnalyzeConfig) -> RankingScore:
-    """RankingScore one ranking of a matched latent table, given the number of planted chat-only concepts."""
+    """Score one ranking of a matched latent table, given the number of planted chat-only concepts."""
     kinds = table["kind"].to_numpy()
     matched = kinds != "none"
     positive = kinds == "chat_only"
