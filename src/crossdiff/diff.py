@@ -124,8 +124,8 @@ class Diff:
         return read_latents(self.folder)
 
     def scaling(self) -> pl.DataFrame:
-        """The columns of latent scaling: every beta with its standard error and every nu with its interval. The most
-        chat-specific latents (lowest `rank_sum`) come first, those with an undefined nu last.
+        """The columns of latent scaling: every beta with its standard error and every nu with its interval, of all latents.
+        Those with the lowest `rank_sum` come first, whatever their verdict, and those with an undefined nu last.
 
         Examples:
             >>> crossdiff.open("runs/demo").scaling().columns[:4]

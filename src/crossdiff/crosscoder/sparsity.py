@@ -70,7 +70,8 @@ class Rule(ABC, Generic[S]):
     settings_class: ClassVar[type[Kind]]
 
     def __init_subclass__(cls) -> None:
-        RULES[cls.settings_class] = cls
+        if "settings_class" in vars(cls):
+            RULES[cls.settings_class] = cls
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
@@ -128,14 +129,28 @@ class L1(Rule[L1Config]):
         return penalty
 
 
-class BatchTopK(Rule[BatchTopKConfig]):
-    """The k * batch largest v of a batch; at inference v > threshold (Bussmann et al. 2024; Minder, Dumas et al. 2025)."""
+K = TypeVar("K", BatchTopKConfig, TopKConfig)
 
-    settings_class = BatchTopKConfig
+
+class LargestRule(Rule[K]):
+    """What the kinds that keep the largest v share: a k, and an auxiliary loss that revives dead latents."""
 
     @property
     def revives_dead(self) -> bool:
         return self.settings.aux.weight > 0
+
+    def auxiliary_loss(self, b: TrainingBatch) -> Tensor:
+        return aux_k(b, self.settings.aux)
+
+    def check(self, n_latents: int) -> None:
+        if self.settings.k > n_latents:
+            raise UserError(f"k {self.settings.k} is larger than the number of latents {n_latents}; lower k or raise expansion")
+
+
+class BatchTopK(LargestRule[BatchTopKConfig]):
+    """The k * batch largest v of a batch; at inference v > threshold (Bussmann et al. 2024; Minder, Dumas et al. 2025)."""
+
+    settings_class = BatchTopKConfig
 
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         safe = encoded.norms.clamp(min=torch.finfo(encoded.norms.dtype).tiny)
@@ -144,33 +159,17 @@ class BatchTopK(Rule[BatchTopKConfig]):
     def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
         return encoded.largest(self.settings.k * encoded.n_tokens * mesh.data.size, mesh.all)
 
-    def auxiliary_loss(self, b: TrainingBatch) -> Tensor:
-        return aux_k(b, self.settings.aux)
 
-    def check(self, n_latents: int) -> None:
-        check_k(self.settings.k, n_latents)
-
-
-class TopK(Rule[TopKConfig]):
+class TopK(LargestRule[TopKConfig]):
     """The k largest v of each token (Gao et al. 2024)."""
 
     settings_class = TopKConfig
-
-    @property
-    def revives_dead(self) -> bool:
-        return self.settings.aux.weight > 0
 
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         return encoded.largest_of_each_token(self.settings.k)
 
     def select(self, encoded: Encoded, mesh: Mesh) -> tuple[Code, float | None]:
         return encoded.largest_of_each_token(self.settings.k, mesh.latent), None
-
-    def auxiliary_loss(self, b: TrainingBatch) -> Tensor:
-        return aux_k(b, self.settings.aux)
-
-    def check(self, n_latents: int) -> None:
-        check_k(self.settings.k, n_latents)
 
 
 class JumpReLU(Rule[JumpReLUConfig]):
@@ -217,12 +216,6 @@ class JumpReLU(Rule[JumpReLUConfig]):
 def rule_of(settings: Kind) -> Rule[Any]:
     """The rule that belongs to the settings."""
     return RULES[type(settings)](settings)
-
-
-def check_k(k: int, n_latents: int) -> None:
-    """Raises `UserError` when k is larger than the number of latents."""
-    if k > n_latents:
-        raise UserError(f"k {k} is larger than the number of latents {n_latents}; lower k or raise expansion")
 
 
 def aux_k(b: TrainingBatch, settings: AuxConfig) -> Tensor:

@@ -89,6 +89,7 @@ class Trainer:
         self.constraint = constraint_of(config.structure, self.n_latents, crosscoder.n_sources).of_latents(part)
         self.constraint.settle(crosscoder.parameters())
         self.schedule = Schedule(n_steps, config)
+        self._loss = Loss(crosscoder, config.reconstruction, self.constraint, mesh)
         self.step = 0
         self.guess = 0.0
         self.since_fired = TokensSinceFired(
@@ -108,8 +109,7 @@ class Trainer:
         if self._raw is None and x.device.type == "cpu":
             self._raw = x.new_empty(len(x), crosscoder.n_latents)
         weight = crosscoder.rule.weight((self.step + 1) / self.schedule.n_steps)
-        loss = Loss(crosscoder, self.config.reconstruction, self.constraint, self.mesh)
-        result = loss.gradients(x, self.since_fired, weight, self.guess, self._raw)
+        result = self._loss.gradients(x, self.since_fired, weight, self.guess, self._raw)
         if not math.isfinite(result.loss):
             raise Diverged(f"the loss is {result.loss}")
         norm = self._norm(result.gradients)

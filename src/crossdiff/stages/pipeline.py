@@ -25,9 +25,8 @@ STAGES = {
 
 
 def begin(session: Session) -> None:
-    """Write the settings to the run directory, if they name texts and the requested crosscoders exist."""
+    """Write the settings to the run directory, if they name texts."""
     check_texts(session.config)
-    _ = session.names  # raises for an unknown one
     session.run_directory.write_config(session.config.model_dump(mode="json"))
 
 

@@ -47,12 +47,14 @@ class Session:
     def ranks(self) -> Ranks:
         return self.run_directory.ranks
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The crosscoders to work on."""
+    def __post_init__(self) -> None:
         for name in self.only:
             if name not in self.config.crosscoders:
                 raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The crosscoders to work on."""
         return self.only or tuple(self.config.crosscoders)
 
     @property
