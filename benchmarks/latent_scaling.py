@@ -128,7 +128,7 @@ def encode_seconds(crosscoder: Crosscoder, store: Store, batch_tokens: int) -> f
 def scaling_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> None:
     """Run latent scaling for all targets and latents, with the estimates along both directions."""
     accumulator = ScalingAccumulator(crosscoder, config.blocks)
-    accumulate([accumulator], crosscoder, store, config.blocks, config.batch_tokens)
+    accumulate([(crosscoder, [accumulator])], store, config.blocks, config.batch_tokens)
     for direction in (0, 1):
         scaling(crosscoder, accumulator.sums, direction, 1 - direction, direction)
 
@@ -141,7 +141,7 @@ def whole_pass(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> N
         Activity.empty(cells, crosscoder.n_latents),
         ExampleCollector(store, crosscoder.n_latents, config),
     )
-    accumulate(accumulators, crosscoder, store, config.blocks, config.batch_tokens)
+    accumulate([(crosscoder, accumulators)], store, config.blocks, config.batch_tokens)
 
 
 def published_seconds(crosscoder: Crosscoder, store: Store) -> tuple[float, float]:

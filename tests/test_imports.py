@@ -30,6 +30,7 @@ ALLOWED = {
     "activations": FOUNDATION | {"models", "text"},
     "crosscoder": FOUNDATION | {"models", "text", "activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
+    "concepts": FOUNDATION | {"models", "activations", "crosscoder", "latents"},
     "compare": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
@@ -40,10 +41,10 @@ ALLOWED = {
     "text_activations": FOUNDATION | {"models", "text", "activations", "crosscoder", "report"},
     "diff": FOUNDATION | {"models", "activations", "crosscoder", "report", "text_activations"},
     "published": FOUNDATION | {"text", "crosscoder", "latents", "report", "diff"},
-    "dashboard": FOUNDATION | {"text", "activations", "latents", "causal", "report", "text_activations", "diff"},
+    "dashboard": FOUNDATION | {"models", "text", "activations", "latents", "causal", "report", "text_activations", "diff"},
     "stages": FOUNDATION
-    | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "compare", "truth", "causal"}
-    | {"interp", "report"},
+    | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "concepts", "compare", "truth"}
+    | {"causal", "interp", "report"},
     "cli": FOUNDATION
     | {"memory", "pairs", "models", "activations", "crosscoder", "compare", "truth", "interp", "published", "corpus"}
     | {"stages", "dashboard"},

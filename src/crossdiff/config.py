@@ -193,6 +193,10 @@ class SingleConfig(Kind):
 Inputs = Annotated[PairedConfig | DifferenceConfig | SingleConfig, Field(discriminator="kind")]
 
 
+DEFAULT_SEEDS = 3
+"""Trainings of the first BatchTopK crosscoder of a run: the fewest of which two thirds are more than one."""
+
+
 class CrosscoderConfig(Config):
     """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the optimiser.
 
@@ -219,7 +223,29 @@ class CrosscoderConfig(Config):
         None, ge=1, description="tokens after which a silent latent is dead; default: min(10M, 5% of the run's tokens)"
     )
     checkpoint_seconds: float = Field(30.0, gt=0, description="seconds between checkpoints")
-    seed: int = 0
+    seed: int = Field(0, description="seed of the random decoder directions at the start of training")
+    batch_seed: int | None = Field(
+        None,
+        description="seed of the order of the batches; default: that of the start",
+        exclude_if=lambda value: value is None,  # trainings from before this setting existed keep their fingerprint
+    )
+    seeds: int | None = Field(
+        None,
+        ge=1,
+        description="number of trainings that differ only in the seed of the start, to see which concepts replicate; default: "
+        f"{DEFAULT_SEEDS} for the first BatchTopK crosscoder of a run, 1 for the others",
+        exclude_if=lambda value: value is None,
+    )
+
+    @property
+    def is_paired_batchtopk(self) -> bool:
+        """Whether it is a BatchTopK crosscoder of both models, the kind that is trained from several seeds by default."""
+        return self.sparsity.kind == "batchtopk" and self.inputs.kind == "paired"
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the batches."""
+        return self.seed if self.batch_seed is None else self.batch_seed
 
     def latents_for(self, d_model: int) -> int:
         """Number of latents for activations of width `d_model`."""
@@ -257,6 +283,17 @@ class AnalyzeConfig(Config):
     examples_per_quantile: int = Field(3, ge=0, description="examples kept per activation quantile")
     pool_size: int = Field(100, ge=1, description="latents in each pool of the behaviour comparison")
     seed: int = 0
+
+
+class ConceptsConfig(Config):
+    """How latents of several trainings are grouped into concepts."""
+
+    correlation: float = Field(
+        0.6, gt=0, lt=1, description="latents whose activations correlate at least this much, on average, are one concept"
+    )
+    replicated: float = Field(
+        2 / 3, gt=0, le=1, description="a concept replicates if at least this share of the trainings has a latent of it"
+    )
 
 
 class CompareConfig(Config):
@@ -302,7 +339,7 @@ class SteerConfig(Config):
     seed: int = 0
 
 
-TAKEN = {"activations", "interpretation", "old", "tensorboard", "work"}
+TAKEN = {"activations", "concepts", "interpretation", "old", "tensorboard", "work"}
 """Folders of a run that do not hold a crosscoder."""
 
 
@@ -340,8 +377,38 @@ class RunConfig(Config):
         ("tensorboard",), description="where the metrics of a training go besides train.jsonl"
     )
     analyze: AnalyzeConfig = AnalyzeConfig()
+    concepts: ConceptsConfig = ConceptsConfig()
     compare: CompareConfig = CompareConfig()
     causal: CausalConfig = CausalConfig()
+
+    def seeds_of(self, name: str) -> tuple[str, ...]:
+        """The trainings of a crosscoder: itself, and its repetitions `NAME-seed1` and so on."""
+        seeds = self.crosscoders[name].seeds
+        if seeds is None:
+            is_first = name == next((key for key, coder in self.crosscoders.items() if coder.is_paired_batchtopk), None)
+            seeds = DEFAULT_SEEDS if is_first and f"{name}-seed1" not in self.crosscoders else 1
+        return (name, *(f"{name}-seed{number}" for number in range(1, seeds)))
+
+    @property
+    def trainings(self) -> dict[str, CrosscoderConfig]:
+        """All trainings of the run: the crosscoders, each followed by its repetitions with other seeds."""
+        found = {}
+        for name, coder in self.crosscoders.items():
+            for number, training in enumerate(self.seeds_of(name)):
+                repeated = {"seed": coder.seed + number, "batch_seed": coder.order_seed, "seeds": None}
+                found[training] = coder if number == 0 else coder.model_copy(update=repeated)
+        return found
+
+    @model_validator(mode="after")
+    def _repetitions_have_names_of_their_own(self) -> RunConfig:
+        for name in self.crosscoders:
+            for repetition in self.seeds_of(name)[1:]:
+                if repetition in self.crosscoders:
+                    raise ValueError(
+                        f"crosscoders.{name}.seeds makes a training called {repetition!r}, which is also the name of a "
+                        "crosscoder: rename that one, or lower seeds"
+                    )
+        return self
 
     @field_validator("crosscoders")
     @classmethod

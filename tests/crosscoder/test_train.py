@@ -51,7 +51,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_planted_concepts_get_the_nu_they_were_planted_with(tmp_path: Path, store: Store, sparsity: Any) -> None:
     coder = train(tmp_path, store, config(sparsity, epochs=40, decoder_norm=0.3))
     accumulator, activity = ScalingAccumulator(coder, 20), Activity.empty(cells_of(store, None), 32)
-    accumulate([accumulator, activity], coder, store, 20, 2000)
+    accumulate([(coder, [accumulator, activity])], store, 20, 2000)
     table = latent_table(coder, accumulator.sums, activity, AnalyzeConfig(min_active=30))
     directions = planted_activations(1)[1]  # [concept, d]
     cosine = torch.nn.functional.cosine_similarity(coder.directions()[1][:, None], directions[None], dim=2)

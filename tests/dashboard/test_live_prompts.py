@@ -23,12 +23,13 @@ import crossdiff.diff
 from crossdiff.dashboard import live as live_module
 from crossdiff.dashboard import pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
-from crossdiff.dashboard.live import Busy, Live, direction_logits
+from crossdiff.dashboard.live import Busy, Live
 from crossdiff.dashboard.live_form import Form, Turn, read_form
 from crossdiff.dashboard.live_pages import act
 from crossdiff.dashboard.serve import serving
 from crossdiff.dashboard.site import PAGES_AT_ONCE
 from crossdiff.errors import UserError
+from crossdiff.models.lens import direction_logits
 
 CODER = "/run/run/batchtopk"
 QUESTION = [{"role": "user", "content": "hi the sea is cold"}]

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from crossdiff.models.pair import Pair
 
 STAGES = {
-    "run": "run every stage: harvest, train, analyze, report",
+    "run": "run every stage: harvest, train, analyze, concepts, report",
     "harvest": "collect the paired activations of both models",
     "train": "train the crosscoders (runs earlier stages first)",
     "compare": "train the crosscoders on the same batches and compare them",
     "analyze": "write the latent tables and example databases (runs earlier stages first)",
+    "concepts": "group the latents of all trainings into concepts and see which replicate (runs earlier stages first)",
     "causal": "patch latents into the base model and measure the effect (runs earlier stages first)",
     "report": "write the page and print the summary (runs earlier stages first)",
 }
@@ -128,7 +129,7 @@ def plan(args: Namespace) -> None:
     console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {kept}")
     console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB")
     console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}")
-    for name, crosscoder in config.crosscoders.items():
+    for name, crosscoder in config.trainings.items():
         _print_training(name, crosscoder, found.n_tokens, pair, console)
     free = found.check_disk(_directory(args.directory, config, ()), config.harvest)
     console.print(f"There is room for it: {free / 1e9:.2f} GB are free")

@@ -15,7 +15,7 @@ from crossdiff.config import Kind
 from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode
 from crossdiff.crosscoder.sparsity import DENSE_ABOVE, Rule, rule_of
 from crossdiff.crosscoder.view import View, identity
-from crossdiff.shapes import Float, Tensor
+from crossdiff.shapes import Float, Int64, Tensor
 
 
 @dataclass
@@ -93,8 +93,8 @@ class Crosscoder:
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **moved, own={name: tensor.to(device) for name, tensor in self.own.items()})
 
-    def of_latents(self, part: slice) -> Crosscoder:
-        """A copy with some of its latents."""
+    def of_latents(self, part: slice | Int64[Tensor, " chosen"]) -> Crosscoder:
+        """A copy with some of its latents, in the order given."""
         own = {name: tensor[part].clone() for name, tensor in self.own.items()}
         kept = {name: getattr(self, name)[part].clone() for name in ("encoder", "encoder_bias", "decoder")}
         return replace(self, **kept, own=own)
@@ -168,6 +168,34 @@ class Crosscoder:
     def reconstruct(self, h: Float[Tensor, "batch stored_source d_model"]) -> Float[Tensor, "batch source d_model"]:
         """Reconstruction of view(h) in the models' own space, with the bias mean_s + b^s / scale."""
         return self.decode(self.code(self.normalise(h))) / self.scale + self.mean.to(h)
+
+
+class Part:
+    """Some latents of a crosscoder, with the activations that they have beside all others.
+
+    Only these latents are encoded, unless the rule makes them compete with the rest (TopK).
+
+    Attributes:
+        crosscoder: a copy with these latents alone, in the order given.
+    """
+
+    def __init__(self, whole: Crosscoder, latents: Int64[Tensor, " chosen"]) -> None:
+        self.crosscoder = whole.of_latents(latents)
+        self._whole = whole if whole.rule.compares_latents else None
+        self._place = torch.full((whole.n_latents,), -1).index_copy_(0, latents, torch.arange(len(latents)))
+
+    @property
+    def n_latents(self) -> int:
+        return self.crosscoder.n_latents
+
+    def sparse_code(self, x: Float[Tensor, "batch source d_model"]) -> SparseCode:
+        """Activations of the chosen latents at inference, which are numbered in their order."""
+        if self._whole is None:
+            return self.crosscoder.sparse_code(x)
+        code = self._whole.sparse_code(x)
+        latent = self._place[code.latent]
+        kept = latent >= 0
+        return SparseCode(code.token[kept], latent[kept], code.values[kept], code.n_tokens, self.n_latents)
 
 
 def new_crosscoder(

@@ -68,6 +68,8 @@ class Rule(ABC, Generic[S]):
     """One kind of sparsity. A kind overrides the methods that it needs."""
 
     settings_class: ClassVar[type[Kind]]
+    compares_latents: ClassVar[bool] = False
+    """Whether a latent's activation at inference depends on other latents."""
 
     def __init_subclass__(cls) -> None:
         if "settings_class" in vars(cls):
@@ -164,6 +166,7 @@ class TopK(LargestRule[TopKConfig]):
     """The k largest v of each token (Gao et al. 2024)."""
 
     settings_class = TopKConfig
+    compares_latents = True
 
     def code(self, encoded: Encoded, dense_above: float) -> Code:
         return encoded.largest_of_each_token(self.settings.k)

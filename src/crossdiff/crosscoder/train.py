@@ -173,7 +173,7 @@ def train_together(
     ranks: Ranks = ALONE,
     latent_ranks: int | None = None,
 ) -> list[Crosscoder]:
-    """Train several crosscoders; those with the same batch size and seed see the same batches, which are read once.
+    """Train several crosscoders; those with the same batch size and batch seed see the same batches, which are read once.
 
     Writes config.json, model.safetensors and train.jsonl into each folder. A folder with a checkpoint is resumed from there;
     SIGTERM and Ctrl-C write one.
@@ -189,13 +189,13 @@ def train_together(
     mesh = mesh_of(ranks, latent_ranks, device)
     trainings = []
     for job in jobs:
-        key = (job.config.batch_size, job.config.seed)
+        key = (job.config.batch_size, job.config.order_seed)
         if key not in passes:
             passes[key] = Batches(store, *key)
         n_steps = max(1, round(job.config.epochs * passes[key].per_epoch))
         trainings.append(_Training(job, store, n_steps, device, trackers, mesh))
     for (batch_size, seed), batches in passes.items():
-        members = [t for t in trainings if (t.job.config.batch_size, t.job.config.seed) == (batch_size, seed)]
+        members = [t for t in trainings if (t.job.config.batch_size, t.job.config.order_seed) == (batch_size, seed)]
         try:
             _shared_pass(members, batches, report, ranks)
         finally:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from crossdiff.errors import UserError
 if TYPE_CHECKING:
     from crossdiff.causal.steering import Steerer, Steering
     from crossdiff.diff import Diff
+    from crossdiff.models.lens import Promoted
     from crossdiff.text.sequences import TokenSequence
 
 MAX_NEW_TOKENS = 120
@@ -86,15 +87,6 @@ class Sides:
     base: npt.NDArray[np.float32]
     chat: npt.NDArray[np.float32]
     bias: float
-
-
-@dataclass(frozen=True)
-class Promoted:
-    """Logit lens of one direction: the tokens that it promotes (`up`) and demotes (`down`), with their logits."""
-
-    name: str
-    up: tuple[tuple[str, float], ...]
-    down: tuple[tuple[str, float], ...]
 
 
 class Live:
@@ -241,44 +233,7 @@ def _steerer(diff: Diff, coder: Coder) -> Steerer:
 
 
 def _lens(diff: Diff, latent: int, n: int) -> tuple[Promoted, ...]:
-    import torch
+    from crossdiff.models.lens import lenses
 
-    crosscoder, pair = diff.crosscoder, diff.pair
-    base, chat = (direction[latent] for direction in crosscoder.directions())
-    found = []
-    for name, model, direction in (
-        ("base direction, base model", pair.base, base),
-        ("chat direction, chat model", pair.chat, chat),
-        ("chat minus base direction, chat model", pair.chat, chat - base),
-    ):
-        with torch.no_grad():
-            logits = direction_logits(model, direction)
-        up, down = (_tokens(pair.tokenizer, logits, n, largest) for largest in (True, False))
-        found.append(Promoted(name, up, down))
-    return tuple(found)
-
-
-def _tokens(tokenizer: Any, logits: Any, n: int, largest: bool) -> tuple[tuple[str, float], ...]:
-    top = logits.topk(n, largest=largest)
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return tuple((tokenizer.decode([token]), value) for token, value in pairs)
-
-
-def direction_logits(model: Any, direction: Any) -> Any:
-    """Logits `[vocabulary]` of a direction of the residual stream, through the final norm and the unembedding.
-
-    Applying the norm module to the direction covers every architecture's way of storing its gain. The norm of a zero vector,
-    which is the norm's bias, is subtracted.
-    """
-    import torch
-
-    trunk = model.base_model
-    names = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-    norm = next((getattr(trunk, name) for name in names if hasattr(trunk, name)), None)
-    if norm is None:
-        raise UserError(f"{type(model).__name__} has no final norm named {', '.join(names)}, so the logit lens is unavailable")
-    unembedding = model.get_output_embeddings()
-    weight = unembedding.weight
-    vectors = torch.stack([direction.to(weight), torch.zeros_like(direction).to(weight)])
-    normed = norm(vectors)
-    return ((normed[0] - normed[1]) @ weight.T).float().cpu()
+    base, chat = (direction[latent] for direction in diff.crosscoder.directions())
+    return lenses(diff.pair, base, chat, n)

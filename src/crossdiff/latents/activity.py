@@ -11,7 +11,7 @@ import polars as pl
 import torch
 
 from crossdiff.latents.groups import GROUPS, LAST_INDEX, ROLES, Cells
-from crossdiff.latents.stream import Chunk
+from crossdiff.latents.stream import Coded
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
@@ -58,7 +58,7 @@ class Activity:
             torch.zeros(shape),
         )
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: Coded) -> None:
         """Add a chunk."""
         code = chunk.code
         cell = torch.from_numpy(self.cells.of_row[chunk.rows])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from crossdiff.latents.activity import ROW_GROUP, Activity, activity_table
 from crossdiff.latents.behaviours import BASE_SAE_POOL, LIVE_POOL, Pool, behaviour_table, conversation_scores, live_latents
 from crossdiff.latents.controls import random_directions, shared_latents, split_halves
 from crossdiff.latents.decoder import CHAT_INDEX
+from crossdiff.latents.difference import DifferenceExplained
 from crossdiff.latents.example_collector import ExampleCollector
 from crossdiff.latents.example_database import write_examples
 from crossdiff.latents.groups import Cells, cells_of
@@ -90,6 +92,40 @@ class Measured(NamedTuple):
     coactive: CoActivation
     examples: ExampleCollector
     heldout: HeldoutTokens
+    difference: DifferenceExplained
+
+
+class Analysis(NamedTuple):
+    """One crosscoder to analyse into a folder.
+
+    Attributes:
+        reference: an SAE on the base model, whose latents are compared with the crosscoder's on the behaviours.
+    """
+
+    folder: Path
+    crosscoder: Crosscoder
+    reference: Crosscoder | None = None
+
+
+def empty(
+    crosscoder: Crosscoder,
+    store: Store,
+    cells: Cells,
+    config: AnalyzeConfig,
+    directions: Float[Tensor, "direction latent d_model"],
+    ranks: Ranks = ALONE,
+) -> Measured:
+    """The accumulators before the pass."""
+    check_fits(crosscoder, store)
+    pairs = ranks.once(lambda: twin_candidates(crosscoder, config.twin_cosine))
+    return Measured(
+        ScalingAccumulator(crosscoder, config.blocks, directions, store.normalisation.mean),
+        Activity.empty(cells, crosscoder.n_latents),
+        CoActivation(pairs, crosscoder.n_latents),
+        ExampleCollector(store, crosscoder.n_latents, config),
+        HeldoutTokens(crosscoder, store),
+        DifferenceExplained(crosscoder, config.blocks),
+    )
 
 
 def measure(
@@ -101,45 +137,43 @@ def measure(
     advance: Callable[[int], None] = lambda n_tokens: None,
     ranks: Ranks = ALONE,
 ) -> Measured:
-    """Run the pass; with several ranks, the first one gets the merged results."""
-    check_fits(crosscoder, store)
-    pairs = ranks.once(lambda: twin_candidates(crosscoder, config.twin_cosine))
-    measured = Measured(
-        ScalingAccumulator(crosscoder, config.blocks, directions, store.normalisation.mean),
-        Activity.empty(cells, crosscoder.n_latents),
-        CoActivation(pairs, crosscoder.n_latents),
-        ExampleCollector(store, crosscoder.n_latents, config),
-        HeldoutTokens(crosscoder, store),
-    )
-    accumulate(measured, crosscoder, store, config.blocks, config.batch_tokens, advance, ranks)
+    """Run the pass for one crosscoder; with several ranks, the first one gets the merged results."""
+    measured = empty(crosscoder, store, cells, config, directions, ranks)
+    accumulate([(crosscoder, measured)], store, config.blocks, config.batch_tokens, advance, ranks)
     return measured
 
 
 def analyze(
-    folder: Path,
-    crosscoder: Crosscoder,
+    analyses: Sequence[Analysis],
     store: Store,
     tokenizer: Any,
     config: AnalyzeConfig,
     advance: Callable[[int], None] = lambda n_tokens: None,
-    reference: Crosscoder | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write the files of `crossdiff.stages.definitions.ANALYSIS` into `folder`.
+    """Write the files of `crossdiff.stages.definitions.ANALYSIS` into the folder of each analysis, in one pass over the store.
 
     Args:
         ranks: the processes that share the pass; the first one writes.
-        reference: an SAE on the base model, whose latents are compared with the crosscoder's on the behaviours.
     """
     check_store(store, config)
-    directions = with_random_directions(crosscoder, config.seed)
-    measured = measure(crosscoder, store, cells_of(store, tokenizer), config, directions, advance, ranks)
-    if not ranks.is_first:
-        return
+    cells = cells_of(store, tokenizer)
+    passes = [
+        (coder, empty(coder, store, cells, config, with_random_directions(coder, config.seed), ranks))
+        for _, coder, _ in analyses
+    ]
+    accumulate(passes, store, config.blocks, config.batch_tokens, advance, ranks)
+    if ranks.is_first:
+        for analysis, (_, measured) in zip(analyses, passes, strict=True):
+            _write(analysis, measured, store, tokenizer, config)
+
+
+def _write(analysis: Analysis, measured: Measured, store: Store, tokenizer: Any, config: AnalyzeConfig) -> None:
+    folder, crosscoder, reference = analysis
     table = _write_tables(folder, crosscoder, measured, config)
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
+    measured.scaling.sums.save(folder / "scaling.safetensors")
     write_json(folder / "health.json", _health_report(crosscoder, store, measured, table))
-
     scored = {}
     for name, (coder, latents) in _pools(crosscoder, reference, store, table, config).items():
         conversations = conversation_scores(coder, store, latents, config.batch_tokens)
@@ -186,6 +220,7 @@ def _health_report(crosscoder: Crosscoder, store: Store, measured: Measured, tab
         "k": getattr(crosscoder.sparsity, "k", None),
         "training_tokens": crosscoder.origin["training_tokens"],
         "analysed_tokens": int(measured.activity.tokens.sum()),
+        "difference_explained": asdict(measured.difference.estimate()) if crosscoder.n_sources > 1 else None,
         "heldout": health(crosscoder, measured.heldout.sums),
         "frequency_histogram": frequency_histogram(measured.heldout.sums),
         "decoder_norm_movement": _norm_movement(crosscoder),

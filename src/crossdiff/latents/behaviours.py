@@ -20,9 +20,10 @@ from sklearn.linear_model import LogisticRegression
 
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig
-from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.errors import check_latents
-from crossdiff.latents.stream import encode
+from crossdiff.latents.stream import Coded, encode
+from crossdiff.ranks import Ranks
 from crossdiff.statistics import bootstrap
 from crossdiff.text.chat import Flag
 
@@ -65,37 +66,70 @@ class Pool(NamedTuple):
     conversations: Conversations
 
 
+class ConversationScores:
+    """Collects the largest v of each latent on each labelled conversation of two messages."""
+
+    def __init__(self, store: Store, n_latents: int) -> None:
+        facts = store.documents
+        table = facts.filter(pl.col("label").is_not_null() & (pl.col("n_messages") == 2) & (pl.col("n_tokens") > 0))
+        self._table = table
+        self._document, self._flags = store.column("document"), store.column("flags")
+        self._index_of = np.full(int(facts["document"].to_numpy().max(initial=0)) + 1, -1, dtype=np.int64)
+        self._index_of[table["document"].to_numpy()] = np.arange(table.height)
+        self._scores = {name: torch.zeros(table.height, n_latents) for name in (BEFORE_ANSWER, WHOLE_CONVERSATION)}
+
+    @property
+    def found_any(self) -> bool:
+        """Whether the store has labelled conversations."""
+        return self._table.height > 0
+
+    def sequences(self, store: Store) -> npt.NDArray[np.int64]:
+        """The sequences of the labelled conversations."""
+        return np.flatnonzero(self._index_of[self._document[store.sequences()[:-1]]] >= 0)
+
+    def add(self, chunk: Coded) -> None:
+        """Add a chunk of whole sequences; unlabelled documents are passed over."""
+        conversation = self._index_of[self._document[chunk.rows]]
+        before = torch.from_numpy(_before_answer(self._flags[chunk.rows], chunk.sequence.numpy()))
+        token, latent, v = chunk.code.token, chunk.code.latent, chunk.v.float()
+        row = torch.from_numpy(conversation)[token]
+        for name, kept in ((WHOLE_CONVERSATION, row >= 0), (BEFORE_ANSWER, (row >= 0) & before[token])):
+            scores = self._scores[name]
+            flat = row[kept] * scores.shape[1] + latent[kept]
+            scores.view(-1).scatter_reduce_(0, flat, v[kept], "amax")
+
+    def over(self, ranks: Ranks) -> ConversationScores:
+        """Merge the passes of several ranks, in place."""
+        for scores in self._scores.values():
+            ranks.maximum(scores)
+        return self
+
+    def finish(self) -> Conversations:
+        """The conversations with their scores."""
+        return Conversations(
+            labels=self._table["label"].to_numpy(),
+            prompts=self._table["prompt"].to_numpy(),
+            heldout=(self._table["split"] == "heldout").to_numpy(),
+            scores={question: values.numpy() for question, values in self._scores.items()},
+        )
+
+
 def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int], batch_tokens: int) -> Conversations | None:
-    """Score the labelled conversations, encoding the given latents only; None if the store has no labelled conversations."""
+    """Score the labelled conversations by the given latents; None if the store has no labelled conversations."""
     check_latents(latents, crosscoder.n_latents)
-    table = store.documents.filter(pl.col("label").is_not_null() & (pl.col("n_messages") == 2) & (pl.col("n_tokens") > 0))
-    if table.height == 0:
+    scores = ConversationScores(store, len(latents))
+    if not scores.found_any:
         return None
-    index_of = {document: index for index, document in enumerate(table["document"].to_list())}
-    document = store.column("document")
-    flags = store.column("flags")
-    left_out = store.column("position") < store.leave_out
-    numbers = np.array([i for i, row in enumerate(store.sequences()[:-1]) if int(document[row]) in index_of], dtype=np.int64)
-    chosen = torch.tensor(latents, dtype=torch.int64)
-    encoder, bias = crosscoder.encoder[chosen], crosscoder.encoder_bias[chosen]
-    norms = crosscoder.norm_sums()[chosen]
-    scores = {name: torch.zeros(table.height, len(latents)) for name in (BEFORE_ANSWER, WHOLE_CONVERSATION)}
-    for batch in store.batches_of_sequences(numbers, batch_tokens):
-        x = crosscoder.inputs(store, batch.rows).flatten(1)
-        v = torch.addmm(bias, x, encoder.T).clamp(min=0) * norms
-        v = torch.where(v > crosscoder.threshold, v, 0.0)
-        v[torch.from_numpy(left_out[batch.rows])] = 0
-        conversation = torch.tensor([index_of[int(number)] for number in document[batch.rows]])
-        target = conversation.unsqueeze(1).expand(-1, len(latents))
-        scores[WHOLE_CONVERSATION].scatter_reduce_(0, target, v, "amax")
-        before = torch.from_numpy(_before_answer(flags[batch.rows], batch.sequence))
-        scores[BEFORE_ANSWER].scatter_reduce_(0, target[before], v[before], "amax")
-    return Conversations(
-        labels=table["label"].to_numpy(),
-        prompts=table["prompt"].to_numpy(),
-        heldout=(table["split"] == "heldout").to_numpy(),
-        scores={question: values.numpy() for question, values in scores.items()},
-    )
+    part = Part(crosscoder, torch.tensor(latents, dtype=torch.int64))
+    counted = store.column("position") >= store.leave_out
+    for batch in store.batches_of_sequences(scores.sequences(store), batch_tokens):
+        keep = counted[batch.rows]
+        rows, sequence = batch.rows[keep], torch.from_numpy(batch.sequence[keep])
+        if len(rows):
+            code = encode(part, crosscoder.inputs(store, rows))
+            v = part.crosscoder.v(code)
+            scores.add(Coded(block=0, rows=rows, sequence=sequence, numbers=batch.numbers, code=code, v=v))
+    return scores.finish()
 
 
 def live_latents(crosscoder: Crosscoder, store: Store, size: int, config: AnalyzeConfig) -> list[int]:

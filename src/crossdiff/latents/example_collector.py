@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig
-from crossdiff.latents.stream import Chunk
+from crossdiff.latents.stream import Coded
 from crossdiff.ranks import Ranks
 
 QUANTILES = (0.25, 0.5, 0.75, 0.95, 1.0)
@@ -101,7 +101,7 @@ def context_hashes(token_ids: npt.NDArray[np.int32], rows: Integers, positions: 
     return hashes
 
 
-def candidates_of(chunk: Chunk, contexts: Hashes, positions: Integers, seed: int) -> Candidates:
+def candidates_of(chunk: Coded, contexts: Hashes, positions: Integers, seed: int) -> Candidates:
     """Every latent on every sequence of a chunk on which it is active.
 
     Args:
@@ -192,7 +192,7 @@ class ExampleCollector:
         self._least_value = np.zeros(n_latents, dtype=np.float32)
         self._largest_key = np.full(n_latents, np.iinfo(np.uint64).max if self.n_sampled else 0, dtype=np.uint64)
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: Coded) -> None:
         """Add a chunk of whole sequences."""
         if not len(chunk.v):
             return

@@ -21,12 +21,13 @@ from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, SHARED, cosine, de
 from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.scaling import TARGETS, Beta, Scaling, Sums, scaling
 from crossdiff.latents.verdict import SETS, VERDICTS
-from crossdiff.shapes import Bool, Tensor
+from crossdiff.shapes import Bool, Int64, Tensor
 from crossdiff.sources import BASE, CHAT, SOURCES
 from crossdiff.statistics import Estimate
 
 MIRRORED = ("error", "reconstruction")
 ONE_DECODER = "the coder has one decoder, so no error or reconstruction of each model"
+REASONS = {"undefined_reason": pl.String, "undefined_reason_mirrored": pl.String}
 COLUMNS = {
     "latent": "number of the latent",
     "n_active": "tokens on which it is active",
@@ -72,17 +73,29 @@ def latent_table(crosscoder: Crosscoder, sums: Sums, activity: Activity, config:
     }
     along_chat = scaling(crosscoder, sums, CHAT_INDEX, numerator=BASE_INDEX, denominator=CHAT_INDEX)
     along_base = scaling(crosscoder, sums, BASE_INDEX, numerator=CHAT_INDEX, denominator=BASE_INDEX, targets=MIRRORED)
-    columns |= _beta_columns(along_chat, crosscoder.n_latents)
-    few = (n_active < config.min_active) | ((sums.n > 0).sum(0) < len(sums.n) / 2)
-    columns |= _nu_columns(along_chat, few, "") | _nu_columns(along_base, few, "_mirrored", MIRRORED)
-    columns["undefined_reason"] = _reasons(sums, along_chat, CHAT, config)
-    columns["undefined_reason_mirrored"] = _reasons(sums, along_base, BASE, config)
-    columns["rank_sum"] = _rank_sum(columns["nu_error"], columns["nu_reconstruction"])
+    columns |= scaling_columns(sums.n, along_chat, along_base, config)
     for name, tokens, counts in zip(GROUPS, tokens_of_groups, counts_of_groups, strict=True):
         columns[f"frequency_{name}"] = (counts / tokens).double().numpy()
         columns[f"share_{name}"] = (counts / n_active).double().numpy()
-    reasons = {"undefined_reason": pl.String, "undefined_reason_mirrored": pl.String}
-    return pl.DataFrame(columns, schema_overrides=reasons)
+    return pl.DataFrame(columns, schema_overrides=REASONS)
+
+
+def scaling_columns(
+    n: Int64[Tensor, "block unit"], along_chat: Scaling, along_base: Scaling, config: AnalyzeConfig
+) -> dict[str, Any]:
+    """The columns of latent scaling, of latents or of groups of latents.
+
+    Args:
+        n: number of tokens per block on which the unit is active.
+    """
+    n_active = n.sum(0)
+    few = (n_active < config.min_active) | ((n > 0).sum(0) < len(n) / 2)
+    columns: dict[str, Any] = _beta_columns(along_chat, len(n_active))
+    columns |= _nu_columns(along_chat, few, "") | _nu_columns(along_base, few, "_mirrored", MIRRORED)
+    columns["undefined_reason"] = _reasons(n, along_chat, CHAT, config)
+    columns["undefined_reason_mirrored"] = _reasons(n, along_base, BASE, config)
+    columns["rank_sum"] = _rank_sum(columns["nu_error"], columns["nu_reconstruction"])
+    return columns
 
 
 def _norms_of(crosscoder: Crosscoder, model: str) -> npt.NDArray[Any]:
@@ -128,12 +141,14 @@ def _rank_sum(nu_error: npt.NDArray[Any], nu_reconstruction: npt.NDArray[Any]) -
     return sums
 
 
-def _reasons(sums: Sums, result: Scaling, denominator: str, config: AnalyzeConfig) -> list[str | None]:
+def _reasons(
+    n_of_blocks: Int64[Tensor, "block unit"], result: Scaling, denominator: str, config: AnalyzeConfig
+) -> list[str | None]:
     """Why nu is undefined, per latent: for every target, or for those whose denominator may be 0."""
-    n_blocks = len(sums.n)
+    n_blocks = len(n_of_blocks)
     undefined = {target: nu.value.isnan().tolist() for target, nu in result.nus.items()}
     reasons: list[str | None] = []
-    for latent, (n, blocks) in enumerate(zip(sums.n.sum(0).tolist(), (sums.n > 0).sum(0).tolist(), strict=True)):
+    for latent, (n, blocks) in enumerate(zip(n_of_blocks.sum(0).tolist(), (n_of_blocks > 0).sum(0).tolist(), strict=True)):
         weak = [f"beta_{target}_{denominator}" for target in undefined if undefined[target][latent]]
         if n == 0:
             reasons.append("never active")

@@ -16,13 +16,18 @@ compare. It has the activation targets only: the models' activations along its o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.errors import UserError
+from crossdiff.files import replacing
 from crossdiff.latents.stream import Chunk
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
@@ -53,6 +58,28 @@ class Sums:
         """The sums of some blocks alone."""
         products = {key: value[:, :, blocks] for key, value in self.products.items()}
         return Sums(self.directions, self.n[blocks], self.f[blocks], self.f2[blocks], products)
+
+    def of_latents(self, latents: Int64[Tensor, " chosen"]) -> Sums:
+        """The sums of some latents alone, in the order given."""
+        products = {key: value[..., latents] for key, value in self.products.items()}
+        return Sums(self.directions[:, latents], self.n[:, latents], self.f[:, latents], self.f2[:, latents], products)
+
+    def save(self, path: Path) -> None:
+        """Write the sums, from which `crossdiff.concepts` computes the latent scaling of groups of latents."""
+        fixed = {"directions": self.directions, "n": self.n, "f": self.f, "f2": self.f2}
+        tensors = fixed | {f"products.{target}": values for target, values in self.products.items()}
+        with replacing(path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+
+    @classmethod
+    def load(cls, path: Path) -> Sums:
+        """Read what `save` wrote. A `UserError` names a file that is missing or damaged."""
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {path}: {error}; run `crossdiff analyze` again") from None
+        products = {name.removeprefix("products."): tensors.pop(name) for name in list(tensors) if "." in name}
+        return cls(**tensors, products=products)
 
 
 class ScalingAccumulator:
@@ -182,14 +209,29 @@ def scaling(
         direction: as in `numerators`.
         numerator, denominator: the models whose betas nu divides.
     """
-    square = sums.directions[_position(crosscoder, direction)].double().square().sum(1)
-    scale = square * sums.f2.sum(0)
-    scale_left_out = square * _without_each(sums.f2)
+    square = sums.directions[_position(crosscoder, direction)].double().square().sum(1) * sums.f2
     found = numerators(crosscoder, sums, direction)
+    return estimates({name: found[name] for name in targets if name in found}, square, numerator, denominator)
+
+
+def estimates(
+    found: Mapping[str, Float64[Tensor, "model block unit"]],
+    square: Float64[Tensor, "block unit"],
+    numerator: int,
+    denominator: int,
+) -> Scaling:
+    """Betas and nus of latents, or of groups of latents, from sums per block.
+
+    Args:
+        found: target -> sum_i <y_i^m, g_i>, where g_i is the unit's contribution f_ij d_j (or that of a group).
+        square: sum_i ||g_i||^2.
+        numerator, denominator: the models whose betas nu divides.
+    """
+    whole, left_out_square = square.sum(0), _without_each(square)
     betas, nus = {}, {}
-    for target in (name for name in targets if name in found):
-        value = found[target].sum(1) / scale
-        left_out = _without_each(found[target]) / scale_left_out
+    for target, sums in found.items():
+        value = sums.sum(1) / whole
+        left_out = _without_each(sums) / left_out_square
         for model in range(len(value)):
             betas[target, model] = Beta(value[model], jackknife_se(left_out[model]))
         nus[target] = ratio(value[numerator], value[denominator], left_out[numerator], left_out[denominator])

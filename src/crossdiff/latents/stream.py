@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
-from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.errors import UserError
 from crossdiff.ranks import ALONE, Ranks
@@ -22,25 +22,34 @@ PIECE_BYTES = 1 << 24
 """Size of the pre-activations that are computed and selected from at a time."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some whole sequences of one block, without the left-out positions.
+@dataclass(frozen=True, kw_only=True)
+class Coded:
+    """What is active on some whole sequences of one block, without the left-out positions.
 
     Attributes:
         rows: rows of the store, `[token]`.
         sequence: index of each token's sequence within the chunk, `[token]`; numbers: the sequences' indices in the store.
-        h: activations of both models in their own space; x: normalised activations of what the coder reads.
-        code: active pairs; v: their activations f * sum of decoder norms.
-        reconstruction: sum_j f_j d_j, without bias; error: x - xhat.
+        code: active pairs of a token and a latent (or a concept); v: their activations f * sum of decoder norms.
     """
 
     block: int
     rows: npt.NDArray[np.int64]
     sequence: Int64[Tensor, " token"]
     numbers: npt.NDArray[np.int64]
-    x: Float[Tensor, "token column"]
     code: SparseCode
     v: Float[Tensor, " pair"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk(Coded):
+    """The same with the activations that were encoded and their reconstruction.
+
+    Attributes:
+        h: activations of both models in their own space; x: normalised activations of what the coder reads.
+        reconstruction: sum_j f_j d_j, without bias; error: x - xhat.
+    """
+
+    x: Float[Tensor, "token column"]
     reconstruction: Float[Tensor, "token column"]
     error: Float[Tensor, "token column"]
     h: Float[Tensor, "token source d_model"]
@@ -57,7 +66,7 @@ class Accumulator(Protocol):
         """Merge the passes of several ranks, in place; at least the first rank has the result."""
 
 
-def encode(crosscoder: Crosscoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
+def encode(crosscoder: Crosscoder | Part, x: Float[Tensor, "token source d_model"]) -> SparseCode:
     """Active pairs of many tokens, computed in pieces whose pre-activations stay in the cache and reuse the same memory."""
     size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
     parts = [crosscoder.sparse_code(piece) for piece in torch.split(x, size)]
@@ -93,23 +102,28 @@ def blocks_of_sequences(store: Store, n_blocks: int) -> list[npt.NDArray[np.int6
     return [np.flatnonzero(document % n_blocks == block) for block in range(n_blocks)]
 
 
-def chunks(
-    crosscoder: Crosscoder,
+class Read(NamedTuple):
+    """Whole sequences of one block as they are in the store, without the left-out positions; see `Coded`."""
+
+    block: int
+    rows: npt.NDArray[np.int64]
+    sequence: Int64[Tensor, " token"]
+    numbers: npt.NDArray[np.int64]
+    h: Float[Tensor, "token source d_model"]
+
+
+def read_blocks(
     store: Store,
     n_blocks: int,
     batch_tokens: int,
     advance: Callable[[int], None] = lambda n_tokens: None,
     ranks: Ranks = ALONE,
-) -> Iterator[Chunk]:
-    """Yield every counted token of a store once, block by block, with one chunk in memory at a time.
+) -> Iterator[Read]:
+    """Yield every counted token of a store once, block by block, with one batch in memory at a time.
 
     Several ranks take turns; `advance` counts the tokens of all of them.
     """
-    check_fits(crosscoder, store)
-    index = source_indices(store, crosscoder.view.reads)
-    reads_all = crosscoder.view.reads == store.sources
     counted = store.column("position") >= store.leave_out
-    norms = crosscoder.norm_sums()
     batches = (
         (block, batch)
         for block, numbers in enumerate(blocks_of_sequences(store, n_blocks))
@@ -118,39 +132,65 @@ def chunks(
     for number, (block, batch) in enumerate(batches):
         advance(len(batch.rows))
         keep = counted[batch.rows]
-        if not ranks.has(number) or not keep.any():
-            continue
-        rows = batch.rows[keep]
-        h = store.gather(rows)
-        x = crosscoder.normalise(h if reads_all else h[:, index])
-        code = encode(crosscoder, x)
-        reconstruction = code.decode(crosscoder.decoder)
-        yield Chunk(
-            block=block,
-            rows=rows,
-            sequence=torch.from_numpy(batch.sequence[keep]),
-            numbers=batch.numbers,
-            x=x.flatten(1),
-            code=code,
-            v=code.values * code.of_latents(norms),
-            reconstruction=reconstruction,
-            error=(x.flatten(1) - reconstruction).sub_(crosscoder.decoder_bias),
-            h=h,
-        )
+        if ranks.has(number) and keep.any():
+            rows = batch.rows[keep]
+            yield Read(block, rows, torch.from_numpy(batch.sequence[keep]), batch.numbers, store.gather(rows))
 
 
-def accumulate(
-    accumulators: Sequence[Accumulator],
+def coded(crosscoder: Crosscoder, store: Store, read: Read) -> Chunk:
+    """Encode a batch of a store."""
+    index = source_indices(store, crosscoder.view.reads)
+    reads_all = crosscoder.view.reads == store.sources
+    x = crosscoder.normalise(read.h if reads_all else read.h[:, index])
+    code = encode(crosscoder, x)
+    reconstruction = code.decode(crosscoder.decoder)
+    return Chunk(
+        block=read.block,
+        rows=read.rows,
+        sequence=read.sequence,
+        numbers=read.numbers,
+        x=x.flatten(1),
+        code=code,
+        v=crosscoder.v(code),
+        reconstruction=reconstruction,
+        error=(x.flatten(1) - reconstruction).sub_(crosscoder.decoder_bias),
+        h=read.h,
+    )
+
+
+def chunks(
     crosscoder: Crosscoder,
     store: Store,
     n_blocks: int,
     batch_tokens: int,
     advance: Callable[[int], None] = lambda n_tokens: None,
     ranks: Ranks = ALONE,
+) -> Iterator[Chunk]:
+    """Yield every counted token of a store once, encoded; see `read_blocks`."""
+    check_fits(crosscoder, store)
+    for read in read_blocks(store, n_blocks, batch_tokens, advance, ranks):
+        yield coded(crosscoder, store, read)
+
+
+def accumulate(
+    passes: Sequence[tuple[Crosscoder, Sequence[Accumulator]]],
+    store: Store,
+    n_blocks: int,
+    batch_tokens: int,
+    advance: Callable[[int], None] = lambda n_tokens: None,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Feed every counted token of a store to the accumulators, encoded once by one of the ranks, and merge the ranks."""
-    for chunk in chunks(crosscoder, store, n_blocks, batch_tokens, advance, ranks):
+    """Feed every counted token of a store to the accumulators of each crosscoder, encoded by it, and merge the ranks.
+
+    Each batch is read once, by one of the ranks.
+    """
+    for crosscoder, _ in passes:
+        check_fits(crosscoder, store)
+    for read in read_blocks(store, n_blocks, batch_tokens, advance, ranks):
+        for crosscoder, accumulators in passes:
+            chunk = coded(crosscoder, store, read)
+            for accumulator in accumulators:
+                accumulator.add(chunk)
+    for _, accumulators in passes:
         for accumulator in accumulators:
-            accumulator.add(chunk)
-    for accumulator in accumulators:
-        accumulator.over(ranks)
+            accumulator.over(ranks)

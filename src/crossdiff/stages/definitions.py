@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 CODE_FORMAT = 5
 """Raised when the results of the harvest, the comparison or steering change although the settings do not."""
-TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT, TRUTH_FORMAT = 7, 5, 1, 1, 2
+TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT, TRUTH_FORMAT, CONCEPTS_FORMAT = 7, 5, 1, 1, 2, 1
 """The same for the other stages, each of its own, so that nothing is harvested again for them."""
 ANALYSIS = (
     "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
-    "behaviours.parquet",
+    "behaviours.parquet", "scaling.safetensors",
 )  # fmt: skip
 WITHOUT_EFFECT = {
     "crosscoders", "key_variable", "concurrency", "timeout", "attempts", "input_price", "output_price", "batch_tokens",
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = {
 
 def base_sae(config: RunConfig, name: str) -> str | None:
     """The run's SAE on the base model, if it has one: its latents are compared with a crosscoder's on the behaviours."""
-    if config.crosscoders[name].inputs.kind != "paired":
+    if config.trainings[name].inputs.kind != "paired":
         return None
     saes = (other for other, coder in config.crosscoders.items() if coder.inputs == SingleConfig(source="base"))
     return next(saes, None)
@@ -52,7 +52,7 @@ def harvest_stage(config: RunConfig) -> Stage:
 
 def train_stage(config: RunConfig, name: str) -> Stage:
     """Depends on the store and on this crosscoder's settings."""
-    settings = config.crosscoders[name].model_dump(exclude={"checkpoint_seconds"})
+    settings = config.trainings[name].model_dump(exclude={"checkpoint_seconds", "seeds"})
     value = {"code": TRAINING_FORMAT, "harvest": harvest_stage(config).fingerprint, "settings": settings}
     return _stage("train", name, value, ("config.json", "model.safetensors", "train.jsonl"))
 
@@ -67,6 +67,13 @@ def analyze_stage(config: RunConfig, name: str) -> Stage:
     return _stage("analyze", name, value, ANALYSIS)
 
 
+def concepts_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
+    """Depends on the analyses of the trainings that take part and on the settings of the grouping."""
+    analysed = {name: analyze_stage(config, name).fingerprint for name in names}
+    value = {"code": CONCEPTS_FORMAT, "analyzed": analysed, "settings": config.concepts.model_dump()}
+    return Stage("concepts", fingerprint(value), ("concepts",))
+
+
 def compare_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
     """Depends on the crosscoders and on the settings of the comparison."""
     trained = {name: train_stage(config, name).fingerprint for name in names}
@@ -79,7 +86,7 @@ def causal_stage(config: RunConfig, name: str) -> Stage:
     from crossdiff.causal.causal_test import OUTPUTS, load_experiment
 
     settings = config.causal
-    is_paired = config.crosscoders[name].inputs.kind == "paired"
+    is_paired = config.trainings[name].inputs.kind == "paired"
     needed = analyze_stage(config, name) if is_paired else train_stage(config, name)
     value = {
         "code": CAUSAL_FORMAT, "needed": needed.fingerprint, "settings": settings.model_dump(exclude={"interventions"}),

@@ -7,6 +7,7 @@ from crossdiff.errors import UserError
 from crossdiff.stages.analyze import analyze
 from crossdiff.stages.causal import causal
 from crossdiff.stages.compare import compare
+from crossdiff.stages.concepts import concepts
 from crossdiff.stages.definitions import analyze_stage, base_sae
 from crossdiff.stages.harvest import harvest_layers
 from crossdiff.stages.report import report
@@ -18,8 +19,9 @@ STAGES = {
     "train": ("harvest", "train"),
     "compare": ("harvest", "train", "compare"),
     "analyze": ("harvest", "train", "analyze"),
-    "causal": ("harvest", "train", "analyze", "causal"),
-    "report": ("harvest", "train", "analyze", "report"),
+    "concepts": ("harvest", "train", "analyze", "concepts"),
+    "causal": ("harvest", "train", "analyze", "concepts", "causal"),
+    "report": ("harvest", "train", "analyze", "concepts", "report"),
 }
 """The stages that lead to each stage, itself included."""
 
@@ -41,7 +43,7 @@ def run_until(session: Session, last: str = "report") -> None:
         )
     begin(session)
     harvest_layers([session])
-    if analyses and not all(session.run_directory.is_done(analyze_stage(config, name)) for name in names):
+    if analyses and not all(session.run_directory.is_done(analyze_stage(config, name)) for name in session.trainings):
         from crossdiff.latents.analyze import check_store
 
         check_store(session.store(), config.analyze)  # before the training, which takes long
@@ -51,8 +53,9 @@ def run_until(session: Session, last: str = "report") -> None:
     if "compare" in stages:
         compare(session)
     if analyses:
-        for name in names:
-            analyze(session, name)
+        analyze(session, session.trainings)
+    if "concepts" in stages:
+        concepts(session)
     if "causal" in stages:
         causal(session)
     if "report" in stages:

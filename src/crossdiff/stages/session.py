@@ -49,8 +49,8 @@ class Session:
 
     def __post_init__(self) -> None:
         for name in self.only:
-            if name not in self.config.crosscoders:
-                raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
+            if name not in self.config.trainings:
+                raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.trainings)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,9 +58,19 @@ class Session:
         return self.only or tuple(self.config.crosscoders)
 
     @property
+    def trainings(self) -> tuple[str, ...]:
+        """The crosscoders to work on, each followed by its repetitions with other seeds."""
+        return self.only or tuple(self.config.trainings)
+
+    @property
     def paired_names(self) -> tuple[str, ...]:
-        """Those of them that have a decoder direction in both models."""
-        return tuple(name for name in self.names if self.config.crosscoders[name].inputs.kind == "paired")
+        """The crosscoders to work on that have a decoder direction in both models."""
+        return tuple(name for name in self.names if self.config.trainings[name].inputs.kind == "paired")
+
+    @property
+    def paired_trainings(self) -> tuple[str, ...]:
+        """The trainings to work on that have a decoder direction in both models."""
+        return tuple(name for name in self.trainings if self.config.trainings[name].inputs.kind == "paired")
 
     def skips(self, stage: Stage) -> bool:
         """Whether a stage is done already; says so."""

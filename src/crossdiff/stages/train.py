@@ -16,7 +16,7 @@ def train(session: Session, also: Sequence[str] = ()) -> None:
     Args:
         also: crosscoders that were not requested but are needed later.
     """
-    stages = {name: train_stage(session.config, name) for name in dict.fromkeys((*session.names, *also))}
+    stages = {name: train_stage(session.config, name) for name in dict.fromkeys((*session.trainings, *also))}
     wanted = {name: stage for name, stage in stages.items() if not session.skips(stage)}
     if not wanted:
         return
@@ -30,7 +30,7 @@ def train(session: Session, also: Sequence[str] = ()) -> None:
         for (name, stage), folder in zip(wanted.items(), folders, strict=True):
             (folder / name).mkdir(exist_ok=True)
             shown_in = session.path / "tensorboard" / f"{name}-{stage.fingerprint}"
-            jobs.append(Job(folder / name, config.crosscoders[name], shown_in))
+            jobs.append(Job(folder / name, config.trainings[name], shown_in))
         with session.progress(f"train {', '.join(wanted)}, steps", None) as advance:
             last = 0
 

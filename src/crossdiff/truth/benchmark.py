@@ -122,7 +122,7 @@ def analysed(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> pl.
     scaled = ScalingAccumulator(crosscoder, config.blocks, means=store.normalisation.mean)
     activity = Activity.empty(cells_of(store, tokenizer=None), crosscoder.n_latents)  # no template tokens to name
     coactive = CoActivation(twin_candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
-    accumulate([scaled, activity, coactive], crosscoder, store, config.blocks, config.batch_tokens)
+    accumulate([(crosscoder, [scaled, activity, coactive])], store, config.blocks, config.batch_tokens)
     twins = twin_table(crosscoder, coactive, scaled.sums.n.sum(0)).filter(pl.col("n_both") > 0)
     return with_verdicts(latent_table(crosscoder, scaled.sums, activity, config), twins, config)
 

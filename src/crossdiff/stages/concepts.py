@@ -1,0 +1,32 @@
+"""The stage `concepts`: group the latents of all trainings that say that the models differ, and describe each group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crossdiff.stages.definitions import concepts_stage
+from crossdiff.stages.session import Session
+
+
+def concepts(session: Session) -> None:
+    """Write the folder `concepts` of the run; a run without a crosscoder that reads both models has none."""
+    names = session.paired_trainings
+    if not names:
+        session.console.print("concepts: skipped, since no crosscoder of this run reads both models")
+        return
+    for name in names:
+        session.check_analysed(name)
+
+    def work(folder: Path) -> None:
+        from crossdiff.concepts.candidates import read_training
+        from crossdiff.concepts.find import Settings, find_concepts
+
+        config, store = session.config, session.store()
+        trainings = [read_training(session.path, name, config.trainings[name]) for name in names]
+        target = folder / "concepts"
+        target.mkdir(exist_ok=True)
+        with session.progress("concepts, tokens", 2 * store.n_tokens) as advance:
+            settings = Settings(config.concepts, config.analyze)
+            find_concepts(target, trainings, store, session.load_pair(), settings, advance, session.ranks)
+
+    session.run(concepts_stage(session.config, names), work)
