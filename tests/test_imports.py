@@ -32,7 +32,7 @@ ALLOWED = {
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
     "concepts": FOUNDATION | {"models", "activations", "crosscoder", "latents"},
     "compare": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
-    "truth": FOUNDATION | {"activations", "crosscoder", "latents"},
+    "truth": FOUNDATION | {"activations", "crosscoder", "latents", "concepts"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
     "report": FOUNDATION | {"text", "latents", "interp"},

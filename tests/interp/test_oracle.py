@@ -24,7 +24,7 @@ from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.prompts import CLOSE, OPEN, Renderer
 from crossdiff.interp.responses import ask_all, no_responses
 from crossdiff.interp.scorer import Scorer
-from crossdiff.latents.analyze import analyze
+from crossdiff.latents.analyze import Analysis, analyze
 from crossdiff.models.pair import load_tokenizer
 from crossdiff.pairs import RULES, demo_path
 from crossdiff.text.documents import read_documents
@@ -84,7 +84,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[LatentContex
         activations[:, :, len(BEHAVIOURS) + noise] += 3 * (tokens % 40 == noise).float().unsqueeze(1)
     store = make_store(folder / "store", activations, LENGTH, 20 * LENGTH, 0.5, tokens)
     coder, config = planted_crosscoder(), InterpretConfig(contexts=N_CONTEXTS, embedding="none")
-    analyze(folder, coder, store, tokenizer, AnalyzeConfig(blocks=5, min_active=20))
+    analyze([Analysis(folder, coder)], store, tokenizer, AnalyzeConfig(blocks=5, min_active=20))
     table = pl.read_parquet(folder / "latents.parquet")
     latents = list(range(len(BEHAVIOURS)))
     return latent_contexts(coder, store, table, folder, latents, config, lambda *a, **k: None), Renderer(tokenizer), config

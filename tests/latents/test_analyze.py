@@ -17,7 +17,7 @@ from crossdiff.crosscoder.metrics import heldout_sums
 from crossdiff.crosscoder.train import normalisation_of
 from crossdiff.crosscoder.view import view_of
 from crossdiff.errors import UserError
-from crossdiff.latents.analyze import analyze, measure, with_random_directions
+from crossdiff.latents.analyze import Analysis, analyze, measure, with_random_directions
 from crossdiff.latents.groups import cells_of
 from crossdiff.stages.definitions import ANALYSIS
 from planted import planted_activations
@@ -64,7 +64,7 @@ def test_bad_input_is_refused_before_the_pass(tmp_path: Path, trouble: str) -> N
         coder.origin["layer"], message = 7, "trained on layer 7, but the store .* holds layer 1"
     read: list[int] = []
     with pytest.raises(UserError, match=message):
-        analyze(tmp_path, coder, store, None, config, read.append)
+        analyze([Analysis(tmp_path, coder)], store, None, config, read.append)
     assert read == [] and not (tmp_path / "latents.parquet").exists()
 
 
@@ -78,7 +78,7 @@ def test_a_coder_with_one_decoder_has_a_table_of_its_activations(tmp_path: Path,
     coder.origin = {
         "pair": store.pair, "layer": store.layer, "training_tokens": 0, "settings": {"decoder_norm": 0.7},
     }  # fmt: skip
-    analyze(tmp_path, coder, store, make_tokenizer(), CONFIG)
+    analyze([Analysis(tmp_path, coder)], store, make_tokenizer(), CONFIG)
     assert all((tmp_path / name).exists() for name in ANALYSIS)
     table = pl.read_parquet(tmp_path / "latents.parquet")
     # The scalings again, from their definition: least squares of f d against either model's activations.
@@ -118,4 +118,4 @@ def test_a_nan_in_the_store_is_named(tmp_path: Path) -> None:
     activations[1234, 1, 3] = torch.nan
     store = make_store(tmp_path / "store", activations, shard=1000)
     with pytest.raises(UserError, match=r"row 234 of shard-00001\.safetensors \(row 1234 of the store\)"):
-        analyze(tmp_path, coder, store, None, CONFIG)
+        analyze([Analysis(tmp_path, coder)], store, None, CONFIG)

@@ -126,7 +126,7 @@ def test_the_whole_of_it_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[
     arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     run_command(["truth", str(tmp_path / "truth"), *arguments])
     shown = capsys.readouterr().out
-    assert "Which latents stand for chat-only concepts?" in shown and "batchtopk: L0" in shown
+    assert "Which latents and concepts stand for planted chat-only concepts?" in shown and "batchtopk: L0" in shown
     record = json.loads((tmp_path / "truth" / "truth.json").read_text())["crosscoders"]
     for name, result in record.items():
         every = {"delta_norm", "nu_error", "nu_reconstruction", "nu_activation_nobias", "rank_sum", "verdict"}

@@ -84,7 +84,7 @@ def _measure_all(
 
     The ranks share the batches; only the first one gets the results, the others get zeros.
     """
-    parts.mkdir(exist_ok=True)
+    parts.mkdir(parents=True, exist_ok=True)
     batches = [
         (parts / f"batch-{number:05d}.safetensors", batch)
         for number, batch in enumerate(bucketed(sequences, batch_tokens, pool=len(sequences)))
@@ -104,6 +104,23 @@ def _measure_all(
             total[:, members] = divergences.total.numpy()
             n[members] = divergences.n.numpy()
     return total, n
+
+
+def measure_arms(
+    patcher: Patcher,
+    sequences: Sequence[TokenSequence],
+    parts: Path,
+    config: CausalConfig,
+    advance: Callable[..., None],
+    ranks: Ranks,
+) -> Bootstrap:
+    """Measure the arms of a patcher on conversations; only the first rank's sample is complete.
+
+    Args:
+        parts: folder of the finished batches, from which a killed run resumes.
+    """
+    total, n = _measure_all(patcher, sequences, parts, config.batch_tokens, advance, ranks)
+    return Bootstrap(total, n, [arm.intervention for arm in patcher.arms], config.resamples, config.seed)
 
 
 def causal_test(
@@ -135,11 +152,9 @@ def causal_test(
     arms, means = ranks.once(lambda: _make_arms(experiment, store, crosscoder, table, pool, config))
     sequences, n_without_assistant = read_conversations(store, config.split, config.max_conversations, config.seed)
     patcher = Patcher(pair, crosscoder, store.layer, arms.arms, means, store.leave_out)
-
-    total, n = _measure_all(patcher, sequences, parts, config.batch_tokens, advance, ranks)
+    sample = measure_arms(patcher, sequences, parts, config, advance, ranks)
     if not ranks.is_first:
         return
-    sample = Bootstrap(total, n, [arm.intervention for arm in arms.arms], config.resamples, config.seed)
     _conversation_table(sample, arms, sequences).write_parquet(folder / "causal_conversations.parquet")
     latent_results(sample, arms.arms).write_parquet(folder / "causal_latents.parquet")
     report = {
@@ -147,7 +162,7 @@ def causal_test(
         "split": config.split,
         "n_conversations": len(sequences),
         "n_without_assistant": n_without_assistant,
-        "n_predictions": int(n.sum()),
+        "n_predictions": sample.n_predictions,
         "pool": pool,
         "skips_lower_layers": all(upper.skips_lower for upper in patcher.upper.values()),
         "left_out": arms.left_out,

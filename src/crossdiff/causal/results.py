@@ -65,6 +65,7 @@ class Bootstrap:
         total = np.concatenate([total, total.sum(2, keepdims=True)], axis=2)
         self.n = np.concatenate([n, n.sum(1, keepdims=True)], axis=1)
         self.spans = (*SPANS, RESPONSE)
+        self.n_predictions = int(n.sum())
         self.arms_of: dict[str, list[int]] = {}
         for arm, name in enumerate(names):
             self.arms_of.setdefault(name, []).append(arm)

@@ -14,6 +14,7 @@ from crossdiff.causal.conversations import RESPONSE, SPANS
 from crossdiff.causal.generation import Sampling
 from crossdiff.causal.steering import Steerer, Steering
 from crossdiff.config import SteerConfig
+from crossdiff.files import read_json
 
 SHOWN = (RESPONSE, *SPANS)
 
@@ -89,3 +90,31 @@ def print_rates(path: Path, title: str, console: Console) -> None:
             f"{row['change']:+.2f} [{row['change_low']:+.2f}, {row['change_high']:+.2f}]", f"{row['degenerate']:.2f}",
         )  # fmt: skip
     console.print(table)
+
+
+def print_concept_causal(folder: Path, console: Console) -> None:
+    """Print what the replicated concepts close together, and which close most alone; `folder` is the run's `concepts`."""
+    report = read_json(folder / "causal.json")
+    table = Table(
+        title=f"Concepts together: share of the gap closed, {report['n_conversations']} {report['split']} conversations",
+        caption="the gap is KL to the chat model without any change; [95% bootstrap interval over conversations]",
+    )
+    for column in ("training", "set", "latents", "KL in nats", "closed"):
+        table.add_column(column, justify="left" if column in ("training", "set") else "right")
+    for result in report["results"]:
+        latents = "all" if result["n_latents"] is None else str(result["n_latents"] or "")
+        name = result["intervention"] if result["n_arms"] == 1 else f"{result['intervention']} (mean of {result['n_arms']})"
+        row = (result["training"], name, latents, _estimate(result["kl"]), _estimate(result["closed"], percent=True))
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    labels = dict(zip(*pl.read_parquet(folder / "concepts.parquet").select("concept", "label"), strict=True))
+    alone = pl.read_parquet(folder / "causal.parquet").group_by("concept").agg(
+        pl.col("closed").mean(), least=pl.col("closed").min(), most=pl.col("closed").max(), n=pl.len()
+    )  # fmt: skip
+    strongest = Table(title="Concepts that close most of the gap alone: mean over trainings [least, most]")
+    for column in ("concept", "strongest tokens", "trainings", "closed"):
+        strongest.add_column(column, justify="left" if column == "strongest tokens" else "right")
+    for found in alone.sort("closed", descending=True).head(10).iter_rows(named=True):
+        closed = f"{found['closed']:.1%} [{found['least']:.1%}, {found['most']:.1%}]"
+        strongest.add_row(str(found["concept"]), escape(labels[found["concept"]] or ""), str(found["n"]), escape(closed))
+    console.print(strongest)

@@ -14,7 +14,6 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
-from crossdiff.config import CrosscoderConfig
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.crosscoder.kernels import SparseCode
@@ -63,7 +62,16 @@ class Training:
         return square * self.sums.f2.sum(0)
 
 
-def read_training(folder: Path, name: str, config: CrosscoderConfig) -> Training:
+def training_of(name: str, crosscoder: Crosscoder, table: pl.DataFrame, sums: Sums) -> Training:
+    """A training from its whole latent table and the sums of its analysis."""
+    chosen = table.filter(pl.col("verdict").is_in(CANDIDATES))
+    latents = torch.tensor(chosen["latent"].to_list(), dtype=torch.int64)
+    others = table.filter(~pl.col("verdict").is_in((*CANDIDATES, "dead")))["latent"].to_list()
+    kind = crosscoder.sparsity.kind
+    return Training(name, kind, crosscoder, chosen, sums.of_latents(latents), torch.tensor(others, dtype=torch.int64))
+
+
+def read_training(folder: Path, name: str) -> Training:
     """Read an analysed training of a run.
 
     Raises:
@@ -73,12 +81,7 @@ def read_training(folder: Path, name: str, config: CrosscoderConfig) -> Training
     path = folder / name / "latents.parquet"
     if not path.is_file():
         raise UserError(f"{path} is missing; run `crossdiff analyze {folder}` first")
-    whole = pl.read_parquet(path)
-    chosen = whole.filter(pl.col("verdict").is_in(CANDIDATES))
-    latents = torch.tensor(chosen["latent"].to_list(), dtype=torch.int64)
-    others = whole.filter(~pl.col("verdict").is_in((*CANDIDATES, "dead")))["latent"].to_list()
-    sums = Sums.load(folder / name / "scaling.safetensors").of_latents(latents)
-    return Training(name, config.sparsity.kind, crosscoder, chosen, sums, torch.tensor(others, dtype=torch.int64))
+    return training_of(name, crosscoder, pl.read_parquet(path), Sums.load(folder / name / "scaling.safetensors"))
 
 
 class Codes:

@@ -17,6 +17,7 @@ from crossdiff.latents.activity import Activity
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.latent_table import COLUMNS as LATENT_COLUMNS
+from crossdiff.latents.twins import N_NEIGHBOURS
 from crossdiff.latents.verdict import with_verdicts
 from crossdiff.models.lens import lenses
 from crossdiff.models.pair import Pair
@@ -99,14 +100,14 @@ def concept_table(
             pl.Series(f"frequency_{name}", (counts[number] / tokens[number]).double().numpy()),
             pl.Series(f"share_{name}", (counts[number] / n_active).double().numpy()),
         )
-    measured = _judged(group_table(pooled(sums), config), facts["share_template"], config)
-    alone = [_judged(group_table(own, config), facts["share_template"], config)["verdict"] for own in sums]
+    measured = judged(group_table(pooled(sums), config), facts["share_template"], config)
+    alone = [judged(group_table(own, config), facts["share_template"], config)["verdict"] for own in sums]
     present = np.stack([own.n.sum(0).numpy() > 0 for own in sums])
     agreeing = np.stack([(verdicts == measured["verdict"]).to_numpy() for verdicts in alone])
     return facts.with_columns(n_agreeing=pl.Series((agreeing & present).sum(0))).hstack(measured.drop("share_template"))
 
 
-def _judged(table: pl.DataFrame, share_template: pl.Series, config: AnalyzeConfig) -> pl.DataFrame:
+def judged(table: pl.DataFrame, share_template: pl.Series, config: AnalyzeConfig) -> pl.DataFrame:
     """A table of groups with the verdicts of the latent table."""
     numbered = table.with_row_index("latent").with_columns(share_template=share_template)
     return with_verdicts(numbered, NO_TWINS, config).drop("latent")
@@ -124,12 +125,12 @@ def training_table(
         n_members = np.bincount(concept, minlength=grouping.n_concepts)
         energy = np.bincount(concept, shares[mine], minlength=grouping.n_concepts)
         unknown = pl.Series("share_template", np.zeros(grouping.n_concepts))
-        judged = _judged(group_table(own, config), unknown, config).drop("share_template", "template_only")
+        alone = judged(group_table(own, config), unknown, config).drop("share_template", "template_only")
         facts = pl.DataFrame({
             "concept": np.arange(grouping.n_concepts), "training": [codes.trainings[t].name] * grouping.n_concepts,
             "n_members": n_members, "energy": energy,
         }, schema_overrides={"training": pl.String})  # fmt: skip
-        tables.append(facts.hstack(judged).filter(pl.col("n_members") > 0))
+        tables.append(facts.hstack(alone).filter(pl.col("n_members") > 0))
     return pl.concat(tables).sort("concept", maintain_order=True)
 
 
@@ -170,3 +171,21 @@ def promoted_table(pair: Pair, directions: Float64[Tensor, "source concept d_mod
         "logit": pl.Float64,
     }  # fmt: skip
     return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def neighbour_table(grouping: Grouping, codes: Codes, products: Products) -> pl.DataFrame:
+    """The concepts whose activations correlate most with each concept's: latent, rank, neighbour, correlation.
+
+    The columns of concepts have the names of those of latents, for the readers that they share.
+    """
+    weights = grouping.weights(codes.training)
+    r = np.nan_to_num(products.correlation(weights, weights), nan=-1.0)
+    np.fill_diagonal(r, -2.0)
+    n = min(N_NEIGHBOURS, max(0, grouping.n_concepts - 1))
+    nearest = np.argsort(-r, axis=1, kind="stable")[:, :n]
+    return pl.DataFrame({
+        "latent": np.repeat(np.arange(grouping.n_concepts), n),
+        "rank": np.tile(np.arange(n), grouping.n_concepts),
+        "neighbour": nearest.ravel(),
+        "correlation": np.take_along_axis(r, nearest, 1).ravel(),
+    })  # fmt: skip

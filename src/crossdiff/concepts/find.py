@@ -17,7 +17,7 @@ from crossdiff.concepts.candidates import Codes, Training
 from crossdiff.concepts.clustering import Grouping, group, needed
 from crossdiff.concepts.coder import coded
 from crossdiff.concepts.completeness import Completeness
-from crossdiff.concepts.concept_table import concept_table, member_table, promoted_table, training_table
+from crossdiff.concepts.concept_table import concept_table, member_table, neighbour_table, promoted_table, training_table
 from crossdiff.concepts.group_scaling import GroupProducts
 from crossdiff.concepts.labels import label_columns, labels
 from crossdiff.concepts.similarity import Similarity, matrix_of
@@ -39,7 +39,7 @@ CONCEPTS_FILE, MEMBERS_FILE, TRAININGS_FILE, SUMMARY_FILE = (
 )  # fmt: skip
 OUTPUTS = (
     CONCEPTS_FILE, MEMBERS_FILE, TRAININGS_FILE, SUMMARY_FILE, "activity.parquet", "behaviours.parquet", "examples.sqlite",
-    "promoted.parquet", "directions.safetensors",
+    "promoted.parquet", "neighbours.parquet", "directions.safetensors",
 )  # fmt: skip
 """Files in the folder `concepts` of a run."""
 POOL = "concepts"
@@ -177,6 +177,7 @@ def _write(
     table = concept_table(codes, grouping, pool, sums, described.activity, config).hstack(named)
     table.write_parquet(folder / CONCEPTS_FILE)
     member_table(codes, grouping, pool, similarity.products).write_parquet(folder / MEMBERS_FILE)
+    neighbour_table(grouping, codes, similarity.products).write_parquet(folder / "neighbours.parquet")
     training_table(codes, grouping, pool, sums, config).write_parquet(folder / TRAININGS_FILE)
     activity = activity_table(described.activity).rename({"latent": "concept"})
     activity.write_parquet(folder / "activity.parquet", row_group_size=ROW_GROUP)

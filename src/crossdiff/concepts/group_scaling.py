@@ -63,6 +63,8 @@ class GroupProducts:
         """Add tokens, `[token, candidate]`."""
         for t in range(len(self._codes.trainings)):
             first, last = self._codes.first[t], self._codes.first[t + 1]
+            if first == last:
+                continue
             own = f[:, first:last]
             mine = (self.left >= first) & (self.left < last)
             together = Matrix(own.T @ own)

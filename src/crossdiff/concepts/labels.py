@@ -49,7 +49,7 @@ def shown(token: str) -> str:
 
 
 class _Strongest(NamedTuple):
-    """The strongest token of an example in its context."""
+    """The strongest token of an example in its context; `text` is what is before it, without special tokens."""
 
     concept: int
     rank: int
@@ -57,6 +57,7 @@ class _Strongest(NamedTuple):
     before: str
     token: str
     after: str
+    text: str
 
 
 def _strongest(candidates: Candidates, picks: Sequence[ExamplePick], store: Store, tokenizer: Any) -> Iterator[_Strongest]:
@@ -68,7 +69,9 @@ def _strongest(candidates: Candidates, picks: Sequence[ExamplePick], store: Stor
             first, last = max(int(bounds[sequence]), row - BEFORE), min(int(bounds[sequence + 1]), row + 1 + AFTER)
             parts = (ids[first:row], ids[row : row + 1], ids[row + 1 : last])
             value = float(candidates.value[pick.candidate])
-            yield _Strongest(pick.latent, pick.rank, value, *(tokenizer.decode(part.tolist()) for part in parts))
+            before, token, after = (tokenizer.decode(part.tolist()) for part in parts)
+            text = tokenizer.decode(parts[0].tolist(), skip_special_tokens=True)
+            yield _Strongest(pick.latent, pick.rank, value, before, token, after, text)
 
 
 def labels(candidates: Candidates, picks: Sequence[ExamplePick], store: Store, tokenizer: Any) -> dict[int, Label]:
@@ -76,7 +79,7 @@ def labels(candidates: Candidates, picks: Sequence[ExamplePick], store: Store, t
     examples: dict[int, list[_Strongest]] = {}
     for example in _strongest(candidates, picks, store, tokenizer):
         examples.setdefault(example.concept, []).append(example)
-    words = typical_words({concept: [example.before for example in own] for concept, own in examples.items()})
+    words = typical_words({concept: [example.text for example in own] for concept, own in examples.items()})
     found = {}
     for concept, own in examples.items():
         totals: dict[str, float] = {}
@@ -91,8 +94,8 @@ def labels(candidates: Candidates, picks: Sequence[ExamplePick], store: Store, t
 def typical_words(contexts: Mapping[int, Sequence[str]]) -> dict[int, tuple[str, ...]]:
     """For each concept, the words in at least half of its contexts that the fewest other concepts share, at most `WORDS`.
 
-    A word counts as shared by a concept if it is in at least a quarter of its contexts. Words that half of the concepts share
-    are typical of none.
+    A word counts as shared by a concept if it is in at least a quarter of its contexts. Words that more than a tenth of the
+    concepts share are typical of none.
     """
     shares: dict[int, dict[str, float]] = {}
     for concept, texts in contexts.items():
@@ -101,7 +104,7 @@ def typical_words(contexts: Mapping[int, Sequence[str]]) -> dict[int, tuple[str,
     spread = Counter(word for own in shares.values() for word, share in own.items() if share >= 0.25)
     found = {}
     for concept, own in shares.items():
-        typical = [word for word, share in own.items() if share >= 0.5 and spread[word] <= max(1, len(shares) / 2)]
+        typical = [word for word, share in own.items() if share >= 0.5 and spread[word] <= max(1, len(shares) / 10)]
         found[concept] = tuple(sorted(typical, key=lambda word: (-own[word] * math.log(len(shares) / spread[word] + 1), word)))[
             :WORDS
         ]

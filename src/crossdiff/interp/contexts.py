@@ -13,14 +13,13 @@ import numpy as np
 import polars as pl
 
 from crossdiff.activations.store import Store
-from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
 from crossdiff.files import open_sqlite
 from crossdiff.interp.baseline import FIT_CONTEXTS
 from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.windows import Contexts, LatentActivations, Occurrences, TextSample, Window, find_activations
 from crossdiff.latents.example_schema import FORMAT
-from crossdiff.latents.stream import check_fits
+from crossdiff.latents.stream import Coder
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LatentContexts:
 
 
 def latent_contexts(
-    crosscoder: Crosscoder,
+    coder: Coder,
     store: Store,
     table: pl.DataFrame,
     folder: Path,
@@ -49,8 +48,7 @@ def latent_contexts(
     config: InterpretConfig,
     advance: Callable[..., None],
 ) -> list[LatentContexts]:
-    """The contexts of the given latents; `folder` has the crosscoder's examples and neighbours."""
-    check_fits(crosscoder, store)
+    """The contexts of the given latents (or concepts); `folder` has their examples and neighbours."""
     neighbours = _read_neighbours(folder / "neighbours.parquet", latents)
     needed = np.unique(np.array([*latents, *(other for row in neighbours.values() for other in row)], dtype=np.int64))
     sizes = {"train": FIT_CONTEXTS, "heldout": config.contexts}
@@ -59,7 +57,7 @@ def latent_contexts(
     advance(0, total=sum(sample.n_tokens for sample in samples.values()))
     contexts: dict[str, dict[int, Contexts]] = {}
     for split, sample in samples.items():
-        activations = find_activations(crosscoder, sample, needed, config.batch_tokens, advance)
+        activations = find_activations(coder, sample, needed, config.batch_tokens, advance)
         finder = ContextFinder(sample, activations, config.seed)
         contexts[split] = {j: finder.contexts(j, neighbours.get(j, []), sizes[split], shown[j]) for j in latents}
     rows = {row["latent"]: row for row in table.filter(pl.col("latent").is_in(latents)).iter_rows(named=True)}

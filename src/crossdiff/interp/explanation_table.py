@@ -10,6 +10,8 @@ import polars as pl
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 
+CONCEPTS = "concepts"
+"""Folder of a run's concepts, whose numbers are in the column `latent` here."""
 FILE = "interpretation.parquet"
 CONTEXTS_FILE = "interpretation_contexts.parquet"
 SUMMARY_FILE = "interpretation.json"
@@ -63,11 +65,12 @@ CONTEXT_SCHEMA: dict[str, Any] = {
 
 
 def training_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the training of a run's crosscoder, which changes when it is retrained."""
+    """The fingerprint of the training of a run's crosscoder, or of its concepts, which changes when they are made again."""
     manifest = folder.parent / "manifest.json"
     if not manifest.is_file():
         return None
-    record = read_json(manifest).get("stages", {}).get(f"train/{folder.name}")
+    stages = read_json(manifest).get("stages", {})
+    record = stages.get("concepts" if folder.name == CONCEPTS else f"train/{folder.name}")
     return None if record is None else str(record["fingerprint"])
 
 
@@ -88,7 +91,9 @@ def with_interpretation(latents: pl.DataFrame, folder: Path) -> pl.DataFrame:
 
 
 def read_latent_table(folder: Path) -> pl.DataFrame:
-    """The latent table in a crosscoder's folder, with the columns of the interpretation."""
+    """The latent table in a crosscoder's folder, or that of concepts, with the columns of the interpretation."""
+    if folder.name == CONCEPTS:
+        return with_interpretation(pl.read_parquet(folder / "concepts.parquet").rename({"concept": "latent"}), folder)
     return with_interpretation(pl.read_parquet(folder / "latents.parquet"), folder)
 
 

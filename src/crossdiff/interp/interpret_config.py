@@ -10,7 +10,7 @@ from crossdiff.config import Config
 
 
 class InterpretConfig(Config):
-    """The latents to interpret, their contexts, and the server and model that explain them."""
+    """What to interpret, its contexts, and the server and model that explain it."""
 
     server: str | None = Field(
         None,
@@ -22,13 +22,16 @@ class InterpretConfig(Config):
         "text", description="json_schema: send the server the schema of the answer; text: ask for JSON in the prompt only"
     )
     crosscoders: tuple[str, ...] = Field((), description="crosscoders to interpret; default: all of the run")
+    concepts: tuple[str, ...] | None = Field(
+        None,
+        description="numbers of concepts, or COLUMN=VALUE for a column of the concept table; default: replicated=true, unless "
+        "latents are given",
+    )
     latents: tuple[str, ...] = Field(
-        ("verdict=chat_specific", "verdict=shared"),
-        min_length=1,
-        description="numbers of latents, or COLUMN=VALUE for a column of the latent table",
+        (), description="numbers of latents, or COLUMN=VALUE for a column of the latent table, such as verdict=chat_specific"
     )
     per_selection: int | None = Field(
-        50, ge=1, description="size of the random sample if more latents have a COLUMN=VALUE; null for all"
+        50, ge=1, description="size of the random sample if more latents or concepts have a COLUMN=VALUE; null for all"
     )
     tokens: int = Field(200_000, ge=1000, description="tokens of each split that are searched for contexts")
     before: int = Field(20, ge=1, description="tokens of a context before its strongest token")
@@ -51,3 +54,8 @@ class InterpretConfig(Config):
     output_price: float = Field(0.0, ge=0, description="price of a million answer tokens")
     batch_tokens: int = Field(4096, ge=1, description="tokens per batch in the search for contexts")
     seed: int = 0
+
+    @property
+    def chosen_concepts(self) -> tuple[str, ...]:
+        """The concepts to interpret."""
+        return self.concepts if self.concepts is not None else () if self.latents else ("replicated=true",)

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdiff.activations.store import Store
-from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
 from crossdiff.interp.interpret_config import InterpretConfig
-from crossdiff.latents.stream import encode
+from crossdiff.latents.stream import Coder, encode
 
 Integers = npt.NDArray[np.int64]
 
@@ -134,23 +133,23 @@ class LatentActivations:
 
 
 def find_activations(
-    crosscoder: Crosscoder, sample: TextSample, latents: Integers, batch_tokens: int, advance: Callable[[int], None]
+    coder: Coder, sample: TextSample, latents: Integers, batch_tokens: int, advance: Callable[[int], None]
 ) -> LatentActivations:
     """Encode the sample and record where the given latents (sorted) are active; skipped positions count as inactive."""
     store = sample.store
     positions = store.column("position")
-    is_wanted = np.zeros(crosscoder.n_latents, dtype=bool)
+    is_wanted = np.zeros(coder.n_latents, dtype=bool)
     is_wanted[latents] = True
     parts = []
     for batch in store.batches_of_sequences(np.sort(sample.numbers), batch_tokens):
-        code = encode(crosscoder, crosscoder.inputs(store, batch.rows))
+        code = encode(coder, coder.inputs(store, batch.rows))
         latent, token = code.latent.numpy(), code.token.numpy()
         kept = is_wanted[latent] & (positions[batch.rows[token]] >= store.leave_out)
         token = token[kept]
         sequence = batch.numbers[batch.sequence[token]]
-        parts.append((latent[kept], sequence, positions[batch.rows[token]], crosscoder.v(code).float().numpy()[kept]))
+        parts.append((latent[kept], sequence, positions[batch.rows[token]], coder.v(code).float().numpy()[kept]))
         advance(len(batch.rows))
     latent, sequence, position, value = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((position, sequence, latent))
-    bounds = np.searchsorted(latent[order], np.append(latents, crosscoder.n_latents))
+    bounds = np.searchsorted(latent[order], np.append(latents, coder.n_latents))
     return LatentActivations(latents, bounds, sequence[order], position[order].astype(np.int32), value[order])

@@ -12,7 +12,7 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
-from crossdiff.crosscoder.crosscoder import Crosscoder, Part
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.errors import UserError
 from crossdiff.ranks import ALONE, Ranks
@@ -66,7 +66,26 @@ class Accumulator(Protocol):
         """Merge the passes of several ranks, in place; at least the first rank has the result."""
 
 
-def encode(crosscoder: Crosscoder | Part, x: Float[Tensor, "token source d_model"]) -> SparseCode:
+@runtime_checkable
+class Encoder(Protocol):
+    """What encodes activations: a crosscoder, some of its latents, or concepts."""
+
+    @property
+    def n_latents(self) -> int: ...
+
+    def sparse_code(self, x: Float[Tensor, "token source d_model"], /) -> SparseCode: ...
+
+
+@runtime_checkable
+class Coder(Encoder, Protocol):
+    """An encoder that reads a store by itself."""
+
+    def inputs(self, store: Store, rows: npt.NDArray[np.int64], /) -> Float[Tensor, "token source d_model"]: ...
+
+    def v(self, code: Any, /) -> Tensor: ...
+
+
+def encode(crosscoder: Encoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
     """Active pairs of many tokens, computed in pieces whose pre-activations stay in the cache and reuse the same memory."""
     size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
     parts = [crosscoder.sparse_code(piece) for piece in torch.split(x, size)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossdiff.files import read_json
-from crossdiff.stages.definitions import causal_stage
+from crossdiff.stages.definitions import causal_stage, concept_causal_stage
 from crossdiff.stages.session import Session
 
 
@@ -16,6 +16,8 @@ def causal(session: Session) -> None:
             session.console.print(f"{name}: skipped, since it reads only one model and has nothing to patch")
         else:
             _causal_test(session, name)
+    if session.paired_trainings:
+        _concept_test(session, session.paired_trainings)
 
 
 def _causal_test(session: Session, name: str) -> None:
@@ -39,3 +41,33 @@ def _causal_test(session: Session, name: str) -> None:
         from crossdiff.causal.terminal import print_causal
 
         print_causal(read_json(session.path / name / "causal.json"), name, session.console)
+
+
+def _concept_test(session: Session, names: tuple[str, ...]) -> None:
+    """Patch each replicated concept of the run alone, and all of them together, in every training."""
+    folder = session.path / "concepts"
+
+    def work(target: Path) -> None:
+        import polars as pl
+
+        from crossdiff.causal.concept_test import concept_test
+        from crossdiff.concepts.candidates import read_training
+
+        config, store = session.config, session.store()
+        trainings = {}
+        for name in names:
+            found = read_training(session.path, name)
+            trainings[name] = (found.crosscoder, found.others.tolist())
+        concepts, members = (pl.read_parquet(folder / file) for file in ("concepts.parquet", "members.parquet"))
+        (target / "concepts").mkdir(exist_ok=True)
+        with session.progress("causal concepts, conversations", None) as advance:
+            concept_test(
+                target / "concepts", target / "parts", session.load_pair(), store, trainings, concepts, members, config.causal,
+                advance, session.ranks,
+            )  # fmt: skip
+
+    session.run(concept_causal_stage(session.config, names), work)
+    if session.ranks.is_first:
+        from crossdiff.causal.terminal import print_concept_causal
+
+        print_concept_causal(folder, session.console)

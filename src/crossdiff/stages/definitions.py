@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CODE_FORMAT = 5
 """Raised when the results of the harvest, the comparison or steering change although the settings do not."""
-TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT, TRUTH_FORMAT, CONCEPTS_FORMAT = 7, 5, 1, 1, 2, 1
+TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT, TRUTH_FORMAT, CONCEPTS_FORMAT = 7, 5, 1, 1, 3, 1
 """The same for the other stages, each of its own, so that nothing is harvested again for them."""
 ANALYSIS = (
     "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
@@ -95,6 +95,15 @@ def causal_stage(config: RunConfig, name: str) -> Stage:
     return _stage("causal", name, value, OUTPUTS)
 
 
+def concept_causal_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
+    """Depends on the concepts and on the settings of the causal test."""
+    value = {
+        "code": CAUSAL_FORMAT, "concepts": concepts_stage(config, names).fingerprint,
+        "settings": config.causal.model_dump(exclude={"interventions", "pool"}),
+    }  # fmt: skip
+    return Stage("causal/concepts", fingerprint(value), ("concepts/causal.parquet", "concepts/causal.json"))
+
+
 def report_stage(config: RunConfig, names: tuple[str, ...], run: Run) -> Stage:
     """Depends on every analysis, on the interpretations, causal tests and null diff of the run, and on the page's code."""
     from crossdiff.compare.null import FILE
@@ -103,18 +112,22 @@ def report_stage(config: RunConfig, names: tuple[str, ...], run: Run) -> Stage:
         "page": _identify_page(),
         "analysed": {name: analyze_stage(config, name).fingerprint for name in names},
         "others": {key: run.record(key) for name in names for key in (f"interpret/{name}", f"causal/{name}")},
+        "concepts": {key: run.record(key) for key in ("concepts", "causal/concepts", "interpret/concepts")},
         "null": read_json(run.path / FILE) if (run.path / FILE).is_file() else None,
     }
     return Stage("report", fingerprint(value), ("report.html", "figures"))
 
 
 def interpret_stage(config: RunConfig, name: str, settings: InterpretConfig) -> Stage:
-    """Depends on the latent table and on the settings of the interpretation."""
-    from crossdiff.interp.explanation_table import CONTEXTS_FILE, FILE, SUMMARY_FILE
+    """Depends on the latent table, or on the concepts, and on the settings of the interpretation."""
+    from crossdiff.interp.explanation_table import CONCEPTS, CONTEXTS_FILE, FILE, SUMMARY_FILE
 
+    others = {"latents"} if name == CONCEPTS else {"concepts"}
+    paired = tuple(key for key, coder in config.trainings.items() if coder.inputs.kind == "paired")
+    needed = concepts_stage(config, paired) if name == CONCEPTS else analyze_stage(config, name)
     value = {
-        "code": INTERPRETATION_FORMAT, "analyze": analyze_stage(config, name).fingerprint,
-        "settings": settings.model_dump(exclude=WITHOUT_EFFECT),
+        "code": INTERPRETATION_FORMAT, "analyze": needed.fingerprint,
+        "settings": settings.model_dump(exclude=WITHOUT_EFFECT | others),
     }  # fmt: skip
     return _stage("interpret", name, value, (FILE, CONTEXTS_FILE, SUMMARY_FILE))
 

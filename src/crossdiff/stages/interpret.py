@@ -1,4 +1,4 @@
-"""The stage `interpret`: explain latents with a language model and score the explanations."""
+"""The stage `interpret`: explain concepts and latents with a language model and score the explanations."""
 
 from __future__ import annotations
 
@@ -8,34 +8,40 @@ from typing import TYPE_CHECKING
 
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
+from crossdiff.interp.explanation_table import CONCEPTS
 from crossdiff.stages.definitions import interpret_stage
 from crossdiff.stages.session import Session, run_together
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from crossdiff.activations.store import Store
     from crossdiff.interp.cache import Cache
     from crossdiff.interp.contexts import LatentContexts
     from crossdiff.interp.interpret_config import InterpretConfig
     from crossdiff.interp.prompts import Renderer
     from crossdiff.interp.responses import Responses
+    from crossdiff.latents.stream import Coder
 
 CACHE = "interpretation/answers.sqlite"
 
 
 def interpret(session: Session, config: InterpretConfig, dry_run: bool = False) -> None:
-    """Interpret latents of every crosscoder of the session, or only print the calls and tokens that this would take."""
+    """Interpret the concepts of a run, then the latents that were asked for, or only print the calls that this would take.
+
+    Raises:
+        UserError: there is nothing to interpret, or it is not analysed.
+    """
     from crossdiff.interp.cache import Cache
     from crossdiff.interp.language_model import check_server
     from crossdiff.interp.terminal import print_summary
 
     if config.server is not None or config.model is not None or dry_run:
         check_server(config)
-    for name in session.paired_names:
-        session.check_analysed(name)
+    names = _subjects(session, config)
     cache = Cache(session.path / CACHE)
     try:
-        for name in session.paired_names:
+        for name in names:
             stage = interpret_stage(session.config, name, config)
             summary = session.path / name / "interpretation.json"
             # A finished stage is repeated if requests were unanswered; the cache has the others.
@@ -47,6 +53,36 @@ def interpret(session: Session, config: InterpretConfig, dry_run: bool = False) 
                 print_summary(read_json(summary), name, session.console)
     finally:
         cache.close()
+
+
+def _subjects(session: Session, config: InterpretConfig) -> tuple[str, ...]:
+    """The folders to interpret: that of the concepts, and those of crosscoders."""
+    names = session.paired_names if config.latents else ()
+    for name in names:
+        session.check_analysed(name)
+    if not config.chosen_concepts:
+        return names
+    if session.run_directory.record("concepts") is None:
+        raise UserError(
+            f"{session.path} has no concepts; run `crossdiff concepts {session.path}` first, or choose latents with --latents, "
+            "such as --latents verdict=chat_specific"
+        )
+    return (CONCEPTS, *names)
+
+
+def _coder(session: Session, name: str, store: Store) -> Coder:
+    """What encodes the concepts, or a crosscoder."""
+    from crossdiff.concepts.coder import ConceptCoder
+    from crossdiff.latents.stream import check_fits
+
+    if name != CONCEPTS:
+        crosscoder = session.crosscoder(name)
+        check_fits(crosscoder, store)
+        return crosscoder
+    coder = ConceptCoder.load(session.path)
+    for each in coder.crosscoders:
+        check_fits(each, store)
+    return coder
 
 
 def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cache, dry_run: bool) -> None:
@@ -61,16 +97,18 @@ def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cach
 
     folder = session.path / name
     store = session.store()
-    crosscoder = session.crosscoder(name)
+    coder = _coder(session, name, store)
     table = read_latent_table(folder)
-    latents = select(table, config.latents, config.per_selection, config.seed)
+    option, wanted = ("--concepts", config.chosen_concepts) if name == CONCEPTS else ("--latents", config.latents)
+    latents = select(table, wanted, config.per_selection, config.seed, option)
     if not latents:
-        session.console.print(f"{name}: no active latent has {' or '.join(config.latents)}", highlight=False)
+        what = "concept" if name == CONCEPTS else "active latent"
+        session.console.print(f"{name}: no {what} has {' or '.join(wanted)}", highlight=False)
         return
     encoder = None if config.embedding == "none" or dry_run else Encoder(config.embedding)
     renderer = Renderer(load_tokenizer(session.config.chat))
     with session.progress(f"interpret {name}, tokens", None) as advance:
-        contexts = latent_contexts(crosscoder, store, table, folder, latents, config, advance)
+        contexts = latent_contexts(coder, store, table, folder, latents, config, advance)
     if config.server is None:
         responses = [no_responses(each) for each in contexts]
     else:

@@ -60,7 +60,8 @@ class Session:
     @property
     def trainings(self) -> tuple[str, ...]:
         """The crosscoders to work on, each followed by its repetitions with other seeds."""
-        return self.only or tuple(self.config.trainings)
+        known = self.config.crosscoders
+        return tuple(each for name in self.names for each in (self.config.seeds_of(name) if name in known else (name,)))
 
     @property
     def paired_names(self) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ import polars as pl
 import torch
 
 from crossdiff.activations.store import Store
-from crossdiff.config import AnalyzeConfig, CrosscoderConfig
+from crossdiff.concepts.candidates import training_of
+from crossdiff.config import DEFAULT_SEEDS, AnalyzeConfig, CrosscoderConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.metrics import health, heldout_sums
 from crossdiff.crosscoder.train import train
@@ -29,10 +30,11 @@ from crossdiff.latents.behaviours import auroc
 from crossdiff.latents.decoder import CHAT_ONLY
 from crossdiff.latents.groups import cells_of
 from crossdiff.latents.latent_table import latent_table
-from crossdiff.latents.scaling import ScalingAccumulator
+from crossdiff.latents.scaling import ScalingAccumulator, Sums
 from crossdiff.latents.stream import accumulate
 from crossdiff.latents.twins import CoActivation, twin_candidates, twin_table
 from crossdiff.latents.verdict import with_verdicts
+from crossdiff.truth.concept_score import ConceptScore, concept_score
 from crossdiff.truth.matching import match
 from crossdiff.truth.planted import KINDS, Concepts, draw, plant, write_store
 from crossdiff.truth.truth_config import TruthConfig
@@ -86,6 +88,7 @@ class CoderResult:
             decoder, which sees other concepts.
         found: kind -> share of its concepts that a latent stands for.
         verdicts: kind (or `none`) -> verdict -> number of live latents.
+        concepts: how well the concepts of several trainings do; None with one training, or one decoder.
     """
 
     architecture: str
@@ -99,6 +102,7 @@ class CoderResult:
     found: dict[str, float]
     verdicts: dict[str, dict[str, int]]
     scores: dict[str, RankingScore]
+    concepts: ConceptScore | None
 
 
 class Trained(NamedTuple):
@@ -117,14 +121,21 @@ class Trained(NamedTuple):
         return mu
 
 
-def analysed(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> pl.DataFrame:
-    """The latent table with verdicts, from the pass and accumulators of `latents.analyze` without examples and quality."""
+class Analysed(NamedTuple):
+    """The latent table with verdicts, and the sums of latent scaling."""
+
+    table: pl.DataFrame
+    sums: Sums
+
+
+def analysed(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> Analysed:
+    """Run the pass and accumulators of `latents.analyze` without examples and quality."""
     scaled = ScalingAccumulator(crosscoder, config.blocks, means=store.normalisation.mean)
     activity = Activity.empty(cells_of(store, tokenizer=None), crosscoder.n_latents)  # no template tokens to name
     coactive = CoActivation(twin_candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
     accumulate([(crosscoder, [scaled, activity, coactive])], store, config.blocks, config.batch_tokens)
     twins = twin_table(crosscoder, coactive, scaled.sums.n.sum(0)).filter(pl.col("n_both") > 0)
-    return with_verdicts(latent_table(crosscoder, scaled.sums, activity, config), twins, config)
+    return Analysed(with_verdicts(latent_table(crosscoder, scaled.sums, activity, config), twins, config), scaled.sums)
 
 
 def _ranking(table: pl.DataFrame, name: str) -> npt.NDArray[np.float64]:
@@ -173,25 +184,28 @@ def score(table: pl.DataFrame, n_concepts: int, name: str, config: AnalyzeConfig
     )
 
 
-def _matched_table(crosscoder: Crosscoder, store: Store, concepts: Concepts, config: TruthConfig) -> pl.DataFrame:
-    """The latent table with `concept` (-1 for none), `kind` ("none" for none), `match_cosine` and `match_correlation`."""
+def _matched(crosscoder: Crosscoder, store: Store, concepts: Concepts, config: TruthConfig) -> Analysed:
+    """The analysis; its table also has `concept` (-1 for none), `kind` ("none" for none) and the two measures of the match."""
     planted = config.planted.model_copy(update={"documents": MATCHING_DOCUMENTS})
     fresh = draw(concepts, planted, MATCHING_STREAM)
     matches = match(crosscoder, concepts, fresh, config.match_cosine, config.match_correlation)
     kinds = torch.where(matches.concept >= 0, concepts.kind[matches.concept], -1)
-    return analysed(crosscoder, store, config.analyze).with_columns(
+    found = analysed(crosscoder, store, config.analyze)
+    table = found.table.with_columns(
         concept=pl.Series(matches.concept.numpy()),
         kind=pl.Series(np.array([*KINDS, "none"])[kinds.numpy()]),
         match_cosine=pl.Series(matches.cosine.double().numpy()),
         match_correlation=pl.Series(matches.correlation.numpy()),
     )
+    return Analysed(table, found.sums)
 
 
 def _result(
     folder: Path, trained: Trained, store: Store, concepts: Concepts, config: TruthConfig, target: float | None
 ) -> CoderResult:
-    """Analyse and score a trained crosscoder; writes latents.parquet."""
-    table = _matched_table(trained.crosscoder, store, concepts, config)
+    """Analyse and score a trained crosscoder and its repetitions; writes latents.parquet."""
+    own = _matched(trained.crosscoder, store, concepts, config)
+    table = own.table
     table.write_parquet(folder / "latents.parquet")
     live = table.filter(pl.col("n_active") > 0)
     n_planted = dict(zip(KINDS, torch.bincount(concepts.kind, minlength=len(KINDS)).tolist(), strict=True))
@@ -212,7 +226,26 @@ def _result(
         found=found,
         verdicts=verdicts,
         scores=scores,
+        concepts=_concepts(folder, trained, own, store, concepts, config) if compares else None,
     )
+
+
+def _concepts(
+    folder: Path, trained: Trained, own: Analysed, store: Store, concepts: Concepts, config: TruthConfig
+) -> ConceptScore | None:
+    """Train the repetitions of a crosscoder with other seeds and score the concepts of all; None without repetitions."""
+    matched, trainings = [own], [training_of(folder.name, trained.crosscoder, own.table, own.sums)]
+    for number in range(1, trained.config.seeds or DEFAULT_SEEDS):
+        again = trained.config.model_copy(
+            update={"seed": trained.config.seed + number, "batch_seed": trained.config.order_seed}
+        )
+        crosscoder = _train(folder / f"seed{number}", store, again, config.analyze.batch_tokens, 1).crosscoder
+        matched.append(_matched(crosscoder, store, concepts, config))
+        trainings.append(training_of(f"seed{number}", crosscoder, matched[-1].table, matched[-1].sums))
+    if len(trainings) == 1:
+        return None
+    tables = [each.table for each in matched]
+    return concept_score(trainings, tables, config.planted.chat_only, store, config.analyze, config.concepts)
 
 
 def _train(folder: Path, store: Store, config: CrosscoderConfig, batch_tokens: int, trials: int) -> Trained:

@@ -13,7 +13,7 @@ from crossdiff.latents.verdict import VERDICTS
 
 def print_truth(crosscoders: dict[str, Any], console: Console) -> None:
     """Print the rankings and the verdicts of every crosscoder in a `truth.json`."""
-    rankings = Table(title="Which latents stand for chat-only concepts?", title_justify="left")
+    rankings = Table(title="Which latents and concepts stand for planted chat-only concepts?", title_justify="left")
     for name in ("crosscoder", "ranking"):
         rankings.add_column(name)
     for name in ("called", "precision", "recall", "AUROC", "matching no concept"):
@@ -25,6 +25,11 @@ def print_truth(crosscoders: dict[str, Any], console: Console) -> None:
             wrong = ", ".join(f"{kind} {n}" for kind, n in score["wrong"].items())
             cells = (str(score["n_called"]), *map(_number, numbers), str(score["n_unmatched"]), wrong)
             rankings.add_row(name, ranking, *cells)
+        if (found := result["concepts"]) is not None:
+            wrong = ", ".join(f"{kind} {n}" for kind, n in found["wrong"].items())
+            numbers = (_number(found["precision"]), _number(found["recall"]), "")
+            row = (str(found["n_called"]), *numbers, str(found["n_unmatched"]), wrong)
+            rankings.add_row(name, f"concepts of {found['trainings']} trainings", *row)
         rankings.add_section()
     console.print(rankings)
     for name, result in crosscoders.items():

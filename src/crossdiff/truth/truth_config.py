@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from crossdiff.config import (
     AnalyzeConfig,
     BatchTopKConfig,
+    ConceptsConfig,
     Config,
     CrosscoderConfig,
     DifferenceConfig,
@@ -71,10 +72,12 @@ class TruthConfig(Config):
             "dfc": CrosscoderConfig(sparsity=BatchTopKConfig(k=12), structure=PartitionedConfig(exclusive_share=0.1), **SHORT),
             "diff_sae": CrosscoderConfig(sparsity=BatchTopKConfig(k=6), inputs=DifferenceConfig(), **SHORT),
         },
-        description="crosscoders to train; the first sets the held-out L0 to which those with a mu are tuned",
+        description="crosscoders to train; the first sets the held-out L0 to which those with a mu are tuned; those that read "
+        "both models are trained from 3 seeds unless their `seeds` says otherwise, to score concepts",
     )
     l0_tolerance: float = Field(0.1, gt=0, description="largest relative difference from the first crosscoder's held-out L0")
     l0_trials: int = Field(6, ge=1, description="largest number of trainings of a crosscoder with a mu")
     match_cosine: float = Field(0.7, ge=0, le=1, description="smallest decoder cosine of a latent that stands for a concept")
     match_correlation: float = Field(0.5, ge=0, le=1, description="smallest correlation of its activations with the concept's")
     analyze: AnalyzeConfig = AnalyzeConfig()
+    concepts: ConceptsConfig = ConceptsConfig()
