@@ -144,7 +144,7 @@ def tiny_config(pair: tuple[Path, Path], texts: tuple[Path, Path], **changes: An
         "harvest": {"max_length": 48, "batch_tokens": 512, "shard_tokens": 2000, "dtype": "float32"},
         "crosscoders": {
             "l1": {"sparsity": {"kind": "l1", "mu": 0.5}, "decoder_norm": 0.1, **training},
-            "batchtopk": {"sparsity": {"kind": "batchtopk", "k": 4}, **training},
+            "batchtopk": {"sparsity": {"kind": "batchtopk", "k": 4}, "seeds": 1, **training},
         },
         "analyze": {
             "blocks": 5,

@@ -9,11 +9,15 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 import yaml
 
 from conftest import save_pair, tiny_config
+from crossdiff.activations.store import Store
 from crossdiff.cli import run_command
+from crossdiff.config import RunConfig, validate
 from crossdiff.crosscoder.checkpoint import load
+from crossdiff.crosscoder.train import train
 from crossdiff.errors import UserError
 from crossdiff.run import Run
 
@@ -67,7 +71,7 @@ def test_a_changed_setting_runs_what_depends_on_it_and_keeps_the_old(tmp_path: P
     run_command(["run", str(run), "--crosscoders.l1.sparsity.mu", "1.5"])
     again = json.loads((run / "manifest.json").read_text())["stages"]
     changed = {name for name in stages if stages[name]["fingerprint"] != again[name]["fingerprint"]}
-    assert changed == {"train/l1", "analyze/l1", "report"}
+    assert changed == {"train/l1", "analyze/l1", "concepts", "report"}
     kept = {path.name for path in (run / "old").rglob("*") if path.is_file()}
     assert {"model.safetensors", "latents.parquet", "report.html"} <= kept
     run_command(["clean", str(run)])
@@ -156,6 +160,50 @@ def test_only_some_crosscoders_and_options_before_the_directory(tmp_path: Path, 
     run_command(["train", "--harvest.max_length", "48", str(run), "--only", "l1"])
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert set(stages) == {"harvest", "train/l1"}
+
+
+def test_seeds_are_trained_and_analysed_together_and_make_concepts(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    tiny_settings["crosscoders"]["batchtopk"]["seeds"] = 3
+    config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
+    run_command(["concepts", str(run), "--config", str(config), "--only", "batchtopk"])
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    names = {"batchtopk", "batchtopk-seed1", "batchtopk-seed2"}
+    made = {f"{stage}/{name}" for stage in ("train", "analyze") for name in names}
+    assert set(stages) == {"harvest", "concepts"} | made
+    coders = {name: load(run / name) for name in names}
+    origins = {name: coder.origin["settings"] for name, coder in coders.items()}
+    assert {name: (own["seed"], own.get("batch_seed")) for name, own in origins.items()} == {
+        "batchtopk": (0, None), "batchtopk-seed1": (1, 0), "batchtopk-seed2": (2, 0),
+    }  # fmt: skip
+    assert not torch.allclose(coders["batchtopk"].decoder, coders["batchtopk-seed1"].decoder)
+    # A repetition is the training that its seeds give alone.
+    repeated = RunConfig.model_validate(tiny_settings).trainings["batchtopk-seed1"]
+    alone = train(tmp_path / "alone", Store(run / "activations"), repeated)
+    assert torch.equal(alone.decoder, coders["batchtopk-seed1"].decoder)
+    members = pl.read_parquet(run / "concepts" / "members.parquet")
+    concepts = pl.read_parquet(run / "concepts" / "concepts.parquet")
+    assert concepts["concept"].to_list() == list(range(concepts.height)) and set(members["training"]) <= names
+    assert members.height == concepts["n_members"].sum()
+    # The settings keep the crosscoder that was asked for, and everything is found again.
+    assert list(yaml.safe_load((run / "config.yaml").read_text())["crosscoders"]) == ["batchtopk", "l1"]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+    run_command(["concepts", str(run), "--only", "batchtopk"])
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+
+
+def test_seeds_have_names_of_their_own(tiny_settings: dict[str, Any]) -> None:
+    coders = tiny_settings["crosscoders"]
+    assert list(RunConfig(dataset=("a.txt",)).trainings) == ["l1", "batchtopk", "batchtopk-seed1", "batchtopk-seed2"]
+    assert list(RunConfig.model_validate(tiny_settings).trainings) == ["l1", "batchtopk"]
+    coders["l1"]["seeds"] = 2
+    assert list(RunConfig.model_validate(tiny_settings).trainings) == ["l1", "l1-seed1", "batchtopk"]
+    coders["l1-seed1"] = coders["l1"] | {"seeds": 1}
+    with pytest.raises(UserError, match="seeds makes a training called 'l1-seed1', which is also the name of a crosscoder"):
+        validate(RunConfig, tiny_settings, "the test")
+    # By default there is one training where a crosscoder of an earlier version has the name of its repetition.
+    older = {"batchtopk": coders["batchtopk"], "batchtopk-seed1": coders["batchtopk"] | {"seed": 1}}
+    del older["batchtopk"]["seeds"]
+    assert list(validate(RunConfig, tiny_settings | {"crosscoders": older}, "the test").trainings) == list(older)
 
 
 def test_an_sae_on_the_base_model_stands_beside_the_crosscoder(

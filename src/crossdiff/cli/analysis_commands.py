@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
         "names",
         nargs="+",
         metavar="NAME",
-        help="crosscoders of the run, such as l1 l1-seed1 l1-seed2 (recipes/seeds.py trains them)",
+        help="crosscoders of the run, such as l1 l1-seed1 l1-seed2 (crosscoders.l1.seeds makes them)",
     )
     parser.add_argument("--cosine", type=float, default=0.9, help="two latents are the same above this cosine [0.9]")
 
@@ -113,13 +113,13 @@ def _run_directory(path: Path) -> Path:
 
 
 def null(args: Namespace) -> None:
-    from crossdiff.compare.null import compare, keep
+    from crossdiff.compare.null import compare, concept_counts, keep
     from crossdiff.compare.terminal import print_null
 
     directory, null = _run_directory(args.directory), _run_directory(args.null)
     compared = compare(directory, null)
     keep(directory, null, compared)
-    print_null(compared)
+    print_null(compared, concept_counts(directory), concept_counts(null))
     print(f"Stored with the run. `crossdiff report {args.directory}` prints both rates and puts them on the page.")
 
 

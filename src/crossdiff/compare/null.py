@@ -90,10 +90,19 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
+def concept_counts(run: Path) -> dict[str, int] | None:
+    """How many concepts of a run replicate, and how many of those are specific to the second model; None without any table."""
+    path = run / "concepts" / "concepts.parquet"
+    if not path.is_file():
+        return None
+    found = pl.read_parquet(path, columns=["replicated", "verdict"]).filter("replicated")
+    return {"n_replicated": found.height, "n_chat_specific": found.filter(pl.col("verdict") == "chat_specific").height}
+
+
 def keep(run: Path, null: Path, compared: pl.DataFrame) -> None:
-    """Store the null run's rates in the run directory."""
+    """Store the null run's rates and the number of its concepts in the run directory."""
     crosscoders = {
         str(name): {"n_live": part["n_null"][0], "rates": dict(part.select("rate", "null").iter_rows())}
         for (name,), part in compared.group_by("crosscoder", maintain_order=True)
     }
-    write_json(run / FILE, {"null_run": str(null), "crosscoders": crosscoders})
+    write_json(run / FILE, {"null_run": str(null), "crosscoders": crosscoders, "concepts": concept_counts(null)})

@@ -63,8 +63,13 @@ def _estimate(estimate: dict[str, float] | None) -> str:
     return f"{estimate['value']:.3f}\n{estimate['low']:.3f} to {estimate['high']:.3f}"
 
 
-def print_null(rates: pl.DataFrame, console: Console | None = None) -> None:
-    """Print the rates of `compare.null.compare`."""
+def print_null(
+    rates: pl.DataFrame,
+    concepts: dict[str, int] | None = None,
+    null_concepts: dict[str, int] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the rates of `compare.null.compare`, and the concepts of both runs if both have any table of them."""
     console = console or Console()
     for (name,), part in rates.group_by("crosscoder", maintain_order=True):
         sizes = part.row(0, named=True)
@@ -73,6 +78,11 @@ def print_null(rates: pl.DataFrame, console: Console | None = None) -> None:
         for row in part.iter_rows(named=True):
             ratio = f"{row['null'] / row['real']:.2f}" if row["real"] else ""
             table.add_row(_words(row["rate"]), f"{row['real']:.2%}", f"{row['null']:.2%}", ratio)
+        console.print(table)
+    if concepts is not None and null_concepts is not None:
+        table = _table("Concepts that replicate over trainings", ("",), ("this run", "null"))
+        for key, text in (("n_replicated", "all"), ("n_chat_specific", "specific to the second model")):
+            table.add_row(text, str(concepts[key]), str(null_concepts[key]))
         console.print(table)
 
 

@@ -123,7 +123,8 @@ def training_table(
         mine = codes.candidates_of(t)
         concept = grouping.concept[mine]
         n_members = np.bincount(concept, minlength=grouping.n_concepts)
-        energy = np.bincount(concept, shares[mine], minlength=grouping.n_concepts)
+        energy = np.zeros(grouping.n_concepts)
+        np.add.at(energy, concept, shares[mine])
         unknown = pl.Series("share_template", np.zeros(grouping.n_concepts))
         alone = judged(group_table(own, config), unknown, config).drop("share_template", "template_only")
         facts = pl.DataFrame({

@@ -49,7 +49,9 @@ def run_until(session: Session, last: str = "report") -> None:
         check_store(session.store(), config.analyze)  # before the training, which takes long
     if "train" in stages:
         saes = [base_sae(config, name) for name in names] if analyses else []
-        train(session, also=[sae for sae in saes if sae is not None])
+        # A comparison of kinds needs no repetitions.
+        trainings = names if "compare" in stages else session.trainings
+        train(session, [*trainings, *(sae for sae in saes if sae is not None)])
     if "compare" in stages:
         compare(session)
     if analyses:

@@ -50,7 +50,7 @@ class Session:
     def __post_init__(self) -> None:
         for name in self.only:
             if name not in self.config.trainings:
-                raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.trainings)}")
+                raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
 
     @property
     def names(self) -> tuple[str, ...]:
