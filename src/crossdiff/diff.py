@@ -14,8 +14,9 @@ from crossdiff.errors import UserError, check_latents
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.examples import Example, read_examples
-from crossdiff.report.reading import read_behaviours, read_latent, read_latents
+from crossdiff.report.reading import read_latent, read_latents
 from crossdiff.report.records import Latent
+from crossdiff.report.tables import read_behaviours
 from crossdiff.report.templating import fragment
 from crossdiff.report.wording import predicted
 from crossdiff.run import FORMAT
@@ -42,7 +43,7 @@ class Examples(tuple[Example, ...]):
         return f"<{len(self)} examples of latent {self.latent.latent}, maxima {maxima}>"
 
     def _repr_html_(self) -> str:
-        views = [example_view(example, self.latent) for example in self]
+        views = [example_view(example, self.latent.max_activation) for example in self]
         return fragment(views=views, title=f"Latent {self.latent.latent}")
 
 

@@ -60,8 +60,10 @@ def test_the_card_states_the_runs_own_numbers(run_path: Path) -> None:
     assert "license: other" in head and "library_name: crossdiff" in head
     # health.json says 0.9123, 31.62 and 3 of 60 dead; the table has 7 specific and 4 rotated latents.
     assert "| FVE, base | 0.912 [0.900, 0.920] | 0.912 [0.900, 0.920] |" in body
-    assert "| L0 | 31.6 | 31.6 |" in body and "| dead | 5.0% | 5.0% |" in body
-    assert "| `chat_specific` | 7 | 7 |" in body and "| `rotated` | 4 | 4 |" in body
+    assert "| L0 | 31.6 | 31.6 |" in body and "| never active on the held-out tokens | 5.0% | 5.0% |" in body
+    assert "| verdict chat-specific | 7 | 7 |" in body and "| verdict rotated | 4 | 4 |" in body
+    # 7 of the 60 are specific, 4 rotated, 3 undecided, 3 dead; the norms alone call others shared.
+    assert "| verdict shared | 43 | 43 |" in body and "| shared by decoder norms |" in body
     assert "kind: batchtopk" in body and "k: 4" in body and f'crossdiff.pull("{NAME}")' in body
     assert "## Limits" in body and "causal test" in body
     assert "license: mit" in push(run_path, NAME, dry_run=True, licence="mit").card

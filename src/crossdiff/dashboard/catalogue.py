@@ -16,8 +16,9 @@ from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.examples import ExampleDatabase
-from crossdiff.report.reading import latent_of, read_run, read_table
+from crossdiff.report.reading import latent_of, read_run
 from crossdiff.report.records import CrosscoderReport, Latent, RunReport
+from crossdiff.report.tables import read_table
 from crossdiff.report.wording import predicted
 
 TOP, PER_QUANTILE = 10, 3

@@ -10,7 +10,7 @@ from crossdiff.diff import open as open_run
 from crossdiff.errors import UserError
 from crossdiff.files import write_text
 from crossdiff.report.cards import card_of
-from crossdiff.report.reading import read_behaviours
+from crossdiff.report.tables import read_behaviours
 from crossdiff.report.templating import environment
 from crossdiff.report.wording import predicted
 

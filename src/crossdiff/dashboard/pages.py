@@ -121,7 +121,7 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> di
         "card": coder.card(replace(latent, examples=())),
         "percentiles": coder.percentiles(row),
         "base_share": row["norm_base"] / norms if norms else None,
-        "views": [example_view(example, latent, whole, raw) for example in latent.examples],
+        "views": [example_view(example, latent.max_activation, whole, raw) for example in latent.examples],
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),
         "neighbours": coder.neighbours(row["latent"]),
