@@ -134,10 +134,9 @@ class Diff:
         concept, those that replicate first; `docs/run-directory.md` has the columns.
 
         Examples:
-            >>> run = crossdiff.open("runs/demo")
-            >>> new = run.concepts.filter(pl.col("replicated"), verdict="chat_specific")
-            >>> new.columns[:3]
-            ['concept', 'n_trainings', 'replicated']
+            >>> concepts = crossdiff.open("runs/demo").concepts
+            >>> concepts.filter(replicated=True, verdict="chat_specific")["n_trainings"].to_list()
+            [3, 4]
 
         Raises:
             UserError: the run has no concepts yet.

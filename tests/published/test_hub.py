@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import crossdiff
 from crossdiff.cli import run_command
 from crossdiff.errors import UserError
-from crossdiff.published.hub import load, load_table, pull, push
+from crossdiff.published.hub import CONCEPTS, load, load_table, pull, push
 from hub_server import LARGE, TOKEN, HubServer
 from opened import write_run
 
@@ -44,14 +44,29 @@ def test_what_is_pushed_is_pulled_byte_for_byte(
     run_command(["pull", NAME, str(tmp_path / "pulled")])
     out = capsys.readouterr().out
     assert f"sent to {NAME}" in out and "batchtopk/model.safetensors" in out and "by local paths" in out
-    for file in ("config.yaml", "l1/model.safetensors", "batchtopk/latents.parquet", "batchtopk/examples.sqlite"):
+    for file in (
+        "config.yaml",
+        "l1/model.safetensors",
+        "batchtopk/latents.parquet",
+        "batchtopk/examples.sqlite",
+        "concepts/concepts.parquet",
+        "concepts/examples.sqlite",
+        "concepts/concepts.json",
+    ):
         assert (tmp_path / "pulled" / file).read_bytes() == (run_path / file).read_bytes(), file
     assert not (tmp_path / "pulled" / "activations").exists()
     run = crossdiff.open(tmp_path / "pulled")
     assert run.names == ("l1", "batchtopk") and run.latent(3).record.verdict == "chat_specific"
+    assert run.concept(0).record.n_trainings == 3
     assert run.activations("the sea").values.shape[0] == 8  # the BOS and seven bytes
     with pytest.raises(UserError, match="is not an activation store"):
         run.store  # noqa: B018
+
+
+def test_every_file_of_the_concepts_is_published() -> None:
+    from crossdiff.concepts.find import OUTPUTS
+
+    assert set(OUTPUTS) <= set(CONCEPTS)
 
 
 def test_the_card_states_the_runs_own_numbers(run_path: Path) -> None:

@@ -67,7 +67,7 @@ def missing(report: RunReport) -> str:
     """What to do where a run has no concepts."""
     if not any(coder.compares for coder in report.crosscoders):
         return "This run has no concepts, because none of its crosscoders reads both models."
-    return f"This run has no concepts yet. `{HOW} {report.directory}` finds them; the results below are of single latents."
+    return f"This run has no concepts yet, only single latents. The command {HOW} RUN groups them into concepts."
 
 
 def headline(concepts: RunConcepts) -> str:
