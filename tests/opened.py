@@ -13,14 +13,14 @@ from crossdiff.config import RunConfig
 from crossdiff.crosscoder.checkpoint import save
 from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.models.pair import identify
-from report.synthetic_run import N_LATENTS, latent_table, write_crosscoder
+from report.synthetic_run import N_LATENTS, latent_table, write_concepts, write_crosscoder
 from stores import make_store
 
 D_MODEL, LAYER = 16, 1
 
 
 def write_run(path: Path, pair: tuple[Path, Path], texts: tuple[Path, Path]) -> Path:
-    """Crosscoders l1 and batchtopk of 60 latents; latent 3 of each is chat-specific and has examples."""
+    """Crosscoders l1 and batchtopk of 60 latents; latent 3 of each is chat-specific and has examples. And concepts."""
     path.mkdir(parents=True)
     config = RunConfig.model_validate(tiny_config(pair, texts))
     (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -33,6 +33,7 @@ def write_run(path: Path, pair: tuple[Path, Path], texts: tuple[Path, Path]) -> 
         crosscoder.threshold = 0.1 if name == "batchtopk" else 0.0
         crosscoder.origin = {"pair": identity, "layer": LAYER, "settings": settings.model_dump(mode="json")}
         save(crosscoder, path / name)
+    write_concepts(path)
     make_store(path / "activations", torch.randn(2000, 2, D_MODEL, generator=torch.Generator().manual_seed(0)))
     manifest = json.loads((path / "activations" / "manifest.json").read_text())
     (path / "activations" / "manifest.json").write_text(json.dumps(manifest | {"pair": identity}))

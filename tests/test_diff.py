@@ -110,6 +110,27 @@ def test_causal_results_are_a_table(run_path: Path, tmp_path: Path) -> None:
     assert table["n_latents"].to_list() == [7, None] and table["closed_low"].is_nan().all()
 
 
+def test_concepts_are_a_table_and_each_a_card(run_path: Path, tmp_path: Path) -> None:
+    run = crossdiff.open(run_path)
+    assert run.concepts["n_trainings"].to_list() == [3, 4, 4, 1, 1] and run.concepts["explanation"].is_null().all()
+    view = run.concept(0)
+    page = view._repr_html_()
+    assert view.record.verdict == "chat_specific" and "replicated 3 of 4 trainings" in page
+    assert "<script>alert(1)</script>" not in page and "&lt;script&gt;alert(1)" in page
+    assert page.count("<div") == page.count("</div>") and "\n\n" not in page and "@scope (.crossdiff)" in page
+    text = repr(view)
+    assert text.startswith("concept 0: ") and "«" in text and "replicates" in text and "not measured" in text
+    for number in (5, -1):
+        with pytest.raises(UserError, match=f"no concept {number}: there are 5, from 0 to 4"):
+            run.concept(number)
+    (tmp_path / "config.yaml").symlink_to(run_path / "config.yaml")
+    (tmp_path / "l1").symlink_to(run_path / "l1")
+    without = crossdiff.open(tmp_path)
+    for read in (lambda: without.concepts, lambda: without.concept(0)):
+        with pytest.raises(UserError, match=r"has no concepts; run `crossdiff concepts .*` first"):
+            read()
+
+
 def test_a_latents_card_shows_its_measures_and_escapes_the_text(run_path: Path) -> None:
     view = crossdiff.open(run_path).latent(3)
     page = view._repr_html_()

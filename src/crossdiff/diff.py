@@ -13,9 +13,13 @@ from crossdiff.config import RunConfig, read_yaml, validate
 from crossdiff.errors import UserError, check_latents
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of, example_view
+from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_title
+from crossdiff.report.concept_reading import check_concept, concept_of, read_concepts
+from crossdiff.report.concept_records import Concept, RunConcepts
 from crossdiff.report.examples import Example, read_examples
-from crossdiff.report.reading import read_behaviours, read_latent, read_latents
+from crossdiff.report.reading import read_latent, read_latents
 from crossdiff.report.records import Latent
+from crossdiff.report.tables import read_behaviours
 from crossdiff.report.templating import fragment
 from crossdiff.report.wording import predicted
 from crossdiff.run import FORMAT
@@ -42,7 +46,7 @@ class Examples(tuple[Example, ...]):
         return f"<{len(self)} examples of latent {self.latent.latent}, maxima {maxima}>"
 
     def _repr_html_(self) -> str:
-        views = [example_view(example, self.latent) for example in self]
+        views = [example_view(example, self.latent.max_activation) for example in self]
         return fragment(views=views, title=f"Latent {self.latent.latent}")
 
 
@@ -60,6 +64,24 @@ class LatentView:
 
     def _repr_html_(self) -> str:
         return fragment(cards=[self._card])
+
+
+class ConceptView:
+    """One concept: `record` has its measures and examples. A notebook shows it as the card of the report."""
+
+    def __init__(self, record: Concept, card: ConceptCard) -> None:
+        self.record = record
+        self._card = card
+
+    def __repr__(self) -> str:
+        name = self.record.explanation
+        if name is None and self.record.examples:
+            name = "{}«{}»{}".format(*plain_title(self.record.examples[0]))
+        lines = [f"concept {self.record.number}: {name}", f"  {self._card.verdict}"]
+        return "\n".join([*lines, *(f"  {rung.name:<28}{rung.state}: {rung.why}" for rung in self._card.rungs)])
+
+    def _repr_html_(self) -> str:
+        return fragment(concepts=[self._card])
 
 
 class Diff:
@@ -105,6 +127,44 @@ class Diff:
     def folder(self) -> Path:
         """The crosscoder's folder."""
         return self.path / self.name
+
+    @cached_property
+    def concepts(self) -> pl.DataFrame:
+        """The concepts of the run: groups of latents, from several trainings, that are active on the same tokens. One row per
+        concept, those that replicate first; `docs/run-directory.md` has the columns.
+
+        Examples:
+            >>> concepts = crossdiff.open("runs/demo").concepts
+            >>> concepts.filter(replicated=True, verdict="chat_specific")["n_trainings"].to_list()
+            [3, 4]
+
+        Raises:
+            UserError: the run has no concepts yet.
+        """
+        return self._concepts.table
+
+    def concept(self, concept: int) -> ConceptView:
+        """A concept's card: what it is active on, its verdict, and the evidence for it.
+
+        Examples:
+            >>> crossdiff.open("runs/demo").concept(0).record.n_trainings
+            3
+
+        Raises:
+            UserError: the concept does not exist, or the run has no concepts yet.
+        """
+        found = self._concepts
+        check_concept(found, concept)
+        examples = read_examples(found.folder / "examples.sqlite", [concept])[concept]
+        record = concept_of(found, concept, examples)
+        return ConceptView(record, concept_card(record, found))
+
+    @cached_property
+    def _concepts(self) -> RunConcepts:
+        found = read_concepts(self.path, with_examples=False)
+        if found is None:
+            raise UserError(f"{self.path} has no concepts; run `crossdiff concepts {self.path}` first")
+        return found
 
     @cached_property
     def crosscoder(self) -> Crosscoder:

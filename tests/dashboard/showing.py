@@ -10,12 +10,14 @@ import polars as pl
 from crossdiff.files import write_json
 from crossdiff.interp.explanation_table import FILE, SCHEMA
 from crossdiff.run import FORMAT
-from report.synthetic_run import latent_table, write_activations, write_crosscoder
+from report.synthetic_run import latent_table, write_activations, write_concepts, write_crosscoder
 
 DANGER = "<script>alert(1)</script>{{ 1337 * 3 }}\"'><img src=x onerror=alert(2)>"
 ADDRESS = "http://127.0.0.1:8321"
 BATCHTOPK = "/run/a-b-1/batchtopk"
 """Where the synthetic run's second crosscoder is."""
+CONCEPTS = "/run/a-b-1/concepts"
+"""Where its concepts are."""
 
 
 def write_run(folder: Path) -> Path:
@@ -35,6 +37,7 @@ def write_run(folder: Path) -> Path:
         ]
         pl.DataFrame(explained, schema=SCHEMA).write_parquet(directory / name / FILE)
         write_links(directory / name, latent=0, twin=20, neighbour=9)
+    write_concepts(directory)
     return directory
 
 

@@ -18,7 +18,7 @@ import yaml
 
 pytest.importorskip("fastapi")
 
-from showing import BATCHTOPK, DANGER, requests_to, write_run
+from showing import BATCHTOPK, CONCEPTS, DANGER, requests_to, write_run
 
 from crossdiff.cli import run_command
 from crossdiff.dashboard.catalogue import slugs
@@ -68,7 +68,17 @@ def latents_of(page: str) -> list[int]:
 
 @pytest.mark.parametrize(
     "path",
-    ["/", BATCHTOPK, f"{BATCHTOPK}?q=script", f"{BATCHTOPK}/latent/3", f"{BATCHTOPK}/latent/3?context=whole&whitespace=raw"],
+    [
+        "/",
+        BATCHTOPK,
+        f"{BATCHTOPK}?q=script",
+        f"{BATCHTOPK}/latent/3",
+        f"{BATCHTOPK}/latent/3?context=whole&whitespace=raw",
+        CONCEPTS,
+        f"{CONCEPTS}?every=true&verdict=chat_specific",
+        f"{CONCEPTS}/0",
+        f"{CONCEPTS}/0?context=whole&whitespace=raw",
+    ],
 )
 def test_no_text_of_a_run_becomes_markup(client: Any, path: str) -> None:
     page = client.get(path)
@@ -181,7 +191,8 @@ def test_percentile_among_shared_latents(client: Any, run: Path) -> None:
 
 
 def test_white_space_raw_and_as_signs(client: Any) -> None:
-    signs, raw = (client.get(f"{BATCHTOPK}/latent/3?whitespace={kind}").text for kind in ("signs", "raw"))
+    pages = (client.get(f"{BATCHTOPK}/latent/3?whitespace={kind}").text for kind in ("signs", "raw"))
+    signs, raw = (page[page.index('id="examples"') :] for page in pages)
     assert "\N{RIGHTWARDS ARROW TO BAR}" in signs and "\N{RIGHTWARDS ARROW TO BAR}" not in raw
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import crossdiff
 from crossdiff.cli import run_command
 from crossdiff.errors import UserError
-from crossdiff.published.hub import load, load_table, pull, push
+from crossdiff.published.hub import CONCEPTS, load, load_table, pull, push
 from hub_server import LARGE, TOKEN, HubServer
 from opened import write_run
 
@@ -44,14 +44,29 @@ def test_what_is_pushed_is_pulled_byte_for_byte(
     run_command(["pull", NAME, str(tmp_path / "pulled")])
     out = capsys.readouterr().out
     assert f"sent to {NAME}" in out and "batchtopk/model.safetensors" in out and "by local paths" in out
-    for file in ("config.yaml", "l1/model.safetensors", "batchtopk/latents.parquet", "batchtopk/examples.sqlite"):
+    for file in (
+        "config.yaml",
+        "l1/model.safetensors",
+        "batchtopk/latents.parquet",
+        "batchtopk/examples.sqlite",
+        "concepts/concepts.parquet",
+        "concepts/examples.sqlite",
+        "concepts/concepts.json",
+    ):
         assert (tmp_path / "pulled" / file).read_bytes() == (run_path / file).read_bytes(), file
     assert not (tmp_path / "pulled" / "activations").exists()
     run = crossdiff.open(tmp_path / "pulled")
     assert run.names == ("l1", "batchtopk") and run.latent(3).record.verdict == "chat_specific"
+    assert run.concept(0).record.n_trainings == 3
     assert run.activations("the sea").values.shape[0] == 8  # the BOS and seven bytes
     with pytest.raises(UserError, match="is not an activation store"):
         run.store  # noqa: B018
+
+
+def test_every_file_of_the_concepts_is_published() -> None:
+    from crossdiff.concepts.find import OUTPUTS
+
+    assert set(OUTPUTS) <= set(CONCEPTS)
 
 
 def test_the_card_states_the_runs_own_numbers(run_path: Path) -> None:
@@ -60,8 +75,10 @@ def test_the_card_states_the_runs_own_numbers(run_path: Path) -> None:
     assert "license: other" in head and "library_name: crossdiff" in head
     # health.json says 0.9123, 31.62 and 3 of 60 dead; the table has 7 specific and 4 rotated latents.
     assert "| FVE, base | 0.912 [0.900, 0.920] | 0.912 [0.900, 0.920] |" in body
-    assert "| L0 | 31.6 | 31.6 |" in body and "| dead | 5.0% | 5.0% |" in body
-    assert "| `chat_specific` | 7 | 7 |" in body and "| `rotated` | 4 | 4 |" in body
+    assert "| L0 | 31.6 | 31.6 |" in body and "| never active on the held-out tokens | 5.0% | 5.0% |" in body
+    assert "| verdict chat-specific | 7 | 7 |" in body and "| verdict rotated | 4 | 4 |" in body
+    # 7 of the 60 are specific, 4 rotated, 3 undecided, 3 dead; the norms alone call others shared.
+    assert "| verdict shared | 43 | 43 |" in body and "| shared by decoder norms |" in body
     assert "kind: batchtopk" in body and "k: 4" in body and f'crossdiff.pull("{NAME}")' in body
     assert "## Limits" in body and "causal test" in body
     assert "license: mit" in push(run_path, NAME, dry_run=True, licence="mit").card

@@ -119,6 +119,96 @@ def behaviour_table() -> pl.DataFrame:
     return pl.DataFrame(rows, schema_overrides={"latent": pl.Int64})
 
 
+CONCEPTS = (("chat_specific", 3), ("rotated", 4), ("chat_specific", 4), ("chat_specific", 1), ("latent_decoupling", 1))
+"""Verdict of each synthetic concept, and the number of the four trainings that have it; three are enough."""
+TRAININGS = (("l1", "l1"), ("batchtopk", "batchtopk"), ("batchtopk-seed1", "batchtopk"), ("batchtopk-seed2", "batchtopk"))
+
+
+def concept_table() -> pl.DataFrame:
+    rows = latent_table(0).head(len(CONCEPTS)).rename({"latent": "concept"}).drop("verdict", "verdict_reason")
+    trainings = [n for _, n in CONCEPTS]
+    return rows.with_columns(
+        verdict=pl.Series([verdict for verdict, _ in CONCEPTS]),
+        verdict_reason=pl.lit("by the rule of groups"),
+        n_trainings=pl.Series(trainings),
+        replicated=pl.Series([n >= 3 for n in trainings]),
+        n_members=pl.Series([n + 1 for n in trainings]),
+        energy=pl.Series([0.2, 0.1, 0.05, 0.3, 0.01]),
+        tokens=pl.Series([["I", "."]] * len(CONCEPTS)),
+        words=pl.Series([["who", DANGER]] * len(CONCEPTS)),
+        label=pl.lit("I · ."),
+        before=pl.lit("Who are you?"),
+        token=pl.lit(DANGER),
+        after=pl.lit("I am"),
+    )
+
+
+def write_concepts(directory: Path) -> None:
+    """The folder `concepts` of a run: five concepts, of which 0, 1 and 2 replicate and 0 predicts the identity."""
+    folder = directory / "concepts"
+    folder.mkdir()
+    table = concept_table()
+    table.write_parquet(folder / "concepts.parquet")
+    member = [(c, name, kind, 3 + c) for c, (_, n) in enumerate(CONCEPTS) for name, kind in TRAININGS[4 - n :]]
+    members = pl.DataFrame(member, schema=["concept", "training", "kind", "latent"], orient="row")
+    judged = pl.col("concept").replace_strict(dict(enumerate(verdict for verdict, _ in CONCEPTS)))
+    members = members.with_columns(verdict=judged, energy=pl.lit(0.1), correlation=pl.lit(0.9))
+    members.write_parquet(folder / "members.parquet")
+    alone = members.select("concept", "training", n_members=pl.lit(1), energy="energy")
+    alone.join(table.drop("energy", "n_members"), on="concept").write_parquet(folder / "trainings.parquet")
+    directions = ("base direction, base model", "chat direction, chat model", "chat minus base direction, chat model")
+    sides = [(where, side, rank) for where in directions for side in ("up", "down") for rank in (1, 0)]
+    promoted = [(c, *each, f" {each[1]}{each[2]}{DANGER}", 1.0) for c in range(len(CONCEPTS)) for each in sides]
+    schema = ["concept", "direction", "side", "rank", "token", "logit"]
+    pl.DataFrame(promoted, schema=schema, orient="row").write_parquet(folder / "promoted.parquet")
+    where = {"dataset": "prose", "group": "plain", "role": None, "template_index": None, "token": None}
+    counts = {"n_tokens": 100, "n_active": 10, "frequency": 0.1, "share": 1.0, "mean_activation": 1.0, "max_activation": 2.0}
+    pl.DataFrame([{"concept": c, **where, **counts} for c in range(5)]).write_parquet(folder / "activity.parquet")
+    scores = [("identity", "before_answer", 0, 0.97), ("identity", "whole_conversation", 2, 0.9),
+              ("refusal", "before_answer", 1, 0.52)]  # fmt: skip
+    pl.DataFrame([
+        {"behaviour": behaviour, "question": question, "pool": "concepts", "pool_size": 3, "concept": concept,
+         "auroc_train": auroc, "auroc": auroc, "auroc_low": auroc - 0.05, "auroc_high": min(1.0, auroc + 0.02),
+         "n_positive": 77, "n_negative": 140}
+        for behaviour, question, concept, auroc in scores
+    ]).write_parquet(folder / "behaviours.parquet")  # fmt: skip
+    write_examples(folder / "examples.sqlite", list(range(len(CONCEPTS))))
+    (folder / "concepts.json").write_text(json.dumps(concepts_record()))
+
+
+def concepts_record() -> dict[str, Any]:
+    """concepts.json: the replicated concepts account for 10, 15, 20 and 25% of the difference."""
+
+    def interval(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+    explained = [{"training": name, "set": key, "n_latents": 3, "explained": interval(share)}
+                 for at, (name, _) in enumerate(TRAININGS)
+                 for key, share in (("replicated", 0.1 + at / 20), ("candidates", 0.5), ("random", 0.01))]  # fmt: skip
+    return {
+        "trainings": [{"name": name, "kind": kind, "seed": 0, "batch_seed": 0, "n_candidates": 9} for name, kind in TRAININGS],
+        "correlation": 0.6, "needed": 3, "n_tokens": 412_000,
+        "cuts": [{"correlation": 0.6, "n_concepts": 5, "n_replicated": 3, "energy": 0.6, "specific_energy": 0.7,
+                  "n_replicated_permuted": 0}],
+        "halves": [{"trainings": [], "n_replicated": 2, "found": interval(share), "found_energy": interval(0.8)}
+                   for share in (0.5, 1.0)],
+        "completeness": explained,
+    }  # fmt: skip
+
+
+def write_concept_causal(directory: Path) -> None:
+    """The causal test of concepts: 0 acts in all of its three trainings, 1 in three of four, 2 was tested in one of four."""
+    rows = [(0, name, 0.2, 0.1, 0.02) for name, _ in TRAININGS[1:]]
+    rows += [(1, name, 0.2, low, 0.04) for (name, _), low in zip(TRAININGS, (0.1, 0.1, 0.1, -0.1), strict=True)]
+    rows.append((2, "l1", 0.2, 0.1, 0.03))
+    columns = ["concept", "training", "kl_reduction", "kl_reduction_low", "closed"]
+    table = pl.DataFrame(rows, schema=columns, orient="row").with_columns(kl_reduction_high=pl.lit(0.3))
+    table.write_parquet(directory / "concepts" / "causal.parquet")
+    closed = {"value": 0.25, "low": 0.2, "high": 0.3}
+    results = [{"training": name, "intervention": "replicated", "closed": closed} for name, _ in TRAININGS]
+    (directory / "concepts" / "causal.json").write_text(json.dumps({"results": results}))
+
+
 def health_record(architecture: str, table: pl.DataFrame) -> dict[str, Any]:
     dead = table.filter(pl.col("verdict") == "dead").height
     return {

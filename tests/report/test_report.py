@@ -285,7 +285,7 @@ def test_terminal_summary(report: RunReport) -> None:
         "FVE base": "0.912",
         "FVE chat": "0.888",
         "L0": "31.6",
-        "dead latents": "5.0%",
+        "never active on held-out": "5.0%",
         "chat-specific": "7",
         "rotated": "4",
     }
@@ -316,7 +316,7 @@ def test_no_specific_latent_and_a_dead_crosscoder(tmp_path: Path) -> None:
     text = Page(render_html(report)).text
     assert "none is specific to the chat model" in text and "(delta_norm of 0.9 or above) would have named none" in text
     assert report.crosscoders[0].top.latents == () and "so none is shown" in text
-    assert "100% of the L1 latents are dead, that is, never active." in text
+    assert "100% of the L1 latents are never active on the held-out tokens." in text
     assert "so none is shown" in summary(read_run(tmp_path, ["l1"]))
     assert "Every latent is dead" in Page(render_html(read_run(tmp_path, ["l1"]))).text
 

@@ -19,10 +19,12 @@ def add(commands: Commands) -> None:
     parser.add_argument("--no-live", action="store_true", help="load no models: tables and examples only")
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="write pictures of every page there instead of serving")
 
-    parser = commands.add("export", "write latents as one self-contained page", export, abbreviations=False)
+    parser = commands.add("export", "write concepts or latents as one self-contained page", export, abbreviations=False)
     parser.add_argument("directory", type=Path, metavar="RUN", help="run directory with an analysed crosscoder")
     text = "numbers, ranges such as 3-9, or verdicts such as chat_specific"
-    parser.add_argument("--latents", nargs="+", required=True, metavar="LATENT", help=text)
+    which = f"{text}; also `replicated` [replicated, unless --latents is given]"
+    parser.add_argument("--concepts", nargs="+", default=[], metavar="CONCEPT", help=which)
+    parser.add_argument("--latents", nargs="+", default=[], metavar="LATENT", help=text)
     parser.add_argument("--crosscoder", help="which crosscoder of the run [the first BatchTopK one]")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE", help="the page to write, such as page.html")
 
@@ -74,8 +76,9 @@ def dashboard(args: Namespace) -> None:
 def export(args: Namespace) -> None:
     from crossdiff.dashboard.export import export_page
 
-    n = export_page(args.directory, args.crosscoder, args.latents, args.output)
-    print(f"{n} latents written to {args.output}")
+    n_concepts, n_latents = export_page(args.directory, args.crosscoder, args.latents, args.concepts, args.output)
+    parts = [f"{n} {what}" for n, what in ((n_concepts, "concepts"), (n_latents, "latents")) if n]
+    print(f"{' and '.join(parts) or 'nothing'} written to {args.output}")
 
 
 def push(args: Namespace) -> None:

@@ -14,7 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.dashboard import live_pages, pages
+from crossdiff.dashboard import concept_pages, live_pages, pages
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.live import Busy, Live
 from crossdiff.dashboard.queries import parse, select
@@ -44,6 +44,7 @@ def create_app(
     site = Site(catalogue, live, cache)
     app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
+    concept_pages.add(app, site)  # before those of a crosscoder, whose name is never `concepts`
     _add_pages(app, site)
     live_pages.add(app, site)
     _add_errors(app, site)

@@ -12,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from crossdiff.errors import UserError
+from crossdiff.dashboard.concepts import Concepts
+from crossdiff.dashboard.side_tables import activity_of
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of
+from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.examples import ExampleDatabase
-from crossdiff.report.reading import latent_of, read_run, read_table
+from crossdiff.report.reading import latent_of, read_run
 from crossdiff.report.records import CrosscoderReport, Latent, RunReport
+from crossdiff.report.tables import read_table
 from crossdiff.report.wording import predicted
 
 TOP, PER_QUANTILE = 10, 3
@@ -33,7 +36,7 @@ class Percentile(NamedTuple):
 
 
 class Coder:
-    """One crosscoder of a run; `run` and `name` make up its address."""
+    """One crosscoder of a run; `run` and `name` make up its address. `concepts` are those of the run, None if it has none."""
 
     def __init__(self, run: str, report: RunReport, coder: CrosscoderReport) -> None:
         self.run = run
@@ -45,6 +48,7 @@ class Coder:
         self.table = coder.latents
         self._row_of = {latent: row for row, latent in enumerate(self.table["latent"].to_list())}
         self.predicted = predicted(coder.behaviours)
+        self.concepts: Concepts | None = None
 
     @property
     def path(self) -> str:
@@ -98,15 +102,7 @@ class Coder:
 
     def activity(self, latent: int) -> list[dict[str, Any]]:
         """The groups of tokens on which it is active: rows of activity.parquet, the largest share first."""
-        path = self.folder / "activity.parquet"
-        if not path.is_file():
-            return []
-        try:
-            # This is the largest side table, so it stays on disk.
-            found = pl.scan_parquet(path).filter(pl.col("latent") == latent).collect()
-            return found.sort("share", descending=True, nulls_last=True, maintain_order=True).to_dicts()
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise UserError(f"{path} cannot be read as Parquet ({error}); run `crossdiff analyze` again") from error
+        return activity_of(self.folder / "activity.parquet", "latent", latent, "crossdiff analyze")
 
     def neighbours(self, latent: int) -> list[dict[str, Any]]:
         """The nearest latents by their chat directions."""
@@ -154,11 +150,20 @@ class Catalogue:
     def __init__(self, directories: Sequence[Path]) -> None:
         self.coders: dict[tuple[str, str], Coder] = {}
         self.reports: dict[str, RunReport] = {}
+        self.concepts: dict[str, Concepts] = {}
         for directory, slug in zip(directories, slugs(directories), strict=True):
             report = read_run(directory)
             self.reports[slug] = report
             for coder in report.crosscoders:
                 self.coders[slug, coder.name] = Coder(slug, report, coder)
+            if report.concepts is not None:
+                self._add_concepts(slug, report.concepts)
+
+    def _add_concepts(self, slug: str, found: RunConcepts) -> None:
+        own = [coder for coder in self if coder.run == slug]
+        concepts = self.concepts[slug] = Concepts(slug, found, {coder.name: coder.path for coder in own})
+        for coder in own:
+            coder.concepts = concepts
 
     def __iter__(self) -> Iterator[Coder]:
         return iter(self.coders.values())

@@ -184,7 +184,7 @@ def add(app: FastAPI, site: Site) -> None:
         views = []
         for model, parts in ((BASE, found.base), (CHAT, found.chat)):
             side = replace(example, tokens=example.tokens.with_activations(parts), activation=float(parts[at]))
-            view = example_view(side, replace(record, max_activation=highest))
+            view = example_view(side, highest)
             views.append(view._replace(origin=f"{model} side: {parts[at]:+.2f} at the marked token"))
         template = "sides.html.j2" if is_partial(request) else "sides_page.html.j2"
         return site.page(template, coder=coder, latent=latent, views=views, sides=found, at=at, v=example.activation)

@@ -9,9 +9,10 @@ import jinja2
 
 from crossdiff.dashboard import charts
 from crossdiff.dashboard.catalogue import Catalogue, Coder
+from crossdiff.dashboard.concepts import ConceptRow, Concepts
 from crossdiff.dashboard.queries import SHOWN, Query, page_of, select
 from crossdiff.dashboard.search import Search
-from crossdiff.report import figures, overview, wording
+from crossdiff.report import concept_wording, figures, overview, wording
 from crossdiff.report.cards import example_view
 from crossdiff.report.examples import visible
 from crossdiff.report.figures import NU_RANGE, scaling_note
@@ -19,7 +20,7 @@ from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.plotly_figures import for_page
 from crossdiff.report.templating import environment
 
-MAX_ACTIVITY_ROWS = 14
+MAX_ACTIVITY_ROWS, HOME_CONCEPTS = 14, 12
 
 
 def templates() -> jinja2.Environment:
@@ -63,6 +64,10 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
             "slug": slug,
             "title": overview.title(report),
             "facts": overview.facts(report),
+            "headline": concept_wording.headline(report.concepts) if report.concepts else concept_wording.missing(report),
+            "concepts": catalogue.concepts.get(slug),
+            "rows": _first_concepts(catalogue.concepts.get(slug)),
+            "one_decoder": wording.one_decoder(report),
             "answer": wording.answer(report),
             "names": [coder.title for coder in report.crosscoders],
             "health": overview.health_rows(report),
@@ -74,6 +79,13 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
     ]
     comparing = [coder for coder in coders if coder.compares]
     return {"runs": runs, "overlay": charts.norm_overlay(comparing) if comparing else None, "kl": charts.kl_bars(coders)}
+
+
+def _first_concepts(concepts: Concepts | None) -> list[ConceptRow]:
+    """The first concepts that a short list shows."""
+    if concepts is None:
+        return []
+    return concepts.rows([concept.number for concept in concept_wording.leading(concepts.found)[:HOME_CONCEPTS]])
 
 
 def table(coder: Coder, query: Query, search: Search) -> dict[str, Any]:
@@ -100,6 +112,7 @@ def coder_page(coder: Coder) -> dict[str, Any]:
     if coder.compares:
         histogram = for_page(figures.delta_norm_histogram(report_coder, figures.highest_bar([report_coder])))
     return {
+        "no_concepts": concept_wording.missing(coder.report),
         "health": [(row.name, row.values[place], row.meaning) for row in overview.health_rows(coder.report)],
         "histogram": histogram,
         "frequencies": for_page(figures.frequency_histogram(report_coder)),
@@ -115,13 +128,18 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> di
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
     previous, following = coder.beside(row["latent"])
     activity = coder.activity(row["latent"])
+    concepts = coder.concepts
+    concept = None if concepts is None else concepts.of_latent(coder.name, row["latent"])
     return {
         "coder": coder,
+        "concept": concept,
+        "concept_title": None if concepts is None or concept is None else concepts.title(concept),
+        "no_concepts": concept_wording.missing(coder.report),
         "row": row,
         "card": coder.card(replace(latent, examples=())),
         "percentiles": coder.percentiles(row),
         "base_share": row["norm_base"] / norms if norms else None,
-        "views": [example_view(example, latent, whole, raw) for example in latent.examples],
+        "views": [example_view(example, latent.max_activation, whole, raw) for example in latent.examples],
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),
         "neighbours": coder.neighbours(row["latent"]),

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import polars as pl
 
 from crossdiff.errors import UserError
+from crossdiff.report.reading import RANKED_NU
 
 PAGE_SIZE = 50
 SHOWN = (
@@ -158,14 +159,23 @@ def _end(value: float | None) -> str:
 
 
 def select(table: pl.DataFrame, query: Query, found: npt.NDArray[np.int64] | None) -> pl.DataFrame:
-    """The rows of a query in its order, undefined values last. `found` has the latents that the search found, if any."""
+    """The rows of a query in its order, undefined values last. By rank_sum, the default, chat-specific latents come first.
+    `found` has the latents that the search found, if any."""
     table = table.filter(*(each.expression() for each in query.filters))
     if found is not None:
         table = table.filter(pl.col("latent").is_in(found.tolist()))
+    if (query.sort, query.descending) == ("rank_sum", False):
+        return table.sort(*_most_specific(), pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
     key = pl.col(query.sort)
     if table.schema[query.sort].is_float():
         key = key.fill_nan(None)
     return table.sort(key, "latent", descending=[query.descending, False], nulls_last=True)
+
+
+def _most_specific() -> list[pl.Expr]:
+    """The order before rank_sum: chat-specific latents first, and those first whose nu may be ranked."""
+    inside = pl.all_horizontal(pl.col("nu_error", "nu_reconstruction").is_between(*RANKED_NU))
+    return [pl.col("verdict") != "chat_specific", ~inside.fill_null(value=False)]
 
 
 def page_of(rows: pl.DataFrame, query: Query) -> Page:

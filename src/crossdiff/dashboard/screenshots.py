@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from crossdiff.dashboard.catalogue import Catalogue, Coder
+from crossdiff.dashboard.concepts import Concepts
 from crossdiff.dashboard.search import cache_folder
 from crossdiff.dashboard.serve import serving
 from crossdiff.errors import UserError
+from crossdiff.report.concept_wording import leading
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page, Playwright
@@ -47,7 +49,8 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
         raise UserError("screenshots need the package playwright; run `pip install playwright`") from None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    coders = list(Catalogue(directories))
+    catalogue = Catalogue(directories)
+    coders = list(catalogue)
     comparing = [coder for coder in coders if coder.table["delta_norm"].is_not_nan().any()]
     coder = (comparing or coders)[-1]
     with serving(directories, cache_folder(), live) as address, sync_playwright() as playwright:
@@ -55,7 +58,7 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
         for scheme, size, name in (("light", WIDE, "light"), ("dark", WIDE, "dark"), ("light", NARROW, "narrow")):
             page = browser.new_page(viewport=size, color_scheme=scheme)
             page.set_default_timeout(TIMEOUT)
-            for title, path in _pages(coder).items():
+            for title, path in _pages(coder, catalogue.concepts.get(coder.run)).items():
                 page.goto(address + path)
                 _settle(page)
                 written.append(_shoot(page, folder / f"{title}-{name}.png"))
@@ -80,13 +83,21 @@ def interesting(coder: Coder) -> int:
     return int(ranked["latent"][0])
 
 
-def _pages(coder: Coder) -> dict[str, str]:
+def _pages(coder: Coder, concepts: Concepts | None) -> dict[str, str]:
+    of_concepts = {} if concepts is None else {"concepts": concepts.path, "concept": f"{concepts.path}/{_first(concepts)}"}
     return {
         "overview": "/",
+        **of_concepts,
         "crosscoder": coder.path,
         "latent": f"{coder.path}/latent/{interesting(coder)}",
         "error": f"{coder.path}/latent/999999999",
     }
+
+
+def _first(concepts: Concepts) -> int:
+    """The concept that screenshots show."""
+    shown = leading(concepts.found)
+    return shown[0].number if shown else 0
 
 
 def _settle(page: Page) -> None:

@@ -33,6 +33,11 @@ FILES = (
     "causal_conversations.parquet", "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
 )  # fmt: skip
 """The files of each crosscoder that are published if they exist."""
+CONCEPTS = (
+    "concepts.parquet", "members.parquet", "trainings.parquet", "concepts.json", "activity.parquet", "behaviours.parquet",
+    "examples.sqlite", "promoted.parquet", "directions.safetensors", "causal.parquet", "causal.json", "explanations.parquet",
+)  # fmt: skip
+"""The files of the folder `concepts` of a run that are published if they exist."""
 SETTINGS = ("config.json", "trainer_config.json", "cfg.json")
 """Settings files that published weights come with."""
 EARLY_TABLES = "science-of-finetuning/max-activating-examples-gemma-2-2b-l13"
@@ -56,7 +61,7 @@ class Upload:
 
 
 def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bool = False, licence: str = "") -> Upload:
-    """Publish a run's crosscoders, latent tables, examples and settings with a generated model card.
+    """Publish a run's crosscoders, latent tables, concepts, examples and settings with a generated model card.
 
     The run itself does not change, and its activations are not published.
 
@@ -96,6 +101,7 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
 def _files_of(path: Path, names: Iterable[str]) -> dict[str, Path]:
     """The files of a run that are published: name in the repository -> file."""
     files = {f"{name}/{file}": path / name / file for name in names for file in FILES}
+    files |= {f"concepts/{file}": path / "concepts" / file for file in CONCEPTS}
     found = {name: file for name, file in files.items() if file.is_file()}
     return {"config.yaml": path / "config.yaml"} | found
 
@@ -180,7 +186,7 @@ def pull(repository: str, directory: str | Path | None = None, *, revision: str 
                 f"{repository} was not published by crossdiff: it has no config.yaml; use `crossdiff.load({repository!r})` to "
                 "read crosscoders of other formats"
             )
-        wanted = ["config.yaml", "README.md", *(f"*/{name}" for name in FILES)]
+        wanted = ["config.yaml", "README.md", *(f"*/{name}" for name in FILES), *(f"concepts/{name}" for name in CONCEPTS)]
         api.snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=wanted)
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,9 +77,9 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         reason=latent.verdict_reason,
         predicts=predicts,
         measures=_measures(latent),
-        fires_on=_fires_on(latent),
+        fires_on=fires_on(latent.shares),
         explanation=latent.explanation,
-        examples=tuple(example_view(example, latent) for example in latent.examples),
+        examples=tuple(example_view(example, latent.max_activation) for example in latent.examples),
     )
 
 
@@ -106,14 +107,15 @@ def _measures(latent: Latent) -> tuple[Measure, ...]:
     return (*found, Measure("KL closed alone", interval(latent.alone), meaning))
 
 
-def _fires_on(latent: Latent) -> str:
-    """The groups of tokens on which a latent is active, the largest share first."""
-    shares = [(latent.shares[group], group) for group in TOKEN_GROUPS if latent.shares[group] > 0]
-    return ", ".join(f"{group} {wording.share(part)}" for part, group in sorted(shares, reverse=True))
+def fires_on(shares: Mapping[str, float]) -> str:
+    """The groups of tokens with their shares of the active tokens, the largest first."""
+    found = [(shares[group], group) for group in TOKEN_GROUPS if shares[group] > 0]
+    return ", ".join(f"{group} {wording.share(part)}" for part, group in sorted(found, reverse=True))
 
 
-def example_view(example: Example, latent: Latent, whole: bool = False, raw: bool = False) -> ExampleView:
-    """An example around its maximum, or `whole`; `raw` leaves white space as it is."""
+def example_view(example: Example, highest: float, whole: bool = False, raw: bool = False) -> ExampleView:
+    """An example around its maximum, or `whole`; `highest` is the activation of the strongest tint, and `raw` leaves white
+    space as it is."""
     context = Context(example.tokens[:], example.position, False, False) if whole else context_of(example)
     kind = "top" if example.quantile is None else f"{example.kind} {wording.number(example.quantile)}"
     parts = [kind, f"maximum {wording.number(example.activation)}"]
@@ -122,8 +124,8 @@ def example_view(example: Example, latent: Latent, whole: bool = False, raw: boo
     if example.label:
         parts.append(f"labelled {wording.words(example.label)}")
     parts.append(f"position {example.position}")
-    highest = latent.max_activation if latent.max_activation > 0 else example.activation
-    return ExampleView(" \N{MIDDLE DOT} ".join(parts), pieces(context, highest, raw), context.cut_before, context.cut_after)
+    strongest = highest if highest > 0 else example.activation
+    return ExampleView(" \N{MIDDLE DOT} ".join(parts), pieces(context, strongest, raw), context.cut_before, context.cut_after)
 
 
 def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> ExampleView:

@@ -16,8 +16,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from crossdiff.report.marks import BLUE, VERDICT_MARKS, VERMILLION, Mark, pool_mark
-from crossdiff.report.reading import estimate
 from crossdiff.report.records import CrosscoderReport, Limits
+from crossdiff.report.tables import estimate
 from crossdiff.report.wording import POOLS, VERDICTS, fixed, interval, latents, number, share, words
 
 NU_RANGE = (-0.2, 1.5)

@@ -8,8 +8,10 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from crossdiff.files import write_text
-from crossdiff.report import figures, wording
+from crossdiff.report import concept_wording, figures, wording
 from crossdiff.report.cards import Card, anchor_of, card_of
+from crossdiff.report.concept_cards import BehaviourLine, Group, behaviour_lines, groups
+from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.interpretation import score_table
 from crossdiff.report.marks import Sign, pool_mark, sign_of
 from crossdiff.report.overview import caveats, control_rows, facts, health_rows, title
@@ -17,6 +19,8 @@ from crossdiff.report.plotly_figures import PageFigure, for_page, plotly_script
 from crossdiff.report.records import BehaviourResult, CrosscoderReport, Limits, RunReport
 from crossdiff.report.templating import environment
 
+OPEN_CARDS = 12
+"""Cards of each group of concepts that are visible without unfolding."""
 QUESTION_NOTES = {
     "before_answer": "Only positions up to the last template token before the answer count, so that the answer's own "
     "words cannot give it away.",
@@ -53,6 +57,26 @@ class BehaviourTable(NamedTuple):
     rows: tuple[BehaviourRow, ...]
 
 
+class ConceptSection(NamedTuple):
+    """Everything that a page shows of the concepts; the first `open` cards of each group are visible without unfolding."""
+
+    introduction: list[str]
+    controls: list[str]
+    behaviours: tuple[BehaviourLine, ...]
+    rungs: tuple[tuple[str, str], ...]
+    groups: tuple[Group, ...]
+    open: int
+
+
+def concept_section(concepts: RunConcepts) -> ConceptSection:
+    """The section of the concepts."""
+    found = groups(concepts)
+    cards = {card.number: card for group in found for card in group.cards}
+    lines = behaviour_lines(concepts, cards)
+    introduction, controls = concept_wording.introduction(concepts), concept_wording.controls(concepts)
+    return ConceptSection(introduction, controls, lines, concept_wording.RUNGS, found, OPEN_CARDS)
+
+
 class Section(NamedTuple):
     """Everything that the page shows of one crosscoder."""
 
@@ -80,7 +104,10 @@ def render_html(report: RunReport) -> str:
     return environment().get_template("report.html.j2").render(
         title=title(report),
         facts=facts(report),
+        headline=concept_wording.headline(report.concepts) if report.concepts else concept_wording.missing(report),
+        concepts=None if report.concepts is None else concept_section(report.concepts),
         answer=wording.answer(report),
+        one_decoder=wording.one_decoder(report),
         crosscoders=[coder.title for coder in coders],
         health=health_rows(report),
         controls=control_rows(report),

@@ -10,15 +10,23 @@ from typing import Any
 import yaml
 
 from crossdiff.config import CrosscoderConfig, RunConfig, merge, read_yaml, validate
-from crossdiff.report import wording
+from crossdiff.report import concept_wording, wording
+from crossdiff.report.concept_cards import plain_title
+from crossdiff.report.concept_records import Concept, RunConcepts
 from crossdiff.report.overview import caveats, short, title
 from crossdiff.report.records import CrosscoderReport, RunReport
 from crossdiff.report.templating import environment
 
-VERDICT_ROWS = (
-    "chat_specific", "chat_specific_paper", "complete_shrinkage", "latent_decoupling", "rotated", "shared", "base_specific",
-    "undecided", "dead", "chat_only", "base_only",
-)  # fmt: skip
+VERDICT_ROWS = {
+    "chat_specific": "verdict chat-specific", "chat_specific_paper": "chat-specific by the paper's rule",
+    "complete_shrinkage": "verdict complete shrinkage", "latent_decoupling": "verdict latent decoupling",
+    "rotated": "verdict rotated", "verdict_shared": "verdict shared", "base_specific": "verdict base-specific",
+    "undecided": "verdict undecided", "dead": "never active on the analysed tokens", "chat_only": "chat-only by decoder norms",
+    "base_only": "base-only by decoder norms", "shared": "shared by decoder norms",
+}  # fmt: skip
+"""Counts of health.json with their names; each latent has one verdict, and one class by its decoder norms."""
+N_CONCEPTS = 12
+"""Concepts that the card lists."""
 ALWAYS = (
     "A latent that is specific to the chat model may still not affect what the model says; only a causal test shows that.",
     "The results cover one layer of one pair, and only concepts that occur in the analysed texts.",
@@ -45,6 +53,9 @@ def model_card(report: RunReport, repository: str, licence: str, trained: Mappin
         chat=short(report.chat, "the chat model"),
         layer=report.layer,
         version=version("crossdiff"),
+        headline=concept_wording.headline(report.concepts) if report.concepts else "",
+        introduction=concept_wording.introduction(report.concepts) if report.concepts else [],
+        concepts=_concepts(report),
         answer=" ".join(wording.answer(report)),
         tokens=wording.whole(report.n_tokens) if report.n_tokens else "",
         datasets=report.datasets,
@@ -57,6 +68,34 @@ def model_card(report: RunReport, repository: str, licence: str, trained: Mappin
         limits=[*caveats(report), *ALWAYS],
         whole=wording.whole,
     )  # fmt: skip
+
+
+def _concepts(report: RunReport) -> list[tuple[int, str, str]]:
+    """Number, text and evidence of the first concepts, those of the chat model alone first."""
+    if report.concepts is None:
+        return []
+    found = concept_wording.leading(report.concepts)[:N_CONCEPTS]
+    return [(concept.number, _name(concept), _evidence(concept, report.concepts)) for concept in found]
+
+
+def _name(concept: Concept) -> str:
+    if concept.explanation is not None:
+        return markdown(concept.explanation)
+    if not concept.examples:
+        return "never active on the analysed text"
+    before, token, after = (markdown(part) for part in plain_title(concept.examples[0]))
+    return f"… {before}**«{token}»**{after} …"
+
+
+def _evidence(concept: Concept, concepts: RunConcepts) -> str:
+    predicts = [f"predicts {concept_wording.prediction_words(each)}" for each in concept_wording.told(concept)]
+    found = [wording.words(concept.verdict), concept_wording.replicated_words(concept, concepts.n_trainings), *predicts]
+    return markdown("; ".join(found))
+
+
+def markdown(text: str) -> str:
+    """A text in which nothing is markup: every character that Markdown or HTML may read is escaped."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|!~&$])", r"\\\1", text)
 
 
 def _settings(config: RunConfig, trained: Mapping[str, dict[str, Any]]) -> str:
@@ -76,8 +115,8 @@ def _rows(coders: tuple[CrosscoderReport, ...]) -> list[tuple[str, list[str]]]:
     rows += [(f"FVE, {source}", [wording.fve(coder, source) for coder in coders]) for source in sources]
     rows += [
         ("L0", [wording.number(coder.health.heldout.l0) for coder in coders]),
-        ("dead", [wording.share(coder.health.heldout.dead_share) for coder in coders]),
+        ("never active on the held-out tokens", [wording.share(coder.health.heldout.dead_share) for coder in coders]),
         ("held-out tokens", [wording.whole(coder.health.heldout.n_tokens) for coder in coders]),
         ("tokens trained on", [wording.whole(coder.health.training_tokens) for coder in coders]),
     ]
-    return rows + [(f"`{key}`", [f"{coder.count(key):,}" for coder in coders]) for key in VERDICT_ROWS]
+    return rows + [(name, [wording.count(coder, key) for coder in coders]) for key, name in VERDICT_ROWS.items()]

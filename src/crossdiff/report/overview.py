@@ -90,12 +90,14 @@ def health_rows(report: RunReport) -> list[Row]:
         rows.append(Row(f"FVE, {source}", [wording.fve(coder, source) for coder in coders], fve))
     rows += [
         Row("L0, active latents per token", [wording.number(heldout.l0) for heldout in heldouts]),
-        Row("dead latents", [_dead_words(heldout) for heldout in heldouts], "never active on the held-out tokens"),
+        Row("never active on held-out tokens", [_dead_words(heldout) for heldout in heldouts], "latents, as a share of all"),
         Row("held-out tokens", [wording.whole(heldout.n_tokens) for heldout in heldouts]),
         Row("tokens of massive norm", [_massive_words(heldout.massive) for heldout in heldouts], massive),
         Row("tokens trained on", [wording.whole(coder.health.training_tokens) for coder in coders]),
         Row("tokens analysed", [wording.whole(coder.health.analysed_tokens) for coder in coders]),
     ]
+    never = "latents; these tokens are the ones that the verdicts rest on, so they get the verdict dead"
+    rows.append(Row("never active on analysed tokens", [f"{coder.count('dead'):,}" for coder in coders], never))
     for key, (name, meaning) in COUNTS.items():
         rows.append(Row(name, [wording.count(coder, key) for coder in coders], meaning))
     for key in wording.NULL_RATES if report.null else ():
@@ -161,7 +163,9 @@ def caveats(report: RunReport) -> list[str]:
     for coder in report.crosscoders:
         heldout = coder.health.heldout
         if heldout.dead_share > DEAD_LIMIT:
-            found.append(f"{wording.share(heldout.dead_share)} of the {coder.title} latents are dead, that is, never active.")
+            found.append(
+                f"{wording.share(heldout.dead_share)} of the {coder.title} latents are never active on the held-out tokens."
+            )
         low = {source: value for source, value in heldout.fve.items() if value < LOW_FVE}
         if low:
             parts = ", ".join(f"{wording.number(value)} of {source}" for source, value in low.items())

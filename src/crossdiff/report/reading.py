@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from crossdiff.config import AnalyzeConfig, read_yaml, validate
+from crossdiff.config import AnalyzeConfig, RunConfig, read_yaml, validate
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation, with_interpretation
+from crossdiff.report.concept_reading import FOLDER as CONCEPTS
+from crossdiff.report.concept_reading import read_concepts
 from crossdiff.report.examples import Example, read_examples
 from crossdiff.report.records import (
     TOKEN_GROUPS,
@@ -23,18 +26,20 @@ from crossdiff.report.records import (
     Latent,
     Limits,
     NullDiff,
-    PoolScore,
     RunReport,
     StoreManifest,
     TopLatents,
 )
+from crossdiff.report.tables import as_float, estimate, read_behaviours, read_table
 from crossdiff.sources import BASE, CHAT
-from crossdiff.statistics import Estimate
 
 N_TOP_LATENTS = 12
 FEW_SPECIFIC = 5
 """With fewer chat-specific latents than this, the list is filled up with candidates that missed a condition."""
 CANDIDATE_DELTA_NORM = 0.6
+RANKED_NU = (-0.1, 2.0)
+"""Latents are ranked by nu only if both lie in this range, as in the published analyses (docs/latent-scaling.md): a strongly
+negative nu_reconstruction comes from the bias and the mean, and does not mean that a latent is more specific."""
 
 _NUS = ("nu_error", "nu_reconstruction", "nu_activation")
 _LATENT_COLUMNS = (
@@ -44,10 +49,6 @@ _LATENT_COLUMNS = (
     *(f"share_{group}" for group in TOKEN_GROUPS),
 )  # fmt: skip
 _ALONE = "kl_reduction_response"
-_BEHAVIOUR_COLUMNS = (
-    "behaviour", "question", "pool", "pool_size", "latent", "auroc", "auroc_low", "auroc_high", "n_positive",
-    "n_negative",
-)  # fmt: skip
 
 
 def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
@@ -75,18 +76,31 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         crosscoders=crosscoders,
         not_analysed=waiting,
         null=NullDiff.read(null, "crossdiff null").crosscoders if null.is_file() else {},
+        concepts=read_concepts(directory),
     )
 
 
 def _crosscoder_folders(directory: Path, names: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
     """Folders with a latent table, and those that only have a trained crosscoder."""
     if names is None:
-        folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
+        folders = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name != CONCEPTS)
+        repeated = repetitions(directory, folders)
+        folders = [name for name in folders if name not in repeated]
         preferred = ("l1", "batchtopk")
         names = [n for n in preferred if n in folders] + [n for n in folders if n not in preferred]
     analysed = [name for name in names if (directory / name / "latents.parquet").is_file()]
     trained = [name for name in names if (directory / name / "model.safetensors").is_file()]
     return analysed, tuple(name for name in trained if name not in analysed)
+
+
+def repetitions(directory: Path, folders: Sequence[str]) -> set[str]:
+    """The folders of trainings that repeat a crosscoder with another seed; they appear within the concepts only."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        return set()
+    crosscoders = validate(RunConfig, read_yaml(path), str(path)).crosscoders
+    of = {name: re.fullmatch(r"(.+)-seed\d+", name) for name in folders if name not in crosscoders}
+    return {name for name, found in of.items() if found and found[1] in crosscoders}
 
 
 def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
@@ -104,19 +118,6 @@ def read_latents(folder: Path) -> pl.DataFrame:
     return with_interpretation(_with_causal(latents, folder / "causal_latents.parquet"), folder)
 
 
-def read_behaviours(folder: Path) -> tuple[BehaviourResult, ...]:
-    """The behaviours of a crosscoder's folder in the order of its table: one record per behaviour and question."""
-    path = folder / "behaviours.parquet"
-    if not path.is_file():
-        return ()
-    scores: dict[tuple[str, str], dict[str, PoolScore]] = {}
-    for row in read_table(path, _BEHAVIOUR_COLUMNS, "crossdiff analyze").iter_rows(named=True):
-        scores.setdefault((row["behaviour"], row["question"]), {})[row["pool"]] = PoolScore(
-            row["pool"], row["pool_size"], row["latent"], estimate(row, "auroc"), row["n_positive"] or 0, row["n_negative"] or 0
-        )
-    return tuple(BehaviourResult(*key, by_pool) for key, by_pool in scores.items())
-
-
 def _read_crosscoder(folder: Path) -> CrosscoderReport:
     health = Health.read(folder / "health.json", "crossdiff analyze")
     latents = read_latents(folder)
@@ -132,8 +133,12 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
 
 
 def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """The most chat-specific rows by rank_sum, and how many of them have the verdict chat_specific."""
-    ranked = latents.filter(pl.col("rank_sum").is_not_null() & pl.col("rank_sum").is_not_nan()).sort("rank_sum", "latent")
+    """The most chat-specific rows by rank_sum, and how many of them have the verdict chat_specific.
+
+    Those whose nu is outside `RANKED_NU`, or undefined, are not ranked.
+    """
+    inside = pl.all_horizontal(pl.col("nu_error", "nu_reconstruction").is_between(*RANKED_NU))
+    ranked = latents.filter(inside & pl.col("rank_sum").is_not_nan()).sort("rank_sum", "latent")
     is_specific = pl.col("verdict") == "chat_specific"
     specific = ranked.filter(is_specific).head(N_TOP_LATENTS)
     if specific.height >= FEW_SPECIFIC:
@@ -163,51 +168,30 @@ def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         latent=row["latent"],
         verdict=row["verdict"],
         verdict_reason=row["verdict_reason"],
-        delta_norm=_float(row["delta_norm"]),
+        delta_norm=as_float(row["delta_norm"]),
         delta_norm_class=row["delta_norm_class"],
-        decoder_cosine=_float(row["decoder_cosine"]),
-        frequency=_float(row["frequency"]),
+        decoder_cosine=as_float(row["decoder_cosine"]),
+        frequency=as_float(row["frequency"]),
         n_active=row["n_active"],
-        max_activation=_float(row["max_activation"]),
+        max_activation=as_float(row["max_activation"]),
         nu_error=estimate(row, "nu_error"),
         nu_reconstruction=estimate(row, "nu_reconstruction"),
         nu_activation=estimate(row, "nu_activation"),
         alone=estimate(row, _ALONE),
-        rank_sum=_float(row["rank_sum"]),
-        shares={group: _float(row[f"share_{group}"]) for group in TOKEN_GROUPS},
+        rank_sum=as_float(row["rank_sum"]),
+        shares={group: as_float(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
         explanation=_explanation(row),
     )
-
-
-def estimate(row: Mapping[str, Any], column: str) -> Estimate[float]:
-    """A column of a table's row with its interval."""
-    return Estimate(*(_float(row[f"{column}{end}"]) for end in ("", "_low", "_high")))
-
-
-def _float(found: float | None) -> float:
-    return math.nan if found is None else float(found)
 
 
 def _explanation(row: Mapping[str, Any]) -> str | None:
     """What a model says the latent responds to, and how well that predicts its activations."""
     if row["explanation"] is None:
         return None
-    score = _float(row["detection"])
+    score = as_float(row["detection"])
     judged = "" if math.isnan(score) else f" (detection {score:.2f})"
     return f"{row['explainer']} says: {row['explanation']}{judged}"
-
-
-def read_table(path: Path, columns: Sequence[str], command: str) -> pl.DataFrame:
-    """Read a Parquet table that `command` writes and check that it has some columns."""
-    try:
-        table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); run `{command}` again") from error
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `{command}` again with this version")
-    return table
 
 
 def _with_causal(latents: pl.DataFrame, path: Path) -> pl.DataFrame:

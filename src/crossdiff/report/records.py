@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import polars as pl
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -20,6 +20,9 @@ from crossdiff.report.examples import Example
 from crossdiff.statistics import Estimate
 
 TOKEN_GROUPS = ("plain", "bos", "template", "user", "assistant")
+
+if TYPE_CHECKING:
+    from crossdiff.report.concept_records import RunConcepts
 
 R = TypeVar("R", bound="Record")
 
@@ -256,8 +259,13 @@ class DatasetShare:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A whole run. `not_analysed` names crosscoders that are trained but have no latent table yet; `null` has the rates of
-    the null diff by crosscoder."""
+    """A whole run.
+
+    Attributes:
+        not_analysed: crosscoders that are trained but have no latent table yet.
+        null: the rates of the null diff by crosscoder.
+        concepts: None if the run has none yet.
+    """
 
     directory: Path
     base: str | None
@@ -269,6 +277,7 @@ class RunReport:
     crosscoders: tuple[CrosscoderReport, ...]
     not_analysed: tuple[str, ...]
     null: Mapping[str, NullRates]
+    concepts: RunConcepts | None = None
 
     @property
     def primary(self) -> CrosscoderReport:

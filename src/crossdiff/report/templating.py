@@ -6,6 +6,7 @@ import jinja2
 from markupsafe import Markup
 
 from crossdiff.report.cards import LEVELS, Card, ExampleView
+from crossdiff.report.concept_cards import ConceptCard
 
 OPEN_EXAMPLES = 3
 """Examples of a card that are visible without unfolding."""
@@ -28,13 +29,20 @@ def _script_json(text: str) -> Markup:
     return Markup(escaped)
 
 
-def fragment(cards: Sequence[Card] = (), views: Sequence[ExampleView] = (), title: str = "") -> str:
-    """HTML of cards, or of texts under a title, that needs no script, no other file and no network."""
+def fragment(
+    cards: Sequence[Card] = (),
+    views: Sequence[ExampleView] = (),
+    title: str = "",
+    concepts: Sequence[ConceptCard] = (),
+) -> str:
+    """HTML of cards of latents or concepts, or of texts under a title, that needs no script, no other file and no network."""
     templates = environment()
     assert templates.loader is not None
     sheet, _, _ = templates.loader.get_source(templates, "report.css")
     # Inside @scope the fragment itself takes the place of the page's root and body.
     style = sheet.replace(":root", ":scope").replace("\nbody {", "\n:scope {")
-    page = templates.get_template("inline.html.j2").render(cards=cards, views=views, title=title, style=Markup(style))
+    page = templates.get_template("inline.html.j2").render(
+        cards=cards, concepts=concepts, views=views, title=title, style=Markup(style)
+    )
     # A blank line would end the fragment where Markdown is read around it.
     return "\n".join(line for line in page.splitlines() if line.strip())

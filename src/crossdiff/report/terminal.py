@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,20 +10,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crossdiff.report import wording
-from crossdiff.report.examples import context_of, visible
+from crossdiff.report import concept_wording, wording
+from crossdiff.report.concept_cards import plain_title
+from crossdiff.report.concept_records import RunConcepts
+from crossdiff.report.examples import Example
 from crossdiff.report.overview import COUNTS
-from crossdiff.report.records import CrosscoderReport, Latent, RunReport
+from crossdiff.report.records import CrosscoderReport, RunReport
 
-N_LATENTS = 5
+N_LATENTS, N_CONCEPTS = 5, 10
 SHOWN_COUNTS = ("chat_only", "complete_shrinkage", "latent_decoupling", "chat_specific", "chat_specific_paper", "rotated")
 STYLE: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
 _SNIPPET_BEFORE = 9
 _SNIPPET_AFTER = 4
+_CONCEPT_SNIPPET = 12, 6
+"""Tokens before and after the strongest one."""
 
 
 def print_summary(report: RunReport, console: Console) -> None:
-    """Print the crosscoders, the behaviours and the most chat-specific latents of a run, and the path of its page."""
+    """Print a run's concepts, then its crosscoders, behaviours and most chat-specific latents, and the path of its page."""
+    if report.concepts is None:
+        console.print(Text(concept_wording.missing(report)))
+    else:
+        _print_concepts(report.concepts, console)
     console.print(_crosscoders(report))
     console.print(Text(
         "FVE: fraction of variance explained. L0: active latents per token. A latent has one direction per model. delta_norm "
@@ -40,6 +49,29 @@ def print_summary(report: RunReport, console: Console) -> None:
     console.print(Text(f"Report: {report.directory / 'report.html'}"), soft_wrap=True)
 
 
+def _print_concepts(concepts: RunConcepts, console: Console) -> None:
+    """Print what the chat model has learned: one sentence, then the concepts that predict a behaviour, and the largest."""
+    console.print(Text(concept_wording.headline(concepts), style="bold"))
+    found = concept_wording.leading(concepts)
+    if not found:
+        return
+    verdict = wording.words(found[0].verdict) if len({concept.verdict for concept in found}) == 1 else ""
+    title = f"Concepts{f', {verdict}' if verdict else ''}: where each is most active, its strongest token in «»"
+    table = Table(title=title, **STYLE)
+    table.add_column("active on", overflow="fold", ratio=1)
+    table.add_column("found in\ntrainings", justify="right")
+    table.add_column("held-out conversations\nthat it predicts, AUROC")
+    for concept in found[:N_CONCEPTS]:
+        predicts = "\n".join(map(concept_wording.prediction_words, concept_wording.told(concept)))
+        table.add_row(
+            concept.explanation or _snippet(concept.examples, *_CONCEPT_SNIPPET),
+            f"{concept.n_trainings} of {concepts.n_trainings}", predicts.replace(", AUROC ", "\n"),
+        )  # fmt: skip
+    console.print(table)
+    if len(found) > N_CONCEPTS:
+        console.print(Text(f"{len(found) - N_CONCEPTS} more are on the page.", style="dim"))
+
+
 def _crosscoders(report: RunReport) -> Table:
     """One row per measure and one column per crosscoder, so that nothing is cut off in a narrow terminal."""
     coders = report.crosscoders
@@ -50,9 +82,9 @@ def _crosscoders(report: RunReport) -> Table:
         table.add_column(Text(coder.title), justify="right")
     heldouts = [coder.health.heldout for coder in coders]
     for source in sources:
-        table.add_row(Text(f"FVE {source}"), *(wording.number(heldout.fve.get(source)) for heldout in heldouts))
+        table.add_row(Text(f"FVE {source}"), *(wording.fve_value(heldout.fve, source) for heldout in heldouts))
     table.add_row("L0", *(wording.number(heldout.l0) for heldout in heldouts))
-    table.add_row("dead latents", *(wording.share(heldout.dead_share) for heldout in heldouts))
+    table.add_row("never active on held-out", *(wording.share(heldout.dead_share) for heldout in heldouts))
     for key in SHOWN_COUNTS:
         table.add_row(COUNTS[key][0], *(wording.count(coder, key) for coder in coders))
     for key in wording.NULL_RATES if report.null else ():
@@ -91,21 +123,13 @@ def _latents(coder: CrosscoderReport) -> Table:
     for latent in coder.top.latents[:N_LATENTS]:
         values = (latent.nu_error.value, latent.nu_reconstruction.value, latent.delta_norm)
         numbers = (wording.fixed(value) for value in values)
-        table.add_row(str(latent.latent), wording.words(latent.verdict), *numbers, _snippet(latent))
+        table.add_row(str(latent.latent), wording.words(latent.verdict), *numbers, _snippet(latent.examples))
     return table
 
 
-def _snippet(latent: Latent) -> Text:
+def _snippet(examples: Sequence[Example], before: int = _SNIPPET_BEFORE, after: int = _SNIPPET_AFTER) -> Text:
     """The tokens around the maximum of the first example, the maximum in guillemets, without control characters."""
-    text = Text()
-    if not latent.examples:
-        return text
-    context = context_of(latent.examples[0], _SNIPPET_BEFORE, _SNIPPET_AFTER)
-    for index, token in enumerate(context.tokens):
-        shown = visible(token.text)
-        if index == context.peak:
-            text.append(" " * shown.startswith(" "))
-            text.append(f"«{shown.strip()}»", "bold")
-        else:
-            text.append(shown)
-    return text
+    if not examples:
+        return Text()
+    start, token, end = plain_title(examples[0], before, after)
+    return Text.assemble(start, (f"«{token}»", "bold"), end)

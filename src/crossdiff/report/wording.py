@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from crossdiff.report.reading import CANDIDATE_DELTA_NORM, FEW_SPECIFIC
+from crossdiff.report.reading import CANDIDATE_DELTA_NORM, FEW_SPECIFIC, RANKED_NU
 from crossdiff.report.records import BehaviourResult, CrosscoderReport, Limits, PoolScore, RunReport
 from crossdiff.statistics import Estimate
 
 CLEAR_GAIN = 0.1
 """Difference of AUROC from which one pool counts as ahead of another."""
 UNDEFINED = "undefined"
+NOT_READ = "not read"
+"""Cell of a coder in a row about a source that it does not read."""
+NO_PAIR = "needs two decoders"
+"""Cell of a coder with one decoder in a row about both models."""
 ONE_DECODER = "delta_norm and the verdicts need a crosscoder, which has one decoder per model."
 NULL_RATES = ("chat_specific", "chat_specific_paper")
 """Sets whose share of the live latents is compared with the null diff."""
@@ -71,13 +75,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def count(coder: CrosscoderReport, key: str) -> str:
     """Number of latents of a class, verdict or set, which a coder with one decoder cannot have."""
-    return f"{coder.count(key):,}" if coder.compares else "one decoder"
+    return f"{coder.count(key):,}" if coder.compares else NO_PAIR
 
 
 def null_rate(report: RunReport, coder: CrosscoderReport, key: str) -> str:
     """A share of the live latents, followed in brackets by that of the null diff, if it has this crosscoder."""
     if not coder.compares:
-        return "one decoder"
+        return NO_PAIR
     null = report.null.get(coder.name)
     own = share(coder.rate(key))
     return own if null is None else f"{own} (null {share(null.rates.get(key))})"
@@ -124,16 +128,30 @@ def interval(estimate: Estimate[float], decimals: int = 2) -> str:
     return f"{fixed(estimate.value, decimals)} [{', '.join(ends)}]"
 
 
+def fve_value(values: Mapping[str, float], source: str) -> str:
+    """Fraction of variance explained without its interval; "not read" for a source that the coder does not read."""
+    return number(values[source]) if source in values else NOT_READ
+
+
 def fve(coder: CrosscoderReport, source: str) -> str:
-    """Fraction of variance explained on held-out tokens with its interval; "undefined" for a source that is not read."""
+    """Fraction of variance explained on held-out tokens with its interval; "not read" for a source that it does not read."""
     heldout = coder.health.heldout
     if source not in heldout.fve:
-        return UNDEFINED
+        return NOT_READ
     return interval(Estimate(heldout.fve[source], *heldout.fve_interval.get(source, (math.nan, math.nan))), 3)
 
 
+def one_decoder(report: RunReport) -> list[str]:
+    """What the rows about both models cannot say of coders with one decoder."""
+    return [
+        f"{coder.title} reads one model and has one decoder, so it has no direction to compare: {ONE_DECODER}"
+        for coder in report.crosscoders
+        if not coder.compares
+    ]
+
+
 def answer(report: RunReport) -> list[str]:
-    """The page's answer in plain sentences; the primary crosscoder comes first."""
+    """What the counts of latents say, in plain sentences; the primary crosscoder comes first."""
     coder = report.primary
     if not coder.compares:
         return [f"{coder.title} has one decoder, so it cannot tell which model a latent belongs to. {ONE_DECODER}"]
@@ -283,7 +301,7 @@ def selection(coder: CrosscoderReport) -> str:
     if not candidates and specific >= FEW_SPECIFIC:
         return (
             f"These are the {specific} chat-specific latents with the lowest sum of their ranks by nu_error and by "
-            "nu_reconstruction."
+            f"nu_reconstruction, among those with both between {RANKED_NU[0]:g} and {RANKED_NU[1]:g}."
         )
     found = "No latent is" if specific == 0 else f"Only {latents(specific)} {'is' if specific == 1 else 'are'}"
     if not candidates:

@@ -1,0 +1,172 @@
+"""The concepts of a run as the dashboard shows them. Tables are held in memory, examples and activity stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from crossdiff.dashboard.side_tables import activity_of
+from crossdiff.report import wording
+from crossdiff.report.cards import ExampleView, example_view
+from crossdiff.report.concept_cards import ConceptCard, Title, concept_card, title_of
+from crossdiff.report.concept_reading import COMMAND, concept_of, ranked
+from crossdiff.report.concept_records import RunConcepts
+from crossdiff.report.concept_wording import counted, prediction_words, told
+from crossdiff.report.examples import ExampleDatabase
+from crossdiff.report.marks import Sign, sign_of, verdict_mark
+from crossdiff.report.tables import read_table
+
+LIST_PAGE = 50
+"""Concepts on a page of the list."""
+TOP, PER_QUANTILE = 10, 3
+"""Examples on the page of a concept: the strongest, and from each quantile."""
+TITLES = 20_000
+"""Titles held in memory."""
+
+
+class ConceptRow(NamedTuple):
+    """A concept in a list."""
+
+    number: int
+    title: Title | None
+    explanation: str | None
+    sign: Sign
+    found: str
+    energy: str
+    predicts: tuple[str, ...]
+
+
+class Member(NamedTuple):
+    """A latent of a concept; `path` is its page, if the dashboard has one."""
+
+    training: str
+    latent: int
+    path: str | None
+    sign: Sign
+    energy: str
+    correlation: str
+
+
+class Promoted(NamedTuple):
+    """The tokens that one direction of a concept promotes and demotes most in a model."""
+
+    direction: str
+    up: tuple[str, ...]
+    down: tuple[str, ...]
+
+
+class Concepts:
+    """The concepts of one run; `paths` has the address of each of its crosscoders by name."""
+
+    def __init__(self, run: str, found: RunConcepts, paths: Mapping[str, str]) -> None:
+        self.run = run
+        self.found = found
+        self.ranked = ranked(found)
+        self._paths = paths
+        self.title = lru_cache(TITLES)(self._title)
+
+    @property
+    def path(self) -> str:
+        """The address of the list of concepts."""
+        return f"/run/{self.run}/concepts"
+
+    @cached_property
+    def database(self) -> ExampleDatabase:
+        return ExampleDatabase(self.found.folder / "examples.sqlite")
+
+    def chosen(self, verdict: str | None, every: bool) -> list[int]:
+        """The concepts of a verdict, or of all; only those that replicate unless `every` or there is one training."""
+        rows = self.ranked if verdict is None else self.ranked.filter(verdict=verdict)
+        if not every and self.found.summary.needed is not None:
+            rows = rows.filter("replicated")
+        return rows["concept"].to_list()
+
+    def rows(self, numbers: Sequence[int]) -> list[ConceptRow]:
+        """Lines of a list of concepts."""
+        n = self.found.n_trainings
+        found = []
+        for number in numbers:
+            concept = concept_of(self.found, number, ())
+            found.append(ConceptRow(
+                number, self.title(number), concept.explanation,
+                sign_of(wording.words(concept.verdict), verdict_mark(concept.verdict)),
+                f"{concept.n_trainings} of {n}", wording.share(concept.energy),
+                tuple(prediction_words(prediction) for prediction in told(concept)),
+            ))  # fmt: skip
+        return found
+
+    def _title(self, number: int) -> Title | None:
+        examples = self.database.examples(number, 1, 0)
+        return title_of(examples[0]) if examples else None
+
+    def card(self, number: int) -> ConceptCard:
+        """The report's card of a concept with the examples of its page."""
+        return concept_card(concept_of(self.found, number, self.database.examples(number, TOP, PER_QUANTILE)), self.found)
+
+    def views(self, number: int, whole: bool, raw: bool) -> list[ExampleView]:
+        """The examples of its page."""
+        concept = concept_of(self.found, number, self.database.examples(number, TOP, PER_QUANTILE))
+        return [example_view(example, concept.max_activation, whole, raw) for example in concept.examples]
+
+    def members(self, number: int) -> list[Member]:
+        """Its latents, in the order of the trainings."""
+        rows = self.found.members.filter(pl.col("concept") == number).to_dicts()
+        return [
+            Member(
+                row["training"], row["latent"], self._page_of(row["training"], row["latent"]),
+                sign_of(wording.words(row["verdict"]), verdict_mark(row["verdict"])), wording.share(row["energy"]),
+                wording.fixed(row["correlation"]),
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def _page_of(self, training: str, latent: int) -> str | None:
+        path = self._paths.get(training)
+        return None if path is None else f"{path}/latent/{latent}"
+
+    @cached_property
+    def _members_of(self) -> dict[str, dict[int, int]]:
+        return {training.name: self.found.of_latents(training.name) for training in self.found.summary.trainings}
+
+    def of_latent(self, training: str, latent: int) -> int | None:
+        """The concept that a latent belongs to; None if it belongs to none."""
+        return self._members_of.get(training, {}).get(latent)
+
+    def trainings(self, number: int) -> list[dict[str, Any]]:
+        """Rows of trainings.parquet: its measures in each training alone."""
+        return self._trainings.filter(pl.col("concept") == number).to_dicts()
+
+    @cached_property
+    def _trainings(self) -> pl.DataFrame:
+        nus = [f"{nu}{end}" for nu in ("nu_error", "nu_reconstruction") for end in ("", "_low", "_high")]
+        columns = ("concept", "training", "n_members", "energy", "delta_norm", "decoder_cosine", *nus, "verdict")
+        return read_table(self.found.folder / "trainings.parquet", columns, COMMAND)
+
+    def promoted(self, number: int) -> list[Promoted]:
+        """The tokens that its directions promote and demote, from the table of the stage: this needs no model."""
+        rows = self._promoted.filter(pl.col("concept") == number).sort("rank")
+        found = []
+        for direction in rows["direction"].unique(maintain_order=True):
+            sides = (rows.filter(direction=direction, side=side)["token"].to_list() for side in ("up", "down"))
+            found.append(Promoted(direction, *map(tuple, sides)))
+        return found
+
+    @cached_property
+    def _promoted(self) -> pl.DataFrame:
+        columns = ("concept", "direction", "side", "rank", "token")
+        return read_table(self.found.folder / "promoted.parquet", columns, COMMAND)
+
+    def activity(self, number: int) -> list[dict[str, Any]]:
+        """The groups of tokens on which it is active, the largest share first."""
+        return activity_of(self.found.folder / "activity.parquet", "concept", number, COMMAND)
+
+    def counts(self, every: bool) -> list[tuple[str, Sign, str]]:
+        """Each verdict with its sign and its number of concepts."""
+        found = []
+        for verdict in wording.VERDICTS:
+            if n := self.found.count(verdict, replicated=not every):
+                found.append((verdict, sign_of(wording.words(verdict), verdict_mark(verdict)), counted(n)))
+        return found

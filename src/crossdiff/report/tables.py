@@ -1,0 +1,56 @@
+"""Tables that other stages write, and their cells as numbers: what all readers of a run share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from crossdiff.errors import UserError
+from crossdiff.report.records import BehaviourResult, PoolScore
+from crossdiff.statistics import Estimate
+
+_SCORES = ("behaviour", "question", "pool", "pool_size", "auroc", "auroc_low", "auroc_high", "n_positive", "n_negative")
+
+
+def read_table(path: Path, columns: Sequence[str], command: str) -> pl.DataFrame:
+    """Read a Parquet table that `command` writes and check that it has some columns."""
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet ({error}); run `{command}` again") from error
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `{command}` again with this version")
+    return table
+
+
+def read_behaviours(folder: Path, unit: str = "latent") -> tuple[BehaviourResult, ...]:
+    """The behaviours of a folder in the order of its table: one record per behaviour and question.
+
+    Args:
+        unit: column with the number of a pool's best: `latent` in a crosscoder's folder, `concept` in that of the concepts.
+    """
+    path = folder / "behaviours.parquet"
+    if not path.is_file():
+        return ()
+    scores: dict[tuple[str, str], dict[str, PoolScore]] = {}
+    command = "crossdiff analyze" if unit == "latent" else "crossdiff concepts"
+    for row in read_table(path, (*_SCORES, unit), command).iter_rows(named=True):
+        scores.setdefault((row["behaviour"], row["question"]), {})[row["pool"]] = PoolScore(
+            row["pool"], row["pool_size"], row[unit], estimate(row, "auroc"), row["n_positive"] or 0, row["n_negative"] or 0
+        )
+    return tuple(BehaviourResult(*key, by_pool) for key, by_pool in scores.items())
+
+
+def estimate(row: Mapping[str, Any], column: str) -> Estimate[float]:
+    """A column of a table's row with its interval."""
+    return Estimate(*(as_float(row[f"{column}{end}"]) for end in ("", "_low", "_high")))
+
+
+def as_float(found: float | None) -> float:
+    """A cell as a number; NaN for null."""
+    return math.nan if found is None else float(found)
