@@ -78,7 +78,7 @@ def run_stages(args: Namespace) -> None:
     from crossdiff.files import explain_disk_error
     from crossdiff.ranks import current
     from crossdiff.run import Run
-    from crossdiff.stages.harvest import harvest_layers
+    from crossdiff.stages.harvest import harvest_layers, pin_template_date
     from crossdiff.stages.pipeline import begin, run_until
     from crossdiff.stages.session import Session
 
@@ -93,6 +93,7 @@ def run_stages(args: Namespace) -> None:
             sessions.append(Session(run, values, console, args.force, tuple(args.only)))
         try:
             if configs:
+                pin_template_date(sessions)
                 for session in sessions:
                     begin(session)
                 harvest_layers(sessions)
@@ -109,6 +110,7 @@ def plan(args: Namespace) -> None:
     config = _config(args)
 
     from rich.console import Console
+    from rich.markup import escape
 
     from crossdiff.activations.locations import open_folder
     from crossdiff.activations.plan import plan
@@ -119,7 +121,8 @@ def plan(args: Namespace) -> None:
     check_texts(config)
     if config.harvest.store is not None:
         open_folder(config.harvest.store).prepare()
-    pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
+    device, harvest = choose_device(config.device), config.harvest
+    pair = load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date)
     layer = pair.check_layer(config.layer)
     found = plan(pair, layer, tuple(resolve(dataset) for dataset in config.dataset), config.harvest)
     kept = "tokens only" if config.harvest.storage == "live" else config.harvest.dtype
@@ -128,6 +131,8 @@ def plan(args: Namespace) -> None:
     console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {kept}")
     console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB")
     console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}")
+    for remark in found.remarks:
+        console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
     for name, crosscoder in config.crosscoders.items():
         _print_training(name, crosscoder, found.n_tokens, pair, console)
     free = found.check_disk(_directory(args.directory, config, ()), config.harvest)
