@@ -128,7 +128,7 @@ def _size(dataset: DatasetConfig, count: int | None, record: DatasetRecord) -> f
     if limit is None:
         return whole
     # Documents are read whole; the one that reaches the limit goes beyond it by half of its length, if nothing else is known.
-    return min(whole, record.n_tokens if record.n_tokens >= limit else limit + mean / 2)
+    return min(whole, float(record.n_tokens) if record.n_tokens >= limit else limit + mean / 2)
 
 
 def _mixed(sizes: list[float], datasets: Sequence[DatasetConfig]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -47,7 +46,7 @@ class DatasetRecord:
     n_tokens: int = 0
     damaged: int = 0
     reasons: list[str] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
+    formats: dict[str, int] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     n_conversations: int = 0
     n_user: int = 0
@@ -78,7 +77,7 @@ class DatasetRecord:
         """Count a document with its sequences."""
         self.n_documents += 1
         self.n_tokens += sum(len(part.token_ids) for part in parts)
-        self.formats[document.format] += 1
+        self.formats[document.format] = self.formats.get(document.format, 0) + 1
         self.renamed |= document.renamed
         if document.messages is None:
             return

@@ -134,13 +134,16 @@ def _messages(record: Record, config: DatasetConfig) -> list[Any]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Messages that are a list, or a list as JSON in a string."""
+    """Messages that are a list, a list as JSON in a string, or a list per key, as some Parquet files have it."""
     if isinstance(value, str):
         try:
             decoded = json.loads(value)
         except (ValueError, RecursionError):
             decoded = value
         value = decoded if isinstance(decoded, list) else value
+    if isinstance(value, Mapping) and len({len(part) for part in value.values() if isinstance(part, list)}) == 1:
+        columns = {key: part for key, part in value.items() if isinstance(part, list)}
+        value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise UserError(f"a conversation must be a list of messages, found {type(value).__name__}")
     return list(value)
