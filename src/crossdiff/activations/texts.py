@@ -15,7 +15,7 @@ from crossdiff.errors import UserError
 from crossdiff.models.tokenizers import unknown_token
 from crossdiff.text.chat import Flag
 from crossdiff.text.documents import Document, read_dataset
-from crossdiff.text.sequences import TokenSequence, tokenise_all
+from crossdiff.text.sequences import LOST_SHARE, TokenSequence, tokenise_all
 
 FEW = 10
 """Up to this many damaged records are omitted whatever their share."""
@@ -25,9 +25,6 @@ ROWS = 8192
 
 SAMPLE_DOCUMENTS = 64
 """Number of documents of each dataset that are read before a harvest, and from which `plan` estimates the rest."""
-
-LOST_SHARE = 0.05
-"""From this share of the assistant's tokens beyond max_length on, a harvest and its report warn."""
 
 
 @dataclass

@@ -15,6 +15,8 @@ from crossdiff.text.documents import Document
 
 CHUNK = 128
 """Number of documents that are tokenised together."""
+LOST_SHARE = 0.05
+"""From this share of the assistant's tokens beyond max_length on, a harvest and its report warn."""
 POOL = 2048
 """Number of sequences that are sorted by length together: enough for batches with less than 5% padding."""
 
