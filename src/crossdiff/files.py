@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -29,11 +30,15 @@ def sha256(path: Path) -> str:
 
 
 def matching_files(names: Iterable[str]) -> list[Path]:
-    """The files of these names in order: a file of exactly this name, or else those that match it as a pattern, sorted."""
+    """The files of these names in order: the file of exactly this name, or else those that match it, sorted.
+
+    Only `*` (and `**` for any folders) has a meaning in a pattern; brackets and question marks stand for themselves.
+    """
     files: list[Path] = []
     for name in names:
         exact = Path(name)
-        found = [exact] if exact.is_file() else sorted(map(Path, glob(name, recursive=True)))
+        pattern = re.sub(r"[\[?]", lambda match: f"[{match.group()}]", name)
+        found = [exact] if exact.is_file() else sorted(map(Path, glob(pattern, recursive=True)))
         files += [path for path in found if path.is_file()]
     return files
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import make_tokenizer
-from crossdiff.activations.texts import Texts
+from crossdiff.activations.texts import Texts, sample
 from crossdiff.activations.writer import DOCUMENT_COLUMNS
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
@@ -121,6 +121,16 @@ def test_what_was_found_rather_than_set_is_said(tmp_path: Path) -> None:
     plain = texts(tmp_path, chats(2))
     list(plain.sequences())
     assert plain.layouts() == []
+    both = texts(tmp_path, [{"text": "abc", "instruction": "a", "output": "b"}])
+    list(both.sequences())
+    assert both.layouts() == ["a is read as text; it also has the columns of alpaca: set its format if they are meant"]
+
+
+def test_a_dataset_may_begin_with_empty_texts(tmp_path: Path) -> None:
+    found = texts(tmp_path, [{"text": ""}] * 64 + [{"text": "abc"}])
+    sampled, sequences = sample(found.datasets, found.tokenizer, found.config)
+    assert (sequences, sampled.records[0].n_documents) == ([], 64)
+    assert [sequence.document for sequence in found.sequences()] == [64]
 
 
 def test_a_mix_takes_the_dataset_that_is_furthest_behind(tmp_path: Path) -> None:

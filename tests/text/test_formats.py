@@ -48,7 +48,7 @@ def read(record: dict[str, Any], **options: Any) -> Any:
 def test_known_layouts_are_found_and_can_be_named(record: Any, name: str, renamed: dict[str, str]) -> None:
     for chosen in ("auto", name):
         found = read(record, format=chosen)
-        assert found == (name, None, CHAT, renamed)
+        assert found == (name, None, CHAT, renamed, None)
 
 
 def test_alpaca_puts_the_input_below_the_instruction() -> None:
@@ -58,7 +58,8 @@ def test_alpaca_puts_the_input_below_the_instruction() -> None:
 
 def test_text_wins_over_layouts_that_are_not_messages() -> None:
     record = {"text": "all", "instruction": "Hi", "output": "Yo"}
-    assert read(record) == ("text", "all", None, {})
+    assert read(record) == ("text", "all", None, {}, "alpaca")
+    assert read(record, format="text") == ("text", "all", None, {}, None)
     assert read(record, format="alpaca").messages == CHAT
     assert read({"text": "all", "messages": CHAT}, format="text").text == "all"
 
@@ -68,7 +69,7 @@ def test_other_roles_are_refused_with_those_found_unless_they_are_mapped() -> No
     with pytest.raises(UserError, match=r"roles of the conversation are 'pupil', 'Teacher'; 'pupil', 'Teacher' is not one of"):
         read({"messages": talk})
     roles = {"pupil": "user", "Teacher": "assistant"}
-    assert read({"messages": talk}, roles=roles) == ("messages", None, CHAT, roles)
+    assert read({"messages": talk}, roles=roles) == ("messages", None, CHAT, roles, None)
 
 
 @pytest.mark.parametrize(

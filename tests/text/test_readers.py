@@ -110,6 +110,10 @@ def test_a_name_with_the_signs_of_a_pattern_is_a_name(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     assert texts(str(tmp_path / "[1] a.jsonl")) == ["[1] a.jsonl"]
     assert texts(str(tmp_path / "a *.jsonl")) == ["a *.jsonl"]
+    assert texts(str(tmp_path / "[1] *")) == ["[1] a.jsonl"]
+    for name in ("[12] a.jsonl", "? a.jsonl"):  # not the file "1 a.jsonl"
+        with pytest.raises(UserError, match="there is no file"):
+            texts(str(tmp_path / name))
 
 
 def test_every_file_counts_in_the_fingerprint(tmp_path: Path) -> None:

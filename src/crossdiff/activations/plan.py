@@ -99,6 +99,8 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
             )
     started = time.perf_counter()
     texts, sequences = sample(datasets, pair.tokenizer, config, pair.unreadable)
+    if not sequences:
+        raise UserError("the first documents of the datasets hold no text, so nothing can be estimated; remove them")
     reading = (time.perf_counter() - started) / sum(record.n_tokens for record in texts.records)
     sizes = [_size(*each) for each in zip(datasets, counts, texts.records, strict=True)]
     n_tokens = round(_mixed(sizes, datasets))

@@ -32,7 +32,8 @@ class DatasetRecord:
     """What was read of one dataset.
 
     asked: max_documents and max_tokens, if set. damaged: number of omitted records; reasons: messages of the first few.
-    formats: number of documents by layout. renamed: roles that had other names, by these names.
+    formats: number of documents by layout. renamed: roles that had other names, by these names. also: layouts whose columns
+    were there too.
     n_conversations, n_user, n_assistant: stored conversations, and their tokens of either side; assistant_lost: tokens of the
     assistant beyond max_length.
     """
@@ -45,6 +46,7 @@ class DatasetRecord:
     reasons: list[str] = field(default_factory=list)
     formats: dict[str, int] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    also: list[str] = field(default_factory=list)
     n_conversations: int = 0
     n_user: int = 0
     n_assistant: int = 0
@@ -65,10 +67,12 @@ class DatasetRecord:
     def layout(self) -> str | None:
         """A message about layouts and names of roles that were found rather than set."""
         found = [name for name in self.formats if name not in ("messages", "text")]
-        if not found and not self.renamed and len(self.formats) < 2:
+        if not found and not self.renamed and not self.also and len(self.formats) < 2:
             return None
         renamed = ", ".join(f"{name} as {role}" for name, role in sorted(self.renamed.items()))
-        return f"{self.name} is read as {' and '.join(sorted(self.formats))}" + (f"; roles: {renamed}" if renamed else "")
+        also = f"; it also has the columns of {' and '.join(self.also)}: set its format if they are meant" if self.also else ""
+        roles = f"; roles: {renamed}" if renamed else ""
+        return f"{self.name} is read as {' and '.join(sorted(self.formats))}{roles}{also}"
 
     def count(self, document: Document, parts: list[TokenSequence]) -> None:
         """Count a document with its sequences."""
@@ -76,6 +80,8 @@ class DatasetRecord:
         self.n_tokens += sum(len(part.token_ids) for part in parts)
         self.formats[document.format] = self.formats.get(document.format, 0) + 1
         self.renamed |= document.renamed
+        if document.also is not None and document.also not in self.also:
+            self.also.append(document.also)
         if document.messages is None:
             return
         for part in parts:
@@ -90,6 +96,7 @@ class Texts:
 
     Args:
         unreadable: ids that the base model lacks, with their tokens. Conversations and texts with such a token are omitted.
+        is_sample: the datasets go on after what is read of them, so it may be empty.
 
     Attributes:
         records: one per dataset, updated while reading.
@@ -103,9 +110,10 @@ class Texts:
         config: HarvestConfig,
         advance: Callable[[], None],
         unreadable: Mapping[int, str] | None = None,
+        is_sample: bool = False,
     ) -> None:
         self.datasets, self.tokenizer, self.config, self._advance = datasets, tokenizer, config, advance
-        self._unreadable = unreadable or {}
+        self._unreadable, self._is_sample = unreadable or {}, is_sample
         self.records = []
         for dataset in datasets:
             limits = {"max_documents": dataset.max_documents, "max_tokens": dataset.max_tokens}
@@ -146,7 +154,7 @@ class Texts:
             yield parts
             if config.max_tokens is not None and record.n_tokens >= config.max_tokens:
                 break
-        if not record.n_tokens:
+        if not record.n_tokens and not (self._is_sample and record.n_documents == SAMPLE_DOCUMENTS):
             reason = f"; the first record is damaged: {record.reasons[0]}" if record.reasons else ""
             raise UserError(f"{', '.join(config.paths)} has no readable text{reason}")
 
@@ -268,10 +276,10 @@ class _Damage:
 def sample(
     datasets: tuple[DatasetConfig, ...], tokenizer: Any, config: HarvestConfig, unreadable: Mapping[int, str] | None = None
 ) -> tuple[Texts, list[TokenSequence]]:
-    """The first documents of each dataset, read whole, to see what a harvest will find."""
+    """The first `SAMPLE_DOCUMENTS` documents of each dataset, to see what a harvest will find."""
     limited = tuple(
         each.model_copy(update={"max_documents": min(SAMPLE_DOCUMENTS, each.max_documents or SAMPLE_DOCUMENTS), "weight": None})
         for each in datasets
     )
-    texts = Texts(limited, tokenizer, config, lambda: None, unreadable)
+    texts = Texts(limited, tokenizer, config, lambda: None, unreadable, is_sample=True)
     return texts, list(texts.sequences())

@@ -43,7 +43,8 @@ def _add(commands: Commands, name: str, summary: str) -> None:
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     parser.set_defaults(command=name, layers=[])
     if name != "plan":
-        parser.add_argument("--force", action="store_true", help="harvest again even if there is a store")
+        force = "harvest again even if there is a store, and even if the conversations lack one side"
+        parser.add_argument("--force", action="store_true", help=force)
         parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only process these crosscoders of the run")
     if name == "harvest":
         text = "harvest several layers in one pass, each into its own run directory DIRECTORY/layer-L"

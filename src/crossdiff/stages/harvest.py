@@ -117,12 +117,13 @@ def _look_at_texts(session: Session, pair: Pair, datasets: tuple[DatasetConfig, 
         UserError: they cannot be read, or their conversations lack one side.
     """
     from crossdiff.activations.texts import sample
+    from crossdiff.models.tokenizers import reads_clock
 
     texts, _ = sample(datasets, pair.tokenizer, session.config.harvest, pair.unreadable)
     if not session.force:
         texts.check_sides()
     remarks = texts.layouts()
-    if session.config.harvest.template_date is not None:
+    if reads_clock(pair.tokenizer):
         remarks.append(f"the chat template writes the date {session.config.harvest.template_date} (harvest.template_date)")
     _print_remarks(session, [*remarks, *(f"the first documents: {remark}" for remark in texts.lost())])
     return remarks

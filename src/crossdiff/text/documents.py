@@ -23,7 +23,7 @@ class Document:
     """A plain text or a conversation: exactly one of `text` and `messages` is given.
 
     number: counts from 0 over all datasets. dataset: index of its dataset among those read together.
-    messages: mappings with only `role` and `content`. format: layout of its record; renamed: roles that had other names.
+    messages: mappings with only `role` and `content`. format, renamed, also: as in `Content`.
     """
 
     number: int
@@ -35,6 +35,7 @@ class Document:
     sub_label: str | None
     format: str = field(default="", compare=False)
     renamed: Mapping[str, str] = field(default_factory=dict, compare=False)
+    also: str | None = field(default=None, compare=False)
 
 
 def read_documents(configs: Sequence[DatasetConfig]) -> Iterator[Document]:
@@ -112,7 +113,8 @@ def _document(number: int, dataset: int, config: DatasetConfig, record: Any) -> 
     split: Literal["train", "heldout"] = "heldout" if _share(config.title, content) < config.heldout_share else "train"
     label = _label(record, config.label_column)
     sub_label = _label(record, config.sub_label_column)
-    return Document(number, dataset, found.text, found.messages, split, label, sub_label, found.format, found.renamed)
+    read_as = (found.format, found.renamed, found.also)
+    return Document(number, dataset, found.text, found.messages, split, label, sub_label, *read_as)
 
 
 def _share(title: str, content: object) -> float:

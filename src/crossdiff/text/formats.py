@@ -28,12 +28,14 @@ class Content(NamedTuple):
     Attributes:
         format: the layout, a value of the setting `format`.
         renamed: the roles that had other names, by these names.
+        also: another layout whose columns a plain text has as well.
     """
 
     format: str
     text: str | None
     messages: list[dict[str, str]] | None
     renamed: dict[str, str]
+    also: str | None = None
 
 
 def content_of(record: Record, config: DatasetConfig) -> Content:
@@ -49,7 +51,8 @@ def content_of(record: Record, config: DatasetConfig) -> Content:
         raise UserError(f"the format {name} needs the column {missing[0]!r}; the columns are {sorted(map(str, record))}")
     found = read(record, config)
     if isinstance(found, str):
-        return Content(name, found, None, {})
+        others = [column for column, value in record.items() if value is not None and column != config.text_column]
+        return Content(name, found, None, {}, _format_by(others, config) if config.format == "auto" else None)
     if name in ("messages", "sharegpt"):
         name = _spelling(found, config.format)
     return Content(name, None, *_conversation(found, config.roles))

@@ -52,10 +52,11 @@ def dataset_files(config: DatasetConfig) -> list[Path] | None:
                 return None
             _refuse(name)
         files += found
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise UserError(f"{twice} is given twice in one dataset; give each file once")
     for file in files:
         _reader(file)
-        if files.count(file) > 1:
-            raise UserError(f"{file} is given twice in one dataset; give each file once")
     if config.subset is not None:
         raise UserError(
             f"{config.title} has the subset {config.subset!r}, but is read from files; only Hub datasets have subsets"
