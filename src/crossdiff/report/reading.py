@@ -77,6 +77,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         not_analysed=waiting,
         null=NullDiff.read(null, "crossdiff null").crosscoders if null.is_file() else {},
         concepts=read_concepts(directory),
+        texts=manifest.texts,
     )
 
 
