@@ -1,6 +1,6 @@
 """Do the causal test and the steering experiment on a run, draw docs/causal.svg and write the numbers into docs/causal.md.
 
-    .venv/bin/python docs/make_causal.py [runs/demo]
+    .venv/bin/python docs/make_causal.py [runs/wide]
 
 A run without a coder of the difference (a diff-SAE) gets one, with the settings of its BatchTopK crosscoder. The steered latent
 is chosen on training prompts alone: of the chat-specific pool, the latent whose ablation costs most of the log-probability of
@@ -233,7 +233,7 @@ def with_difference(config: RunConfig) -> RunConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"))
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/wide"))
     run = parser.parse_args().run
     config = with_difference(validate(RunConfig, read_yaml(run / "config.yaml"), str(run)))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

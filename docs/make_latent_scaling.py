@@ -1,7 +1,7 @@
 """Make the pictures and tables of docs/latent-scaling.md from finished runs.
 
     .venv/bin/crossdiff truth runs/truth && .venv/bin/python docs/make_latent_scaling.py --truth runs/truth
-    .venv/bin/python docs/make_latent_scaling.py --run runs/demo
+    .venv/bin/python docs/make_latent_scaling.py --run runs/wide
 
 Without options it draws docs/verdicts.svg alone, which needs no run. `--truth` draws docs/ground-truth.svg and writes the
 ground-truth tables, `--run` draws docs/pair-scaling.svg and writes the counts of that run, each between its markers.
