@@ -10,7 +10,10 @@ import torch
 from conftest import make_model, make_tokenizer, save_pair
 from crossdiff.errors import UserError
 from crossdiff.models.access import UpperHalf, decoder_layers, edited_after, residuals_after
-from crossdiff.models.pair import check_tokenizers, choose_device, identify, load_pair, load_tokenizer, probe
+from crossdiff.models.loading import choose_device, load_tokenizer
+from crossdiff.models.names import identify
+from crossdiff.models.pair import check_tokenizers, load_pair
+from crossdiff.models.probe import probe
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo", "olmo2"]
 SLIDING = {"mistral", "gemma2", "gemma3_text", "phi3"}

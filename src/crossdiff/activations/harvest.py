@@ -77,7 +77,7 @@ def harvest(
     ranks.wait()
     for layer, log in logs.items() if ranks.is_first else ():
         names = tuple(record.name for record in texts.records)
-        origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
+        origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions, pair.dtype)
         entries = log.entries()
         assert len(entries) == n_shards, f"{log.folder.location} has {len(entries)} of {n_shards} shards"
         if config.storage == "live":
@@ -168,7 +168,9 @@ def _add(
 
 def _settings(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> dict[str, Any]:
     """The settings that a resumed harvest must share with the unfinished one."""
-    return {
+    settings = {
         "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json", exclude={"store"}),
         "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
     }  # fmt: skip
+    # Harvests in float32 that an earlier version left unfinished can be resumed.
+    return settings if pair.dtype == "float32" else settings | {"model_dtype": pair.dtype}

@@ -92,6 +92,9 @@ def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
         raise UserError(
             f"the live store {folder} was harvested from {store.pair}, not from {pair.identity}; harvest again with --force"
         )
+    dtype = store.manifest.get("model_dtype", pair.dtype)  # earlier versions did not record it
+    if pair.dtype != dtype:
+        raise UserError(f"the live store {folder} was harvested in {dtype}, not in {pair.dtype}; set model_dtype to {dtype}")
     return LiveStore(folder, pair)
 
 

@@ -29,6 +29,7 @@ class Origin:
     """Where a store's activations come from.
 
     pair: identity of the two models. datasets: names. texts: record of each dataset. revisions: Hub commit of each model.
+    model_dtype: dtype that the models ran in.
     """
 
     pair: dict[str, Any]
@@ -37,6 +38,7 @@ class Origin:
     datasets: tuple[str, ...]
     texts: list[dict[str, Any]] = field(default_factory=list)
     revisions: dict[str, str | None] = field(default_factory=dict)
+    model_dtype: str = "float32"
 
 
 def finish_store(
@@ -66,6 +68,7 @@ def finish_store(
         "format": FORMAT,
         "pair": origin.pair,
         "revisions": origin.revisions,
+        "model_dtype": origin.model_dtype,
         "base_tokens": config.base_tokens,
         "sources": list(SOURCES),
         "layer": origin.layer,

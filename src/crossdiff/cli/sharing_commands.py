@@ -115,7 +115,7 @@ def import_published(args: Namespace) -> None:
 
 
 def examples(args: Namespace) -> None:
-    from crossdiff.models.pair import load_tokenizer
+    from crossdiff.models.loading import load_tokenizer
     from crossdiff.published.examples_db import export_examples, import_examples
 
     if args.action == "export":

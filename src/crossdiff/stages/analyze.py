@@ -13,9 +13,10 @@ def analyze(session: Session, name: str) -> None:
 
     def work(folder: Path) -> None:
         from crossdiff.latents.analyze import analyze
-        from crossdiff.models.pair import load_tokenizer
+        from crossdiff.models.loading import load_tokenizer
 
-        store, crosscoder, tokenizer = session.store(), session.crosscoder(name), load_tokenizer(session.config.chat)
+        store, crosscoder = session.store(), session.crosscoder(name)
+        tokenizer = load_tokenizer(session.config.chat, session.config.base)
         sae = base_sae(session.config, name)
         reference = None if sae is None else session.crosscoder(sae)
         (folder / name).mkdir(exist_ok=True)

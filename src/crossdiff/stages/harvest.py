@@ -27,9 +27,12 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
         session.check_may_harvest()
     from crossdiff.activations.locations import open_folder
     from crossdiff.crosscoder.structure import check_sizes
+    from crossdiff.models.names import fetch_adapter
     from crossdiff.text.documents import count_records
 
     config = waiting[0].config
+    for name in (config.base, config.chat):
+        fetch_adapter(name)  # its digest is part of the fingerprint
     urls = [store_url(session) for session in waiting]
     for url in filter(None, urls):
         open_folder(url).prepare()  # before the models are loaded, which takes long
@@ -39,7 +42,7 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
     layers = [pair.check_layer(session.config.layer) for session in waiting]
     for crosscoder in config.crosscoders.values():
         check_sizes(crosscoder, pair.d_model, len(pair.models))
-    remarks: list[str] = []
+    remarks = list(pair.remarks)
 
     def work(folders: list[Path]) -> None:
         from crossdiff.activations.harvest import harvest, is_finished

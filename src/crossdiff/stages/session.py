@@ -79,22 +79,27 @@ class Session:
         return progress_bar(self.console, title, total)
 
     def load_pair(self) -> Pair:
-        """The two models, checked to be a pair."""
-        from crossdiff.models.pair import choose_device, load_pair
+        """The two models, checked to be a pair, in the dtype that they had in the harvest if it is done."""
+        from crossdiff.models.loading import choose_device
+        from crossdiff.models.pair import load_pair
 
         config = self.config
-        return load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
+        record = self.run_directory.record("harvest")
+        dtype: str = config.model_dtype
+        if record is not None and record["fingerprint"] == harvest_stage(config).fingerprint:
+            dtype = read_json(self.path / "activations" / "manifest.json").get("model_dtype", dtype)
+        return load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens, dtype)
 
     def store(self) -> Store:
         """The finished store of this run."""
         from crossdiff.activations.live import open_store
-        from crossdiff.models.pair import identify
+        from crossdiff.models.names import identify
 
         if not self.run_directory.is_done(harvest_stage(self.config)):
             self.check_may_harvest()
             raise UserError(f"{self.path} has no activations for these settings; run `crossdiff harvest` first")
         store = open_store(self.path / "activations", self.load_pair)
-        store.check_pair(identify(self.config.base), identify(self.config.chat), self.config.layer)
+        store.check_pair(identify(self.config.base), identify(self.config.chat, self.config.base), self.config.layer)
         return store
 
     def check_may_harvest(self) -> None:
@@ -114,7 +119,7 @@ class Session:
 
     def _check_models_exist(self, harvested: dict[str, Any]) -> None:
         """A model whose folder is gone is not a changed setting: say so, rather than offer to harvest again."""
-        from crossdiff.models.pair import local_path
+        from crossdiff.models.names import local_path
         from crossdiff.sources import SOURCES
 
         for source in SOURCES:
