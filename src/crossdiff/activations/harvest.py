@@ -16,7 +16,7 @@ import torch
 
 from crossdiff.activations.folder import MANIFEST, Folder
 from crossdiff.activations.live import sampled_moments
-from crossdiff.activations.passes import paired_residuals
+from crossdiff.activations.passes import NotFiniteError, paired_residuals
 from crossdiff.activations.shards import ProgressLog, ShardWriters, log_names, shard_name
 from crossdiff.activations.store import COLUMNS, FORMAT
 from crossdiff.activations.texts import Texts
@@ -157,7 +157,10 @@ def _add(
     counted = torch.from_numpy(np.flatnonzero(in_training & (columns["position"].numpy() >= config.leave_out)))
     computed: list[list[Tensor]] = [[] for _ in layers]
     if config.storage != "live":
-        computed = paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
+        try:
+            computed = paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
+        except NotFiniteError as error:
+            raise error.in_document(int(columns["document"][error.row])) from None
     for buffer, streams in zip(writers.buffers, computed, strict=True):
         try:
             buffer.add(streams, columns, counted)

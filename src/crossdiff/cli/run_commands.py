@@ -109,6 +109,7 @@ def plan(args: Namespace) -> None:
     config = _config(args)
 
     from rich.console import Console
+    from rich.markup import escape
 
     from crossdiff.activations.locations import open_folder
     from crossdiff.activations.plan import plan
@@ -122,6 +123,8 @@ def plan(args: Namespace) -> None:
         open_folder(config.harvest.store).prepare()
     pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens, config.model_dtype)
     layer = pair.check_layer(config.layer)
+    for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
+        console.print(f"[yellow]{escape(remark)}[/yellow]")
     found = plan(pair, layer, tuple(resolve(dataset) for dataset in config.dataset), config.harvest)
     kept = "tokens only" if config.harvest.storage == "live" else config.harvest.dtype
     rate = f"{found.tokens_per_second:,.0f} tokens/s"

@@ -90,6 +90,10 @@ class Pair:
         remarks = (check_length(name, found, n_tokens, what, remedy) for name, found in self._positions)
         return [remark for remark in remarks if remark is not None]
 
+    def check_max_length(self, max_length: int) -> list[str]:
+        """The same for a harvest's longest sequences."""
+        return self.check_length(max_length, f"harvest.max_length {max_length}", "lower it")
+
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of the vocabulary and of the rules that turn text into ids."""

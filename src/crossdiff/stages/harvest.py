@@ -42,7 +42,8 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
     layers = [pair.check_layer(session.config.layer) for session in waiting]
     for crosscoder in config.crosscoders.values():
         check_sizes(crosscoder, pair.d_model, len(pair.models))
-    remarks = list(pair.remarks)
+    _print(waiting[0], [*pair.remarks, *pair.check_max_length(config.harvest.max_length)])
+    remarks: list[str] = []
 
     def work(folders: list[Path]) -> None:
         from crossdiff.activations.harvest import harvest, is_finished
@@ -67,5 +68,9 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
                 console.print(f"the activations are in {url}", highlight=False, soft_wrap=True)
 
     run_together([(session, harvest_stage(session.config)) for session in waiting], work)
+    _print(waiting[0], remarks)
+
+
+def _print(session: Session, remarks: Sequence[str]) -> None:
     for remark in remarks:
-        waiting[0].console.print(f"[yellow]{escape(remark)}[/yellow]")
+        session.console.print(f"[yellow]{escape(remark)}[/yellow]")
