@@ -19,7 +19,7 @@ from crossdiff.models.names import find_adapter, identify, same_weights
 from crossdiff.models.positions import Positions, check_length, positions
 from crossdiff.models.probe import probe
 from crossdiff.shapes import Int, Tensor
-from crossdiff.sources import SOURCES
+from crossdiff.sources import BASE, SOURCES
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class Pair:
         for token, stand_in in self.stand_ins.items():
             mapped[token_ids == token] = stand_in
         return mapped
+
+    def ids_of(self, source: str, token_ids: Int[Tensor, "sequence position"]) -> Int[Tensor, "sequence position"]:
+        """The ids that a source's model reads."""
+        return self.base_ids(token_ids) if source == BASE else token_ids
 
     def check_layer(self, layer: int | None) -> int:
         """The layer to use: the given one, or the middle one."""

@@ -6,23 +6,27 @@ import torch
 from torch import nn
 
 from crossdiff.errors import UserError
-from crossdiff.models.access import d_model, edited_after, n_layers, residuals_after
+from crossdiff.models.access import d_model, decoder_layers, edited_after, hidden_of, n_layers, residuals_after
 
 
 def probe(model: nn.Module, name: str) -> None:
     """Check that hooks work on a model: editing the residual stream moves the logits, and residuals ignore later tokens."""
     device, middle = next(model.parameters()).device, n_layers(model) // 2
     ids = torch.arange(8, device=device).unsqueeze(0)
-    shape = tuple(residuals_after(model, ids, [middle])[0].shape)
-    if shape != (1, 8, d_model(model)):
-        raise UserError(
-            f"{name}: the layers of {type(model).__name__} give {list(shape)} for 8 tokens, expected [1, 8, {d_model(model)}]: "
-            "models that keep several residual streams per token, as Gemma 3n does, are not supported"
-        )
+    shapes: list[list[int]] = []
+    handle = decoder_layers(model)[middle].register_forward_hook(
+        lambda module, inputs, output: shapes.append(list(hidden_of(output).shape))
+    )
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits
-        with edited_after(model, middle, lambda hidden: hidden.flip(0, 1) + 1.0):
-            edited = model(input_ids=ids, use_cache=False).logits
+    handle.remove()
+    if shapes != [[1, 8, d_model(model)]]:
+        raise UserError(
+            f"{name}: a layer of {type(model).__name__} gives {shapes} for 8 tokens, expected [1, 8, {d_model(model)}] once; "
+            "models that keep several residual streams per token, as Gemma 3n does, are not supported"
+        )
+    with torch.no_grad(), edited_after(model, middle, lambda hidden: hidden.flip(0, 1) + 1.0):
+        edited = model(input_ids=ids, use_cache=False).logits
     if torch.equal(plain, edited):
         raise UserError(f"{name}: editing the residual stream does not move the logits, so this architecture is not supported")
     # There is no attention mask, so the second pass sees four more tokens.
