@@ -305,7 +305,9 @@ def test_a_nan_is_traced_to_model_token_and_document(
         harvest({1: tmp_path / "embedding"}, pair, datasets, settings)
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
     pair.base.model.layers[0].mlp.up_proj.weight[0] = torch.inf  # type: ignore[index, union-attr]
-    with pytest.raises(UserError, match=r"the base model .*: set model_dtype to float32 if they overflow, .* \(document [0-3], "):
+    with pytest.raises(
+        UserError, match=r"the base model .*: set model_dtype to float32 if they overflow, .* \(document [0-3], "
+    ):
         harvest({1: tmp_path / "layer"}, pair, datasets, settings)
 
 

@@ -69,6 +69,7 @@ def finish_store(
         "pair": origin.pair,
         "revisions": origin.revisions,
         "model_dtype": origin.model_dtype,
+        "sources_equal": normalisation.sources_equal,
         "base_tokens": config.base_tokens,
         "sources": list(SOURCES),
         "layer": origin.layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from crossdiff.causal.conversations import RESPONSE, SPANS
 from crossdiff.causal.generation import Sampling
 from crossdiff.causal.steering import Steerer, Steering
 from crossdiff.config import SteerConfig
+from crossdiff.files import number
 
 SHOWN = (RESPONSE, *SPANS)
 
 
-def _estimate(entry: dict[str, float], percent: bool = False) -> str:
-    value, low, high = (entry[key] * (100 if percent else 1) for key in ("value", "low", "high"))
+def _estimate(entry: dict[str, float | None], percent: bool = False) -> str:
+    value, low, high = (number(entry[key]) * (100 if percent else 1) for key in ("value", "low", "high"))
+    if math.isnan(value):
+        return "undefined"
     return f"{value:.0f}% [{low:.0f}, {high:.0f}]" if percent else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 

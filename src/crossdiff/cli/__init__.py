@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from crossdiff.cli import analysis_commands, run_commands, sharing_commands
@@ -55,6 +56,8 @@ def main() -> None:
     argv = sys.argv[1:]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
+    if "--debug" not in argv:
+        _silence_libraries()
     try:
         run_command(argv)
     except (UserError, KeyboardInterrupt, Exception) as error:
@@ -63,6 +66,15 @@ def main() -> None:
         message, status = _explained(error)
         print(message, file=sys.stderr)
         sys.exit(status)
+
+
+def _silence_libraries() -> None:
+    """Keep the warnings of libraries off the terminal: what matters in them is read and said in our words. Ours are shown."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", category=UserWarning, module=r"crossdiff\.")
 
 
 def _explained(error: BaseException) -> tuple[str, int]:

@@ -157,7 +157,8 @@ def _value_words(value: JsonValue) -> str:
 
 def caveats(report: RunReport) -> list[str]:
     """What weakens this run's results; limits of every run are in the template."""
-    found = [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
+    found = [wording.SAME_MODEL] if report.same_model else []
+    found += [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
     for coder in report.crosscoders:
         heldout = coder.health.heldout
         if heldout.dead_share > DEAD_LIMIT:

@@ -23,6 +23,8 @@ _SNIPPET_AFTER = 4
 
 def print_summary(report: RunReport, console: Console) -> None:
     """Print the crosscoders, the behaviours and the most chat-specific latents of a run, and the path of its page."""
+    if report.same_model:
+        console.print(Text(wording.SAME_MODEL, style="bold yellow"))
     console.print(_crosscoders(report))
     console.print(Text(
         "FVE: fraction of variance explained. L0: active latents per token. A latent has one direction per model. delta_norm "

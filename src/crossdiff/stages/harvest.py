@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
-
 from crossdiff.corpus import resolve
+from crossdiff.files import read_json
 from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.session import Session, run_together
 
@@ -42,7 +41,8 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
     layers = [pair.check_layer(session.config.layer) for session in waiting]
     for crosscoder in config.crosscoders.values():
         check_sizes(crosscoder, pair.d_model, len(pair.models))
-    _print(waiting[0], [*pair.remarks, *pair.check_max_length(config.harvest.max_length)])
+    for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
+        waiting[0].remark(remark)
     remarks: list[str] = []
 
     def work(folders: list[Path]) -> None:
@@ -68,9 +68,10 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
                 console.print(f"the activations are in {url}", highlight=False, soft_wrap=True)
 
     run_together([(session, harvest_stage(session.config)) for session in waiting], work)
-    _print(waiting[0], remarks)
-
-
-def _print(session: Session, remarks: Sequence[str]) -> None:
     for remark in remarks:
-        session.console.print(f"[yellow]{escape(remark)}[/yellow]")
+        waiting[0].remark(remark)
+    for session in waiting:
+        if read_json(session.path / "activations" / "manifest.json").get(
+            "sources_equal"
+        ):  # stores of earlier versions do not say
+            session.remark_same_model()

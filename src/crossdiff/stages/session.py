@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from crossdiff.config import RunConfig
 from crossdiff.errors import UserError
@@ -31,6 +32,7 @@ class Session:
     Attributes:
         force: harvest again although there is a store of other settings.
         only: the crosscoders to work on; all of the run if empty.
+        remarked: what `remark` has said.
     """
 
     run_directory: Run
@@ -38,6 +40,7 @@ class Session:
     console: Console
     force: bool = False
     only: tuple[str, ...] = ()
+    remarked: set[str] = field(default_factory=set)
 
     @property
     def path(self) -> Path:
@@ -61,6 +64,19 @@ class Session:
     def paired_names(self) -> tuple[str, ...]:
         """Those of them that have a decoder direction in both models."""
         return tuple(name for name in self.names if self.config.crosscoders[name].inputs.kind == "paired")
+
+    def remark(self, text: str) -> None:
+        """Tell the user something about the run, once."""
+        if text not in self.remarked:
+            self.console.print(f"[yellow]{escape(text)}[/yellow]")
+            self.remarked.add(text)
+
+    def remark_same_model(self) -> None:
+        """Tell the user that the store holds no difference."""
+        self.remark(
+            f"{self.config.base} and {self.config.chat} have the same activations on every token: they are one model, so there "
+            "is nothing to compare"
+        )
 
     def skips(self, stage: Stage) -> bool:
         """Whether a stage is done already; says so."""
@@ -99,6 +115,8 @@ class Session:
             self.check_may_harvest()
             raise UserError(f"{self.path} has no activations for these settings; run `crossdiff harvest` first")
         store = open_store(self.path / "activations", self.load_pair)
+        if store.normalisation.sources_equal:
+            self.remark_same_model()
         store.check_pair(identify(self.config.base), identify(self.config.chat, self.config.base), self.config.layer)
         return store
 
