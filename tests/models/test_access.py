@@ -59,6 +59,13 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         probe(make_model("gemma3_text", use_bidirectional_attention=True), "both-ways")
 
 
+def test_a_model_that_cannot_be_run_is_named() -> None:
+    model = make_model()
+    decoder_layers(model)[2].mlp.register_forward_hook(lambda module, inputs, output: output @ torch.zeros(3, 3))
+    with pytest.raises(UserError, match=r"broken cannot be run on cpu: RuntimeError: .*; check that its files are complete"):
+        probe(model, "broken")
+
+
 def test_several_residual_streams_per_token_are_refused() -> None:
     model = make_model(
         "gemma3n_text", n_layers=4, intermediate_size=[32] * 4, vocab_size_per_layer_input=272, hidden_size_per_layer_input=8,

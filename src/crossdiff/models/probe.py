@@ -17,9 +17,17 @@ def probe(model: nn.Module, name: str) -> None:
     handle = decoder_layers(model)[middle].register_forward_hook(
         lambda module, inputs, output: shapes.append(list(hidden_of(output).shape))
     )
-    with torch.no_grad():
-        plain = model(input_ids=ids, use_cache=False).logits
-    handle.remove()
+    try:
+        with torch.no_grad():
+            plain = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:  # quantised layers without their scales, a kernel that the device lacks, and so on
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        raise UserError(
+            f"{name} cannot be run on {device}: {type(error).__name__}: {reason[0]}; check that its files are complete, and "
+            "that the packages that it needs support this device"
+        ) from error
+    finally:
+        handle.remove()
     if shapes != [[1, 8, d_model(model)]]:
         raise UserError(
             f"{name}: a layer of {type(model).__name__} gives {shapes} for 8 tokens, expected [1, 8, {d_model(model)}] once; "
