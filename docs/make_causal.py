@@ -33,7 +33,8 @@ from crossdiff.config import DifferenceConfig, RunConfig, SteerConfig, read_yaml
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.latents.latent_table import pools
 from crossdiff.models.access import UpperHalf, residuals_after
-from crossdiff.models.pair import choose_device, load_pair
+from crossdiff.models.loading import choose_device
+from crossdiff.models.pair import load_pair
 from crossdiff.pairs import RULES
 
 DOCS = Path(__file__).parent

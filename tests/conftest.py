@@ -74,6 +74,10 @@ def make_model(kind: str = "llama", seed: int = 0, n_layers: int = 3, vocabulary
     }
     if kind == "gpt2":
         sizes = {"vocab_size": vocabulary, "n_embd": 16, "n_layer": n_layers, "n_head": 2, "n_positions": 128}
+    elif kind == "mamba2":
+        sizes |= {"head_dim": 8, "num_heads": 4, "state_size": 8, "n_groups": 1, "pad_token_id": 0}
+    elif kind == "opt":
+        sizes |= {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 128}
     elif kind == "gpt_neox":
         sizes |= {"intermediate_size": 32, "max_position_embeddings": 128}
     else:

@@ -12,7 +12,7 @@ from conftest import tiny_config
 from crossdiff.config import RunConfig
 from crossdiff.crosscoder.checkpoint import save
 from crossdiff.crosscoder.crosscoder import new_crosscoder
-from crossdiff.models.pair import identify
+from crossdiff.models.names import identify
 from report.synthetic_run import N_LATENTS, latent_table, write_concepts, write_crosscoder
 from stores import make_store
 

@@ -14,7 +14,7 @@ import torch
 
 import crossdiff
 from crossdiff.errors import UserError
-from crossdiff.models.pair import load_model, load_tokenizer
+from crossdiff.models.loading import load_model, load_tokenizer
 from hub_server import HubServer
 from opened import LAYER, write_run
 

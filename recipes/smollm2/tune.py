@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from crossdiff.activations.passes import right_padded
 from crossdiff.config import DatasetConfig
-from crossdiff.models.pair import load_model, load_tokenizer
+from crossdiff.models.loading import load_model, load_tokenizer
 from crossdiff.pairs import demo_path
 from crossdiff.text.chat import Flag
 from crossdiff.text.documents import read_documents

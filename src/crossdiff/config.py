@@ -403,6 +403,12 @@ class RunConfig(Config):
         (), description="texts: paths, Hub names, or mappings with the keys of a dataset"
     )
     device: str = Field("auto", description="auto, cpu, or a torch device name")
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="dtype that both models run in; auto: float32 on the CPU, elsewhere that of the two models' files, or "
+        "bfloat16 if theirs differ",
+        exclude_if=lambda value: value == "auto",  # stores from before this setting existed keep their fingerprint
+    )
     latent_ranks: int | None = Field(
         None,
         ge=1,

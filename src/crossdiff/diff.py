@@ -273,11 +273,13 @@ class Diff:
         Raises:
             UserError: the models cannot be loaded, or are not the ones that the crosscoder was trained on.
         """
-        from crossdiff.models.pair import choose_device, load_pair
+        from crossdiff.models.loading import choose_device
+        from crossdiff.models.pair import load_pair
 
         config = self.config
-        harvest = config.harvest
-        pair = load_pair(config.base, config.chat, choose_device("auto"), harvest.base_tokens, harvest.template_date)
+        harvest, device = config.harvest, choose_device("auto")
+        dtype = self.crosscoder.origin.get("model_dtype") or config.model_dtype
+        pair = load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date, dtype)
         trained_on: dict[str, Any] = self.crosscoder.origin["pair"] or {}
         for source, name in ((BASE, config.base), (CHAT, config.chat)):
             ours, theirs = pair.identity[source].get("digest"), trained_on.get(source, {}).get("digest")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -66,9 +67,27 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text, which has no NaN and no infinity: what is undefined is null (see `number`)."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def number(value: float | None) -> float:
+    """A number from JSON; NaN where it is undefined."""
+    return math.nan if value is None else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON; an existing file is replaced only by a complete one."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write JSON, with null for NaN; an existing file is replaced only by a complete one."""
+    write_text(path, to_json(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -287,9 +287,31 @@ def test_values_that_do_not_fit_are_refused(
     pair.chat.get_input_embeddings().weight.mul_(1e9)  # type: ignore[operator, union-attr]
     with pytest.raises(UserError, match=r"do not fit torch\.float16; set harvest.dtype to bfloat16"):
         harvest({1: tmp_path}, pair, datasets, SETTINGS.model_copy(update={"dtype": "float16"}))
-    pair.chat.get_input_embeddings().weight.fill_(torch.nan)  # type: ignore[operator, union-attr]
-    with pytest.raises(UserError, match=r"NaN or infinite activations \(in documents"):
-        harvest({1: tmp_path}, pair, datasets, SETTINGS)
+
+
+@pytest.mark.parametrize("storage", ["blocks", "live"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_nan_is_traced_to_model_token_and_document(
+    tmp_path: Path, tiny_pair: tuple[Path, Path], storage: str, dtype: str
+) -> None:
+    pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
+    texts = ("a boat", "the sea", "a @ sign", "land")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    datasets = (DatasetConfig(path=str(tmp_path / "texts.jsonl"), heldout_share=0),)
+    settings = SETTINGS.model_copy(update={"storage": storage, "dtype": dtype})
+    token = pair.tokenizer.convert_tokens_to_ids("@")
+    for name in ("embedding", "layer"):
+        (tmp_path / name).mkdir()
+    pair.chat.get_input_embeddings().weight[token] = torch.nan  # type: ignore[operator, union-attr]
+    expected = r"the chat model \(.*chat\) gives NaN or infinite activations: its embedding of the token '@' is not finite.*"
+    with pytest.raises(UserError, match=expected + r"\(document 2, counted from 0 over all datasets\)"):
+        harvest({1: tmp_path / "embedding"}, pair, datasets, settings)
+    pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
+    pair.base.model.layers[0].mlp.up_proj.weight[0] = torch.inf  # type: ignore[index, union-attr]
+    with pytest.raises(
+        UserError, match=r"the base model .*: set model_dtype to float32 if they overflow, .* \(document [0-3], "
+    ):
+        harvest({1: tmp_path / "layer"}, pair, datasets, settings)
 
 
 def test_everything_held_out_is_refused(tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path]) -> None:

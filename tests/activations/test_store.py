@@ -55,7 +55,7 @@ def test_a_view_that_does_not_vary_has_no_scale(tmp_path: Path) -> None:
     one = torch.randn(400, 1, 4, generator=torch.Generator().manual_seed(0))
     store = make_store(tmp_path, one.expand(-1, 2, -1).contiguous())
     assert store.normalisation.scale > 0
-    with pytest.raises(UserError, match="do not vary"):
+    with pytest.raises(UserError, match="the two models have the same activations on every token"):
         store.normalisation.scale_of(torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -69,10 +69,11 @@ def without_cache(steer: Steerer, prompt: Prompt, steering: Steering, n: int) ->
 
 def generate(steer: Steerer, prompts: list[Prompt], steering: Steering, sampling: Sampling = SAMPLING) -> list[list[int]]:
     model = getattr(steer.pair, steering.model)
-    return continue_batch(model, LAYER, prompts, steer.make_edit(steering), steering.tokens, 1, ENDS, sampling)
+    edit = steer.make_edit(steering)
+    return continue_batch(model, LAYER, prompts, edit, steering.tokens, 1, ENDS, sampling, steer.cached)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "mamba2"])
 @pytest.mark.parametrize(
     "steering",
     [
@@ -85,8 +86,33 @@ def generate(steer: Steerer, prompts: list[Prompt], steering: Steering, sampling
 )
 def test_the_cached_generation_equals_reading_all_tokens_again(kind: str, steering: Steering) -> None:
     steer = steerer(kind)
+    assert steer.cached == (kind != "mamba2"), "its state is not among past_key_values"
     expected = [without_cache(steer, prompt, steering, SAMPLING.max_new_tokens) for prompt in PROMPTS]
     assert generate(steer, PROMPTS, steering) == expected
+
+
+def test_rows_that_finish_leave_the_batch_without_a_cache_too() -> None:
+    steer = steerer("mamba2")
+    steering = Steering(3, "ablate", 3.0)
+    alone = [generate(steer, [prompt], steering)[0] for prompt in PROMPTS]
+    ends = frozenset({alone[0][2]})  # ends the first answer after two tokens, and the second one elsewhere or never
+    cut = [tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))] for tokens in alone]
+    assert len(cut[0]) < len(cut[1])
+    edit = steer.make_edit(steering)
+    assert continue_batch(steer.pair.chat, LAYER, PROMPTS, edit, "all", 1, ends, SAMPLING, steer.cached) == cut
+
+
+@pytest.mark.parametrize("model", ["base", "chat"])
+def test_the_base_model_reads_its_stand_ins_while_steering(model: Literal["base", "chat"]) -> None:
+    """Token 4 is read as 9 by the base model: the same as a base model whose embedding of 4 is that of 9."""
+    steer = steerer()
+    mapped = Steerer(replace(steer.pair, stand_ins={4: 9}), steer.crosscoder, LAYER, make_table(), 1)
+    steering = Steering(5, "ablate", 3.0, model)
+    got = mapped.answer_prompts(PROMPTS, steering, SAMPLING)
+    with torch.no_grad():
+        weight = steer.pair.base.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+        weight[4] = weight[9]
+    assert got == steer.answer_prompts(PROMPTS, steering, SAMPLING)
 
 
 def test_strength_0_changes_nothing_and_a_large_one_does() -> None:

@@ -25,7 +25,7 @@ from crossdiff.interp.prompts import CLOSE, OPEN, Renderer
 from crossdiff.interp.responses import ask_all, no_responses
 from crossdiff.interp.scorer import Scorer
 from crossdiff.latents.analyze import Analysis, analyze
-from crossdiff.models.pair import load_tokenizer
+from crossdiff.models.loading import load_tokenizer
 from crossdiff.pairs import RULES, demo_path
 from crossdiff.text.documents import read_documents
 from crossdiff.text.sequences import tokenise

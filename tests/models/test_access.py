@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import make_model, make_tokenizer, save_pair
+from crossdiff.activations.passes import paired_residuals
 from crossdiff.errors import UserError
 from crossdiff.models.access import UpperHalf, decoder_layers, edited_after, residuals_after
-from crossdiff.models.pair import choose_device, identify, load_pair, load_tokenizer, probe
+from crossdiff.models.loading import choose_device, load_tokenizer
+from crossdiff.models.names import identify
+from crossdiff.models.pair import load_pair
+from crossdiff.models.positions import check_length, positions
+from crossdiff.models.probe import probe
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo", "olmo2"]
 SLIDING = {"mistral", "gemma2", "gemma3_text", "phi3"}
@@ -51,6 +57,51 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
     probe(make_model("gemma3_text"), "causal")
     with pytest.raises(UserError, match="both-ways: a token's residual stream depends on later tokens"):
         probe(make_model("gemma3_text", use_bidirectional_attention=True), "both-ways")
+
+
+def test_a_model_that_cannot_be_run_is_named() -> None:
+    model = make_model()
+    decoder_layers(model)[2].mlp.register_forward_hook(lambda module, inputs, output: output @ torch.zeros(3, 3))
+    with pytest.raises(UserError, match=r"broken cannot be run on cpu: RuntimeError: .*; check that its files are complete"):
+        probe(model, "broken")
+
+
+def test_several_residual_streams_per_token_are_refused() -> None:
+    model = make_model(
+        "gemma3n_text", n_layers=4, intermediate_size=[32] * 4, vocab_size_per_layer_input=272, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2, altup_num_inputs=4, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"3n: a layer of Gemma3nForCausalLM gives \[\[4, 1, 8, 16\]\] for 8 tokens, expected \[1, 8, 16"
+    ):
+        probe(model, "3n")
+
+
+def test_positions_that_a_model_can_read_and_that_it_was_trained_on() -> None:
+    for kind in ("gpt2", "opt"):
+        table = positions(make_model(kind))
+        assert table == (128, True)
+        assert check_length("small", table, 128, "harvest.max_length 128", "lower it") is None
+        with pytest.raises(
+            UserError, match=r"harvest.max_length 129 is more than the 128 positions that small can read; lower it"
+        ):
+            check_length("small", table, 129, "harvest.max_length 129", "lower it")
+    rotary = positions(make_model("llama"))
+    assert rotary == (128, False)
+    remark = check_length("small", rotary, 129, "harvest.max_length 129", "lower it")
+    assert remark is not None and remark.startswith(
+        "harvest.max_length 129 is more than the 128 positions that small was trained"
+    )
+    assert positions(make_model("mamba2")) is None and check_length("small", None, 10**6, "x", "y") is None
+
+
+def test_a_sequence_beyond_the_positions_is_refused_before_the_models_run(tmp_path: Path) -> None:
+    base, chat = save_pair(tmp_path, "gpt2")
+    pair = load_pair(str(base), str(chat), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"a sequence of 129 tokens is more than the 128 positions that .*base can read"):
+        paired_residuals(pair, [np.zeros(129, np.int32)], [1])
+    assert paired_residuals(pair, [np.zeros(128, np.int32)], [1])[0][0].shape == (128, 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,6 +234,16 @@ def test_replaying_the_whole_model_agrees_with_skipping(kind: str) -> None:
     torch.testing.assert_close(upper.logits(hidden, ids, mask, mask.bool()), skipped, rtol=0, atol=1e-5)
     with torch.no_grad():
         assert not torch.allclose(skipped, model(input_ids=ids).logits[0], atol=1e-4)
+
+
+def test_a_model_that_cannot_be_replayed_is_refused_by_name() -> None:
+    model, passes = make_model(), [0.0]
+    decoder_layers(model)[2].register_forward_hook(lambda module, inputs, output: output + passes[0])
+    model.register_forward_pre_hook(lambda module, inputs: passes.__setitem__(0, passes[0] + 1))  # no two passes are alike
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM does not give its own logits when its residual stream after layer 1 is"
+    ):
+        UpperHalf(model, 1)
 
 
 def test_a_model_whose_upper_layers_need_the_lower_ones_is_replayed() -> None:

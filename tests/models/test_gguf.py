@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-import crossdiff.models.pair as module
+import crossdiff.models.names as module
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 from crossdiff.errors import UserError
-from crossdiff.models.pair import identify, load_model, load_pair, load_tokenizer
+from crossdiff.models.loading import load_model, load_tokenizer
+from crossdiff.models.names import identify
+from crossdiff.models.pair import load_pair
 
 N_HEADS, N_KEY_HEADS = 2, 1
 

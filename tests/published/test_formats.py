@@ -429,7 +429,7 @@ FORK_ERRORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         changed(fork_tensors(), decoder__weight=torch.zeros(2, F, D + 1)), {},
         r"decoder\.weight has the shape \(2, 10, 7\), expected \[source=2 latent=10 d_model=6\]",
     ),
-    "axes": (changed(fork_tensors(), encoder__weight=torch.zeros(F, D)), {}, r"encoder\.weight has the shape \(10, 6\)"),
+    "axes": (changed(fork_tensors(), encoder__weight=torch.zeros(F, D)), {}, "only AutoEncoder, AutoEncoderTopK"),
     "unknown": (changed(fork_tensors(), r_mag=torch.zeros(F)), {}, "unknown keys: r_mag"),
     "not finite": (changed(fork_tensors(), encoder__bias=torch.full((F,), torch.inf)), {}, r"encoder\.bias holds numbers that"),
     "decoupled": (
@@ -480,7 +480,7 @@ SAELENS_ERRORS: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "other function": ({"activation_fn_str": "tanh-relu"}, {}, "architecture tanh-relu"),
     "layer norm": ({"normalize_activations": "layer_norm"}, {}, "normalize_activations is 'layer_norm'"),
     "unknown scale": ({"normalize_activations": "expected_average_only_in"}, {}, r"give it as input_scales, sqrt\(6\)"),
-    "heads": ({"hook_name": "blocks.5.attn.hook_z"}, {}, "reads attention heads"),
+    "heads": ({"hook_name": "blocks.5.attn.hook_z"}, {}, "which is not the residual stream after a decoder layer"),
     "size": ({"d_in": 7}, {}, "has d_model 6, but its cfg.json has d_in 7"),
     "no threshold": ({"architecture": "jumprelu"}, {}, "has no threshold"),
     "no k": ({"architecture": "topk"}, {}, "k is None, expected a whole number"),

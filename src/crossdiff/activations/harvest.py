@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from crossdiff.activations.folder import MANIFEST, Folder
 from crossdiff.activations.live import sampled_moments
-from crossdiff.activations.passes import paired_residuals
+from crossdiff.activations.passes import NotFiniteError, paired_residuals
 from crossdiff.activations.shards import ProgressLog, ShardWriters, log_names, shard_name
 from crossdiff.activations.store import COLUMNS, FORMAT
 from crossdiff.activations.texts import Texts
@@ -81,7 +81,7 @@ def harvest(
     ranks.wait()
     for layer, log in logs.items() if ranks.is_first else ():
         names = tuple(record.name for record in texts.records)
-        origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
+        origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions, pair.dtype)
         entries = log.entries()
         assert len(entries) == n_shards, f"{log.folder.location} has {len(entries)} of {n_shards} shards"
         assert sum(entry.n_tokens for entry in entries) == sum(record.n_tokens for record in texts.records)
@@ -179,7 +179,10 @@ def _add(
     counted = torch.from_numpy(np.flatnonzero(in_training & (columns["position"].numpy() >= config.leave_out)))
     computed: list[list[Tensor]] = [[] for _ in layers]
     if config.storage != "live":
-        computed = paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
+        try:
+            computed = paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
+        except NotFiniteError as error:
+            raise error.in_document(int(columns["document"][error.row])) from None
     for buffer, streams in zip(writers.buffers, computed, strict=True):
         try:
             buffer.add(streams, columns, counted)
@@ -190,7 +193,9 @@ def _add(
 
 def _settings(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> dict[str, Any]:
     """The settings that a resumed harvest must share with the unfinished one."""
-    return {
+    settings = {
         "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json", exclude={"store"}),
         "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
     }  # fmt: skip
+    # Harvests in float32 that an earlier version left unfinished can be resumed.
+    return settings if pair.dtype == "float32" else settings | {"model_dtype": pair.dtype}

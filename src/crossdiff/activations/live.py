@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from crossdiff.activations.folder import Folder
 from crossdiff.activations.normalisation import Moments
-from crossdiff.activations.passes import paired_residuals
+from crossdiff.activations.passes import NotFiniteError, paired_residuals
 from crossdiff.activations.shards import ShardEntry, as_stored
 from crossdiff.activations.store import DTYPES, Store, pass_bounds, sequence_bounds
 from crossdiff.config import HarvestConfig
@@ -35,9 +35,21 @@ class Passes:
     """The forward passes of a harvest, any of which can be run again. `bounds` are their row bounds."""
 
     def __init__(
-        self, pair: Pair, layer: int, token_ids: npt.NDArray[np.int32], sequences: npt.NDArray[np.int64], batch_tokens: int
+        self,
+        pair: Pair,
+        layer: int,
+        token_ids: npt.NDArray[np.int32],
+        documents: npt.NDArray[np.int32],
+        sequences: npt.NDArray[np.int64],
+        batch_tokens: int,
     ) -> None:
-        self._pair, self._layer, self._token_ids, self._sequences = pair, layer, token_ids, sequences
+        self._pair, self._layer, self._token_ids, self._documents, self._sequences = (
+            pair,
+            layer,
+            token_ids,
+            documents,
+            sequences,
+        )
         self.bounds = pass_bounds(sequences, batch_tokens)
 
     def streams(self, index: int) -> list[Float32[Tensor, "token d_model"]]:
@@ -45,7 +57,10 @@ class Passes:
         first, last = np.searchsorted(self._sequences, self.bounds[index : index + 2])
         cuts = self._sequences[first : last + 1]
         batch = [self._token_ids[start:stop] for start, stop in pairwise(cuts)]
-        return paired_residuals(self._pair, batch, [self._layer])[0]
+        try:
+            return paired_residuals(self._pair, batch, [self._layer])[0]
+        except NotFiniteError as error:
+            raise error.in_document(int(self._documents[self.bounds[index] + error.row])) from None
 
 
 class LiveStore(Store):
@@ -54,7 +69,8 @@ class LiveStore(Store):
     def __init__(self, folder: str | Path, pair: Pair) -> None:
         super().__init__(folder)
         batch_tokens = int(self.manifest["batch_tokens"])
-        self._passes = Passes(pair, self.layer, self.column("token_id"), self.sequences(), batch_tokens)
+        token_ids, documents = self.column("token_id"), self.column("document")
+        self._passes = Passes(pair, self.layer, token_ids, documents, self.sequences(), batch_tokens)
         self._last: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Float32[Tensor, "batch source d_model"]:
@@ -92,6 +108,9 @@ def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
         raise UserError(
             f"the live store {folder} was harvested from {store.pair}, not from {pair.identity}; harvest again with --force"
         )
+    dtype = store.manifest.get("model_dtype", pair.dtype)  # earlier versions did not record it
+    if pair.dtype != dtype:
+        raise UserError(f"the live store {folder} was harvested in {dtype}, not in {pair.dtype}; set model_dtype to {dtype}")
     return LiveStore(folder, pair)
 
 
@@ -105,7 +124,8 @@ def sampled_moments(
             for name, found in parts.items():
                 found.append(file.get_tensor(name).numpy())
     columns = {name: np.concatenate(found) for name, found in parts.items()}
-    passes = Passes(pair, layer, columns["token_id"], sequence_bounds(columns["sequence"]), config.batch_tokens)
+    sequences = sequence_bounds(columns["sequence"])
+    passes = Passes(pair, layer, columns["token_id"], columns["document"], sequences, config.batch_tokens)
     counted = (columns["position"] >= config.leave_out) & np.asarray(is_training)[columns["document"]]
     per_pass = np.add.reduceat(counted.astype(np.int64), passes.bounds[:-1])
     order = np.random.default_rng(0).permutation(len(per_pass))

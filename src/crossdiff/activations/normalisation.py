@@ -34,8 +34,17 @@ class Normalisation:
         variance = float(torch.trace(matrix @ covariance @ matrix.T)) / len(matrix)
         # The rounding error left in the difference of two equal sources is not variation.
         if not variance > 1e-12 * float(torch.trace(matrix.abs() @ self.gram.abs() @ matrix.abs().T)):
+            if self.sources_equal and len(self.gram) > 1:
+                raise UserError(
+                    "the two models have the same activations on every token, so there is no difference to train on"
+                )
             raise UserError("the activations do not vary over the training tokens; is this the right layer?")
         return float((self.mean.shape[1] / variance) ** 0.5)
+
+    @property
+    def sources_equal(self) -> bool:
+        """Whether all sources have the same activations: sums of equal numbers in one order are equal to the last bit."""
+        return bool((self.mean == self.mean[0]).all() and (self.gram == self.gram[0, 0]).all())
 
     @property
     def scale(self) -> float:

@@ -30,6 +30,7 @@ class Origin:
     """Where a store's activations come from.
 
     pair: identity of the two models. datasets: names. texts: record of each dataset. revisions: Hub commit of each model.
+    model_dtype: dtype that the models ran in.
     """
 
     pair: dict[str, Any]
@@ -38,6 +39,7 @@ class Origin:
     datasets: tuple[str, ...]
     texts: list[dict[str, Any]] = field(default_factory=list)
     revisions: dict[str, str | None] = field(default_factory=dict)
+    model_dtype: str = "float32"
 
 
 def finish_store(
@@ -67,6 +69,8 @@ def finish_store(
         "format": FORMAT,
         "pair": origin.pair,
         "revisions": origin.revisions,
+        "model_dtype": origin.model_dtype,
+        "sources_equal": normalisation.sources_equal,
         "base_tokens": config.base_tokens,
         "template_date": None if config.template_date is None else config.template_date.isoformat(),
         "sources": list(SOURCES),

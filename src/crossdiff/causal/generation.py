@@ -1,4 +1,4 @@
-"""Seeded generation with the KV cache while the residual stream is edited.
+"""Seeded generation while the residual stream is edited, with the KV cache where the architecture has a usable one.
 
 Prompts of equal length are answered together, without padding, and finished rows leave the batch. An answer depends only on the
 prompt, the edit and the seed.
@@ -6,7 +6,7 @@ prompt, the edit and the seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -94,10 +94,14 @@ def continue_batch(
     leave_out: int,
     ends: frozenset[int],
     sampling: Sampling,
+    cached: bool = True,
+    read: Callable[[Tensor], Tensor] = lambda token_ids: token_ids,
 ) -> list[list[int]]:
     """Continuations of prompts of equal length, without the token that ends them.
 
     Args:
+        cached: read only the new token in each step, from a cache. Otherwise each step reads all tokens again.
+        read: maps the ids of tokens to those that the model reads in their place.
         edit: applied to the residual stream after `layer`, on the tokens that `tokens` selects.
         leave_out: number of leading positions that are never edited.
     """
@@ -119,20 +123,26 @@ def continue_batch(
         if edit is not None:
             editing = edited_after(model, layer, partial(edit, token_ids=ids, chosen=chosen))
         with editing:
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+            if cached:
+                out = model(input_ids=read(ids), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = out.past_key_values
+            else:
+                out = model(input_ids=read(ids), use_cache=False)
         following = choose(out.logits[:, -1], sampling.temperature, uniforms[unfinished, step])
         kept = torch.tensor([token not in ends for token in following.tolist()], device=device).nonzero().squeeze(1)
         if not len(kept):
             break
         if len(kept) < len(following):
-            cache.batch_select_indices(kept)
+            ids, chosen = ids[kept], chosen[kept]
+            if cached:
+                cache.batch_select_indices(kept)
             if edit is not None:
                 edit.keep_rows(kept)
             unfinished = unfinished[kept]
             following = following[kept]
         for row, token in zip(unfinished.tolist(), following.tolist(), strict=True):
             outputs[row].append(token)
-        ids = following.unsqueeze(1)
-        chosen = torch.full_like(ids, tokens in ("all", "generated"), dtype=torch.bool)
+        new = following.unsqueeze(1)
+        also = torch.full_like(new, tokens in ("all", "generated"), dtype=torch.bool)
+        ids, chosen = (new, also) if cached else (torch.cat([ids, new], 1), torch.cat([chosen, also], 1))
     return outputs

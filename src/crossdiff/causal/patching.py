@@ -195,7 +195,8 @@ class Patcher:
         conversation = predicts.nonzero()[:, 0]
 
         def divergence(hidden: Tensor, continues: str, rows: Bool[Tensor, " sequence"]) -> Float[Tensor, " row"]:
-            logits = self.upper[continues].logits(hidden[rows], ids[rows], mask[rows], predicts[rows])
+            read = self.pair.ids_of(continues, ids[rows])
+            logits = self.upper[continues].logits(hidden[rows], read, mask[rows], predicts[rows])
             return reference.kl(logits, rows[conversation])
 
         every_row = torch.ones(len(batch), dtype=torch.bool, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ class ArmResult:
     Attributes:
         kl: mean over conversations of the mean KL over the conversation's tokens in the span, in nats.
         closed: share of the gap between `none` and the chat model that is closed, 1 - kl / kl of none.
+        reason: why `closed` is undefined.
         n_arms: number of arms averaged.
         spread: smallest and largest kl among them.
     """
@@ -37,6 +39,7 @@ class ArmResult:
     closed: Estimate[float]
     n_arms: int
     spread: tuple[float, float]
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def arm_results(sample: Bootstrap, arms: Sequence[Arm]) -> list[ArmResult]:
         for index, span in enumerate(sample.spans):
             kl_of_arms = sample.arm_means(rows, span)
             kl = kl_of_arms.mean(1)
+            closed = _estimate(closed_share(kl, sample.mean(NO_CHANGE, span)))
             results.append(
                 ArmResult(
                     intervention=name,
@@ -122,9 +126,10 @@ def arm_results(sample: Bootstrap, arms: Sequence[Arm]) -> list[ArmResult]:
                     n_latents=n_latents,
                     n_conversations=int((sample.n[:, index] > 0).sum()),
                     kl=_estimate(kl),
-                    closed=_estimate(closed_share(kl, sample.mean(NO_CHANGE, span))),
+                    closed=closed,
                     n_arms=len(rows),
                     spread=(float(kl_of_arms[0].min()), float(kl_of_arms[0].max())),
+                    reason=f"the KL of {NO_CHANGE} is 0, so there is no gap to close" if math.isnan(closed.value) else None,
                 )
             )
     return results

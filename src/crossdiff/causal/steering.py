@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import nn
 from crossdiff.causal.generation import Answer, Edit, Hidden, Prompt, Sampling, SteeredTokens, ask, continue_batch, end_tokens
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError, check_latents
-from crossdiff.models.access import next_residual_after
+from crossdiff.models.access import continues_from_cache, next_residual_after, residuals_after
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Int, Tensor
 from crossdiff.sources import BASE, CHAT, SOURCES
@@ -63,21 +64,28 @@ class Addition:
 class Ablation:
     """Removes a latent's contribution from the chosen tokens.
 
-    The crosscoder reads both models, so the lower half of the other model reads the same tokens, with its own cache.
+    The crosscoder reads both models, so the lower half of the other model reads the same tokens, with its own cache. If not
+    `cached`, it gets all tokens in each step.
     """
 
-    def __init__(self, other: nn.Module, crosscoder: Crosscoder, layer: int, steering: Steering) -> None:
+    def __init__(self, pair: Pair, crosscoder: Crosscoder, layer: int, steering: Steering, cached: bool = True) -> None:
         from transformers import DynamicCache
 
-        self.other = other
+        self.pair = pair
+        self.source = BASE if steering.model == CHAT else CHAT
+        self.other = getattr(pair, self.source)
         self.crosscoder = crosscoder
         self.layer = layer
         self.steering = steering
         self.direction = crosscoder.directions()[SOURCES.index(steering.model), steering.latent] / crosscoder.scale
-        self.cache: Any = DynamicCache(config=other.config)  # type: ignore[arg-type]
+        self.cache: Any = DynamicCache(config=self.other.config) if cached else None
 
     def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
-        of_other = next_residual_after(self.other, token_ids, self.layer, self.cache)
+        read = self.pair.ids_of(self.source, token_ids)
+        if self.cache is None:
+            of_other = residuals_after(self.other, read, [self.layer])[0]
+        else:
+            of_other = next_residual_after(self.other, read, self.layer, self.cache)
         streams = [hidden, of_other] if self.steering.model == BASE else [of_other, hidden]
         device = self.crosscoder.encoder.device
         h = torch.stack([stream.flatten(0, 1).float().to(device) for stream in streams], dim=1)
@@ -90,7 +98,8 @@ class Ablation:
 
     def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
         """Drop all other rows from the cache."""
-        self.cache.batch_select_indices(rows)
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows)
 
 
 class Steerer:
@@ -108,6 +117,11 @@ class Steerer:
         self.table = table
         self.leave_out = leave_out
         self.ends = end_tokens(pair.chat, pair.tokenizer)
+
+    @cached_property
+    def cached(self) -> bool:
+        """Whether both models can read one token at a time, from a cache. If not, each step reads all tokens again."""
+        return all(continues_from_cache(model, self.layer) for model in self.pair.models)
 
     def check(self, steering: Steering) -> None:
         """Raise a `UserError` for a coder of one source, or a latent that does not exist or was never active."""
@@ -137,8 +151,7 @@ class Steerer:
         """A new edit, for one batch."""
         if steering.mode == "add":
             return Addition(self.vector(steering))
-        other = self.pair.base if steering.model == CHAT else self.pair.chat
-        return Ablation(other, self.crosscoder, self.layer, steering)
+        return Ablation(self.pair, self.crosscoder, self.layer, steering, self.cached)
 
     def answer(
         self, questions: Sequence[str], steering: Steering | None, sampling: Sampling, model: str = CHAT
@@ -155,7 +168,7 @@ class Steerer:
             self.check(steering)
             model = steering.model
             tokens = steering.tokens
-        answering = getattr(self.pair, model)
+        answering, read = getattr(self.pair, model), partial(self.pair.ids_of, model)
         self._check_length(answering, prompts, sampling)
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
@@ -166,7 +179,9 @@ class Steerer:
                 part = members[first : first + sampling.batch_size]
                 batch = [prompts[index] for index in part]
                 edit = None if steering is None else self.make_edit(steering)
-                outputs = continue_batch(answering, self.layer, batch, edit, tokens, self.leave_out, self.ends, sampling)
+                outputs = continue_batch(
+                    answering, self.layer, batch, edit, tokens, self.leave_out, self.ends, sampling, self.cached, read
+                )
                 for index, output in zip(part, outputs, strict=True):
                     text = self.pair.tokenizer.decode(output, skip_special_tokens=True).strip()
                     found[index] = Answer(text, len(output), finished=len(output) < sampling.max_new_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from crossdiff.causal.conversations import RESPONSE, SPANS
 from crossdiff.causal.generation import Sampling
 from crossdiff.causal.steering import Steerer, Steering
 from crossdiff.config import SteerConfig
-from crossdiff.files import read_json
+from crossdiff.files import number, read_json
 
 SHOWN = (RESPONSE, *SPANS)
 
 
-def _estimate(entry: dict[str, float], percent: bool = False) -> str:
-    value, low, high = (entry[key] * (100 if percent else 1) for key in ("value", "low", "high"))
+def _estimate(entry: dict[str, float | None], percent: bool = False) -> str:
+    value, low, high = (number(entry[key]) * (100 if percent else 1) for key in ("value", "low", "high"))
+    if math.isnan(value):
+        return "undefined"
     return f"{value:.0f}% [{low:.0f}, {high:.0f}]" if percent else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -108,7 +111,8 @@ def print_concept_causal(folder: Path, console: Console) -> None:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)
     labels = dict(zip(*pl.read_parquet(folder / "concepts.parquet").select("concept", "label"), strict=True))
-    alone = pl.read_parquet(folder / "causal.parquet").group_by("concept").agg(
+    measured = pl.read_parquet(folder / "causal.parquet").filter(pl.col("closed").is_not_nan())
+    alone = measured.group_by("concept").agg(
         pl.col("closed").mean(), least=pl.col("closed").min(), most=pl.col("closed").max(), n=pl.len()
     )  # fmt: skip
     strongest = Table(title="Concepts that close most of the gap alone: mean over trainings [least, most]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from io import TextIOWrapper
 
@@ -59,6 +60,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks is no reason to stop
+    if "--debug" not in argv:
+        _silence_libraries()
     try:
         run_command(argv)
     except (UserError, KeyboardInterrupt, Exception) as error:
@@ -67,6 +70,15 @@ def main() -> None:
         message, status = _explained(error)
         print(message, file=sys.stderr)
         sys.exit(status)
+
+
+def _silence_libraries() -> None:
+    """Keep the warnings of libraries off the terminal: what matters in them is read and said in our words. Ours are shown."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", category=UserWarning, module=r"crossdiff\.")
 
 
 def _explained(error: BaseException) -> tuple[str, int]:

@@ -117,15 +117,18 @@ def plan(args: Namespace) -> None:
     from crossdiff.activations.locations import open_folder
     from crossdiff.activations.plan import plan
     from crossdiff.corpus import check_texts, resolve
-    from crossdiff.models.pair import choose_device, load_pair
+    from crossdiff.models.loading import choose_device
+    from crossdiff.models.pair import load_pair
 
     console = Console(highlight=False)
     check_texts(config)
     if config.harvest.store is not None:
         open_folder(config.harvest.store).prepare()
     device, harvest = choose_device(config.device), config.harvest
-    pair = load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date)
+    pair = load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date, config.model_dtype)
     layer = pair.check_layer(config.layer)
+    for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
+        console.print(f"[yellow]{escape(remark)}[/yellow]")
     found = plan(pair, layer, tuple(resolve(dataset) for dataset in config.dataset), config.harvest)
     kept = "tokens only" if config.harvest.storage == "live" else config.harvest.dtype
     rate = f"{found.tokens_per_second:,.0f} tokens/s"

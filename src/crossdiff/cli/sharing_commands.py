@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
 
     summary = "read a published crosscoder or SAE, print its architecture, and write it in crossdiff's format"
     parser = commands.add("import", summary, import_published)
-    parser.add_argument("source", type=Path, help="the folder as it was published, or its .pt or .safetensors file")
+    parser.add_argument("source", type=Path, help="the folder as it was published, or its .pt, .npz or .safetensors file")
     parser.add_argument("target", type=Path, help="the folder to write config.json and model.safetensors into")
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="names of the sources in the file's order [base chat]")
     text = "one number per source that the activations were multiplied by in training, where the file does not hold it"
@@ -114,11 +114,13 @@ def import_published(args: Namespace) -> None:
     save(coder, args.target)
     found = coder.origin.get("published") or {"format": "crossdiff", "architecture": coder.sparsity.kind}
     print(f"{found['format']}: {found['architecture']}, read as {coder.sparsity.kind}")
+    if coder.origin["layer"] is None:
+        print("note: its files do not tell the layer; make sure that it reads the residual stream after the layer that you use")
     print(f"{coder.n_latents:,} latents, width {coder.d_model}, sources {', '.join(coder.sources)}; written to {args.target}")
 
 
 def examples(args: Namespace) -> None:
-    from crossdiff.models.pair import load_tokenizer
+    from crossdiff.models.loading import load_tokenizer
     from crossdiff.published.examples_db import export_examples, import_examples
 
     if args.action == "export":

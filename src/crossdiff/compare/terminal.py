@@ -29,8 +29,8 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else format(value, form)
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
 
 
 def comparison_table(comparison: dict[str, Any]) -> Table:
@@ -49,7 +49,10 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     add("latents tied", lambda row: row["architecture"][1])
     add("sparsity", lambda row: row["architecture"][2])
     add("latents", lambda row: f"{row['n_latents']:,}")
-    add("FVE", lambda row: "\n".join(f"{s} {value:.3f}" for s, value in row["heldout"]["fve"].items() if s != "total"))
+    add(
+        "FVE",
+        lambda row: "\n".join(f"{s} {_number(value, '.3f')}" for s, value in row["heldout"]["fve"].items() if s != "total"),
+    )
     add("L0", lambda row: f"{row['heldout']['l0']:.1f}")
     add("dead", lambda row: f"{row['heldout']['dead_share']:.1%}")
     add_estimates("CE recovered", "recovered")
@@ -57,8 +60,8 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     return table
 
 
-def _estimate(estimate: dict[str, float] | None) -> str:
-    if estimate is None:
+def _estimate(estimate: dict[str, float | None] | None) -> str:
+    if estimate is None or estimate["value"] is None:
         return "-"
     return f"{estimate['value']:.3f}\n{estimate['low']:.3f} to {estimate['high']:.3f}"
 

@@ -124,9 +124,7 @@ class Codes:
 
     def of_inputs(self, inputs: Sequence[Float[Tensor, "token source d_model"]]) -> list[SparseCode]:
         """The same from the normalised activations that each training reads."""
-        nothing = torch.zeros(0, dtype=torch.int64)
-        none = SparseCode(nothing, nothing, torch.zeros(0), len(inputs[0]), 0)
-        return [encode(part, x) if part.n_latents else none for part, x in zip(self._parts, inputs, strict=True)]
+        return [encode(part, x) for part, x in zip(self._parts, inputs, strict=True)]
 
     def v(self, codes: Sequence[SparseCode]) -> list[Float[Tensor, " pair"]]:
         """Their activations v = f * sum of decoder norms."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from crossdiff.crosscoder.losses import StepResult
 from crossdiff.crosscoder.trainer import Diverged, Trainer
 from crossdiff.errors import UserError
+from crossdiff.files import to_json
 
 LOG_EVERY = 25
 DIVERGED = 10.0
@@ -101,7 +102,7 @@ class Log:
         self.sums = {}
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
         for tracker in self.trackers:
             tracker.write(trainer.step, {key: float(value) for key, value in record.items() if key != "step"})
         if excess > DIVERGED and trainer.step > trainer.config.warmup_steps:

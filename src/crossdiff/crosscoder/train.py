@@ -128,8 +128,8 @@ def _start(config: CrosscoderConfig, store: Store, n_steps: int) -> Crosscoder:
         config.latents_for(store.d_model), mean, scale, config.sparsity, config.decoder_norm, config.seed, view
     )
     crosscoder.origin = {
-        "pair": store.pair, "layer": store.layer, "settings": config.model_dump(mode="json"),
-        "training_tokens": n_steps * config.batch_size,
+        "pair": store.pair, "model_dtype": store.manifest.get("model_dtype"), "layer": store.layer,
+        "settings": config.model_dump(mode="json"), "training_tokens": n_steps * config.batch_size,
     }  # fmt: skip
     return crosscoder
 

@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from crossdiff.dashboard.concepts import LIST_PAGE, Concepts
 from crossdiff.dashboard.site import Site
 from crossdiff.report import concept_wording, wording
+from crossdiff.report.records import RunReport
 from crossdiff.report.tables import estimate
 
 ROOT = "/run/{run}/concepts"
@@ -27,7 +28,7 @@ def add(app: FastAPI, site: Site) -> None:
             return RedirectResponse("/", 303)
         if verdict and verdict not in wording.VERDICTS:
             raise HTTPException(422, f"verdict must be one of {', '.join(wording.VERDICTS)}.")
-        return site.page("concept_list.html.j2", **_list(found, verdict, every, page))
+        return site.page("concept_list.html.j2", **_list(found, site.catalogue.reports[run], verdict, every, page))
 
     @app.get(ROOT + "/{concept}")
     @site.in_turn
@@ -46,14 +47,14 @@ def _concepts_of(site: Site, run: str) -> Concepts | None:
     return site.catalogue.concepts.get(run)
 
 
-def _list(concepts: Concepts, verdict: str, every: bool, page: int) -> dict[str, Any]:
+def _list(concepts: Concepts, report: RunReport, verdict: str, every: bool, page: int) -> dict[str, Any]:
     """A page of the list of concepts."""
     numbers = concepts.chosen(verdict or None, every)
     n_pages = max(1, -(-len(numbers) // LIST_PAGE))
     at = min(max(1, page), n_pages)
     return {
         "concepts": concepts,
-        "headline": concept_wording.headline(concepts.found),
+        "headline": concept_wording.lead(report),
         "introduction": [*concept_wording.introduction(concepts.found), *concept_wording.controls(concepts.found)],
         "rows": concepts.rows(numbers[(at - 1) * LIST_PAGE : at * LIST_PAGE]),
         "n_rows": len(numbers),

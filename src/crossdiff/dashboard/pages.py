@@ -64,7 +64,7 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
             "slug": slug,
             "title": overview.title(report),
             "facts": overview.facts(report),
-            "headline": concept_wording.headline(report.concepts) if report.concepts else concept_wording.missing(report),
+            "headline": concept_wording.lead(report),
             "concepts": catalogue.concepts.get(slug),
             "rows": _first_concepts(catalogue.concepts.get(slug)),
             "one_decoder": wording.one_decoder(report),

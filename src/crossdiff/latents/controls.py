@@ -38,7 +38,7 @@ def split_halves(crosscoder: Crosscoder, sums: Sums, table: pl.DataFrame) -> dic
     """Agreement of nu between the even and the odd blocks of documents, over the latents with a defined nu.
 
     The nu is that of error and reconstruction, or of the activation for a coder with one decoder. The rank correlation is
-    Spearman's, which does not depend on outliers; None with fewer than 3 latents.
+    Spearman's, which does not depend on outliers; None, with a reason, where it is undefined.
     """
     parity = torch.arange(len(sums.n)) % 2
     halves = [numerators(crosscoder, sums.of_blocks((parity == half).nonzero().squeeze(1)), CHAT_INDEX) for half in (0, 1)]
@@ -50,7 +50,11 @@ def split_halves(crosscoder: Crosscoder, sums: Sums, table: pl.DataFrame) -> dic
         n = int(both.sum())
         found[f"nu_{target}"] = {
             "n_latents": n,
-            "rank_correlation": float(spearmanr(first[both], second[both]).statistic) if n > 2 else None,
+            "rank_correlation": None,
             "median_difference": float((first - second)[both].abs().median()) if n else None,
         }
+        if n <= 2 or any(bool((half[both] == half[both][0]).all()) for half in (first, second)):
+            found[f"nu_{target}"]["reason"] = "fewer than 3 latents" if n <= 2 else "all latents have the same nu"
+        else:
+            found[f"nu_{target}"]["rank_correlation"] = float(spearmanr(first[both], second[both]).statistic)
     return found

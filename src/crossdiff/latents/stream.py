@@ -87,6 +87,9 @@ class Coder(Encoder, Protocol):
 
 def encode(crosscoder: Encoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
     """Active pairs of many tokens, computed in pieces whose pre-activations stay in the cache and reuse the same memory."""
+    if not crosscoder.n_latents:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return SparseCode(nothing, nothing, torch.zeros(0), len(x), 0)
     size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
     parts = [crosscoder.sparse_code(piece) for piece in torch.split(x, size)]
     return SparseCode(

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from importlib.util import find_spec
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from crossdiff.errors import UserError
-from crossdiff.models.access import d_model, decoder_layers, edited_after, n_layers, residuals_after
+from crossdiff.models.access import d_model, decoder_layers, n_layers
+from crossdiff.models.loading import choose_dtype, load_model, load_tokenizer
+from crossdiff.models.names import find_adapter, identify, same_weights
+from crossdiff.models.positions import Positions, check_length, positions
+from crossdiff.models.probe import probe
 from crossdiff.models.tokenizers import check_tokenizers, pin_date, unknown_token
 from crossdiff.shapes import Int, Tensor
-from crossdiff.sources import SOURCES
+from crossdiff.sources import BASE, SOURCES
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Pair:
 
     stand_ins: ids that the base model was never trained on, and the ids that it reads instead.
     unreadable: ids that the base model lacks, with their tokens.
+    remarks: what the user should know about the choice of the models.
     """
 
     base: nn.Module
@@ -37,6 +39,7 @@ class Pair:
     identity: dict[str, Any]
     stand_ins: dict[int, int] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[nn.Module, nn.Module]:
@@ -45,6 +48,11 @@ class Pair:
     @property
     def device(self) -> torch.device:
         return next(self.base.parameters()).device
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that both models run in."""
+        return str(next(self.base.parameters()).dtype).removeprefix("torch.")
 
     @property
     def n_layers(self) -> int:
@@ -71,6 +79,10 @@ class Pair:
             mapped[token_ids == token] = stand_in
         return mapped
 
+    def ids_of(self, source: str, token_ids: Int[Tensor, "sequence position"]) -> Int[Tensor, "sequence position"]:
+        """The ids that a source's model reads."""
+        return self.base_ids(token_ids) if source == BASE else token_ids
+
     def check_layer(self, layer: int | None) -> int:
         """The layer to use: the given one, or the middle one."""
         if layer is None:
@@ -79,104 +91,19 @@ class Pair:
             raise UserError(f"layer {layer} does not exist: the models have {self.n_layers} layers, 0 to {self.n_layers - 1}")
         return layer
 
+    @cached_property
+    def _positions(self) -> list[tuple[str, Positions | None]]:
+        names = [self.identity[source]["name"] for source in SOURCES]
+        return [(name, positions(model)) for name, model in zip(names, self.models, strict=True)]
 
-def choose_device(name: str) -> torch.device:
-    """The torch device; `auto` is the accelerator if there is one (each local rank gets its own), else the CPU."""
-    try:
-        accelerator = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else torch.device(name)
-        device = torch.device("cpu") if accelerator is None else accelerator
-        if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try auto or cpu") from None
-    return device
+    def check_length(self, n_tokens: int, what: str, remedy: str) -> list[str]:
+        """Check that both models can read sequences of this length; see `positions.check_length`."""
+        remarks = (check_length(name, found, n_tokens, what, remedy) for name, found in self._positions)
+        return [remark for remark in remarks if remark is not None]
 
-
-def local_path(name: str) -> Path | None:
-    """The path behind a name: an embedded model (`demo:base`), a local folder or a GGUF file; None for a Hub name."""
-    if name.startswith("demo:"):
-        from crossdiff.pairs import demo_path
-
-        return demo_path(name)
-    path = Path(name).expanduser()
-    return path if path.is_dir() or (path.suffix == ".gguf" and path.is_file()) else None
-
-
-def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """Arguments for transformers to find a model: a folder or Hub name, and a GGUF file in it."""
-    path = local_path(name)
-    if path is None or path.suffix != ".gguf":
-        return str(path or name), {}
-    missing = [package for package in ("accelerate", "gguf") if find_spec(package) is None]
-    if missing:
-        raise UserError(f"{name} is a GGUF file, and reading it needs {' and '.join(missing)}: pip install 'crossdiff[gguf]'")
-    return str(path.parent), {"gguf_file": path.name}
-
-
-def identify(name: str) -> dict[str, Any]:
-    """What identifies a model's weights: a digest of a folder or file, or a Hub name.
-
-    The digest covers the name, size, and first and last MiB of each file, so large models need not be read in full.
-    """
-    path = local_path(name)
-    if path is None:
-        return {"name": name}
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*")) if path.is_dir() else [path]:
-        if file.suffix not in {".safetensors", ".json", ".bin", ".model", ".jinja", ".gguf"}:
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return {"name": name, "digest": digest.hexdigest()[:16]}
-
-
-def _load_error(name: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if local_path(name) is None and not name.startswith((".", "/")):
-        hint = (
-            "for a Hub model, check the name and the network; without a network, run `hf download NAME --local-dir FOLDER` on "
-            "a machine that has one, copy the folder and pass its path"
-        )
-    else:
-        hint = "expected a GGUF file, or a folder that transformers can load, with config.json, weights and tokenizer files"
-    return UserError(f"cannot load {name!r}: {reason}; {hint}")
-
-
-UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-"""Errors of transformers for names, folders and files that it cannot load."""
-
-
-def load_tokenizer(name: str) -> Any:
-    """Load a tokenizer from a folder, an embedded model or the Hub, without running code that comes with it."""
-    from transformers import AutoTokenizer
-
-    where, file = _source(name)
-    try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
-    except UNLOADABLE as error:
-        raise _load_error(name, error) from None
-
-
-def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a causal language model for inference, in float32 on the CPU and in its own dtype elsewhere.
-
-    Code that comes with the model is not run.
-    """
-    from transformers import AutoModelForCausalLM
-
-    wanted: Any = dtype if dtype is not None else (torch.float32 if device.type == "cpu" else "auto")
-    where, file = _source(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, trust_remote_code=False, **file)
-    except UNLOADABLE as error:
-        raise _load_error(name, error) from None
-    module: nn.Module = model
-    return module.requires_grad_(False).to(device).eval()
+    def check_max_length(self, max_length: int) -> list[str]:
+        """The same for a harvest's longest sequences."""
+        return self.check_length(max_length, f"harvest.max_length {max_length}", "lower it")
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -199,43 +126,27 @@ def check_embeddings(model: nn.Module, tokenizer: Any, name: str) -> None:
         )
 
 
-def probe(model: nn.Module, name: str) -> None:
-    """Check that hooks work on a model: editing the residual stream moves the logits, and residuals ignore later tokens."""
-    device, middle = next(model.parameters()).device, n_layers(model) // 2
-    ids = torch.arange(8, device=device).unsqueeze(0)
-    with torch.no_grad():
-        plain = model(input_ids=ids, use_cache=False).logits
-        with edited_after(model, middle, lambda hidden: hidden.flip(0, 1) + 1.0):
-            edited = model(input_ids=ids, use_cache=False).logits
-    if torch.equal(plain, edited):
-        raise UserError(f"{name}: editing the residual stream does not move the logits, so this architecture is not supported")
-    # There is no attention mask, so the second pass sees four more tokens.
-    (alone,) = residuals_after(model, ids[:, :4], [middle])
-    (followed,) = residuals_after(model, ids, [middle])
-    # bfloat16 has 8 bits of precision, and other lengths may use other kernels.
-    tolerance = 0.05 if alone.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    if not torch.allclose(followed[:, :4], alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
-        raise UserError(f"{name}: a token's residual stream depends on later tokens; only causal models are supported")
-
-
 def load_pair(
     base: str,
     chat: str,
     device: torch.device,
     base_tokens: Mapping[str, str] | None = None,
     template_date: date | None = None,
+    dtype: str = "auto",
 ) -> Pair:
-    """Load two models with one tokenizer and check that they are a pair.
+    """Load two models with one tokenizer, in one dtype, and check that they are a pair.
 
     Args:
         base_tokens: tokens that the base model lacks or was never trained on, and its own tokens that it reads instead.
         template_date: the date that the chat template writes where it asks for today's.
+        dtype: name of the dtype that both run in; see `choose_dtype` for `auto`.
     """
-    base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(chat)
+    base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(chat, base)
     if template_date is not None:
         pin_date(tokenizer, template_date)
     reading = check_tokenizers(base_tokenizer, tokenizer, base, chat, base_tokens or {})
-    models = load_model(base, device), load_model(chat, device)
+    chosen = choose_dtype(dtype, device, base, chat)
+    models = load_model(base, device, chosen), load_model(chat, device, chosen, base)
     for what, count in (("decoder layers", n_layers), ("residual dimensions", d_model)):
         found = [count(model) for model in models]
         if found[0] != found[1]:
@@ -247,5 +158,19 @@ def load_pair(
         check_embeddings(model, own, name)
         decoder_layers(model)
         probe(model, name)
-    identity = {"base": identify(base), "chat": identify(chat), "tokenizer": tokenizer_digest(tokenizer)}
-    return Pair(models[0], models[1], tokenizer, identity, reading.stand_ins, reading.unreadable)
+    identity = {"base": identify(base), "chat": identify(chat, base), "tokenizer": tokenizer_digest(tokenizer)}
+    remarks = _remarks(base, chat, identity)
+    return Pair(models[0], models[1], tokenizer, identity, reading.stand_ins, reading.unreadable, remarks)
+
+
+def _remarks(base: str, chat: str, identity: dict[str, Any]) -> tuple[str, ...]:
+    """What the user should know before the models run."""
+    remarks = []
+    if same_weights(identity["base"], identity["chat"]):
+        remarks.append(f"{base} and {chat} are the same model: their files are equal, so there is nothing to compare")
+    adapter = find_adapter(chat, base)
+    if adapter is not None and adapter.remark is not None:
+        remarks.append(adapter.remark)
+    elif adapter is not None and not same_weights(identify(adapter.model), identity["base"]):
+        remarks.append(f"{chat} is an adapter for {adapter.model}, not for {base}; the diff also shows how those two differ")
+    return tuple(remarks)

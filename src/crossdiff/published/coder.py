@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -129,6 +130,13 @@ def _constant_factor(norms: Float64[Tensor, " latent"], weight: Float64[Tensor, 
     return middle if bool(((ratio / middle - 1).abs() <= SAME).all()) else None
 
 
+def _read(path: Path) -> Any:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+
+
 class TensorFile:
     """The tensors of a file, each to be taken once, with axes whose sizes must agree."""
 
@@ -136,9 +144,7 @@ class TensorFile:
         self.path = path
         self.sizes: dict[str, int] = {}
         try:
-            stored: Any = (
-                load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-            )
+            stored = _read(path)
         except pickle.UnpicklingError:
             raise UserError(
                 f"cannot read {path}: it is damaged or holds more than tensors, which is unsafe to read; download it again"
@@ -181,7 +187,35 @@ class TensorFile:
         """Take a tensor without axes."""
         return float(self.take(key, ""))
 
+    def whole(self, value: Any, key: str) -> int:
+        """Check that a setting is a whole number of latents."""
+        if not isinstance(value, int | float) or isinstance(value, bool) or value != round(value) or value < 1:
+            raise UserError(f"{self.path}: {key} is {value}, expected a whole number of at least 1")
+        if value > self.sizes["latent"]:
+            raise UserError(f"{self.path}: {key} is {value:g}, more than its {self.sizes['latent']} latents")
+        return round(value)
+
     def finish(self) -> None:
         """Check that every tensor was taken: any other would change what the coder computes."""
         if self._left:
             raise UserError(f"{self.path} has unknown keys: {self.names()}; this kind of coder cannot be read")
+
+
+def origin_of(tensors: TensorFile, format_name: str, architecture: str, layer: int | None) -> dict[str, Any]:
+    """The `origin` of a crosscoder that was read from a file."""
+    published = {"format": format_name, "architecture": architecture, "path": str(tensors.path)}
+    return {"pair": None, "layer": layer, "settings": None, "training_tokens": None, "published": published}
+
+
+def batch_topk(tensors: TensorFile, config: dict[str, Any], weight: Tensor | None) -> TopK:
+    """k and threshold; a negative threshold means that the training had not set it yet."""
+    if weight is None:
+        raise UserError(
+            f"{tensors.path} has the code normalisation DECOUPLED: its latents are active in each source separately, "
+            "but a crosscoder has one code for all sources; it cannot be read"
+        )
+    if not tensors.has("k") and "k" not in config:
+        raise UserError(f"{tensors.path} is a BatchTopK crosscoder and has no k; it cannot be read")
+    k = tensors.scalar("k") if tensors.has("k") else config["k"]
+    threshold = tensors.scalar("threshold") if tensors.has("threshold") else -1.0
+    return TopK(tensors.whole(k, "k"), threshold if threshold >= 0 else None, weight)

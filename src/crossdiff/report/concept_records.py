@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from crossdiff.report.examples import Example
-from crossdiff.report.records import BehaviourResult, Record
+from crossdiff.report.records import BehaviourResult, Number, Record
 from crossdiff.statistics import Estimate
 
 CHANGED = ("chat_specific", "base_specific", "rotated")
@@ -17,11 +17,11 @@ CHANGED = ("chat_specific", "base_specific", "rotated")
 
 
 class Interval(Record):
-    """A value with the ends of its 95% interval, which may be NaN."""
+    """A value with the ends of its 95% interval; NaN where the file has null."""
 
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
 
 
 class TrainingRecord(Record):
@@ -49,7 +49,7 @@ class Cut(Record):
     correlation: float
     n_concepts: int
     n_replicated: int
-    specific_energy: float
+    specific_energy: Number
     n_replicated_permuted: int
 
 

@@ -63,6 +63,13 @@ class Rung(NamedTuple):
         return {PASSED: "\N{CHECK MARK}", FAILED: "\N{BALLOT X}", NOT_MEASURED: "\N{EN DASH}"}[self.state]
 
 
+def lead(report: RunReport) -> str:
+    """The first sentence of every page: that there is only one model, what the chat model has learned, or what to do first."""
+    if report.same_model:
+        return wording.SAME_MODEL
+    return missing(report) if report.concepts is None else headline(report.concepts)
+
+
 def missing(report: RunReport) -> str:
     """What to do where a run has no concepts."""
     if not any(coder.compares for coder in report.crosscoders):

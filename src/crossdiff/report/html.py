@@ -104,7 +104,7 @@ def render_html(report: RunReport) -> str:
     return environment().get_template("report.html.j2").render(
         title=title(report),
         facts=facts(report),
-        headline=concept_wording.headline(report.concepts) if report.concepts else concept_wording.missing(report),
+        headline=concept_wording.lead(report),
         concepts=None if report.concepts is None else concept_section(report.concepts),
         answer=wording.answer(report),
         one_decoder=wording.one_decoder(report),

@@ -53,7 +53,7 @@ def model_card(report: RunReport, repository: str, licence: str, trained: Mappin
         chat=short(report.chat, "the chat model"),
         layer=report.layer,
         version=version("crossdiff"),
-        headline=concept_wording.headline(report.concepts) if report.concepts else "",
+        headline=concept_wording.lead(report) if report.concepts else "",
         introduction=concept_wording.introduction(report.concepts) if report.concepts else [],
         concepts=_concepts(report),
         answer=" ".join(wording.answer(report)),

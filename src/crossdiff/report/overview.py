@@ -160,7 +160,8 @@ def _value_words(value: JsonValue) -> str:
 
 def caveats(report: RunReport) -> list[str]:
     """What weakens this run's results; limits of every run are in the template."""
-    found = [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
+    found = [wording.SAME_MODEL] if report.same_model else []
+    found += [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
     found += [
         f"{wording.share(texts.lost_share)} of the assistant's tokens of {texts.name} were beyond harvest.max_length and left "
         "out, so concepts of late answer tokens are missing."

@@ -78,6 +78,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         null=NullDiff.read(null, "crossdiff null").crosscoders if null.is_file() else {},
         concepts=read_concepts(directory),
         texts=manifest.texts,
+        same_model=manifest.same_model,
     )
 
 

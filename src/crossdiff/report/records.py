@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import polars as pl
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
 
 from crossdiff.errors import UserError
-from crossdiff.files import read_json
+from crossdiff.files import number, read_json
 from crossdiff.report.examples import Example
 from crossdiff.statistics import Estimate
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from crossdiff.report.concept_records import RunConcepts
 
 R = TypeVar("R", bound="Record")
+Number = Annotated[float, BeforeValidator(number)]
+"""A number that is NaN where the file has null."""
 
 
 class Record(BaseModel):
@@ -47,18 +49,18 @@ class Massive(Record):
     """Tokens of massive activation norm, which the other held-out numbers exclude. Their FVE needs at least two of them."""
 
     n_tokens: int
-    fve: Mapping[str, float] = {}
+    fve: Mapping[str, Number] = {}
 
 
 class HeldOut(Record):
     """Quality on held-out tokens. `fve` and its 95% interval have a key per source and `total`."""
 
     n_tokens: int
-    fve: Mapping[str, float]
-    fve_interval: Mapping[str, tuple[float, float]]
-    l0: float
+    fve: Mapping[str, Number]
+    fve_interval: Mapping[str, tuple[Number, Number]]
+    l0: Number
     n_dead: int
-    dead_share: float
+    dead_share: Number
     massive: Massive
 
 
@@ -93,8 +95,8 @@ class ScoreSummary(Record):
     score: str
     verdict: str
     n: int
-    mean: float
-    quartiles: tuple[float, float, float, float, float]
+    mean: Number
+    quartiles: tuple[Number, Number, Number, Number, Number]
     low: float | None = None
     high: float | None = None
 
@@ -103,9 +105,9 @@ class Difference(Record):
     """Mean score of the chat-specific latents minus that of the shared ones."""
 
     score: str
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
 
 
 class Interpretation(Record):
@@ -122,7 +124,7 @@ class NullRates(Record):
     """Result of the null diff for one crosscoder: number of live latents, and their share in each verdict and set."""
 
     n_live: int
-    rates: Mapping[str, float]
+    rates: Mapping[str, Number]
 
 
 class NullDiff(Record):
@@ -135,6 +137,7 @@ class Model(Record):
     """A model of the pair."""
 
     name: str
+    digest: str | None = None
 
 
 class TextsRecord(Record):
@@ -156,11 +159,18 @@ class StoreManifest(Record):
     pair: Mapping[str, Model | str] | None = None
     n_tokens: int | None = None
     texts: tuple[TextsRecord, ...] = ()
+    sources_equal: bool = False
 
     def model(self, source: str) -> str | None:
         """Name of a source's model."""
         found = (self.pair or {}).get(source)
         return found.name if isinstance(found, Model) else None
+
+    @property
+    def same_model(self) -> bool:
+        """Whether both sources are one model, by their files or by their activations."""
+        digests = [found.digest for found in (self.pair or {}).values() if isinstance(found, Model)]
+        return self.sources_equal or (len(digests) == 2 and None not in digests and digests[0] == digests[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +289,7 @@ class RunReport:
         not_analysed: crosscoders that are trained but have no latent table yet.
         null: the rates of the null diff by crosscoder.
         concepts: None if the run has none yet.
+        same_model: base and chat are one model.
     """
 
     directory: Path
@@ -293,6 +304,7 @@ class RunReport:
     null: Mapping[str, NullRates]
     concepts: RunConcepts | None = None
     texts: tuple[TextsRecord, ...] = ()
+    same_model: bool = False
 
     @property
     def primary(self) -> CrosscoderReport:

@@ -28,9 +28,8 @@ _CONCEPT_SNIPPET = 12, 6
 
 def print_summary(report: RunReport, console: Console) -> None:
     """Print a run's concepts, then its crosscoders, behaviours and most chat-specific latents, and the path of its page."""
-    if report.concepts is None:
-        console.print(Text(concept_wording.missing(report)))
-    else:
+    console.print(Text(concept_wording.lead(report), style="bold yellow" if report.same_model else "bold"))
+    if report.concepts is not None:
         _print_concepts(report.concepts, console)
     console.print(_crosscoders(report))
     console.print(Text(
@@ -50,8 +49,7 @@ def print_summary(report: RunReport, console: Console) -> None:
 
 
 def _print_concepts(concepts: RunConcepts, console: Console) -> None:
-    """Print what the chat model has learned: one sentence, then the concepts that predict a behaviour, and the largest."""
-    console.print(Text(concept_wording.headline(concepts), style="bold"))
+    """Print the concepts that predict a behaviour, then the largest."""
     found = concept_wording.leading(concepts)
     if not found:
         return

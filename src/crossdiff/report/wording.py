@@ -16,6 +16,10 @@ NOT_READ = "not read"
 """Cell of a coder in a row about a source that it does not read."""
 NO_PAIR = "needs two decoders"
 """Cell of a coder with one decoder in a row about both models."""
+SAME_MODEL = (
+    "The base and the chat model are the same model: their activations are equal on every token, so nothing here is a "
+    "difference between two models. Was the right model given, and was it saved after its training?"
+)
 ONE_DECODER = "delta_norm and the verdicts need a crosscoder, which has one decoder per model."
 NULL_RATES = ("chat_specific", "chat_specific_paper")
 """Sets whose share of the live latents is compared with the null diff."""
@@ -153,9 +157,10 @@ def one_decoder(report: RunReport) -> list[str]:
 def answer(report: RunReport) -> list[str]:
     """What the counts of latents say, in plain sentences; the primary crosscoder comes first."""
     coder = report.primary
+    same = [SAME_MODEL] if report.same_model else []
     if not coder.compares:
-        return [f"{coder.title} has one decoder, so it cannot tell which model a latent belongs to. {ONE_DECODER}"]
-    sentences = [*_specific_sentences(coder, report.limits), *_null_sentences(report)]
+        return [*same, f"{coder.title} has one decoder, so it cannot tell which model a latent belongs to. {ONE_DECODER}"]
+    sentences = [*same, *_specific_sentences(coder, report.limits), *_null_sentences(report)]
     for other in report.crosscoders:
         if other is not coder and other.compares:
             named, specific = other.count("chat_only"), other.count("chat_specific")

@@ -18,9 +18,9 @@ def analyze(session: Session, names: Sequence[str]) -> None:
 
     def work(folders: list[Path]) -> None:
         from crossdiff.latents.analyze import Analysis, analyze
-        from crossdiff.models.pair import load_tokenizer
+        from crossdiff.models.loading import load_tokenizer
 
-        store, tokenizer = session.store(), load_tokenizer(session.config.chat)
+        store, tokenizer = session.store(), load_tokenizer(session.config.chat, session.config.base)
         analyses = []
         for name, folder in zip(wanted, folders, strict=True):
             (folder / name).mkdir(exist_ok=True)

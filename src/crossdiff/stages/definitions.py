@@ -40,12 +40,13 @@ def base_sae(config: RunConfig, name: str) -> str | None:
 
 def harvest_stage(config: RunConfig) -> Stage:
     """Depends on the models' weights, the texts and the harvest settings."""
-    from crossdiff.models.pair import identify
+    from crossdiff.models.names import identify
 
     value = {
-        "code": CODE_FORMAT, "base": identify(config.base), "chat": identify(config.chat), "layer": config.layer,
+        "code": CODE_FORMAT, "base": identify(config.base), "chat": identify(config.chat, config.base), "layer": config.layer,
         "texts": [identify_dataset(dataset) for dataset in config.dataset],
         "settings": config.harvest.model_dump(exclude={"store"}),
+        **config.model_dump(include={"model_dtype"}),
     }  # fmt: skip
     return Stage("harvest", fingerprint(value), ("activations",))
 

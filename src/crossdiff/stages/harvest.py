@@ -7,11 +7,10 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from crossdiff.config import DatasetConfig
 from crossdiff.corpus import resolve
 from crossdiff.errors import UserError
+from crossdiff.files import read_json
 from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.session import Session, run_together
 
@@ -34,10 +33,10 @@ def pin_template_date(sessions: Sequence[Session]) -> None:
     days = {session.path: session.run_directory.template_date for session in undated}
     started = [session.run_directory.is_done(harvest_stage(session.config)) for session in undated]
     if not all(days[session.path] or done for session, done in zip(undated, started, strict=True)):
-        from crossdiff.models.pair import load_tokenizer
+        from crossdiff.models.loading import load_tokenizer
         from crossdiff.models.tokenizers import reads_clock
 
-        if reads_clock(load_tokenizer(undated[0].config.chat)):
+        if reads_clock(load_tokenizer(undated[0].config.chat, undated[0].config.base)):
             today = next(filter(None, days.values()), undated[0].ranks.agree(date.today().isoformat()))
             days = {path: day or today for path, day in days.items()}
     for session in undated:
@@ -56,11 +55,14 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
         session.check_may_harvest()
     from crossdiff.activations.locations import open_folder
     from crossdiff.crosscoder.structure import check_sizes
+    from crossdiff.models.names import fetch_adapter
     from crossdiff.text.documents import check_datasets
     from crossdiff.text.readers import count_records
 
     config = waiting[0].config
     _check_one_date(waiting)
+    for name in (config.base, config.chat):
+        fetch_adapter(name)  # its digest is part of the fingerprint
     urls = [store_url(session) for session in waiting]
     for url in filter(None, urls):
         open_folder(url).prepare()  # before the models are loaded, which takes long
@@ -72,7 +74,9 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
     layers = [pair.check_layer(session.config.layer) for session in waiting]
     for crosscoder in config.crosscoders.values():
         check_sizes(crosscoder, pair.d_model, len(pair.models))
-    told = _look_at_texts(waiting[0], pair, datasets)
+    for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
+        waiting[0].remark(remark)
+    _look_at_texts(waiting[0], pair, datasets)
     for session in waiting:
         session.run_directory.pin_template_date(config.harvest.template_date)
     remarks: list[str] = []
@@ -100,7 +104,12 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
                 console.print(f"the activations are in {url}", highlight=False, soft_wrap=True)
 
     run_together([(session, harvest_stage(session.config)) for session in waiting], work)
-    _print_remarks(waiting[0], [remark for remark in remarks if remark not in told])
+    for remark in remarks:
+        waiting[0].remark(remark)
+    for session in waiting:
+        manifest = read_json(session.path / "activations" / "manifest.json")
+        if manifest.get("sources_equal"):  # stores of earlier versions do not say
+            session.remark_same_model()
 
 
 def _check_one_date(sessions: Sequence[Session]) -> None:
@@ -110,8 +119,8 @@ def _check_one_date(sessions: Sequence[Session]) -> None:
         raise UserError(f"the harvests have different dates of the chat template: {found}; harvest them separately")
 
 
-def _look_at_texts(session: Session, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> list[str]:
-    """Read the first documents, print what is remarkable about them, and return what was printed.
+def _look_at_texts(session: Session, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> None:
+    """Read the first documents and print what is remarkable about them.
 
     Raises:
         UserError: they cannot be read, or their conversations lack one side.
@@ -125,10 +134,5 @@ def _look_at_texts(session: Session, pair: Pair, datasets: tuple[DatasetConfig, 
     remarks = texts.layouts()
     if reads_clock(pair.tokenizer):
         remarks.append(f"the chat template writes the date {session.config.harvest.template_date} (harvest.template_date)")
-    _print_remarks(session, [*remarks, *(f"the first documents: {remark}" for remark in texts.lost())])
-    return remarks
-
-
-def _print_remarks(session: Session, remarks: Sequence[str]) -> None:
-    for remark in remarks:
-        session.console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
+    for remark in (*remarks, *(f"the first documents: {remark}" for remark in texts.lost())):
+        session.remark(remark)

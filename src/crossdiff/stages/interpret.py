@@ -93,7 +93,7 @@ def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cach
     from crossdiff.interp.prompts import Renderer
     from crossdiff.interp.responses import no_responses
     from crossdiff.interp.terminal import print_explanations
-    from crossdiff.models.pair import load_tokenizer
+    from crossdiff.models.loading import load_tokenizer
 
     folder = session.path / name
     store = session.store()
@@ -106,7 +106,7 @@ def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cach
         session.console.print(f"{name}: no {what} has {' or '.join(wanted)}", highlight=False)
         return
     encoder = None if config.embedding == "none" or dry_run else Encoder(config.embedding)
-    renderer = Renderer(load_tokenizer(session.config.chat))
+    renderer = Renderer(load_tokenizer(session.config.chat, session.config.base))
     with session.progress(f"interpret {name}, tokens", None) as advance:
         contexts = latent_contexts(coder, store, table, folder, latents, config, advance)
     if config.server is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from crossdiff.config import RunConfig
 from crossdiff.errors import UserError
@@ -31,6 +32,7 @@ class Session:
     Attributes:
         force: harvest again although there is a store of other settings.
         only: the crosscoders to work on; all of the run if empty.
+        remarked: what `remark` has said.
     """
 
     run_directory: Run
@@ -38,6 +40,7 @@ class Session:
     console: Console
     force: bool = False
     only: tuple[str, ...] = ()
+    remarked: set[str] = field(default_factory=set)
 
     @property
     def path(self) -> Path:
@@ -73,6 +76,19 @@ class Session:
         """The trainings to work on that have a decoder direction in both models."""
         return tuple(name for name in self.trainings if self.config.trainings[name].inputs.kind == "paired")
 
+    def remark(self, text: str) -> None:
+        """Tell the user something about the run, once."""
+        if text not in self.remarked:
+            self.console.print(f"[yellow]{escape(text)}[/yellow]", soft_wrap=True)
+            self.remarked.add(text)
+
+    def remark_same_model(self) -> None:
+        """Tell the user that the store holds no difference."""
+        self.remark(
+            f"{self.config.base} and {self.config.chat} have the same activations on every token: they are one model, so there "
+            "is nothing to compare"
+        )
+
     def skips(self, stage: Stage) -> bool:
         """Whether a stage is done already; says so."""
         done = self.run_directory.is_done(stage)
@@ -90,23 +106,30 @@ class Session:
         return progress_bar(self.console, title, total)
 
     def load_pair(self) -> Pair:
-        """The two models, checked to be a pair."""
-        from crossdiff.models.pair import choose_device, load_pair
+        """The two models, checked to be a pair, in the dtype that they had in the harvest if it is done."""
+        from crossdiff.models.loading import choose_device
+        from crossdiff.models.pair import load_pair
 
         config = self.config
+        record = self.run_directory.record("harvest")
+        dtype: str = config.model_dtype
+        if record is not None and record["fingerprint"] == harvest_stage(config).fingerprint:
+            dtype = read_json(self.path / "activations" / "manifest.json").get("model_dtype", dtype)
         device, harvest = choose_device(config.device), config.harvest
-        return load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date)
+        return load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date, dtype)
 
     def store(self) -> Store:
         """The finished store of this run."""
         from crossdiff.activations.live import open_store
-        from crossdiff.models.pair import identify
+        from crossdiff.models.names import identify
 
         if not self.run_directory.is_done(harvest_stage(self.config)):
             self.check_may_harvest()
             raise UserError(f"{self.path} has no activations for these settings; run `crossdiff harvest` first")
         store = open_store(self.path / "activations", self.load_pair)
-        store.check_pair(identify(self.config.base), identify(self.config.chat), self.config.layer)
+        if store.normalisation.sources_equal:
+            self.remark_same_model()
+        store.check_pair(identify(self.config.base), identify(self.config.chat, self.config.base), self.config.layer)
         return store
 
     def check_may_harvest(self) -> None:
@@ -126,7 +149,7 @@ class Session:
 
     def _check_models_exist(self, harvested: dict[str, Any]) -> None:
         """A model whose folder is gone is not a changed setting: say so, rather than offer to harvest again."""
-        from crossdiff.models.pair import local_path
+        from crossdiff.models.names import local_path
         from crossdiff.sources import SOURCES
 
         for source in SOURCES:

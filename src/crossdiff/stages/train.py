@@ -17,7 +17,7 @@ def train(session: Session, names: Sequence[str]) -> None:
     if not wanted:
         return
     from crossdiff.crosscoder.train import Job, train_together
-    from crossdiff.models.pair import choose_device
+    from crossdiff.models.loading import choose_device
 
     config, store = session.config, session.store()
 
