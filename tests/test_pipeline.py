@@ -308,7 +308,7 @@ def test_an_sae_on_the_base_model_stands_beside_the_crosscoder(
     table = pl.read_parquet(run / "base_sae" / "latents.parquet")
     assert table["delta_norm"].is_nan().all() and set(table["verdict"]) <= {"undecided", "dead"}
     shown, page = capsys.readouterr().out, (run / "report.html").read_text()
-    assert "one decoder" in shown and "one decoder" in page
+    assert "needs two decoders" in shown and "needs two decoders" in page
     assert "null 25%" in shown and "null 25%" in page
     drawn = {path.stem for path in (run / "figures").glob("*.svg")}
     assert "batchtopk-delta-norm" in drawn and "base_sae-frequency" in drawn

@@ -92,7 +92,7 @@ def concept_table(
             "mean_activation": (activity.total.sum(0) / n_active).numpy(),
             "max_activation": activity.maximum.amax(0).double().numpy(),
         },
-        schema_overrides={"kinds": pl.List(pl.String)},
+        schema_overrides={"kinds": pl.List(pl.String), "n_members": pl.Int64, "n_artifacts": pl.Int64},
     )
     tokens, counts = activity.by_group()
     for number, name in enumerate(GROUPS):

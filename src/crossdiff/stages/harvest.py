@@ -33,7 +33,10 @@ def pin_template_date(sessions: Sequence[Session]) -> None:
     undated = [session for session in sessions if session.config.harvest.template_date is None]
     days = {session.path: session.run_directory.template_date for session in undated}
     started = [session.run_directory.is_done(harvest_stage(session.config)) for session in undated]
-    if not all(days[session.path] or done for session, done in zip(undated, started, strict=True)):
+    new = [session for session, done in zip(undated, started, strict=True) if not (days[session.path] or done)]
+    for session in new:
+        session.check_may_harvest()
+    if new:
         from crossdiff.models.pair import load_tokenizer
         from crossdiff.models.tokenizers import reads_clock
 

@@ -22,6 +22,7 @@ from synthetic_run import (
 from test_report import Page, summary
 
 from crossdiff.errors import UserError
+from crossdiff.interp.explanation_table import SCHEMA
 from crossdiff.report import concept_wording
 from crossdiff.report.concept_cards import concept_card, groups
 from crossdiff.report.concept_reading import read_concepts
@@ -102,7 +103,10 @@ def test_the_rungs_are_passed_failed_or_not_measured(run: Path) -> None:
     assert [states(run, concept)[3] for concept in (0, 1, 2)] == ["passed", "failed", missing]
     # The interval of concept 1 for refusals, 0.52 [0.47, 0.54], includes chance.
     assert [states(run, concept)[4] for concept in (0, 1, 2)] == ["passed", "failed", "passed"]
-    pl.DataFrame({"concept": [2], "explanation": [f"greets {DANGER}"]}).write_parquet(run / "concepts" / "explanations.parquet")
+    (run / "manifest.json").write_text(json.dumps({"format": 1, "swap": [], "stages": {"concepts": {"fingerprint": "f"}}}))
+    explained = {"latent": [2], "explanation": [f"greets {DANGER}"], "crosscoder": ["f"]}
+    empty = {name: [None] for name in SCHEMA if name not in explained}
+    pl.DataFrame(explained | empty, schema=SCHEMA).write_parquet(run / "concepts" / "interpretation.parquet")
     assert [states(run, concept)[5] for concept in (0, 2)] == [missing, "passed"]
     rendered = render_html(read_run(run))
     assert "<h4>greets &lt;script&gt;" in rendered  # the explanation takes the place of the title
