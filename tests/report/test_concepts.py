@@ -63,10 +63,8 @@ def test_the_first_sentence_counts_concepts(run: Path) -> None:
     closed = " and close 25% of the gap between their outputs when added to the base model."
     assert concept_wording.headline(concepts_of(run)) == sentence + closed
     controls = " ".join(concept_wording.controls(concepts_of(run)))
-    assert (
-        "shuffled against each other, none comes back" in controls
-        and "find 50% to 100% of the concepts of the other half" in controls
-    )
+    assert "shuffled against each other, none comes back" in controls
+    assert "find 50% to 100% of the concepts of the other half" in controls
     assert controls.endswith("Random ones close 25% of the gap between the outputs, and all latents 25%.")
 
 
