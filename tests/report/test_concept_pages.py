@@ -64,7 +64,9 @@ def test_the_first_sentence_counts_concepts(run: Path) -> None:
     closed = " and close 25% of the gap between their outputs when added to the base model."
     assert concept_wording.headline(concepts_of(run)) == sentence + closed
     controls = " ".join(concept_wording.controls(concepts_of(run)))
-    assert "as a control, none comes back" in controls and "find 50% to 100% of the concepts of the other half" in controls
+    assert "shuffled against each other, none comes back" in controls
+    assert "find 50% to 100% of the concepts of the other half" in controls
+    assert controls.endswith("Random ones close 25% of the gap between the outputs, and all latents 25%.")
 
 
 def test_the_page_begins_with_the_concepts_and_explains_each_term_before_its_use(run: Path) -> None:
@@ -186,7 +188,7 @@ def test_the_model_card_lists_the_concepts_as_text(run: Path) -> None:
         ("concepts.json", '{"trainings": 3}', "trainings"),
         ("concepts.parquet", "PAR1", "cannot be read as Parquet"),
         ("members.parquet", "PAR1", "run `crossdiff concepts` again"),
-        ("examples.sqlite", "no database" * 100, "cannot be read"),
+        ("examples.sqlite", "no database" * 100, "file is not a database); run `crossdiff concepts` again"),
     ],
 )
 def test_damage_is_named(run: Path, file: str, text: str, message: str) -> None:

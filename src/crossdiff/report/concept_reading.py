@@ -65,7 +65,7 @@ def read_concepts(directory: Path, with_examples: bool = True) -> RunConcepts | 
     if not with_examples:
         return found
     numbers = _shown(found)
-    examples = read_examples(folder / "examples.sqlite", numbers)
+    examples = read_examples(folder / "examples.sqlite", numbers, COMMAND)
     return replace(found, shown=tuple(concept_of(found, number, examples[number]) for number in numbers))
 
 
