@@ -1,6 +1,8 @@
 """crossdiff: find out what fine-tuning changed inside a model.
 
     run = crossdiff.open("runs/demo")       # a finished diff, for reading
+    run.concepts                            # what replicates over trainings: one row per concept (polars)
+    run.concept(0)                          # one concept as a card, with the evidence for it
     run.latents                             # the latent table (polars)
     run.latent(42)                          # one latent as a card
     run.activations("Some text")            # run both models on it: which latents are active where

@@ -14,7 +14,7 @@ from crossdiff.errors import UserError, check_latents
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_title
-from crossdiff.report.concept_reading import check_concept, concept_of, read_concepts
+from crossdiff.report.concept_reading import COMMAND, check_concept, concept_of, read_concepts
 from crossdiff.report.concept_records import Concept, RunConcepts
 from crossdiff.report.examples import Example, read_examples
 from crossdiff.report.reading import read_latent, read_latents
@@ -155,7 +155,7 @@ class Diff:
         """
         found = self._concepts
         check_concept(found, concept)
-        examples = read_examples(found.folder / "examples.sqlite", [concept])[concept]
+        examples = read_examples(found.folder / "examples.sqlite", [concept], COMMAND)[concept]
         record = concept_of(found, concept, examples)
         return ConceptView(record, concept_card(record, found))
 

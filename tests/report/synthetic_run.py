@@ -205,7 +205,8 @@ def write_concept_causal(directory: Path) -> None:
     table = pl.DataFrame(rows, schema=columns, orient="row").with_columns(kl_reduction_high=pl.lit(0.3))
     table.write_parquet(directory / "concepts" / "causal.parquet")
     closed = {"value": 0.25, "low": 0.2, "high": 0.3}
-    results = [{"training": name, "intervention": "replicated", "closed": closed} for name, _ in TRAININGS]
+    sets = ("replicated", "random", "all_latents")
+    results = [{"training": name, "intervention": each, "closed": closed} for name, _ in TRAININGS for each in sets]
     (directory / "concepts" / "causal.json").write_text(json.dumps({"results": results}))
 
 

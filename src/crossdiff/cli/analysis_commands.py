@@ -119,7 +119,7 @@ def null(args: Namespace) -> None:
     directory, null = _run_directory(args.directory), _run_directory(args.null)
     compared = compare(directory, null)
     keep(directory, null, compared)
-    print_null(compared, concept_counts(directory), concept_counts(null))
+    print_null(compared, None, concept_counts(directory), concept_counts(null))
     print(f"Stored with the run. `crossdiff report {args.directory}` prints both rates and puts them on the page.")
 
 

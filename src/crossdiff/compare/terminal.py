@@ -68,9 +68,9 @@ def _estimate(estimate: dict[str, float | None] | None) -> str:
 
 def print_null(
     rates: pl.DataFrame,
+    console: Console | None = None,
     concepts: dict[str, int] | None = None,
     null_concepts: dict[str, int] | None = None,
-    console: Console | None = None,
 ) -> None:
     """Print the rates of `compare.null.compare`, and the concepts of both runs if both have any table of them."""
     console = console or Console()

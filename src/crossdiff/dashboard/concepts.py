@@ -75,7 +75,7 @@ class Concepts:
 
     @cached_property
     def database(self) -> ExampleDatabase:
-        return ExampleDatabase(self.found.folder / "examples.sqlite")
+        return ExampleDatabase(self.found.folder / "examples.sqlite", COMMAND)
 
     def chosen(self, verdict: str | None, every: bool) -> list[int]:
         """The concepts of a verdict, or of all; only those that replicate unless `every` or there is one training."""

@@ -14,7 +14,7 @@ from crossdiff.errors import UserError
 from crossdiff.files import write_text
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.concept_cards import ConceptCard, concept_card
-from crossdiff.report.concept_reading import concept_of, ranked, read_concepts
+from crossdiff.report.concept_reading import COMMAND, concept_of, ranked, read_concepts
 from crossdiff.report.examples import read_examples
 from crossdiff.report.tables import read_behaviours
 from crossdiff.report.templating import environment
@@ -58,7 +58,7 @@ def _concept_cards(opened: Diff, wanted: Sequence[str]) -> list[ConceptCard]:
     words = {word: table.filter(verdict=word)["concept"].to_list() for word in table["verdict"].unique()}
     words[REPLICATED] = table.filter(pl.col(REPLICATED))["concept"].to_list()
     numbers = _chosen("--concepts", wanted, table["concept"].to_list(), words)
-    examples = read_examples(found.folder / "examples.sqlite", numbers)
+    examples = read_examples(found.folder / "examples.sqlite", numbers, COMMAND)
     return [concept_card(concept_of(found, number, examples[number]), found) for number in numbers]
 
 

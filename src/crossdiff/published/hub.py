@@ -35,7 +35,8 @@ FILES = (
 """The files of each crosscoder that are published if they exist."""
 CONCEPTS = (
     "concepts.parquet", "members.parquet", "trainings.parquet", "concepts.json", "activity.parquet", "behaviours.parquet",
-    "examples.sqlite", "promoted.parquet", "directions.safetensors", "causal.parquet", "causal.json", "explanations.parquet",
+    "examples.sqlite", "promoted.parquet", "neighbours.parquet", "directions.safetensors", "causal.parquet", "causal.json",
+    "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
 )  # fmt: skip
 """The files of the folder `concepts` of a run that are published if they exist."""
 SETTINGS = ("config.json", "trainer_config.json", "cfg.json")

@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from crossdiff.errors import UserError
+from crossdiff.interp.explanation_table import read_interpretation
 from crossdiff.report.concept_records import (
     CHANGED,
     Concept,
@@ -64,7 +65,7 @@ def read_concepts(directory: Path, with_examples: bool = True) -> RunConcepts | 
     if not with_examples:
         return found
     numbers = _shown(found)
-    examples = read_examples(folder / "examples.sqlite", numbers)
+    examples = read_examples(folder / "examples.sqlite", numbers, COMMAND)
     return replace(found, shown=tuple(concept_of(found, number, examples[number]) for number in numbers))
 
 
@@ -138,11 +139,8 @@ def _predictions(behaviours: Sequence[BehaviourResult], number: int) -> tuple[Pr
 
 def _with_explanations(table: pl.DataFrame, folder: Path) -> pl.DataFrame:
     """The table with the column `explanation`, null where nobody has explained the concept."""
-    path = folder / "explanations.parquet"
-    if not path.is_file():
-        return table.with_columns(explanation=pl.lit(None, pl.String))
-    found = read_table(path, ("concept", "explanation"), "crossdiff interpret").unique("concept", keep="first")
-    return table.join(found.select("concept", "explanation"), on="concept", how="left", maintain_order="left")
+    found = read_interpretation(folder).select(pl.col("latent").cast(table.schema["concept"]).alias("concept"), "explanation")
+    return table.join(found, on="concept", how="left", maintain_order="left")
 
 
 def _read_null(directory: Path) -> dict[str, tuple[NullShare, ...]] | None:

@@ -150,7 +150,7 @@ def controls(concepts: RunConcepts) -> list[str]:
     cut = next((cut for cut in summary.cuts if cut.correlation == summary.correlation), None)
     if cut is not None:
         control = "none comes" if cut.n_replicated_permuted == 0 else f"{wording.whole(cut.n_replicated_permuted)} come"
-        found.append(f"If the trainings read different texts, as a control, {control} back.")
+        found.append(f"As a control, with the documents of the trainings shuffled against each other, {control} back.")
     if summary.halves:
         again = spread([half.found.value for half in summary.halves])
         energy = spread([half.found_energy.value for half in summary.halves])
@@ -164,6 +164,10 @@ def controls(concepts: RunConcepts) -> list[str]:
             f"For comparison, as many random latents account for {spread(random)} of the difference, and all latents that "
             f"differ between the models for {spread(summary.explained('candidates'))}."
         )
+    if concepts.together is not None:
+        random, whole = (concepts.together.closed(key) for key in ("random", "all_latents"))
+        if random and whole:
+            found.append(f"Random ones close {spread(random)} of the gap between the outputs, and all latents {spread(whole)}.")
     return found
 
 

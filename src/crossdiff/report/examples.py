@@ -115,16 +115,17 @@ class Context:
 class ExampleDatabase:
     """A crosscoder's examples, open for reading. Threads may share it: each has a connection of its own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, command: str = "crossdiff analyze") -> None:
         if not path.is_file():
-            raise UserError(f"{path} is missing; run `crossdiff analyze` to write it")
+            raise UserError(f"{path} is missing; run `{command}` to write it")
         self.path = path
+        self.command = command
         self._own = threading.local()
         with self._reading() as database:
             metadata = dict(database.execute("SELECT key, value FROM metadata"))
             if metadata.get("format") != FORMAT:
                 found = metadata.get("format")
-                raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}; run `crossdiff analyze` again")
+                raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}; run `{command}` again")
             self.n_latents = int(metadata["n_latents"])
             self.vocabulary: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
 
@@ -137,7 +138,7 @@ class ExampleDatabase:
                 self._own.database = open_sqlite(self.path, any_thread=True)
             yield self._own.database
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path} cannot be read ({error}); run `crossdiff analyze` again") from error
+            raise UserError(f"{self.path} cannot be read ({error}); run `{self.command}` again") from error
 
     def close(self) -> None:
         """Close this thread's connection."""
@@ -158,31 +159,32 @@ class ExampleDatabase:
                 if row[-1] not in shown:
                     by_quantile.setdefault(row[1], []).append(row)
         rows = [*shown.values(), *(row for rows in by_quantile.values() for row in rows[:per_quantile])]
-        return tuple(_example(self.path, row, self.vocabulary) for row in rows)
+        return tuple(_example(self, row) for row in rows)
 
 
-def read_examples(path: Path, latents: Sequence[int]) -> dict[int, tuple[Example, ...]]:
-    """The top examples of each latent, then one per quantile."""
-    with closing(ExampleDatabase(path)) as database:
+def read_examples(path: Path, latents: Sequence[int], command: str = "crossdiff analyze") -> dict[int, tuple[Example, ...]]:
+    """The top examples of each latent or concept, then one per quantile; `command` writes the database."""
+    with closing(ExampleDatabase(path, command)) as database:
         return {latent: database.examples(latent) for latent in latents}
 
 
-def _example(path: Path, row: tuple[Any, ...], vocabulary: Mapping[int, str]) -> Example:
+def _example(database: ExampleDatabase, row: tuple[Any, ...]) -> Example:
+    path, again = database.path, f"run `{database.command}` again"
     kind, quantile, dataset, label, document, position, activation, *blobs, sequence = row
     try:
         ids, flags, positions, active = map(np.frombuffer, blobs, ("<i4", "u1", "<i4", "<f4"))
     except (TypeError, ValueError) as error:  # not bytes, or not a whole number of values
-        raise UserError(f"{path}: sequence {sequence} is damaged ({error}); run `crossdiff analyze` again") from error
+        raise UserError(f"{path}: sequence {sequence} is damaged ({error}); {again}") from error
     inside = bool(((positions >= 0) & (positions < len(ids))).all())
     if len(flags) != len(ids) or len(positions) != len(active) or not inside or not 0 <= position < len(ids):
         raise UserError(
             f"{path}: sequence {sequence} has {len(ids)} tokens, {len(flags)} flags, {len(positions)} positions, "
             f"{len(active)} activations and its maximum at {position}; expected one flag per token, one activation per "
-            "position, and every position inside the sequence; run `crossdiff analyze` again"
+            f"position, and every position inside the sequence; {again}"
         )
     activations = np.zeros(len(ids), dtype=np.float32)
     activations[positions] = active
-    tokens = Tokens(ids, flags, activations, vocabulary)
+    tokens = Tokens(ids, flags, activations, database.vocabulary)
     return Example(kind, quantile, dataset, label, document, position, activation, tokens)
 
 

@@ -116,7 +116,7 @@ def share(value: float | None) -> str:
     if 0 < value < 0.0001:
         return "< 0.01%"
     decimals = 0 if value == 0 or value >= 0.1 else 1 if value >= 0.01 else 2
-    return f"{100 * value:.{decimals}f}%"
+    return _minus(f"{100 * value:.{decimals}f}%")
 
 
 def fixed(value: float, decimals: int = 2) -> str:

@@ -22,6 +22,7 @@ from synthetic_run import (
 from test_report import Page, summary
 
 from crossdiff.errors import UserError
+from crossdiff.interp.explanation_table import SCHEMA
 from crossdiff.report import concept_wording
 from crossdiff.report.concept_cards import concept_card, groups
 from crossdiff.report.concept_reading import read_concepts
@@ -63,7 +64,9 @@ def test_the_first_sentence_counts_concepts(run: Path) -> None:
     closed = " and close 25% of the gap between their outputs when added to the base model."
     assert concept_wording.headline(concepts_of(run)) == sentence + closed
     controls = " ".join(concept_wording.controls(concepts_of(run)))
-    assert "as a control, none comes back" in controls and "find 50% to 100% of the concepts of the other half" in controls
+    assert "shuffled against each other, none comes back" in controls
+    assert "find 50% to 100% of the concepts of the other half" in controls
+    assert controls.endswith("Random ones close 25% of the gap between the outputs, and all latents 25%.")
 
 
 def test_the_page_begins_with_the_concepts_and_explains_each_term_before_its_use(run: Path) -> None:
@@ -102,7 +105,10 @@ def test_the_rungs_are_passed_failed_or_not_measured(run: Path) -> None:
     assert [states(run, concept)[3] for concept in (0, 1, 2)] == ["passed", "failed", missing]
     # The interval of concept 1 for refusals, 0.52 [0.47, 0.54], includes chance.
     assert [states(run, concept)[4] for concept in (0, 1, 2)] == ["passed", "failed", "passed"]
-    pl.DataFrame({"concept": [2], "explanation": [f"greets {DANGER}"]}).write_parquet(run / "concepts" / "explanations.parquet")
+    (run / "manifest.json").write_text(json.dumps({"format": 1, "swap": [], "stages": {"concepts": {"fingerprint": "f"}}}))
+    explained = {"latent": [2], "explanation": [f"greets {DANGER}"], "crosscoder": ["f"]}
+    empty = {name: [None] for name in SCHEMA if name not in explained}
+    pl.DataFrame(explained | empty, schema=SCHEMA).write_parquet(run / "concepts" / "interpretation.parquet")
     assert [states(run, concept)[5] for concept in (0, 2)] == [missing, "passed"]
     rendered = render_html(read_run(run))
     assert "<h4>greets &lt;script&gt;" in rendered  # the explanation takes the place of the title
@@ -182,7 +188,7 @@ def test_the_model_card_lists_the_concepts_as_text(run: Path) -> None:
         ("concepts.json", '{"trainings": 3}', "trainings"),
         ("concepts.parquet", "PAR1", "cannot be read as Parquet"),
         ("members.parquet", "PAR1", "run `crossdiff concepts` again"),
-        ("examples.sqlite", "no database" * 100, "cannot be read"),
+        ("examples.sqlite", "no database" * 100, "file is not a database); run `crossdiff concepts` again"),
     ],
 )
 def test_damage_is_named(run: Path, file: str, text: str, message: str) -> None:
