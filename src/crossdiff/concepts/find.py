@@ -146,7 +146,7 @@ def _grouped(similarity: Similarity, pool: Pool, trainings: list[int], config: C
 
 def _empty(codes: Codes, grouping: Grouping, pool: Pool, r: Any, cells: Cells, store: Store, settings: Settings) -> Described:
     config, n = settings.analyze, grouping.n_concepts
-    sets = halves([number for number in range(len(codes.trainings))])
+    sets = halves(range(len(codes.trainings)))
     return Described(
         Activity.empty(cells, n),
         ExampleCollector(store, n, config),
