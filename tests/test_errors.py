@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,34 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, tiny_settings: di
     config = write_yaml(tmp_path, tiny_settings)
     with pytest.raises(UserError, match="is not empty and not a run directory"):
         run_command(["run", str(tmp_path), "--config", config])
+
+
+def test_a_run_is_not_a_store(analysed_run: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"run is not an activation store: .* lists no shards; the store of a run is its folder"
+    ):
+        run_command(["store", "verify", str(analysed_run)])
+    run_command(["store", "verify", str(analysed_run / "activations")])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_a_terminal_that_cannot_show_every_character(tmp_path: Path, analysed_run: Path, encoding: str) -> None:
+    """The file is named in Greek and a settings file in Japanese, so that messages and results have them."""
+    run = tmp_path / "\u03bb"
+    shutil.copytree(analysed_run, run)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for arguments, code in (
+        (["report", str(run)], 0),
+        (["store", "verify", str(run / "activations")], 0),
+        (["run", "--help"], 0),
+        (["steer", str(run), "--latent", "\u65e5\u672c"], 2),
+        (["run", str(run), "--config", str(tmp_path / "\u65e5\u672c.yaml")], 2),
+    ):
+        result = subprocess.run([*COMMAND, *arguments], capture_output=True, env=environment)
+        assert result.returncode == code, (arguments, result.stderr)
+        assert b"Unicode" not in result.stderr
+        if code:
+            assert b"??" in result.stderr
 
 
 def test_a_read_only_folder(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import polars as pl
 import pytest
 import yaml
 
-from conftest import save_pair, tiny_config
+import crossdiff.stages.harvest as module
+from conftest import make_tokenizer, save_pair, tiny_config
+from crossdiff.activations.store import Store
 from crossdiff.cli import run_command
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.errors import UserError
@@ -118,6 +121,87 @@ def test_a_plan_is_printed_and_nothing_is_made(
     for words in ("harvest of layer 1: about", "GB as float32", "tokens/s on cpu", "There is room"):
         assert words in printed
     assert not (tmp_path / "run").exists()
+
+
+class Day(date):
+    """A calendar that stands still."""
+
+    now = date(2027, 1, 5)
+
+    @classmethod
+    def today(cls) -> date:
+        return cls.now
+
+
+def test_a_run_keeps_the_date_of_its_first_harvest(
+    tmp_path: Path, tiny_texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The template asks for today's date, and the run is started on one day and finished on another."""
+    monkeypatch.setattr(module, "date", Day)
+    tokenizer, pair = make_tokenizer(), save_pair(tmp_path)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%d') }};")
+    tokenizer.save_pretrained(pair[1])
+    config = write_yaml(tmp_path, tiny_config(pair, tiny_texts))
+
+    def days(run: str) -> tuple[set[str], str]:
+        """What the conversations of a store begin with, and the date in its manifest."""
+        store = Store(tmp_path / run / "activations")
+        first = (store.column("dataset") == 1) & (store.column("position") < 4)
+        text = tokenizer.decode(store.column("token_id")[first].tolist())
+        return set(text.replace("<|bos|>", "").split(";")[:-1]), store.manifest["template_date"]
+
+    with monkeypatch.context() as patch:  # stopped before the first shard
+        patch.setattr("crossdiff.activations.harvest.harvest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_command(["harvest", str(tmp_path / "run"), "--config", str(config)])
+    Day.now = date(2027, 1, 6)
+    run_command(["harvest", str(tmp_path / "run"), "--config", str(config)])
+    assert "the chat template writes the date 2027-01-05 (harvest.template_date)" in " ".join(capsys.readouterr().out.split())
+    assert days("run") == ({"05"}, "2027-01-05")
+    run_command(["harvest", str(tmp_path / "other"), "--config", str(config)])
+    assert days("other") == ({"06"}, "2027-01-06")
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("run", "other")]
+    assert len({manifest["stages"]["harvest"]["fingerprint"] for manifest in manifests}) == 2
+    for arguments in (["--config", str(config)], []):
+        run_command(["harvest", str(tmp_path / "run"), *arguments])
+        assert "already done" in capsys.readouterr().out
+    run_command(["harvest", str(tmp_path / "set"), "--config", str(config), "--harvest.template_date", "2020-02-29"])
+    assert days("set") == ({"29"}, "2020-02-29")
+
+
+def interrupted(*arguments: object) -> list[str]:
+    raise KeyboardInterrupt
+
+
+def test_a_template_without_the_clock_has_no_date(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    run_command(["harvest", str(tmp_path / "run"), "--config", str(write_yaml(tmp_path, tiny_settings))])
+    assert Store(tmp_path / "run" / "activations").manifest["template_date"] is None
+    assert "template_date" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_prompts_without_answers_are_refused_before_anything_is_computed(
+    tmp_path: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path := tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' * 40)
+    settings = {**tiny_settings, "dataset": [{"path": str(path), "heldout_share": 0.2}]}
+    command = ["harvest", str(tmp_path / "run"), "--config", str(write_yaml(tmp_path, settings))]
+    with monkeypatch.context() as patch:
+        patch.setattr("crossdiff.activations.harvest.harvest", interrupted)
+        with pytest.raises(UserError, match="40 conversations were read, and none of their tokens is the assistant's"):
+            run_command(command)
+    run_command([*command, "--force"])
+    assert Store(tmp_path / "run" / "activations").n_tokens == 40 * 5  # BOS, header, 2 letters, end
+
+
+@pytest.mark.parametrize("name", ["a #b.jsonl", "x: y.jsonl", "[1] chat.jsonl", "null.jsonl", "{1} a.jsonl"])
+def test_names_of_datasets_are_taken_as_they_are(tmp_path: Path, tiny_pair: tuple[Path, Path], name: str) -> None:
+    (path := tmp_path / name).write_text('{"text": "the sea is cold"}\n' * 8)
+    command = ["harvest", str(tmp_path / "run"), "--base", str(tiny_pair[0]), "--chat", str(tiny_pair[1]), "--device", "cpu"]
+    described = f"{{path: '{tmp_path / 'b.jsonl'}', name: other, heldout_share: 0}}"
+    (tmp_path / "b.jsonl").write_text('{"text": "the boat is old"}\n' * 8)
+    run_command([*command, "--dataset", str(path), described])
+    store = Store(tmp_path / "run" / "activations")
+    assert (store.n_tokens, store.datasets[1]) == (2 * 8 * 16, "other")
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:

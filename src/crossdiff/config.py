@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -40,24 +41,62 @@ class Config(BaseModel):
 class DatasetConfig(Config):
     """One source of text: plain documents or conversations."""
 
-    path: str = Field(description="local .jsonl, .jsonl.gz, .parquet or .txt file, or the name of a Hub dataset")
-    name: str | None = Field(None, description="its name in tables; default: the file's stem")
+    path: str | tuple[str, ...] = Field(
+        description="local .jsonl, .json, .csv, .parquet or .txt file (all but .parquet also as .gz), a pattern such as "
+        "texts/*.jsonl, a list of either, or the name of a Hub dataset"
+    )
+    name: str | None = Field(None, description="its name in tables; default: the file's stem, or the folder of a pattern")
+    subset: str | None = Field(
+        None, description="configuration of a Hub dataset that has several", exclude_if=lambda value: value is None
+    )
     split: str = Field("train", description="the split of a Hub dataset")
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "prompt_chosen", "alpaca", "text"] = Field(
+        "auto",
+        description="layout of a record; auto: messages, else text, else the first layout whose columns the record has",
+        exclude_if=lambda value: value == "auto",
+    )
     text_column: str = "text"
     messages_column: str = "messages"
+    roles: dict[str, str] = Field(
+        {},
+        description="roles of the conversations under other names, and the role that each stands for, such as {pupil: user}",
+        exclude_if=lambda value: not value,
+    )
     label_column: str | None = Field(None, description="column with the label of each conversation, for the behaviour tables")
     sub_label_column: str | None = None
     heldout_share: float = Field(0.1, ge=0, le=1, description="share of documents held out of training, chosen by content hash")
     max_documents: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1, description="stop after the document that reaches this many tokens")
+    weight: FiniteFloat | None = Field(
+        None,
+        gt=0,
+        description="share of the tokens in a mix of the datasets, relative to the other weights; the mix ends with the first "
+        "dataset that ends; default: one dataset after the other, each to its end",
+        exclude_if=lambda value: value is None,
+    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files, patterns or Hub name, as given."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
     def title(self) -> str:
-        return self.name or Path(self.path.replace(":", "/")).name.split(".")[0]
+        if self.name:
+            return self.name
+        path = Path(self.paths[0].replace(":", "/"))
+        return path.parent.name if "*" in path.name and path.parent.name else path.name.split(".")[0]
+
+    @field_validator("path")
+    @classmethod
+    def _is_given(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("give at least one file, pattern or name")
+        return value
 
 
 def _dataset_from_text(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+    return {"path": value} if isinstance(value, str | list | tuple) else value
 
 
 class HarvestConfig(Config):
@@ -88,6 +127,11 @@ class HarvestConfig(Config):
     base_tokens: dict[str, str] = Field(
         {},
         description="tokens that the base model was never trained on, such as template tokens, and the tokens it reads instead",
+    )
+    template_date: date | None = Field(
+        None,
+        description="the date that a chat template writes if it asks for today's; default: the day of the run's first harvest",
+        exclude_if=lambda value: value is None,  # templates that do not read the clock keep their fingerprint
     )
 
 

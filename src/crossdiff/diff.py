@@ -216,7 +216,8 @@ class Diff:
         from crossdiff.models.pair import choose_device, load_pair
 
         config = self.config
-        pair = load_pair(config.base, config.chat, choose_device("auto"), config.harvest.base_tokens)
+        harvest = config.harvest
+        pair = load_pair(config.base, config.chat, choose_device("auto"), harvest.base_tokens, harvest.template_date)
         trained_on: dict[str, Any] = self.crosscoder.origin["pair"] or {}
         for source, name in ((BASE, config.base), (CHAT, config.chat)):
             ours, theirs = pair.identity[source].get("digest"), trained_on.get(source, {}).get("digest")

@@ -6,10 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,20 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def matching_files(names: Iterable[str]) -> list[Path]:
+    """The files of these names in order: the file of exactly this name, or else those that match it, sorted.
+
+    Only `*` (and `**` for any folders) has a meaning in a pattern; brackets and question marks stand for themselves.
+    """
+    files: list[Path] = []
+    for name in names:
+        exact = Path(name)
+        pattern = re.sub(r"[\[?]", lambda match: f"[{match.group()}]", name)
+        found = [exact] if exact.is_file() else sorted(map(Path, glob(pattern, recursive=True)))
+        files += [path for path in found if path.is_file()]
+    return files
 
 
 @contextmanager

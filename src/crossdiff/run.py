@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,6 +96,19 @@ class Run:
         if not self.ranks.is_first:
             return
         write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+
+    @property
+    def template_date(self) -> str | None:
+        """The date that the chat template writes in this run (YYYY-MM-DD); None if no harvest has set one."""
+        day: str | None = self.manifest.get("template_date")
+        return day
+
+    def pin_template_date(self, day: date | None) -> None:
+        """Keep the date that the chat template writes in this run, so that a harvest resumes with it on another day."""
+        if day is not None and self.template_date != day.isoformat():
+            self.manifest["template_date"] = day.isoformat()
+            if self.ranks.is_first:
+                self.save()
 
     def record(self, name: str) -> dict[str, Any] | None:
         """The manifest's record of a finished stage; None if it is not finished."""

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from crossdiff.activations.passes import paired_residuals, right_padded
 from crossdiff.activations.store import Store, verify
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
+from crossdiff.files import sha256
 from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair, load_pair
 from crossdiff.text.sequences import TokenSequence
@@ -36,7 +38,8 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> Store:
     folder = tmp_path_factory.mktemp("store")
-    assert harvest({1: folder}, pair, datasets, SETTINGS) == []
+    (remark,) = harvest({1: folder}, pair, datasets, SETTINGS)
+    assert remark.startswith("40.1% of the assistant's tokens of chat are beyond harvest.max_length 32 and left out; raise it")
     return Store(folder)
 
 
@@ -292,6 +295,89 @@ def test_values_that_do_not_fit_are_refused(
 def test_everything_held_out_is_refused(tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="no training tokens: every document is held out"):
         harvest({1: tmp_path}, pair, (DatasetConfig(path=str(tiny_texts[0]), heldout_share=1.0),), SETTINGS)
+
+
+def test_a_harvest_does_not_resume_with_other_tokens(
+    tmp_path: Path, tiny_pair: tuple[Path, Path], datasets: tuple[DatasetConfig, ...]
+) -> None:
+    """As if a dataset on the Hub, or what the chat template depends on, had changed since the harvest was stopped."""
+    pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), torch.device("cpu"))
+    stop_after(tmp_path, pair, datasets, n_shards=6)
+    before = shards(tmp_path)
+    template = pair.tokenizer.chat_template
+    pair.tokenizer.chat_template = template.replace("<|bos|>", "").replace("{{ bos_token }}", "{{ bos_token }}<|pad|>")
+    with pytest.raises(UserError, match=r"shard-0000\d\.safetensors holds \d+ tokens of an earlier start .* `crossdiff clean`"):
+        harvest({1: tmp_path}, pair, datasets, SETTINGS)
+    assert {name: content for name, content in shards(tmp_path).items() if name in before} == before
+    pair.tokenizer.chat_template = template
+    harvest({1: tmp_path}, pair, datasets, SETTINGS)
+    assert verify(tmp_path) == []
+
+
+def stop_after(folder: Path, pair: Pair, datasets: tuple[DatasetConfig, ...], n_shards: int) -> None:
+    """Harvest until this many shards are written."""
+    write = module.ShardWriters.flush
+
+    def flush(self: module.ShardWriters, number: int, sequences: int, seconds: float) -> None:
+        write(self, number, sequences, seconds)
+        if number == n_shards - 1:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.ShardWriters, "flush", flush)
+        with pytest.raises(Killed):
+            harvest({1: folder}, pair, datasets, SETTINGS)
+
+
+def test_a_stopped_mix_resumes_to_the_same_store(tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
+    mixed = tuple(DatasetConfig(path=str(path), weight=weight) for path, weight in zip(tiny_texts, (1, 2), strict=True))
+    for folder in (whole := tmp_path / "whole", stopped := tmp_path / "stopped"):
+        folder.mkdir()
+    remarks = harvest({1: whole}, pair, mixed, SETTINGS)
+    assert any("the mix ended with the end of" in remark for remark in remarks)
+    stop_after(stopped, pair, mixed, n_shards=2)
+    harvest({1: stopped}, pair, mixed, SETTINGS)
+    assert shards(stopped) == shards(whole)
+    assert verify(whole) == []
+    tokens = Store(whole).documents.group_by("dataset").agg(pl.col("n_tokens").sum()).sort("dataset")["n_tokens"].to_list()
+    assert tokens[0] / tokens[1] == pytest.approx(2, rel=0.05)  # chat and plain
+
+
+def test_conversations_of_one_side_need_consent(tmp_path: Path, pair: Pair) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' * 40)
+    prompts, folder = (DatasetConfig(path=str(path), heldout_share=0),), tmp_path / "store"
+    folder.mkdir()
+    with pytest.raises(UserError, match="40 conversations were read, and none of their tokens is the assistant's"):
+        harvest({1: folder}, pair, prompts, SETTINGS)
+    assert not (folder / "manifest.json").exists()
+    harvest({1: folder}, pair, prompts, SETTINGS, one_sided=True)
+    assert Store(folder).manifest["texts"][0]["n_assistant"] == 0
+
+
+def test_verify_finds_documents_that_are_not_in_the_shards(tmp_path: Path, store: Store) -> None:
+    """Every file is intact, but the table of documents does not describe the shards."""
+    assert verify(store.folder) == []
+    table = store.documents
+    more = table["n_tokens"].to_list()
+    more[3] += 1
+    explained = pl.Series(["why"] + [None] * (table.height - 1), dtype=pl.String)
+    for changed, problem in (
+        (
+            table.with_columns(n_tokens=pl.Series(more, dtype=pl.Int32)),
+            f"document 3: {more[3] - 1} tokens in the shards, {more[3]}",
+        ),
+        (table.with_columns(left_out=explained), "document 0: "),
+        (table.head(-1), "the documents are not numbered from 0 to 149"),
+        (table.with_columns(document=table["document"] + 1), "the documents are not numbered"),
+    ):
+        shutil.copytree(store.folder, tmp_path, dirs_exist_ok=True)
+        changed.write_parquet(tmp_path / "documents.parquet")
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        manifest["files"]["documents.parquet"] = sha256(tmp_path / "documents.parquet")
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        (found,) = verify(tmp_path)
+        assert problem in found
 
 
 def test_two_datasets_of_one_name_are_refused(tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path]) -> None:

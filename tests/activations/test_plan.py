@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,5 +45,27 @@ def test_the_estimate_is_near_the_truth(
 def test_a_size_that_cannot_be_known_is_requested(pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match=r"the length of name cannot be known .*; set its max_documents or max_tokens"):
         plan(pair, 1, (DatasetConfig(path="org/name"),), HarvestConfig())
-    limited = DatasetConfig(path=str(tiny_texts[0]), max_tokens=123_456)
-    assert plan(pair, 1, (limited,), HarvestConfig(max_length=32, batch_tokens=256)).n_tokens == 123_456
+
+
+def test_documents_are_read_whole_so_a_limit_in_tokens_is_exceeded(pair: Pair, tmp_path: Path) -> None:
+    config = HarvestConfig(max_length=32, batch_tokens=256)
+
+    def planned(n_records: int, n_letters: int, **options: Any) -> int:
+        path = tmp_path / f"{n_records}.jsonl"
+        path.write_text((json.dumps({"text": "a" * n_letters}) + "\n") * n_records)
+        return plan(pair, 1, (DatasetConfig(path=str(path), **options),), config).n_tokens
+
+    # A BOS and 9 letters are 10 tokens. One of 62 letters is two windows with a BOS each.
+    assert planned(5, 62, max_tokens=10) == 64
+    assert planned(5, 9, max_tokens=123_456) == 50
+    assert planned(100, 9, max_tokens=123_456) == 1000
+    assert planned(100, 9, max_tokens=801) == 806  # beyond the 64 documents that are read, by half a document
+
+
+def test_a_mix_ends_with_its_first_dataset_and_the_plan_knows_cut_answers(pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
+    config = HarvestConfig(max_length=32, batch_tokens=256)
+    alone = [plan(pair, 1, (DatasetConfig(path=str(path)),), config).n_tokens for path in tiny_texts]
+    mixed = tuple(DatasetConfig(path=str(path), weight=weight) for path, weight in zip(tiny_texts, (1, 3), strict=True))
+    found = plan(pair, 1, mixed, config)
+    assert found.n_tokens == pytest.approx(min(alone[0], alone[1] / 3) * 4, abs=1)
+    assert any("of the assistant's tokens of chat are beyond harvest.max_length 32" in remark for remark in found.remarks)

@@ -10,7 +10,7 @@ import torch
 from conftest import make_model, make_tokenizer, save_pair
 from crossdiff.errors import UserError
 from crossdiff.models.access import UpperHalf, decoder_layers, edited_after, residuals_after
-from crossdiff.models.pair import check_tokenizers, choose_device, identify, load_pair, load_tokenizer, probe
+from crossdiff.models.pair import choose_device, identify, load_pair, load_tokenizer, probe
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo", "olmo2"]
 SLIDING = {"mistral", "gemma2", "gemma3_text", "phi3"}
@@ -72,29 +72,6 @@ def test_a_pair_is_loaded_and_its_layer_checked(tiny_pair: tuple[Path, Path]) ->
     assert pair.check_layer(None) == 1
     with pytest.raises(UserError, match="layer 3 does not exist: the models have 3 layers, 0 to 2"):
         pair.check_layer(3)
-
-
-def test_tokens_that_the_base_model_lacks_need_stand_ins() -> None:
-    left, right = make_tokenizer(), make_tokenizer()
-    right.add_tokens(["<|new|>"])
-    with pytest.raises(UserError, match=r"1 tokens of b are unknown to a, such as '<\|new\|>'; set harvest\.base_tokens"):
-        check_tokenizers(left, right, "a", "b", {})
-    new, end = right.convert_tokens_to_ids("<|new|>"), left.convert_tokens_to_ids("<|end|>")
-    assert check_tokenizers(left, right, "a", "b", {"<|new|>": "<|end|>"}) == {new: end}
-    assert check_tokenizers(left, left, "a", "b", {"<|user|>": "<|end|>"}) == {left.convert_tokens_to_ids("<|user|>"): end}
-    for tokens, name in (({"<|odd|>": "a"}, "b"), ({"<|new|>": "<|odd|>"}, "a")):
-        with pytest.raises(UserError, match=rf"names '<\|odd\|>', but the tokenizer of {name} has no such token"):
-            check_tokenizers(left, right, "a", "b", {"<|new|>": "<|end|>"} | tokens)
-
-
-def test_different_tokenizers_are_refused_with_an_example() -> None:
-    left, right = make_tokenizer(), make_tokenizer()
-    left.add_tokens(["extra"])
-    with pytest.raises(UserError, match=r"1 tokens exist only in the first, such as 'extra'"):
-        check_tokenizers(left, right, "a", "b", {})
-    right.add_tokens(["other", "extra"])
-    with pytest.raises(UserError, match=r"1 tokens have different ids, such as 'extra': 261 and 262"):
-        check_tokenizers(left, right, "a", "b", {})
 
 
 def test_a_base_model_without_the_chat_tokens(tmp_path: Path) -> None:

@@ -321,6 +321,17 @@ def test_no_specific_latent_and_a_dead_crosscoder(tmp_path: Path) -> None:
     assert "Every latent is dead" in Page(render_html(read_run(tmp_path, ["l1"]))).text
 
 
+def test_answers_beyond_max_length_are_a_caveat(run: Path) -> None:
+    path = run / "activations" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for lost, is_said in ((52, False), (53, True)):  # of 1,000 + lost: 4.9% and 5.03%
+        manifest["texts"] = [{"name": "talks", "n_assistant": 1000, "assistant_lost": lost}, {"name": "prose"}]
+        path.write_text(json.dumps(manifest))
+        text = Page(render_html(read_run(run))).text
+        assert ("5.0% of the assistant's tokens of talks were beyond harvest.max_length" in text) == is_said
+        assert "tokens of prose were beyond" not in text
+
+
 def test_old_results_are_left_out_and_the_page_is_replaced_whole(run: Path) -> None:
     shutil.copytree(run / "l1", run / "old" / "l1")
     (run / "topk").mkdir()

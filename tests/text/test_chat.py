@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from crossdiff.errors import UserError
-from crossdiff.text.chat import Flag, TokenisedChat, chat_prompt, check_messages, tokenise_chat, tokenise_prompt
+from crossdiff.text.chat import Flag, TokenisedChat, chat_prompt, front_ids, tokenise_chat, tokenise_prompt
+from crossdiff.text.messages import check_messages
 
 B, T, U, A = Flag.BOS, Flag.TEMPLATE, Flag.USER, Flag.ASSISTANT
 
@@ -255,6 +256,64 @@ def test_a_bos_that_the_user_wrote_is_no_bos() -> None:
     check(tokenizer, talk("<|bos|>"), "", "U:<|bos|> T0:<|end|>")
 
 
+def test_a_bos_that_opens_every_turn_is_template() -> None:
+    """As in SmolLM2: the tokenizer adds nothing to plain text, and its BOS is the opener of the template's turns."""
+    tokenizer = build(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_start|>", "<|im_end|>")
+    user, assistant = (f"T0:<|im_start|> T1:{role} T2:⏎" for role in ("user", "assistant"))
+    closed = f"{assistant} A:y TA3:<|im_end|> T4:⏎"
+    check(tokenizer, talk("Hi", "y", "Hi"), "", f"{user} U:Hi T3:<|im_end|> T4:⏎", closed, f"{user} U:Hi T3:<|im_end|> T4:⏎")
+    check(tokenizer, talk("Hi"), "", f"{user} U:Hi T3:<|im_end|> T4:⏎")
+    assert front_ids(tokenizer) == []
+
+
+def test_a_bos_in_front_of_later_turns_keeps_the_template_index() -> None:
+    """As in Llama 2, whose template writes a BOS before every question."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST]{{ m['content'] }}[/INST]"
+        "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = build(template, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", trim=True)
+    user, assistant = "T0:[INST] U:Hi", "T0:[/INST] A:y TA1:</s>"
+    check(tokenizer, talk("Hi", "y", "Hi"), "B:<s>", user, assistant, f"B:<s> {user} T1:[/INST]")
+
+
+def test_the_bos_is_what_the_tokenizer_adds_or_the_template_begins_with(tokenizers: dict[str, Any]) -> None:
+    fronts = {name: tokenizer.convert_ids_to_tokens(front_ids(tokenizer)) for name, tokenizer in tokenizers.items()}
+    assert fronts == {
+        "chatml": [], "qwen": [], "gemma": ["<bos>"], "llama3": ["<|begin_of_text|>"], "llama2": ["<s>"], "mistral": ["<s>"],
+        "deepseek": ["<bos>"], "phi3": [], "embedded": ["<|bos|>"],
+    }  # fmt: skip
+    assert front_ids(build(None, ["<s>"], "<s>", "<s>")) == []  # GPT-2: a BOS that nothing writes
+    assert front_ids(build(None, ["<s>"], "<s>", "<s>", trim=True)) == [0]
+    once = "{% if messages | length > 1 %}{{ raise_exception('one question') }}{% endif %}<s>{{ messages[0]['content'] }}"
+    assert front_ids(build(once, ["<s>"], "<s>", None)) == [0]
+
+
+THINK = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}{% set r = '' %}"
+    "{% if m.role == 'assistant' and '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n{% endif %}"
+    "{{ c }}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_a_template_that_adds_an_empty_block_of_reasoning() -> None:
+    """As Qwen3's: the last answer gets a block of reasoning, an empty one if it has none, and earlier answers lose theirs."""
+    tokenizer = build(THINK, ["<|im_start|>", "<|im_end|>", "<think>", "</think>"], None, "<|im_end|>")
+    user, header = "T0:<|im_start|> T1:user T2:⏎ U:Hi T3:<|im_end|> T4:⏎", "T0:<|im_start|> T1:assistant T2:⏎"
+    block = "T3:<think> T4:⏎⏎ T5:</think> T6:⏎⏎"
+    check(tokenizer, talk("Hi", "y"), "", user, f"{header} {block} A:y TA7:<|im_end|> T8:⏎")
+    reasoned = "A:<think> A:⏎ A:a A:⏎ A:</think> A:⏎⏎ A:y"
+    check(tokenizer, talk("Hi", "<think>\na\n</think>\n\ny"), "", user, f"{header} {reasoned} TA3:<|im_end|> T4:⏎")
+    for changed in ("<think>a</think>y", "x<think>\na\n</think>\n\ny"):
+        with pytest.raises(UserError, match=r"drops or changes text at message 1|message 0 \(user\)"):
+            tokenise_chat(tokenizer, talk("Hi", changed))
+    with pytest.raises(UserError, match=r"drops or changes text at message 1 \(assistant\)"):
+        tokenise_chat(tokenizer, talk("Hi", "<think>\na\n</think>\n\ny", "Hi", "y"))
+
+
 def test_empty_contents(tokenizers: dict[str, Any]) -> None:
     user = "T0:<start_of_turn> T1:user T2:⏎ T3:<end_of_turn> T4:⏎"
     assistant = "T0:<start_of_turn> T1:model T2:⏎ TA3:<end_of_turn> T4:⏎"
@@ -355,7 +414,8 @@ def test_a_header_that_stands_in_place_of_the_end(tokenizers: dict[str, Any]) ->
         ([{"role": "user", "content": "a"}, {"role": "assistant"}], "message 1 has no 'content'; its keys are"),
         ([{"content": "a"}], "message 0 has no 'role'"),
         ([{"role": "user", "content": None}], "content of message 0 must be a string, found NoneType"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "must be a string, found list"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"parts with text, found \['image'\]; only text can be read"),
+        ([{"role": "human", "content": "a"}], r"roles of the conversation are 'human'; 'human' is not one of user, .*`roles`"),
         ([{"role": 3, "content": "a"}], "role of message 0 must be a string, found int"),
         ([{"role": "user", "content": "a\ud800"}], "content of message 0 is not valid Unicode at character 1"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "has 'tool_calls'"),
@@ -370,6 +430,11 @@ def test_messages_are_checked_before_they_are_rendered(tokenizers: dict[str, Any
     for read in (tokenise_chat, chat_prompt):
         with pytest.raises(UserError, match="conversation is empty"):
             read(tokenizers["chatml"], [])
+
+
+def test_text_parts_of_a_content_are_joined() -> None:
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+    assert check_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "Hi there"}]
 
 
 def test_other_keys_are_left_out() -> None:

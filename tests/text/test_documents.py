@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from crossdiff.config import DatasetConfig
 from crossdiff.errors import UserError
-from crossdiff.text.documents import Document, count_records, read_dataset, read_documents
+from crossdiff.text.documents import Document, read_dataset, read_documents
+from crossdiff.text.readers import count_records
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 
@@ -226,7 +227,6 @@ def test_records_are_counted_without_parsing(tmp_path: Path) -> None:
 
     assert [count(path) for path in (lines, zipped, tmp_path / "a.txt", tmp_path / "a.parquet")] == [3, 7, 2, 5]
     assert [count(zipped, max_documents=number) for number in (3, 100)] == [3, 7]
-    assert count(zipped, max_tokens=9) is None
     assert count("org/name") is None
     assert count("org/name", max_documents=8) == 8
 
@@ -236,11 +236,14 @@ def test_records_are_counted_without_parsing(tmp_path: Path) -> None:
     [
         ("missing.jsonl", "there is no file .*missing.jsonl; give a file that exists"),
         ("", "is a folder; give a file in it that ends in .jsonl"),
-        ("a.csv", "a.csv is not a supported kind of file; give one that ends in .jsonl, .jsonl.gz, .parquet, .txt"),
+        (
+            "a.tsv",
+            r"a.tsv is not a supported kind of file; give one that ends in .jsonl, .json, .csv, .parquet, .txt \(all but",
+        ),
     ],
 )
 def test_paths_are_checked_before_anything_is_read(tmp_path: Path, name: str, reason: str) -> None:
-    (tmp_path / "a.csv").write_text("text\na\n")
+    (tmp_path / "a.tsv").write_text("text\na\n")
     good = DatasetConfig(path=str(write(tmp_path / "good.jsonl", {"text": "a"})))
     with pytest.raises(UserError, match=reason):
         read_documents([good, DatasetConfig(path=str(tmp_path / name))])
@@ -252,11 +255,22 @@ def test_a_missing_file_is_not_looked_for_on_the_hub() -> None:
 
 
 def test_number_of_datasets(tmp_path: Path) -> None:
-    config = DatasetConfig(path=str(write(tmp_path / "a.jsonl", {"text": "a"})))
-    assert len(list(read_documents([config] * 256))) == 256
+    path = str(write(tmp_path / "a.jsonl", {"text": "a"}))
+    configs = [DatasetConfig(path=path, name=str(number)) for number in range(257)]
+    assert len(list(read_documents(configs[:256]))) == 256
     for count in (0, 257):
         with pytest.raises(UserError, match=f"^found {count} datasets; give 1 to 256"):
-            read_documents([config] * count)
+            read_documents(configs[:count])
+
+
+def test_datasets_that_do_not_go_together(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", {"text": "a"}))
+    with pytest.raises(UserError, match="two datasets are called 'a'"):
+        read_documents([DatasetConfig(path=path)] * 2)
+    with pytest.raises(UserError, match="b has no weight, but other datasets have"):
+        read_documents([DatasetConfig(path=path, weight=1), DatasetConfig(path=path, name="b")])
+    with pytest.raises(UserError, match=r"a maps the role 'pupil' to 'boy'; expected one of user, assistant"):
+        read_documents([DatasetConfig(path=path, roles={"pupil": "boy"})])
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, load: Any) -> None:

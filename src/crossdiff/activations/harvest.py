@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from crossdiff.activations.folder import MANIFEST, Folder
 from crossdiff.activations.live import sampled_moments
@@ -54,6 +55,7 @@ def harvest(
     config: HarvestConfig,
     advance: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
+    one_sided: bool = False,
 ) -> list[str]:
     """Write an activation store per layer, in one pass over the texts, and resume unfinished ones.
 
@@ -63,23 +65,26 @@ def harvest(
         folders: folder of each layer's store, local or at a URL.
         advance: called after each document.
         ranks: the processes that share the work. All of them must see the folders.
+        one_sided: accept conversations without any token of the user, or of the assistant.
 
     Returns:
-        Remarks for the user: datasets shorter than requested, and omitted damaged records.
+        Remarks for the user: layouts that were found, datasets shorter than requested, omitted damaged records, cut answers.
     """
-    _check_titles(datasets)
     check_datasets(datasets)
-    texts = Texts(datasets, pair.tokenizer, config, advance)
+    texts = Texts(datasets, pair.tokenizer, config, advance, pair.unreadable)
     settings = {layer: _settings(pair, layer, datasets, config) for layer in sorted(folders)}
     logs = {layer: ProgressLog(folders[layer], each, ranks.rank) for layer, each in settings.items()}
     ranks.wait()
     n_shards = _write_shards(logs, pair, texts, config, ranks)
+    if not one_sided:
+        texts.check_sides()  # the shards stay, so a repetition with one_sided finishes at once
     ranks.wait()
     for layer, log in logs.items() if ranks.is_first else ():
         names = tuple(record.name for record in texts.records)
         origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions)
         entries = log.entries()
         assert len(entries) == n_shards, f"{log.folder.location} has {len(entries)} of {n_shards} shards"
+        assert sum(entry.n_tokens for entry in entries) == sum(record.n_tokens for record in texts.records)
         if config.storage == "live":
             moments = sampled_moments(log.folder, entries, pair, layer, config, texts.is_training)
         else:
@@ -95,13 +100,6 @@ def is_finished(folder: Folder) -> bool:
     return MANIFEST in names and not log_names(names)
 
 
-def _check_titles(datasets: tuple[DatasetConfig, ...]) -> None:
-    titles = [dataset.title for dataset in datasets]
-    for title in titles:
-        if titles.count(title) > 1:
-            raise UserError(f"two datasets are called {title!r}; give one of them another `name`")
-
-
 def _write_shards(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig, ranks: Ranks) -> int:
     """Write this rank's missing shards of every layer. Returns the number of shards of all ranks."""
     done = set.intersection(*({entry.file for entry in log.entries()} for log in logs.values()))
@@ -112,7 +110,9 @@ def _write_shards(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, con
     try:
         for number, batches in enumerate(_shards(texts.sequences(), config)):
             n_sequences = sum(map(len, batches))
-            if ranks.has(number) and shard_name(number) not in done:
+            if ranks.has(number) and shard_name(number) in done:
+                _check_stored(logs.values(), number, batches, n_before)
+            elif ranks.has(number):
                 first = n_before
                 for batch in batches:
                     _add(writers, batch, first, pair, list(logs), texts.is_training, config)
@@ -124,6 +124,28 @@ def _write_shards(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, con
     finally:
         writers.close()
     return number + 1
+
+
+def _check_stored(logs: Iterable[ProgressLog], number: int, batches: list[list[TokenSequence]], first: int) -> None:
+    """Check that the texts give the tokens that a finished shard holds; `first` is the number of its first sequence.
+
+    Raises:
+        UserError: they do not, because the texts or the tokenizer's rules changed in between.
+    """
+    firsts = np.cumsum([first, *map(len, batches)])
+    parts = [_token_columns(batch, int(start)) for batch, start in zip(batches, firsts, strict=False)]
+    for log in logs:
+        (path,) = log.folder.headers([shard_name(number)])
+        with safe_open(path, framework="pt") as file:
+            for name in COLUMNS:
+                found, stored = torch.cat([part[name] for part in parts]), file.get_tensor(name)
+                if len(found) == len(stored) and torch.equal(found, stored):
+                    continue
+                raise UserError(
+                    f"{log.folder.path_of(shard_name(number))} holds {len(stored)} tokens of an earlier start of this harvest, "
+                    f"but the texts now give {len(found)} tokens there, with another {name}: the texts, the chat template or "
+                    "the tokenizer changed in between. Delete the unfinished harvest with `crossdiff clean`, and start it again"
+                )
 
 
 def _shards(sequences: Iterable[TokenSequence], config: HarvestConfig) -> Iterator[list[list[TokenSequence]]]:

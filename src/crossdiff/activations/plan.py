@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +16,14 @@ from crossdiff.activations.folder import LocalFolder
 from crossdiff.activations.locations import open_folder
 from crossdiff.activations.passes import paired_residuals
 from crossdiff.activations.store import COLUMNS, DTYPES
-from crossdiff.activations.texts import Texts
+from crossdiff.activations.texts import DatasetRecord, sample
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.models.pair import Pair
 from crossdiff.sources import SOURCES
-from crossdiff.text.documents import check_datasets, count_records
+from crossdiff.text.documents import check_datasets
+from crossdiff.text.readers import count_records
 from crossdiff.text.sequences import POOL, bucketed
-
-SAMPLE_DOCUMENTS = 64
-"""Number of documents of each dataset whose mean length is taken for that of all."""
 
 SECONDS = 5.0
 """Time for which the models are run, at most one batch longer."""
@@ -34,13 +34,18 @@ COLUMN_BYTES = sum(column.itemsize for column in COLUMNS.values())
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates for one harvest of one layer. memory_bytes is the peak of the process, without the system's file cache."""
+    """Estimates for one harvest of one layer.
+
+    memory_bytes: peak of the process, without the system's file cache. remarks: what the first documents show about layouts and
+    answers beyond max_length.
+    """
 
     n_tokens: int
     store_bytes: int
     memory_bytes: int
     seconds: float
     tokens_per_second: float
+    remarks: tuple[str, ...] = ()
 
     def check_disk(self, folder: Path, config: HarvestConfig) -> int:
         """Return the free bytes on the disk of the store: that of `harvest.store` if it is set, otherwise that of `folder`.
@@ -92,18 +97,13 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
             raise UserError(
                 f"the length of {dataset.title} cannot be known before it is read; set its max_documents or max_tokens"
             )
-    sample = tuple(
-        dataset.model_copy(update={"max_documents": min(SAMPLE_DOCUMENTS, dataset.max_documents or SAMPLE_DOCUMENTS)})
-        for dataset in datasets
-    )
-    texts = Texts(sample, pair.tokenizer, config, lambda: None)
     started = time.perf_counter()
-    sequences = list(texts.sequences())
+    texts, sequences = sample(datasets, pair.tokenizer, config, pair.unreadable)
+    if not sequences:
+        raise UserError("the first documents of the datasets hold no text, so nothing can be estimated; remove them")
     reading = (time.perf_counter() - started) / sum(record.n_tokens for record in texts.records)
-    n_tokens = sum(
-        dataset.max_tokens or round(record.n_tokens * (count or 0) / (record.n_documents + record.damaged))
-        for dataset, count, record in zip(datasets, counts, texts.records, strict=True)
-    )
+    sizes = [_size(*each) for each in zip(datasets, counts, texts.records, strict=True)]
+    n_tokens = round(_mixed(sizes, datasets))
     batches = [[sequence.token_ids for sequence in batch] for batch in bucketed(sequences, config.batch_tokens, POOL)]
     paired_residuals(pair, batches[-1], [layer])  # the first pass is slower than the others
     started, measured = time.perf_counter(), 0
@@ -117,4 +117,25 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # Two shards are in memory: one is filled while the other is written.
     shards = 2 * size * min(config.shard_tokens + config.batch_tokens, n_tokens)
-    return Plan(n_tokens, n_tokens * size, peak + shards, n_tokens * per_token, 1 / per_token)
+    remarks = (*texts.layouts(), *texts.lost())
+    return Plan(n_tokens, n_tokens * size, peak + shards, n_tokens * per_token, 1 / per_token, remarks)
+
+
+def _size(dataset: DatasetConfig, count: int | None, record: DatasetRecord) -> float:
+    """Estimated number of tokens of a dataset with this many records, of which the record's have been read."""
+    n_read = record.n_documents + record.damaged
+    mean = record.n_tokens / n_read
+    whole = math.inf if count is None else float(record.n_tokens) if n_read >= count else mean * count
+    limit = dataset.max_tokens
+    if limit is None:
+        return whole
+    # Documents are read whole; the one that reaches the limit goes beyond it by half of its length, if nothing else is known.
+    return min(whole, float(record.n_tokens) if record.n_tokens >= limit else limit + mean / 2)
+
+
+def _mixed(sizes: list[float], datasets: Sequence[DatasetConfig]) -> float:
+    """Number of tokens of all datasets. A mix by weights ends with the first of them that ends."""
+    if datasets[0].weight is None:
+        return sum(sizes)
+    weights = [dataset.weight or 1.0 for dataset in datasets]
+    return min(size / weight for size, weight in zip(sizes, weights, strict=True)) * sum(weights)

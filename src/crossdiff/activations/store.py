@@ -3,7 +3,7 @@
     manifest.json            models, layer, tokenizer, sizes, and each shard's size and SHA-256
     shard-00000.safetensors  activations [token, source, d_model], the columns of `COLUMNS` with one entry per token, and
                              the moments of the shard's training tokens; int8 adds activation_scale [token, source]
-    documents.parquet        document, dataset, split, label, sub_label, prompt, n_messages, n_tokens
+    documents.parquet        document, dataset, split, label, sub_label, prompt, n_messages, n_tokens, left_out
     statistics.safetensors   over the training tokens, float64: mean [source, d_model], gram [source, source]
 
 The tokens of a sequence are consecutive rows of one shard, in order. There is no padding.
@@ -63,7 +63,13 @@ def _open(location: str | Path) -> tuple[Folder, dict[str, Any]]:
         raise UserError(
             f"the store {folder.location} is not the one that {location} was made with; restore it or delete {location}"
         )
-    return folder, read_json(path)
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or "shards" not in manifest:
+        raise UserError(
+            f"{folder.location} is not an activation store: its {MANIFEST} lists no shards; the store of a run is its folder "
+            "`activations`"
+        )
+    return folder, manifest
 
 
 class SequenceBatch(NamedTuple):
@@ -351,4 +357,27 @@ def verify(folder: str | Path) -> list[str]:
             problems.append(f"{name}: the content has changed (its SHA-256 differs)")
     if sum(shard["n_tokens"] for shard in manifest["shards"]) != manifest["n_tokens"]:
         problems.append("manifest.json: the shards' tokens do not add up to n_tokens")
+    return problems or _lost_documents(folder)
+
+
+def _lost_documents(folder: str | Path) -> list[str]:
+    """What is wrong with the documents of a store whose files are intact: each must be in the shards, or left out."""
+    store = Store(folder)
+    table, stored = store.documents, store.column("document")
+    numbers, n_tokens = table["document"].to_numpy(), table["n_tokens"].to_numpy()
+    if not np.array_equal(numbers, np.arange(store.manifest["n_documents"])):
+        return [f"{DOCUMENTS}: the documents are not numbered from 0 to {store.manifest['n_documents'] - 1}"]
+    problems = []
+    if strangers := sorted(set(stored[(stored < 0) | (stored >= len(numbers))].tolist())):
+        problems.append(f"the shards hold tokens of document {strangers[0]}, which {DOCUMENTS} lacks")
+    found = np.bincount(stored[(stored >= 0) & (stored < len(numbers))], minlength=len(numbers))
+    for number in np.flatnonzero(found != n_tokens)[:10]:
+        problems.append(f"document {number}: {found[number]} tokens in the shards, {n_tokens[number]} in {DOCUMENTS}")
+    if "left_out" in table.columns:  # stores from before this column existed give no reasons
+        unexplained = np.flatnonzero((n_tokens == 0) == table["left_out"].is_null().to_numpy())
+        problems += [f"document {number}: it has no tokens, and {DOCUMENTS} gives no reason" for number in unexplained[:10]]
+    positions, bounds = store.column("position"), store.sequences()
+    expected = np.arange(store.n_tokens) - np.repeat(bounds[:-1], np.diff(bounds))
+    if (wrong := np.flatnonzero(positions != expected)).size:
+        problems.append(f"row {wrong[0]}: the tokens of its sequence are not all there, or in another order")
     return problems

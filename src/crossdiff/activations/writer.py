@@ -20,8 +20,9 @@ from crossdiff.sources import SOURCES
 
 DOCUMENT_COLUMNS = {
     "document": pl.Int32, "dataset": pl.String, "split": pl.String, "label": pl.String, "sub_label": pl.String,
-    "prompt": pl.String, "n_messages": pl.Int32, "n_tokens": pl.Int32,
+    "prompt": pl.String, "n_messages": pl.Int32, "n_tokens": pl.Int32, "left_out": pl.String,
 }  # fmt: skip
+"""`left_out`: why a document has no tokens in the store; null if it has some."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def finish_store(
         "pair": origin.pair,
         "revisions": origin.revisions,
         "base_tokens": config.base_tokens,
+        "template_date": None if config.template_date is None else config.template_date.isoformat(),
         "sources": list(SOURCES),
         "layer": origin.layer,
         "n_layers": origin.n_layers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from crossdiff.cli import analysis_commands, run_commands, sharing_commands
 from crossdiff.cli.options import Commands, HelpFormatter, Parser
@@ -55,6 +56,9 @@ def main() -> None:
     argv = sys.argv[1:]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks is no reason to stop
     try:
         run_command(argv)
     except (UserError, KeyboardInterrupt, Exception) as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
 import yaml
 
-from crossdiff.config import Config, merge, read_yaml
+from crossdiff.config import Config, DatasetConfig, merge, read_yaml
 from crossdiff.errors import UserError
 
 FLAGS = {"-h", "--help", "--force", "--debug"}
@@ -155,12 +156,30 @@ def _by_name(section: str, entries: dict[str, Config]) -> Iterator[tuple[_Settin
 def _add(group: Any, setting: _Setting, value: str, hidden: bool = False) -> None:
     many: dict[str, Any] = {"nargs": "+"} if isinstance(setting.value, tuple) else {}
     text = argparse.SUPPRESS if hidden else f"{setting.description} [{value}]".replace("%", "%%")
-    # A list of texts is taken as it is: read as YAML, a question with a colon would be a mapping.
-    prefix = "text:" if setting.annotation == tuple[str, ...] else "set:"
     metavar = f"{{{','.join(map(str, setting.choices))}}}" if setting.choices else "VALUE"
     group.add_argument(
-        f"--{setting.key}", dest=prefix + setting.key, metavar=metavar, help=text, default=argparse.SUPPRESS, **many
+        f"--{setting.key}",
+        dest=f"{_reading(setting.annotation)}:{setting.key}",
+        metavar=metavar,
+        help=text,
+        default=argparse.SUPPRESS,
+        **many,
     )
+
+
+def _reading(annotation: Any) -> str:
+    """How values given as words become those of a setting: the name of a function of `READINGS`.
+
+    Texts are taken as they are: read as YAML, a question with a colon would be a mapping.
+    """
+    members = [member for member in get_args(annotation) if member is not Ellipsis]
+    if get_origin(annotation) in (tuple, Annotated):
+        return _reading(members[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return "optional" if {_reading(member) for member in members if member is not NoneType} == {"text"} else "yaml"
+    if isinstance(annotation, type) and issubclass(annotation, DatasetConfig):
+        return "dataset"
+    return "text" if annotation is str else "yaml"
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -168,6 +187,15 @@ def _parse_value(key: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--{key}: {text!r} cannot be read as a value") from None
+
+
+READINGS: dict[str, Callable[[str, str], Any]] = {
+    "text": lambda key, text: text,
+    "optional": lambda key, text: None if text == "null" else text,
+    "dataset": lambda key, text: _parse_value(key, text) if text.startswith("{") and text.endswith("}") else text,
+    "yaml": _parse_value,
+}
+"""Functions from a setting's key and a word of the command line to the value."""
 
 
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,10 +207,8 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
             continue
         if "<NAME>" in key:
             raise UserError(f"--{key}: put the name of a crosscoder in place of <NAME>")
-        if kind == "text":
-            parsed = value
-        else:
-            parsed = [_parse_value(key, item) for item in value] if isinstance(value, list) else _parse_value(key, value)
+        read = READINGS[kind]
+        parsed = [read(key, item) for item in value] if isinstance(value, list) else read(key, value)
         *sections, last = key.split(".")
         nested: dict[str, Any] = {last: parsed}
         for section in reversed(sections):

@@ -44,7 +44,8 @@ def _add(commands: Commands, name: str, summary: str) -> None:
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     parser.set_defaults(command=name, layers=[])
     if name != "plan":
-        parser.add_argument("--force", action="store_true", help="harvest again even if there is a store")
+        force = "harvest again even if there is a store, and even if the conversations lack one side"
+        parser.add_argument("--force", action="store_true", help=force)
         parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only process these crosscoders of the run")
     if name == "harvest":
         text = "harvest several layers in one pass, each into its own run directory DIRECTORY/layer-L"
@@ -79,7 +80,7 @@ def run_stages(args: Namespace) -> None:
     from crossdiff.files import explain_disk_error
     from crossdiff.ranks import current
     from crossdiff.run import Run
-    from crossdiff.stages.harvest import harvest_layers
+    from crossdiff.stages.harvest import harvest_layers, pin_template_date
     from crossdiff.stages.pipeline import begin, run_until
     from crossdiff.stages.session import Session
 
@@ -94,6 +95,7 @@ def run_stages(args: Namespace) -> None:
             sessions.append(Session(run, values, console, args.force, tuple(args.only)))
         try:
             if configs:
+                pin_template_date(sessions)
                 for session in sessions:
                     begin(session)
                 harvest_layers(sessions)
@@ -110,6 +112,7 @@ def plan(args: Namespace) -> None:
     config = _config(args)
 
     from rich.console import Console
+    from rich.markup import escape
 
     from crossdiff.activations.locations import open_folder
     from crossdiff.activations.plan import plan
@@ -120,7 +123,8 @@ def plan(args: Namespace) -> None:
     check_texts(config)
     if config.harvest.store is not None:
         open_folder(config.harvest.store).prepare()
-    pair = load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
+    device, harvest = choose_device(config.device), config.harvest
+    pair = load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date)
     layer = pair.check_layer(config.layer)
     found = plan(pair, layer, tuple(resolve(dataset) for dataset in config.dataset), config.harvest)
     kept = "tokens only" if config.harvest.storage == "live" else config.harvest.dtype
@@ -129,6 +133,8 @@ def plan(args: Namespace) -> None:
     console.print(f"  disk    {found.store_bytes / 1e9:.2f} GB as {kept}")
     console.print(f"  memory  {found.memory_bytes / 1e9:.2f} GB")
     console.print(f"  time    {found.seconds / 60:.1f} min at {rate} on {pair.device}")
+    for remark in found.remarks:
+        console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
     for name, crosscoder in config.trainings.items():
         _print_training(name, crosscoder, found.n_tokens, pair, console)
     free = found.check_disk(_directory(args.directory, config, ()), config.harvest)

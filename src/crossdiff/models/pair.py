@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from crossdiff.errors import UserError
 from crossdiff.models.access import d_model, decoder_layers, edited_after, n_layers, residuals_after
+from crossdiff.models.tokenizers import check_tokenizers, pin_date, unknown_token
 from crossdiff.shapes import Int, Tensor
 from crossdiff.sources import SOURCES
 
@@ -26,6 +28,7 @@ class Pair:
     """Two models that read the same token ids, and the tokenizer of the chat model.
 
     stand_ins: ids that the base model was never trained on, and the ids that it reads instead.
+    unreadable: ids that the base model lacks, with their tokens.
     """
 
     base: nn.Module
@@ -33,6 +36,7 @@ class Pair:
     tokenizer: Any
     identity: dict[str, Any]
     stand_ins: dict[int, int] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     @property
     def models(self) -> tuple[nn.Module, nn.Module]:
@@ -56,7 +60,10 @@ class Pair:
         return {name: getattr(model.config, "_commit_hash", None) for name, model in zip(SOURCES, self.models, strict=True)}
 
     def base_ids(self, token_ids: Int[Tensor, "sequence position"]) -> Int[Tensor, "sequence position"]:
-        """The ids that the base model reads where the chat model reads `token_ids`."""
+        """The ids that the base model reads where the chat model reads `token_ids`. Raises `UserError` if it lacks one."""
+        for token in set(token_ids.flatten().tolist()) if self.unreadable else ():
+            if token in self.unreadable:
+                raise unknown_token(self.unreadable[token])
         if not self.stand_ins:
             return token_ids
         mapped = token_ids.clone()
@@ -181,36 +188,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256((vocabulary + rules).encode()).hexdigest()[:16]
 
 
-def check_tokenizers(base: Any, chat: Any, base_name: str, chat_name: str, base_tokens: Mapping[str, str]) -> dict[int, int]:
-    """Check that both models read the same ids, except for `base_tokens`, which the base model reads as other tokens.
-
-    Returns:
-        The ids of `base_tokens`: the chat model's token -> the token that the base model reads.
-    """
-    left, right = base.get_vocab(), chat.get_vocab()
-    differing = [token for token in left if token in right and left[token] != right[token]]
-    only_base, only_chat = sorted(set(left) - set(right)), sorted(set(right) - set(left) - set(base_tokens))
-    if differing:
-        token = differing[0]
-        what = f"{len(differing)} tokens have different ids, such as {token!r}: {left[token]} and {right[token]}"
-        raise UserError(f"{base_name} and {chat_name} have different tokenizers: {what}; a pair must share one tokenizer")
-    if only_base:
-        raise UserError(
-            f"{base_name} and {chat_name} have different tokenizers: {len(only_base)} tokens exist only in the first, such as "
-            f"{only_base[0]!r}; a pair must share one tokenizer"
-        )
-    if only_chat:
-        raise UserError(
-            f"{len(only_chat)} tokens of {chat_name} are unknown to {base_name}, such as {only_chat[0]!r}; set "
-            f"harvest.base_tokens to the tokens of its own that the base model should read instead"
-        )
-    for name, vocabulary, tokens in ((chat_name, right, base_tokens), (base_name, left, base_tokens.values())):
-        for token in tokens:
-            if token not in vocabulary:
-                raise UserError(f"harvest.base_tokens names {token!r}, but the tokenizer of {name} has no such token")
-    return {right[token]: left[stand_in] for token, stand_in in base_tokens.items()}
-
-
 def check_embeddings(model: nn.Module, tokenizer: Any, name: str) -> None:
     """Raises `UserError` if the model has fewer embeddings than its tokenizer has ids."""
     found = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -241,14 +218,23 @@ def probe(model: nn.Module, name: str) -> None:
         raise UserError(f"{name}: a token's residual stream depends on later tokens; only causal models are supported")
 
 
-def load_pair(base: str, chat: str, device: torch.device, base_tokens: Mapping[str, str] | None = None) -> Pair:
+def load_pair(
+    base: str,
+    chat: str,
+    device: torch.device,
+    base_tokens: Mapping[str, str] | None = None,
+    template_date: date | None = None,
+) -> Pair:
     """Load two models with one tokenizer and check that they are a pair.
 
     Args:
         base_tokens: tokens that the base model lacks or was never trained on, and its own tokens that it reads instead.
+        template_date: the date that the chat template writes where it asks for today's.
     """
     base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(chat)
-    stand_ins = check_tokenizers(base_tokenizer, tokenizer, base, chat, base_tokens or {})
+    if template_date is not None:
+        pin_date(tokenizer, template_date)
+    reading = check_tokenizers(base_tokenizer, tokenizer, base, chat, base_tokens or {})
     models = load_model(base, device), load_model(chat, device)
     for what, count in (("decoder layers", n_layers), ("residual dimensions", d_model)):
         found = [count(model) for model in models]
@@ -262,4 +248,4 @@ def load_pair(base: str, chat: str, device: torch.device, base_tokens: Mapping[s
         decoder_layers(model)
         probe(model, name)
     identity = {"base": identify(base), "chat": identify(chat), "tokenizer": tokenizer_digest(tokenizer)}
-    return Pair(models[0], models[1], tokenizer, identity, stand_ins)
+    return Pair(models[0], models[1], tokenizer, identity, reading.stand_ins, reading.unreadable)

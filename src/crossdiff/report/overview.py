@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from crossdiff.report import wording
 from crossdiff.report.records import CrosscoderReport, HeldOut, Massive, RunReport
+from crossdiff.text.sequences import LOST_SHARE
 
 DEAD_LIMIT = 0.2
 """Share of dead latents above which the page warns."""
@@ -158,6 +159,12 @@ def _value_words(value: JsonValue) -> str:
 def caveats(report: RunReport) -> list[str]:
     """What weakens this run's results; limits of every run are in the template."""
     found = [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
+    found += [
+        f"{wording.share(texts.lost_share)} of the assistant's tokens of {texts.name} were beyond harvest.max_length and left "
+        "out, so concepts of late answer tokens are missing."
+        for texts in report.texts
+        if texts.lost_share >= LOST_SHARE
+    ]
     for coder in report.crosscoders:
         heldout = coder.health.heldout
         if heldout.dead_share > DEAD_LIMIT:

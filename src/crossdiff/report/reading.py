@@ -75,6 +75,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         crosscoders=crosscoders,
         not_analysed=waiting,
         null=NullDiff.read(null, "crossdiff null").crosscoders if null.is_file() else {},
+        texts=manifest.texts,
     )
 
 

@@ -134,11 +134,25 @@ class Model(Record):
     name: str
 
 
+class TextsRecord(Record):
+    """What a harvest read of one dataset: the assistant's tokens in the store, and those beyond max_length."""
+
+    name: str
+    n_assistant: int = 0
+    assistant_lost: int = 0
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the assistant's tokens beyond max_length; 0 if the dataset has none."""
+        return self.assistant_lost / max(1, self.n_assistant + self.assistant_lost)
+
+
 class StoreManifest(Record):
     """manifest.json of the activation store. `pair` also holds the digest of the tokenizer, which is not read here."""
 
     pair: Mapping[str, Model | str] | None = None
     n_tokens: int | None = None
+    texts: tuple[TextsRecord, ...] = ()
 
     def model(self, source: str) -> str | None:
         """Name of a source's model."""
@@ -269,6 +283,7 @@ class RunReport:
     crosscoders: tuple[CrosscoderReport, ...]
     not_analysed: tuple[str, ...]
     null: Mapping[str, NullRates]
+    texts: tuple[TextsRecord, ...] = ()
 
     @property
     def primary(self) -> CrosscoderReport:

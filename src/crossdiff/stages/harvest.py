@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from crossdiff.config import DatasetConfig
 from crossdiff.corpus import resolve
+from crossdiff.errors import UserError
 from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.session import Session, run_together
+
+if TYPE_CHECKING:
+    from crossdiff.models.pair import Pair
 
 
 def store_url(session: Session) -> str | None:
     """Where the activations go if not into the run directory: a folder named after everything that they depend on."""
     stores = session.config.harvest.store
     return None if stores is None else f"{stores.rstrip('/')}/activations-{harvest_stage(session.config).fingerprint}"
+
+
+def pin_template_date(sessions: Sequence[Session]) -> None:
+    """Set the date that the chat template writes, if it reads the clock and the settings do not name a date.
+
+    It is the day of the run's first harvest. So a run has one date whatever day it is finished on.
+    """
+    undated = [session for session in sessions if session.config.harvest.template_date is None]
+    days = {session.path: session.run_directory.template_date for session in undated}
+    started = [session.run_directory.is_done(harvest_stage(session.config)) for session in undated]
+    if not all(days[session.path] or done for session, done in zip(undated, started, strict=True)):
+        from crossdiff.models.pair import load_tokenizer
+        from crossdiff.models.tokenizers import reads_clock
+
+        if reads_clock(load_tokenizer(undated[0].config.chat)):
+            today = next(filter(None, days.values()), undated[0].ranks.agree(date.today().isoformat()))
+            days = {path: day or today for path, day in days.items()}
+    for session in undated:
+        day = days[session.path]
+        if day is not None:
+            harvest = session.config.harvest.model_copy(update={"template_date": date.fromisoformat(day)})
+            session.config = session.config.model_copy(update={"harvest": harvest})
 
 
 def harvest_layers(sessions: Sequence[Session]) -> None:
@@ -27,18 +56,25 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
         session.check_may_harvest()
     from crossdiff.activations.locations import open_folder
     from crossdiff.crosscoder.structure import check_sizes
-    from crossdiff.text.documents import count_records
+    from crossdiff.text.documents import check_datasets
+    from crossdiff.text.readers import count_records
 
     config = waiting[0].config
+    _check_one_date(waiting)
     urls = [store_url(session) for session in waiting]
     for url in filter(None, urls):
         open_folder(url).prepare()  # before the models are loaded, which takes long
     datasets = tuple(resolve(dataset) for dataset in config.dataset)
-    counts = [count_records(dataset) for dataset in datasets]
+    check_datasets(datasets)
+    limited = any(dataset.max_tokens is not None or dataset.weight is not None for dataset in datasets)
+    counts = [None if limited else count_records(dataset) for dataset in datasets]
     pair = waiting[0].load_pair()
     layers = [pair.check_layer(session.config.layer) for session in waiting]
     for crosscoder in config.crosscoders.values():
         check_sizes(crosscoder, pair.d_model, len(pair.models))
+    told = _look_at_texts(waiting[0], pair, datasets)
+    for session in waiting:
+        session.run_directory.pin_template_date(config.harvest.template_date)
     remarks: list[str] = []
 
     def work(folders: list[Path]) -> None:
@@ -57,12 +93,42 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
         total = None if None in counts else sum(filter(None, counts))
         with waiting[0].progress(title, total) as advance:
             if unfinished:
-                remarks.extend(harvest(unfinished, pair, datasets, config.harvest, advance, ranks))
+                remarks.extend(harvest(unfinished, pair, datasets, config.harvest, advance, ranks, waiting[0].force))
         for url, target in zip(urls, targets, strict=True):
             if url is not None and ranks.is_first:
                 leave_pointer(target, url)
                 console.print(f"the activations are in {url}", highlight=False, soft_wrap=True)
 
     run_together([(session, harvest_stage(session.config)) for session in waiting], work)
+    _print_remarks(waiting[0], [remark for remark in remarks if remark not in told])
+
+
+def _check_one_date(sessions: Sequence[Session]) -> None:
+    dates = {session.path: session.config.harvest.template_date for session in sessions}
+    if len(set(dates.values())) > 1:
+        found = ", ".join(f"{path} has {day}" for path, day in dates.items())
+        raise UserError(f"the harvests have different dates of the chat template: {found}; harvest them separately")
+
+
+def _look_at_texts(session: Session, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> list[str]:
+    """Read the first documents, print what is remarkable about them, and return what was printed.
+
+    Raises:
+        UserError: they cannot be read, or their conversations lack one side.
+    """
+    from crossdiff.activations.texts import sample
+    from crossdiff.models.tokenizers import reads_clock
+
+    texts, _ = sample(datasets, pair.tokenizer, session.config.harvest, pair.unreadable)
+    if not session.force:
+        texts.check_sides()
+    remarks = texts.layouts()
+    if reads_clock(pair.tokenizer):
+        remarks.append(f"the chat template writes the date {session.config.harvest.template_date} (harvest.template_date)")
+    _print_remarks(session, [*remarks, *(f"the first documents: {remark}" for remark in texts.lost())])
+    return remarks
+
+
+def _print_remarks(session: Session, remarks: Sequence[str]) -> None:
     for remark in remarks:
-        waiting[0].console.print(f"[yellow]{escape(remark)}[/yellow]")
+        session.console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)

@@ -9,7 +9,7 @@ from crossdiff.stages.causal import causal
 from crossdiff.stages.compare import compare
 from crossdiff.stages.concepts import concepts
 from crossdiff.stages.definitions import analyze_stage, base_sae
-from crossdiff.stages.harvest import harvest_layers
+from crossdiff.stages.harvest import harvest_layers, pin_template_date
 from crossdiff.stages.report import report
 from crossdiff.stages.session import Session
 from crossdiff.stages.train import train
@@ -34,6 +34,7 @@ def begin(session: Session) -> None:
 
 def run_until(session: Session, last: str = "report") -> None:
     """Run every stage up to `last`, a key of `STAGES`, that is not done yet."""
+    pin_template_date([session])
     stages, config, names = STAGES[last], session.config, session.names
     analyses = "analyze" in stages
     if analyses and config.dataset and not any(dataset.heldout_share for dataset in config.dataset):

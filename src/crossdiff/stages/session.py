@@ -94,7 +94,8 @@ class Session:
         from crossdiff.models.pair import choose_device, load_pair
 
         config = self.config
-        return load_pair(config.base, config.chat, choose_device(config.device), config.harvest.base_tokens)
+        device, harvest = choose_device(config.device), config.harvest
+        return load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date)
 
     def store(self) -> Store:
         """The finished store of this run."""

@@ -15,7 +15,8 @@ to turn -1.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -25,6 +26,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from crossdiff.errors import UserError
+from crossdiff.text.messages import Message, check_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,11 +35,7 @@ if TYPE_CHECKING:
 else:  # transformers takes seconds to import, and annotations are looked up when types are checked at run time
     Tokenizer = Any
 
-Message = Mapping[str, Any]
-
 INT8_MAX = 127
-TEXT_KEYS = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
-"""Keys of a message that templates render as text although they are not its content."""
 
 
 class Flag(IntFlag):
@@ -50,7 +48,9 @@ class Flag(IntFlag):
 
 
 ROLE_FLAGS = {"user": Flag.USER, "assistant": Flag.ASSISTANT}
-"""The content of any other role (system, tool) has no flag."""
+"""The content of any other role has no flag."""
+CLOSING_TAG = re.compile(r"</[^<>\s]+>|\[/[^\[\]\s]+\]")
+"""A tag such as `</think>`, up to which reasoning templates treat a content in their own way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class TokenisedChat:
 
     flags: bits of `Flag`. The special token that closes an assistant's message has TEMPLATE and ASSISTANT.
     template_index: index among the template tokens of its turn, from 0; -1 for other tokens. 127 stands for 127 and more.
-    turn: index of the message; -1 for the BOS and for text before the first header. 127 stands for 127 and more.
+    turn: index of the message; -1 for a BOS in front and for text before the first header. 127 stands for 127 and more.
     """
 
     token_ids: NDArray[np.int32]
@@ -71,14 +71,13 @@ class TokenisedChat:
 def tokenise_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenisedChat:
     """Token ids of the rendered conversation, equal to those of `apply_chat_template`, with flags.
 
-    Only `role` and `content` of a message are rendered. A BOS (the tokenizer's BOS as the first token, written by the template
-    and not by a content) has only the flag BOS.
+    Only `role` and `content` of a message are rendered. A token of `front_ids` that the template writes has only the flag BOS.
     """
     turns = check_messages(messages)
     rendered = _render(tokenizer, turns)
-    literals = _literals(tokenizer, turns, rendered)
-    spans = _rebuild(rendered, literals, turns)
-    character_flags, character_turns = _label_characters(tokenizer, turns, rendered, literals, spans)
+    heads, literals, spans = _taken_apart(tokenizer, turns, rendered)
+    closing = _closing(tokenizer, turns, heads, rendered, literals)
+    character_flags, character_turns = _label_characters(tokenizer, turns, rendered, literals, spans, closing)
     token_ids, starts, stops = _encode(tokenizer, rendered)
     expected = _apply(tokenizer, turns, tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False})
     if token_ids.tolist() != list(expected):
@@ -87,9 +86,40 @@ def tokenise_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokenise
             f"{len(expected)} ids, or other ones, so roles cannot be assigned; use the model's own fast tokenizer"
         )
     flags, turn = _label_tokens(character_flags, character_turns, starts, stops)
-    if token_ids[0] == tokenizer.bos_token_id and stops[0] <= len(literals[0]):
-        flags[0], turn[0] = Flag.BOS, -1
+    _mark_bos(tokenizer, token_ids, flags, turn)
     return TokenisedChat(token_ids, flags, _count_template_tokens(flags, turn), _narrow(turn))
+
+
+def front_ids(tokenizer: Tokenizer) -> list[int]:
+    """The BOS: the ids that the tokenizer puts in front of a plain text.
+
+    If it adds none, its `bos_token` counts where the chat template writes it once, at the very beginning of a conversation.
+    A `bos_token` that opens every turn, as in SmolLM2, is part of the template.
+    """
+    alone = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    added = tokenizer("a", verbose=False)["input_ids"]
+    front = next((at for at in range(len(added)) if added[at : at + len(alone)] == alone), 0)
+    if front or tokenizer.bos_token_id is None or tokenizer.chat_template is None:
+        return list(added[:front])
+    roles = ("user", "assistant", "user")
+    for n_messages in (3, 1):  # some templates refuse a second question
+        try:
+            rendered = _render(tokenizer, [{"role": role, "content": "a"} for role in roles[:n_messages]])
+        except UserError:
+            continue
+        is_first = rendered.startswith(str(tokenizer.bos_token)) and rendered.count(str(tokenizer.bos_token)) == 1
+        return [int(tokenizer.bos_token_id)] if is_first else []
+    return []
+
+
+def _mark_bos(tokenizer: Tokenizer, token_ids: NDArray[np.int32], flags: NDArray[np.uint8], turn: NDArray[np.int64]) -> None:
+    """Flag the BOS that the template writes. In front it is of no turn; one that Llama 2 writes before a turn is of that."""
+    is_bos = np.isin(token_ids, front_ids(tokenizer)) & (flags == Flag.TEMPLATE)
+    n_front = len(is_bos) if is_bos.all() else int(np.argmin(is_bos))
+    if tokenizer.bos_token_id == tokenizer.eos_token_id:  # further on, this token ends a text
+        is_bos[n_front:] = False
+    flags[is_bos] = Flag.BOS
+    turn[:n_front] = -1
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -116,37 +146,6 @@ def tokenise_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokeni
     return TokenisedChat(token_ids, flags, _count_template_tokens(flags, turn), _narrow(turn))
 
 
-def check_messages(messages: object) -> list[dict[str, str]]:
-    """The messages, reduced to `role` and `content`."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise UserError(f"a conversation must be a list of messages, found {type(messages).__name__}")
-    if not messages:
-        raise UserError("the conversation is empty; give at least one message, or remove the record")
-    turns = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise UserError(f"message {index} must be a mapping with role and content, found {type(message).__name__}")
-        for key in ("role", "content"):
-            if key not in message:
-                raise UserError(f"message {index} has no {key!r}; its keys are {sorted(map(str, message))}")
-            if not isinstance(message[key], str):
-                raise UserError(f"the {key} of message {index} must be a string, found {type(message[key]).__name__}")
-        for key in TEXT_KEYS:
-            if message.get(key):
-                raise UserError(f"message {index} has {key!r}, which cannot be masked; remove it or the record")
-        check_unicode(message["content"], f"the content of message {index}")
-        turns.append({"role": message["role"], "content": message["content"]})
-    return turns
-
-
-def check_unicode(text: str, name: str) -> None:
-    """Check that a text can be encoded as UTF-8; JSON can contain half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is not valid Unicode at character {error.start}: {error.reason}") from error
-
-
 def _apply(tokenizer: Tokenizer, turns: list[dict[str, str]], **options: Any) -> Any:
     if tokenizer.chat_template is None:
         raise UserError(
@@ -164,12 +163,46 @@ def _render(tokenizer: Tokenizer, turns: list[dict[str, str]]) -> str:
     return str(_apply(tokenizer, turns, tokenize=False))
 
 
-def _literals(tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str) -> list[str]:
-    """What the template writes before, between and after the contents: one string more than messages."""
+def _taken_apart(
+    tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str
+) -> tuple[list[str], list[str], list[tuple[int, int]]]:
+    """The heads of the contents that the template must see, its literals, and the span of each content in the rendering.
+
+    A template that names a closing tag such as `</think>` may write an empty block of reasoning around contents without it.
+    So if the plain sentinels do not do, those of the contents with such a tag keep the text up to it.
+    """
+    plain = [""] * len(turns)
+    try:
+        literals = _literals(tokenizer, turns, plain, rendered)
+        return plain, literals, _rebuild(rendered, literals, turns)
+    except UserError:
+        heads = [_head(str(tokenizer.get_chat_template()), turn["content"]) for turn in turns]
+        if heads == plain:
+            raise
+        with suppress(UserError):
+            literals = _literals(tokenizer, turns, heads, rendered)
+            return heads, literals, _rebuild(rendered, literals, turns)
+        raise
+
+
+def _head(template: str, content: str) -> str:
+    """The text up to the last closing tag that the template names, without white space in front."""
+    tags = [match for match in CLOSING_TAG.finditer(content) if match.group() in template]
+    if not tags:
+        return ""
+    answer = content[tags[-1].end() :]
+    return content[: len(content) - len(answer.lstrip())].lstrip()
+
+
+def _literals(tokenizer: Tokenizer, turns: list[dict[str, str]], heads: list[str], rendered: str) -> list[str]:
+    """What the template writes before, between and after the contents: one string more than messages.
+
+    heads: what the sentinel of each content begins with.
+    """
     marker = "CONTENT"
     while marker in rendered:
         marker += "X"
-    sentinels = [f"{marker}{index}END" for index in range(len(turns))]
+    sentinels = [f"{head}{marker}{index}END" for index, head in zip(range(len(turns)), heads, strict=False)]
     marked = [{**turn, "content": sentinel} for turn, sentinel in zip(turns, sentinels, strict=True)]
     rest = _render(tokenizer, marked)
     literals = []
@@ -220,10 +253,10 @@ def _label_characters(
     rendered: str,
     literals: list[str],
     spans: list[tuple[int, int]],
+    closing: str,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Flags and turn of each character of the rendering, both `[character]`."""
     special = _special_pattern(tokenizer)
-    closing = _closing(tokenizer, turns, rendered, literals)
     flags = np.full(len(rendered), Flag.TEMPLATE, dtype=np.uint8)
     turn = np.full(len(rendered), -1, dtype=np.int64)
     opens = _preamble_length(literals[0], closing, special)
@@ -240,12 +273,12 @@ def _label_characters(
     return flags, turn
 
 
-def _closing(tokenizer: Tokenizer, turns: list[dict[str, str]], rendered: str, literals: list[str]) -> str:
+def _closing(tokenizer: Tokenizer, turns: list[dict[str, str]], heads: list[str], rendered: str, literals: list[str]) -> str:
     """What the template writes after the last assistant message (or the last message) when nothing follows."""
     assistants = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not assistants or assistants[-1] == len(turns) - 1:
         return literals[-1]
-    return _literals(tokenizer, turns[: assistants[-1] + 1], rendered)[-1]
+    return _literals(tokenizer, turns[: assistants[-1] + 1], heads, rendered)[-1]
 
 
 def _closing_length(literal: str, closing: str, special: re.Pattern[str]) -> int:

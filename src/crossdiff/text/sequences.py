@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdiff.errors import UserError
-from crossdiff.text.chat import Flag, Tokenizer, tokenise_chat
+from crossdiff.text.chat import Flag, Tokenizer, front_ids, tokenise_chat
 from crossdiff.text.documents import Document
 
 CHUNK = 128
 """Number of documents that are tokenised together."""
+LOST_SHARE = 0.05
+"""From this share of the assistant's tokens beyond max_length on, a harvest and its report warn."""
 POOL = 2048
 """Number of sequences that are sorted by length together: enough for batches with less than 5% padding."""
 
@@ -24,6 +26,7 @@ class TokenSequence:
     """A sequence that a model reads at once; every array has the shape `[token]`.
 
     document, dataset: as in `Document`. flags, template_index, turn: as in `TokenisedChat`; 0, -1, -1 in plain text.
+    assistant_lost: number of the assistant's tokens of a conversation beyond max_length.
     """
 
     document: int
@@ -32,51 +35,51 @@ class TokenSequence:
     template_index: NDArray[np.int8]
     turn: NDArray[np.int8]
     dataset: int
+    assistant_lost: int = 0
 
 
 def tokenise_all(
-    documents: Iterable[Document], tokenizer: Tokenizer, max_length: int, damaged: Callable[[UserError], None]
-) -> Iterator[tuple[Document, list[TokenSequence]]]:
+    documents: Iterable[Document], tokenizer: Tokenizer, max_length: int
+) -> Iterator[tuple[Document, list[TokenSequence] | UserError]]:
     """Tokenise documents like `tokenise`, in order, with several plain texts per call of the tokenizer.
 
-    `damaged` is called for a conversation that cannot be tokenised, which then has no sequence.
+    A conversation that cannot be tokenised comes with the error, which does not name it, in place of its sequence.
     """
-    stream = iter(documents)
+    stream, front = iter(documents), front_ids(tokenizer)
     while chunk := list(islice(stream, CHUNK)):
         texts = [document.text for document in chunk if document.text is not None]
         encoded = iter(_encode(texts, tokenizer))
         for document in chunk:
             if document.text is not None:
-                yield document, _windows(document, next(encoded), tokenizer, max_length)
+                yield document, _windows(document, next(encoded), front, max_length)
                 continue
             try:
-                parts = [_conversation(document, tokenizer, max_length)]
+                yield document, [_conversation(document, tokenizer, max_length)]
             except UserError as error:
-                damaged(error)
-                parts = []
-            yield document, parts
+                yield document, error
 
 
 def tokenise(document: Document, tokenizer: Tokenizer, max_length: int) -> list[TokenSequence]:
     """Cut a plain text into consecutive windows of `max_length` tokens, or truncate a conversation to that many.
 
-    Each window starts with a BOS, which counts, if the tokenizer has one; the last window may be shorter, and a text without
-    tokens has no window. The text of a special token inside plain text is tokenised like any other text.
+    Each window starts with the BOS (`front_ids`), if there is one, which counts; the last window may be shorter, and a text
+    without tokens has no window. The text of a special token inside plain text is tokenised like any other text.
     """
     if document.text is None:
-        return [_conversation(document, tokenizer, max_length)]
-    return _windows(document, _encode([document.text], tokenizer)[0], tokenizer, max_length)
+        try:
+            return [_conversation(document, tokenizer, max_length)]
+        except UserError as error:
+            raise UserError(f"document {document.number} (of dataset {document.dataset}): {error}") from error
+    return _windows(document, _encode([document.text], tokenizer)[0], front_ids(tokenizer), max_length)
 
 
 def _conversation(document: Document, tokenizer: Tokenizer, max_length: int) -> TokenSequence:
     assert document.messages is not None
-    try:
-        chat = tokenise_chat(tokenizer, document.messages)
-    except UserError as error:
-        raise UserError(f"document {document.number} (of dataset {document.dataset}): {error}") from error
+    chat = tokenise_chat(tokenizer, document.messages)
     kept = slice(max_length)
     arrays = (chat.token_ids[kept], chat.flags[kept], chat.template_index[kept], chat.turn[kept])
-    return TokenSequence(document.number, *arrays, document.dataset)
+    lost = int(np.count_nonzero(chat.flags[max_length:] & Flag.ASSISTANT))
+    return TokenSequence(document.number, *arrays, document.dataset, lost)
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -87,13 +90,15 @@ def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     return ids
 
 
-def _windows(document: Document, token_ids: list[int], tokenizer: Tokenizer, max_length: int) -> list[TokenSequence]:
+def _windows(document: Document, token_ids: list[int], front: list[int], max_length: int) -> list[TokenSequence]:
     ids = np.asarray(token_ids, dtype=np.int32)
-    front = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
+    before = np.array(front, dtype=np.int32)
     room = max_length - len(front)
     if room < 1:
-        raise UserError(f"max_length is {max_length}, but a sequence needs a token after the BOS; give 2 or more")
-    windows = (np.concatenate([front, ids[start : start + room]]) for start in range(0, len(ids), room))
+        raise UserError(
+            f"max_length is {max_length}, but a sequence needs a token after the BOS; give {len(front) + 1} or more"
+        )
+    windows = (np.concatenate([before, ids[start : start + room]]) for start in range(0, len(ids), room))
     return [_plain(document, window, len(front)) for window in windows]
 
 
