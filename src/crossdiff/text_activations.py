@@ -81,6 +81,12 @@ class Activations:
         return fragment(views=views, title="" if views else "No latent is active on this text")
 
 
+def check_text(text: object) -> None:
+    """Raises `UserError` if `text` is neither a string nor a list of messages."""
+    if isinstance(text, bytes) or not isinstance(text, str | Sequence):
+        raise UserError(f"{text!r} is not a text; expected a string, or a list of messages with role and content")
+
+
 def read_text(tokenizer: Any, text: Text, max_length: int) -> TokenSequence:
     """The tokens of a plain text or a conversation. Unless it ends with the assistant, the header of the answer follows."""
     if isinstance(text, str):

@@ -143,7 +143,7 @@ def test_every_stage_of_a_run_works_live(tmp_path: Path, tiny_settings: dict[str
     results = {}
     for storage in ("passes", "live"):
         config = validate(RunConfig, settings | {"harvest": settings["harvest"] | {"storage": storage}}, "the test")
-        run = Run.open(tmp_path / storage)
+        run = Run.open(tmp_path / storage, create=True)
         try:
             session = Session(run, config, Console(quiet=True))
             run_until(session)

@@ -44,7 +44,8 @@ def analysed(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Pa
     shutil.copytree(tiny_pair[0], folder / "base")
     shutil.copytree(tiny_pair[1], folder / "chat")
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    run_command(["analyze", str(folder / "run"), "--config", str(folder / "settings.yaml")])
+    for stage in ("harvest", "analyze"):
+        run_command([stage, str(folder / "run"), "--config", str(folder / "settings.yaml")])
     return folder
 
 

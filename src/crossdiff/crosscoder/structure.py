@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crossdiff.config import CrosscoderConfig, DesignatedConfig, FreeConfig, PairedConfig, PartitionedConfig, Structure
+from crossdiff.config import CrosscoderConfig, DesignatedConfig, FreeConfig, PartitionedConfig, Structure
 from crossdiff.crosscoder.sparsity import rule_of
+from crossdiff.crosscoder.view import view_of
 from crossdiff.errors import UserError
 from crossdiff.shapes import Bool, Float, Tensor
 
@@ -83,11 +84,11 @@ def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constr
     return Constraint(tied, present, shares)
 
 
-def check_sizes(config: CrosscoderConfig, d_model: int, n_sources: int) -> None:
-    """Check that a crosscoder's settings fit its size, before anything is harvested for it."""
+def check_sizes(config: CrosscoderConfig, d_model: int, sources: tuple[str, ...]) -> None:
+    """Check that a crosscoder's settings fit its size and the sources, before anything is harvested for it."""
     n_latents = config.latents_for(d_model)
     rule_of(config.sparsity).check(n_latents)
-    constraint_of(config.structure, n_latents, n_sources if isinstance(config.inputs, PairedConfig) else 1)
+    constraint_of(config.structure, n_latents, len(view_of(config.inputs, sources).names))
 
 
 def _check_group(n_group: int, most: int, what: str) -> None:

@@ -10,13 +10,9 @@ from crossdiff.stages.definitions import train_stage
 from crossdiff.stages.session import Session, run_together
 
 
-def train(session: Session, also: Sequence[str] = ()) -> None:
-    """Train the crosscoders, each into its folder.
-
-    Args:
-        also: crosscoders that were not requested but are needed later.
-    """
-    stages = {name: train_stage(session.config, name) for name in dict.fromkeys((*session.trainings, *also))}
+def train(session: Session, names: Sequence[str]) -> None:
+    """Train the crosscoders of these names, each into its folder."""
+    stages = {name: train_stage(session.config, name) for name in names}
     wanted = {name: stage for name, stage in stages.items() if not session.skips(stage)}
     if not wanted:
         return
