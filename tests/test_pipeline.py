@@ -207,7 +207,7 @@ def test_names_of_datasets_are_taken_as_they_are(tmp_path: Path, tiny_pair: tupl
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     held = Run.open(tmp_path / "run", create=True)
     with pytest.raises(UserError, match="another process is working on"):
-        Run.open(tmp_path / "run")
+        Run.open(tmp_path / "run", create=True)
     held.close()
     Run.open(tmp_path / "run", create=True).close()
 

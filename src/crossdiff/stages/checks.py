@@ -74,8 +74,12 @@ def needed_trainings(session: Session, last: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*session.trainings, *filter(None, saes))))
 
 
-def check_with_store(session: Session, last: str) -> None:
+def check_with_store(session: Session, last: str, was_harvested: bool) -> None:
     """Check what needs the harvested store, before the stages up to `last` are run.
+
+    Args:
+        was_harvested: whether the store was there before this command. If so, settings that the command changes are checked
+            although it does not need them.
 
     Raises:
         UserError: a crosscoder does not fit the store or the memory, or the store lacks what a later stage needs.
@@ -84,7 +88,7 @@ def check_with_store(session: Session, last: str) -> None:
     to_train = [name for name in needed_trainings(session, last) if not is_done(train_stage(config, name))]
     analyses = "analyze" in STAGES[last] and not all(is_done(analyze_stage(config, name)) for name in session.trainings)
     coders = {name: config.trainings[name] for name in to_train}
-    if session.changes("crosscoders"):
+    if was_harvested and session.changes("crosscoders"):
         coders = config.trainings
     if coders:
         from crossdiff.crosscoder.cost import check_memory
@@ -98,7 +102,7 @@ def check_with_store(session: Session, last: str) -> None:
             waiting = {name: coders[name] for name in to_train}
             n_latent_ranks = number_of_latent_ranks(session.ranks, config.latent_ranks)
             check_memory(waiting, store.d_model, choose_device(config.device), n_latent_ranks)
-    if analyses or session.changes("analyze"):
+    if analyses or (was_harvested and session.changes("analyze")):
         from crossdiff.latents.analyze import check_store
 
         check_store(session.columns(), config.analyze)

@@ -9,6 +9,7 @@ from crossdiff.stages.causal import causal
 from crossdiff.stages.checks import STAGES, check_settings, check_with_store, needed_trainings
 from crossdiff.stages.compare import compare
 from crossdiff.stages.concepts import concepts
+from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.harvest import harvest_layers, pin_template_date
 from crossdiff.stages.report import report
 from crossdiff.stages.session import Session
@@ -24,9 +25,10 @@ def begin(sessions: Sequence[Session], last: str = "harvest") -> None:
     pin_template_date(sessions)
     for session in sessions:
         check_settings(session, last)
+    were_harvested = [session.run_directory.is_done(harvest_stage(session.config)) for session in sessions]
     harvest_layers(sessions)
-    for session in sessions:
-        check_with_store(session, last)
+    for session, was_harvested in zip(sessions, were_harvested, strict=True):
+        check_with_store(session, last, was_harvested)
     for session in sessions:
         session.begin()
 
