@@ -32,6 +32,7 @@ def write_run(path: Path, pair: tuple[Path, Path], texts: tuple[Path, Path]) -> 
         crosscoder = new_crosscoder(N_LATENTS, mean, scale, settings.sparsity, 0.5, seed)
         crosscoder.threshold = 0.1 if name == "batchtopk" else 0.0
         crosscoder.origin = {"pair": identity, "layer": LAYER, "settings": settings.model_dump(mode="json")}
+        crosscoder.origin["harvest"] = config.harvest.model_dump(mode="json")
         save(crosscoder, path / name)
     make_store(path / "activations", torch.randn(2000, 2, D_MODEL, generator=torch.Generator().manual_seed(0)))
     manifest = json.loads((path / "activations" / "manifest.json").read_text())

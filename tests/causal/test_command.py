@@ -225,5 +225,5 @@ def test_wrong_steering(run: Path, options: list[str], message: str) -> None:
 
 
 def test_steering_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is not a finished run: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"there is no run at .*: it has no manifest\.json"):
         run_command(["steer", str(tmp_path), "--latent", "3", "--prompt", "hi"])

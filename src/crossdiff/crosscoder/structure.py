@@ -67,16 +67,13 @@ def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constr
     tied = torch.zeros(n_latents, dtype=torch.bool)
     present = torch.ones(n_latents, n_sources, dtype=torch.bool)
     shares = torch.ones(n_latents)
+    n_group = _group_size(settings, n_latents, n_sources)
     if isinstance(settings, DesignatedConfig):
-        n_tied = round(settings.shared_share * n_latents)
-        _check_group(n_tied, n_latents, f"structure.shared_share {settings.shared_share}")
-        tied[:n_tied] = True
-        shares[:n_tied] = settings.penalty_factor
+        tied[:n_group] = True
+        shares[:n_group] = settings.penalty_factor
     elif isinstance(settings, PartitionedConfig):
-        n_exclusive = round(settings.exclusive_share * n_latents)
-        _check_group(n_exclusive, n_latents // n_sources, f"structure.exclusive_share {settings.exclusive_share}")
         for source in range(n_sources):
-            group = slice(source * n_exclusive, (source + 1) * n_exclusive)
+            group = slice(source * n_group, (source + 1) * n_group)
             present[group] = False
             present[group, source] = True
     else:
@@ -88,9 +85,20 @@ def check_sizes(config: CrosscoderConfig, d_model: int, sources: tuple[str, ...]
     """Check that a crosscoder's settings fit its size and the sources, before anything is harvested for it."""
     n_latents = config.latents_for(d_model)
     rule_of(config.sparsity).check(n_latents)
-    constraint_of(config.structure, n_latents, len(view_of(config.inputs, sources).names))
+    _group_size(config.structure, n_latents, len(view_of(config.inputs, sources).names))
 
 
-def _check_group(n_group: int, most: int, what: str) -> None:
+def _group_size(settings: Structure, n_latents: int, n_sources: int) -> int:
+    """Number of latents that are constrained together: the tied ones, or those of each source; 0 without a constraint."""
+    if isinstance(settings, DesignatedConfig):
+        name, share, most = "shared_share", settings.shared_share, n_latents
+    elif isinstance(settings, PartitionedConfig):
+        name, share, most = "exclusive_share", settings.exclusive_share, n_latents // n_sources
+    else:
+        return 0
+    n_group = round(share * n_latents)
     if not 1 <= n_group <= most:
-        raise UserError(f"{what} makes a group of {n_group} latents; with these sizes, a group can have 1 to {most}")
+        raise UserError(
+            f"structure.{name} {share} makes a group of {n_group} latents; with these sizes, a group can have 1 to {most}"
+        )
+    return n_group

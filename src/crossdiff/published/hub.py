@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -36,7 +36,7 @@ FILES = (
 """The files of each crosscoder that are published if they exist."""
 SETTINGS = ("config.json", "trainer_config.json", "cfg.json")
 """Settings files that published weights come with."""
-SETTINGS_OF_RUN = "config.yaml"
+RUN_SETTINGS = "config.yaml"
 EARLY_TABLES = "science-of-finetuning/max-activating-examples-gemma-2-2b-l13"
 PUBLISHED_TABLES = {
     "Butanium/gemma-2-2b-crosscoder-l13-mu4.1e-02-lr1e-04": f"{EARLY_TABLES}-mu4.1e-02-lr1e-04",
@@ -210,47 +210,39 @@ def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
     if path.is_file():
         return read_published(path)
     if path.is_dir():
-        return read_published(path / _choose(_local_files(path), crosscoder, str(path), _settings_in(path)))
+        return read_published(path / _choose(_local_files(path), crosscoder, str(path), path.joinpath))
     if not NAME.fullmatch(str(name)):
         raise UserError(f"{name} does not exist; give a crosscoder's folder, a run directory, or owner/name on the Hub")
     with _explained(str(name)):
         api = _api()
         commit = api.model_info(str(name)).sha
         files = api.list_repo_files(str(name), revision=commit)
-        folder = _choose(files, crosscoder, str(name), _fetched_settings(str(name), files, commit))
+        folder = _choose(files, crosscoder, str(name), lambda file: _fetched(str(name), file, commit))
         wanted = [str(PurePosixPath(folder, file)) for file in (*WEIGHTS, *SETTINGS)]
         local = api.snapshot_download(str(name), revision=commit, allow_patterns=wanted)
     return read_published(Path(local) / folder)
 
 
-def _settings_in(folder: Path) -> Path | None:
-    """The settings of a local run; None if the folder is not a run."""
-    return folder / SETTINGS_OF_RUN if (folder / SETTINGS_OF_RUN).is_file() else None
-
-
-def _fetched_settings(name: str, files: Iterable[str], revision: str | None = None) -> Path | None:
-    """The settings of a run on the Hub; None if the repository is not a run."""
-    return Path(_api().hf_hub_download(name, SETTINGS_OF_RUN, revision=revision)) if SETTINGS_OF_RUN in files else None
+def _fetched(name: str, file: str, revision: str | None = None) -> Path:
+    return Path(_api().hf_hub_download(name, file, revision=revision))
 
 
 def _local_files(folder: Path) -> list[str]:
     return [str(file.relative_to(folder)) for pattern in ("*", "*/*") for file in folder.glob(pattern)]
 
 
-def _default(names: Iterable[str], settings: Path | None) -> str | None:
-    """The default crosscoder among a run's folders, by the settings that it was published with."""
-    if settings is None:
-        return None
+def _default(names: Iterable[str], settings: Path) -> str | None:
+    """The default crosscoder among a run's folders, by the run's settings."""
     known = validate(RunConfig, read_yaml(settings), str(settings)).trainings
     kinds = {name: (coder.sparsity.kind, coder.inputs.kind) for name, coder in known.items() if name in names}
     return default_crosscoder(kinds) if kinds else None
 
 
-def _choose(files: Iterable[str], wanted: str | None, where: str, settings: Path | None) -> str:
+def _choose(files: Collection[str], wanted: str | None, where: str, fetch: Callable[[str], Path]) -> str:
     """The folder of the crosscoder among a repository's files; "." for the top.
 
     Args:
-        settings: config.yaml of the run; None if it is not a run.
+        fetch: from the name of a file to a local copy; only the settings of a run are read.
     """
     folders = sorted({str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name in WEIGHTS})
     names = [folder for folder in folders if not fnmatch(folder, "old/*") and not fnmatch(folder, "work/*")]
@@ -258,7 +250,9 @@ def _choose(files: Iterable[str], wanted: str | None, where: str, settings: Path
         raise UserError(f"{where} has no crosscoder: expected one of {', '.join(WEIGHTS)} in it or in one of its folders")
     if wanted is not None and wanted not in names:
         raise UserError(f"{where} has no crosscoder {wanted!r}; it has {', '.join(names)}")
-    chosen = wanted or (names[0] if len(names) == 1 else _default(names, settings))
+    chosen = wanted or (names[0] if len(names) == 1 else None)
+    if chosen is None and RUN_SETTINGS in files:
+        chosen = _default(names, fetch(RUN_SETTINGS))
     if chosen is None:
         raise UserError(f"{where} has {len(names)} crosscoders; name one of them: {', '.join(names)}")
     return chosen
@@ -285,7 +279,7 @@ def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
     if path.is_file():
         return pl.read_parquet(path) if path.suffix == ".parquet" else read_published_table(path)
     if path.is_dir():
-        table = path / _choose(_local_files(path), crosscoder, str(path), _settings_in(path)) / "latents.parquet"
+        table = path / _choose(_local_files(path), crosscoder, str(path), path.joinpath) / "latents.parquet"
         if not table.is_file():
             raise UserError(f"{table} is missing; run `crossdiff analyze {path}` first")
         return pl.read_parquet(table)
@@ -308,7 +302,7 @@ def _fetch_table(name: str, crosscoder: str | None) -> pl.DataFrame:
             f"{name} does not exist on the Hub, or it is private and no token is set; check the name, or set HF_TOKEN"
         )
     files = api.list_repo_files(name)
-    table = str(PurePosixPath(_choose(files, crosscoder, name, _fetched_settings(name, files)), "latents.parquet"))
+    table = str(PurePosixPath(_choose(files, crosscoder, name, lambda file: _fetched(name, file)), "latents.parquet"))
     if table not in files:
         raise UserError(f"{name} has no latent table: it has no {table}, and there is no data set of it with {TABLE}")
     return pl.read_parquet(api.hf_hub_download(name, table))

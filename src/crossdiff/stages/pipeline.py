@@ -22,6 +22,8 @@ def begin(sessions: Sequence[Session], last: str = "harvest") -> None:
     A run gets its settings once all checks have passed that can be made before its next long work. So a refused command leaves
     the run as it was.
     """
+    for session in sessions:
+        session.check_models_exist()
     pin_template_date(sessions)
     for session in sessions:
         check_settings(session, last)

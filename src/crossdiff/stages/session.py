@@ -151,7 +151,7 @@ class Session:
         if self.force or not manifest.exists():
             return
         old = read_json(manifest)
-        self._check_models_exist(old["pair"])
+        self.check_models_exist()
         size = sum(shard["bytes"] for shard in old["shards"]) / 1e6
         known = {"layer": old["layer"]} | {source: old["pair"][source]["name"] for source in SOURCES}
         raise UserError(
@@ -177,11 +177,13 @@ class Session:
         found = differences(old, new) or ["the content of the models or texts, or the version of crossdiff"]
         return "\n".join(f"  {line}" for line in found)
 
-    def _check_models_exist(self, harvested: dict[str, Any]) -> None:
+    def check_models_exist(self) -> None:
         """A model whose folder is gone is not a changed setting: say so, rather than offer to harvest again."""
         from crossdiff.models.pair import local_path
 
-        for source in SOURCES:
+        manifest = self.path / "activations" / "manifest.json"
+        harvested = read_json(manifest)["pair"] if manifest.exists() else {}
+        for source in SOURCES if harvested else ():
             name = getattr(self.config, source)
             if harvested[source]["name"] == name and "digest" in harvested[source] and local_path(name) is None:
                 raise UserError(
