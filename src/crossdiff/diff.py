@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -266,7 +267,9 @@ def _default(path: Path, names: Sequence[str], config: RunConfig) -> str:
 
     kinds = {}
     for name in names:
-        own = origin_of(path / name).get("settings")
+        own = None
+        with suppress(UserError):  # damaged weights are reported when they are loaded
+            own = origin_of(path / name).get("settings")
         coder = config.crosscoders[name] if own is None else validate(CrosscoderConfig, own, str(path / name))
         kinds[name] = coder.sparsity.kind, coder.inputs.kind
     return default_crosscoder(kinds)
