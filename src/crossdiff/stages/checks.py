@@ -71,7 +71,9 @@ def needed_trainings(session: Session, last: str) -> tuple[str, ...]:
     if "train" not in stages:
         return ()
     saes = [base_sae(session.config, name) for name in session.names] if "analyze" in stages else []
-    return tuple(dict.fromkeys((*session.trainings, *filter(None, saes))))
+    # A comparison of kinds needs no repetitions.
+    trainings = session.names if "compare" in stages else session.trainings
+    return tuple(dict.fromkeys((*trainings, *filter(None, saes))))
 
 
 def check_with_store(session: Session, last: str, was_harvested: bool) -> None:

@@ -53,7 +53,7 @@ class Session:
     def __post_init__(self) -> None:
         for name in self.only:
             if name not in self.config.trainings:
-                raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.trainings)}")
+                raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
         path = self.path / "config.yaml"
         if self.ranks.is_first and path.is_file():
             with suppress(UserError):  # damaged: the settings of this command replace it

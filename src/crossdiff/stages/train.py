@@ -11,8 +11,8 @@ from crossdiff.stages.session import Session, run_together
 
 
 def train(session: Session, names: Sequence[str]) -> None:
-    """Train the crosscoders of these names, each into its folder."""
-    stages = {name: train_stage(session.config, name) for name in names}
+    """Train the crosscoders that are not trained yet, each into its folder."""
+    stages = {name: train_stage(session.config, name) for name in dict.fromkeys(names)}
     wanted = {name: stage for name, stage in stages.items() if not session.skips(stage)}
     if not wanted:
         return
