@@ -37,7 +37,7 @@ def main() -> None:
     for dtype in ("float32", "int8"):
         harvest = HarvestConfig(dtype=dtype, batch_tokens=1024)
         config = RunConfig(layer=5, dataset=texts, harvest=harvest, crosscoders={"batchtopk": coder})
-        sessions[dtype] = Session(Run.open(args.runs / dtype), config, Console())
+        sessions[dtype] = Session(Run.open(args.runs / dtype, create=True), config, Console())
         run_until(sessions[dtype], "train")
     exact = sessions["float32"].store()
     print("| store | bytes | " + " | ".join(f"FVE {source}" for source in exact.sources) + " | FVE total | L0 |")

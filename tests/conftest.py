@@ -196,5 +196,6 @@ def analysed_run(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path
     settings = tiny_config(tiny_pair, tiny_texts)
     settings["crosscoders"] = {"batchtopk": settings["crosscoders"]["batchtopk"]}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    run_command(["analyze", str(folder / "run"), "--config", str(folder / "settings.yaml")])
+    for stage in ("harvest", "analyze"):
+        run_command([stage, str(folder / "run"), "--config", str(folder / "settings.yaml")])
     return folder / "run"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from crossdiff.report.print_figures import write_figures
 from crossdiff.report.reading import read_run
@@ -20,10 +19,7 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 def test_its_code_runs(
     tmp_path: Path, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = write_run(tmp_path / "runs" / "demo", tiny_pair, tiny_texts)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["harvest"]["max_length"] = 128  # every byte is a token of the tiny pair
-    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    run = write_run(tmp_path / "runs" / "demo", tiny_pair, tiny_texts, max_length=128)  # every byte is a token
     write_figures(read_run(run), run / "figures")
     monkeypatch.chdir(tmp_path)
     shown: list[Any] = []

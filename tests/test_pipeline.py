@@ -76,7 +76,7 @@ def test_a_changed_setting_runs_what_depends_on_it_and_keeps_the_old(tmp_path: P
     assert changed == {"train/l1", "analyze/l1", "concepts", "report"}
     kept = {path.name for path in (run / "old").rglob("*") if path.is_file()}
     assert {"model.safetensors", "latents.parquet", "report.html"} <= kept
-    run_command(["clean", str(run)])
+    run_command(["clean", str(run), "--yes"])
     assert not (run / "old").exists()
     assert (run / "l1" / "model.safetensors").exists()
 
@@ -208,11 +208,11 @@ def test_names_of_datasets_are_taken_as_they_are(tmp_path: Path, tiny_pair: tupl
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    held = Run.open(tmp_path / "run")
+    held = Run.open(tmp_path / "run", create=True)
     with pytest.raises(UserError, match="another process is working on"):
-        Run.open(tmp_path / "run")
+        Run.open(tmp_path / "run", create=True)
     held.close()
-    Run.open(tmp_path / "run").close()
+    Run.open(tmp_path / "run", create=True).close()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen2", "gemma2"])
@@ -236,6 +236,7 @@ def test_own_models_on_the_command_line(tmp_path: Path, tiny_pair: tuple[Path, P
 
 def test_only_some_crosscoders_and_options_before_the_directory(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
+    run_command(["harvest", str(run), "--config", str(config)])
     with pytest.raises(UserError, match="there is no crosscoder 'l2' in this run; there are batchtopk, l1"):
         run_command(["train", str(run), "--config", str(config), "--only", "l2"])
     run_command(["train", str(run), "--config", str(config), "--only", "l1"])
@@ -248,7 +249,8 @@ def test_only_some_crosscoders_and_options_before_the_directory(tmp_path: Path, 
 def test_seeds_are_trained_and_analysed_together_and_make_concepts(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     tiny_settings["crosscoders"]["batchtopk"]["seeds"] = 3
     config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
-    run_command(["concepts", str(run), "--config", str(config), "--only", "batchtopk"])
+    run_command(["harvest", str(run), "--config", str(config)])
+    run_command(["concepts", str(run), "--only", "batchtopk"])
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     names = {"batchtopk", "batchtopk-seed1", "batchtopk-seed2"}
     made = {f"{stage}/{name}" for stage in ("train", "analyze") for name in names}
@@ -297,7 +299,8 @@ def test_an_sae_on_the_base_model_stands_beside_the_crosscoder(
     tiny_settings["crosscoders"] = saes | {"batchtopk": training}
     config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
     # It is trained with the crosscoder that is asked for, and has a table when it is asked for itself.
-    run_command(["analyze", str(run), "--config", str(config), "--only", "batchtopk"])
+    run_command(["harvest", str(run), "--config", str(config)])
+    run_command(["analyze", str(run), "--only", "batchtopk"])
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert set(stages) == {"harvest", "train/base_sae", "train/batchtopk", "analyze/batchtopk"}
     (run / "null.json").write_text(json.dumps({
@@ -340,7 +343,8 @@ def test_compare_trains_every_kind_and_keeps_its_table(
     }
     tiny_settings["compare"] = {"max_tokens": 1000}
     config, run = write_yaml(tmp_path, tiny_settings), tmp_path / "run"
-    run_command(["compare", str(run), "--config", str(config)])
+    run_command(["harvest", str(run), "--config", str(config)])
+    run_command(["compare", str(run)])
     result = json.loads((run / "comparison.json").read_text())
     assert set(result["crosscoders"]) == {"l1", "batchtopk", "dfc", "diff"}
     assert not (run / "l1" / "latents.parquet").exists()

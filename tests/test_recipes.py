@@ -58,7 +58,7 @@ def test_a_recipe_of_the_paper_runs_from_end_to_end(tmp_path: Path, recipe: str,
     settings["dataset"] = [text | {"path": str(path)} | sizes for text, path in zip(settings["dataset"], paths, strict=True)]
     settings["crosscoders"] = {name: coder | SIZES for name, coder in settings["crosscoders"].items()}
     settings["crosscoders"]["batchtopk"]["sparsity"]["k"] = 4
-    run = Run.open(tmp_path / "run")
+    run = Run.open(tmp_path / "run", create=True)
     try:
         run_until(Session(run, validate(RunConfig, settings, recipe), Console(quiet=True)))
     finally:

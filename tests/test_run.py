@@ -18,7 +18,7 @@ def finish(run: Run, stage: Stage, content: str) -> None:
 
 
 def test_a_new_result_replaces_the_old_one_and_keeps_it(tmp_path: Path) -> None:
-    run = Run.open(tmp_path / "run")
+    run = Run.open(tmp_path / "run", create=True)
     first, second = Stage("s", "1", ("out/result",)), Stage("s", "2", ("out/result",))
     finish(run, first, "one")
     assert run.is_done(first)
@@ -28,12 +28,15 @@ def test_a_new_result_replaces_the_old_one_and_keeps_it(tmp_path: Path) -> None:
     old = list((run.path / "old").rglob("result"))
     assert [path.read_text() for path in old] == ["one"]
     assert not run.is_done(first)
-    assert run.clean() == 3
+    (leftover,) = run.leftovers()
+    assert leftover.n_bytes == 3 and leftover.is_replaced
+    run.clean([leftover])
+    assert not (run.path / "old").exists()
     assert (run.path / "out" / "result").read_text() == "two"
 
 
 def test_an_error_keeps_the_work_and_the_old_result(tmp_path: Path) -> None:
-    run = Run.open(tmp_path / "run")
+    run = Run.open(tmp_path / "run", create=True)
     finish(run, Stage("s", "1", ("out/result",)), "one")
     with pytest.raises(RuntimeError), run.working(Stage("s", "2", ("out/result",))) as folder:
         (folder / "half").write_text("half")
@@ -47,7 +50,7 @@ def test_an_error_keeps_the_work_and_the_old_result(tmp_path: Path) -> None:
 def test_a_kill_between_two_moves_is_repaired_at_the_next_opening(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves_made: int
 ) -> None:
-    run = Run.open(tmp_path / "run")
+    run = Run.open(tmp_path / "run", create=True)
     finish(run, Stage("s", "1", ("out/result",)), "one")
     second, made = Stage("s", "2", ("out/result",)), 0
     rename = Path.rename
@@ -71,7 +74,7 @@ def test_a_kill_between_two_moves_is_repaired_at_the_next_opening(
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
-    run = Run.open(tmp_path / "run")
+    run = Run.open(tmp_path / "run", create=True)
     finish(run, Stage("s", "1", ("out/result",)), "one")
     run.close()
     (tmp_path / "run" / "manifest.json").write_text("{")

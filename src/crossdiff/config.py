@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -362,7 +363,9 @@ class CausalConfig(Config):
 class SteerConfig(Config):
     """Steering with one latent: a few prompts side by side, or a table over the labelled prompts."""
 
-    crosscoder: str | None = Field(None, description="the latent's crosscoder; default: the first of the run")
+    crosscoder: str | None = Field(
+        None, description="the latent's crosscoder; default: the first BatchTopK one that reads both models"
+    )
     latent: int | None = Field(None, description="number of the latent")
     mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or remove the latent's contribution")
     strength: tuple[FiniteFloat, ...] = Field(
@@ -469,6 +472,19 @@ class RunConfig(Config):
         if not value:
             raise ValueError("at least one crosscoder is needed")
         return value
+
+
+def default_crosscoder(kinds: Mapping[str, tuple[str, str]]) -> str:
+    """The crosscoder that is meant if none is named.
+
+    It is the first BatchTopK one that reads both models, since its loss lacks the artifacts of L1's; else the first that reads
+    both models, else the first.
+
+    Args:
+        kinds: kind of sparsity and kind of inputs of each crosscoder, in the order of the settings.
+    """
+    paired = [name for name, (_, inputs) in kinds.items() if inputs == "paired"]
+    return next((name for name in paired if kinds[name][0] == "batchtopk"), [*paired, *kinds][0])
 
 
 C = TypeVar("C", bound=Config)

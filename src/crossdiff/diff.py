@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import polars as pl
 
-from crossdiff.config import RunConfig, read_yaml, validate
+from crossdiff.config import CrosscoderConfig, HarvestConfig, RunConfig, default_crosscoder, read_yaml, validate
 from crossdiff.errors import UserError, check_latents
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of, example_view
@@ -23,7 +25,7 @@ from crossdiff.report.tables import read_behaviours
 from crossdiff.report.templating import fragment
 from crossdiff.report.wording import predicted
 from crossdiff.run import FORMAT
-from crossdiff.sources import BASE, CHAT
+from crossdiff.sources import BASE, CHAT, SOURCES
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
@@ -174,6 +176,13 @@ class Diff:
         return load(self.folder)
 
     @cached_property
+    def harvest(self) -> HarvestConfig:
+        """The settings of the harvest that the crosscoder was trained on."""
+        from crossdiff.crosscoder.checkpoint import harvest_of
+
+        return harvest_of(self.folder)
+
+    @cached_property
     def latents(self) -> pl.DataFrame:
         """The latent table: one row per latent, with geometry, latent scaling, activity and verdict.
 
@@ -210,7 +219,7 @@ class Diff:
             rows.append(row)
         return pl.DataFrame(rows, infer_schema_length=None)
 
-    def examples(self, latent: int) -> Examples:
+    def examples(self, latent: SupportsIndex) -> Examples:
         """The stored contexts of a latent: the strongest, then one per quantile of its activations.
 
         Examples:
@@ -222,11 +231,11 @@ class Diff:
             UserError: the latent or the example database does not exist.
         """
         record = self._record(latent)
-        found = Examples(read_examples(self.folder / "examples.sqlite", [latent])[latent])
+        found = Examples(read_examples(self.folder / "examples.sqlite", [record.latent])[record.latent])
         found.latent = record
         return found
 
-    def latent(self, latent: int) -> LatentView:
+    def latent(self, latent: SupportsIndex) -> LatentView:
         """A latent's card: its measures, its verdict with the reason, the tokens it is active on, and examples.
 
         Examples:
@@ -237,7 +246,7 @@ class Diff:
             UserError: the latent does not exist, or the crosscoder is not analysed yet.
         """
         record = self._record(latent)
-        predicts = predicted(read_behaviours(self.folder)).get(latent, ())
+        predicts = predicted(read_behaviours(self.folder)).get(record.latent, ())
         return LatentView(record, card_of(self.name, record, predicts))
 
     def activations(self, text: Text, latents: Sequence[int] | None = None) -> Activations:
@@ -258,9 +267,11 @@ class Diff:
             UserError: the text is empty or too long, a latent does not exist, or the models are missing or not those of the
                 run.
         """
-        from crossdiff.text_activations import activations_on, read_text
+        from crossdiff.text_activations import activations_on, check_text, read_text
 
-        crosscoder, settings = self.crosscoder, self.config.harvest
+        crosscoder, settings = self.crosscoder, self.harvest
+        check_text(text)
+        check_latents(() if latents is None else latents, crosscoder.n_latents)
         sequence = read_text(self.pair.tokenizer, text, settings.max_length)
         known = (self.folder / "latents.parquet").is_file()
         largest = dict(self.latents.select("latent", "max_activation").iter_rows()) if known else {}
@@ -274,14 +285,20 @@ class Diff:
             UserError: the models cannot be loaded, or are not the ones that the crosscoder was trained on.
         """
         from crossdiff.models.loading import choose_device
+        from crossdiff.models.names import local_path
         from crossdiff.models.pair import load_pair
 
-        config = self.config
-        harvest, device = config.harvest, choose_device("auto")
-        dtype = self.crosscoder.origin.get("model_dtype") or config.model_dtype
-        pair = load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date, dtype)
         trained_on: dict[str, Any] = self.crosscoder.origin["pair"] or {}
-        for source, name in ((BASE, config.base), (CHAT, config.chat)):
+        names = {}
+        for source in SOURCES:
+            model = trained_on.get(source, {})
+            # A folder may have been moved, and its digest shows whether it is the same; a name on the Hub is what it is.
+            is_gone = not model or ("digest" in model and local_path(model["name"]) is None)
+            names[source] = getattr(self.config, source) if is_gone else model["name"]
+        harvest = self.harvest
+        device, dtype = choose_device("auto"), self.crosscoder.origin.get("model_dtype") or self.config.model_dtype
+        pair = load_pair(names[BASE], names[CHAT], device, harvest.base_tokens, harvest.template_date, dtype)
+        for source, name in names.items():
             ours, theirs = pair.identity[source].get("digest"), trained_on.get(source, {}).get("digest")
             if ours != theirs and ours is not None and theirs is not None:
                 raise UserError(
@@ -290,10 +307,10 @@ class Diff:
                 )
         return pair
 
-    def _record(self, latent: int) -> Latent:
+    def _record(self, latent: Any) -> Latent:
         table = self.latents
         check_latents([latent], table.height, self.name)
-        return read_latent(self.folder, table, latent)
+        return read_latent(self.folder, table, index(latent))
 
     def _need(self, file: str, command: str, what: str) -> None:
         if not (self.folder / file).is_file():
@@ -305,11 +322,20 @@ def _names(path: Path, config: RunConfig) -> tuple[str, ...]:
     return tuple(name for name in config.crosscoders if (path / name / "model.safetensors").is_file())
 
 
-def _default(names: Sequence[str], config: RunConfig) -> str:
-    """The first BatchTopK crosscoder, whose loss lacks L1's artifacts, or else the first of any kind."""
-    kinds = {name: config.crosscoders[name] for name in names}
-    free = (name for name, kind in kinds.items() if kind.sparsity.kind == "batchtopk" and kind.inputs.kind == "paired")
-    return next(free, names[0])
+def _default(path: Path, names: Sequence[str], config: RunConfig) -> str:
+    """See `default_crosscoder`. What a crosscoder is, it says itself; one of an earlier version or of others may not."""
+    if len(names) == 1:
+        return names[0]
+    from crossdiff.crosscoder.checkpoint import origin_of
+
+    kinds = {}
+    for name in names:
+        own = None
+        with suppress(UserError):  # damaged weights are reported when they are loaded
+            own = origin_of(path / name).get("settings")
+        coder = config.crosscoders[name] if own is None else validate(CrosscoderConfig, own, str(path / name))
+        kinds[name] = coder.sparsity.kind, coder.inputs.kind
+    return default_crosscoder(kinds)
 
 
 def open(path: str | Path, crosscoder: str | None = None) -> Diff:
@@ -324,7 +350,8 @@ def open(path: str | Path, crosscoder: str | None = None) -> Diff:
         'l1'
 
     Args:
-        crosscoder: name of the crosscoder; default: the first BatchTopK crosscoder, or else the first of any kind.
+        crosscoder: name of the crosscoder; default: the first BatchTopK crosscoder that reads both models, else the first that
+            reads both, else the first.
 
     Raises:
         UserError: the path is not a run, the run is of another version, or it has no such crosscoder; the message lists
@@ -349,4 +376,4 @@ def open(path: str | Path, crosscoder: str | None = None) -> Diff:
         raise UserError(f"{path} has no trained crosscoder yet; run `crossdiff train {path}` first")
     if crosscoder is not None and crosscoder not in names:
         raise UserError(f"there is no crosscoder {crosscoder!r} in {path}; there are {', '.join(names)}")
-    return Diff(path, config, crosscoder or _default(names, config))
+    return Diff(path, config, crosscoder or _default(path, names, config))

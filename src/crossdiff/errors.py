@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import index
+from typing import SupportsIndex
 
 
 class UserError(ValueError):
@@ -17,15 +19,22 @@ class UserError(ValueError):
     """
 
 
-def check_latents(latents: Iterable[int], n_latents: int, name: str = "the crosscoder") -> None:
-    """Check that requested latents exist.
+def check_latents(latents: object, n_latents: int, name: str = "the crosscoder") -> None:
+    """Check that `latents` are numbers of latents that exist.
 
     Args:
         name: what has the latents, for the message.
 
     Raises:
-        UserError: names the first latent that does not exist.
+        UserError: names the first one that is not a whole number, or that does not exist.
     """
+    if not isinstance(latents, Iterable) or isinstance(latents, str | bytes):
+        raise UserError(f"expected a list of latents, found {latents!r}; give their numbers, such as [3, 17]")
     for latent in latents:
-        if not 0 <= latent < n_latents:
+        if isinstance(latent, bool) or not isinstance(latent, SupportsIndex):
+            raise UserError(
+                f"{latent!r} is not the number of a latent; expected a whole number from 0 to {n_latents - 1}, the latents of "
+                f"{name}"
+            )
+        if not 0 <= index(latent) < n_latents:
             raise UserError(f"there is no latent {latent}: {name} has {n_latents}, from 0 to {n_latents - 1}")

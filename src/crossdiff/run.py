@@ -11,12 +11,12 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 
@@ -29,31 +29,68 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its name, a fingerprint of everything that it depends on, and its outputs (paths relative to the run)."""
+    """A stage: its name, a fingerprint of everything that it depends on, and its outputs (paths relative to the run).
+
+    Attributes:
+        settings: those of its settings that are in the fingerprint, as JSON. The manifest keeps them, so that a later command
+            can show which of them differ.
+    """
 
     name: str
     fingerprint: str
     outputs: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Leftover(NamedTuple):
+    """A file or folder that `clean` may delete, with its size in bytes."""
+
+    path: Path
+    n_bytes: int
+    is_harvest: bool
+    is_replaced: bool
 
 
 class Run:
     """A run directory, locked by this process. Of several ranks, the first holds the lock, and only the first changes files."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[str] | None, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        lock: IO[str] | None,
+        ranks: Ranks = ALONE,
+        made: tuple[Path, ...] = (),
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.ranks = ranks
         self._lock = lock
+        self._made = made
 
     @classmethod
-    def open(cls, path: Path, ranks: Ranks = ALONE) -> Run:
-        """Open or create a run directory and take its lock."""
-        run = cls._hold(path, ranks) if ranks.is_first else None
+    def open(cls, path: Path, ranks: Ranks = ALONE, create: bool = False) -> Run:
+        """Open a run directory and take its lock.
+
+        Args:
+            create: start a new run if there is none. It exists once its settings are written or a stage begins; if it is closed
+                before that, nothing of it is left.
+
+        Raises:
+            UserError: there is no run at the path, or another process works on it.
+        """
+        run = cls._hold(path, ranks, create) if ranks.is_first else None
         manifest = ranks.agree(run.manifest if run is not None else {})
         return run or cls(path, manifest, None, ranks)
 
     @classmethod
-    def _hold(cls, path: Path, ranks: Ranks) -> Run:
+    def _hold(cls, path: Path, ranks: Ranks, create: bool) -> Run:
+        if not create and not (path / "manifest.json").exists():
+            raise UserError(
+                f"there is no run at {path}: it has no manifest.json; check the path, or make a run with `crossdiff run` or "
+                "`crossdiff harvest`"
+            )
+        made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("a+", encoding="utf-8")
@@ -77,25 +114,38 @@ class Run:
                 (path / ".lock").unlink()
                 raise UserError(f"{path} is not empty and not a run directory (found {strangers[0]}); choose another folder")
             manifest = {"format": FORMAT, "stages": {}, "swap": []}
-        run = cls(path, manifest, lock, ranks)
-        if not manifest_path.exists():
-            run.save()
+        run = cls(path, manifest, lock, ranks, made)
         run._swap_moves()
         return run
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is more of this run than a lock."""
+        return (self.path / "manifest.json").exists()
+
     def close(self) -> None:
-        """Release the lock."""
-        if self._lock is not None:
-            self._lock.close()
+        """Release the lock; of a new run that was never begun, remove the lock and the folders that were made for it."""
+        if self._lock is None:
+            return
+        if not self.exists:
+            with suppress(OSError):
+                (self.path / ".lock").unlink()
+                for folder in self._made:
+                    folder.rmdir()
+        self._lock.close()
 
     def save(self) -> None:
         write_json(self.path / "manifest.json", self.manifest)
 
     def write_config(self, values: dict[str, Any]) -> None:
-        """Write the settings of this run to `config.yaml`."""
+        """Write the settings of this run to `config.yaml`, unless they are those in it."""
         if not self.ranks.is_first:
             return
-        write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        if not self.exists:
+            self.save()
+        path, text = self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
 
     @property
     def template_date(self) -> str | None:
@@ -131,6 +181,8 @@ class Run:
         it together.
         """
         folder = self.path / "work" / f"{stage.name.replace('/', '-')}-{stage.fingerprint}"
+        if self.ranks.is_first and not self.exists:
+            self.save()
         folder.mkdir(parents=True, exist_ok=True)
         started = time.time()
         self.ranks.wait()
@@ -160,6 +212,7 @@ class Run:
         self.manifest["stages"][stage.name] = {
             "fingerprint": stage.fingerprint,
             "outputs": list(stage.outputs),
+            "settings": stage.settings,
             "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -179,12 +232,22 @@ class Run:
             self.manifest["swap"].pop(0)
             self.save()
 
-    def clean(self) -> int:
-        """Delete replaced results and unfinished work; returns the bytes freed."""
-        freed = 0
+    def leftovers(self) -> list[Leftover]:
+        """What no result needs: replaced results in `old/`, and unfinished stages in `work/`."""
+        found = []
         for name in ("old", "work"):
             folder = self.path / name
-            if folder.exists():
-                freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                shutil.rmtree(folder)
-        return freed
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                files = (path, *path.rglob("*")) if path.is_dir() and not path.is_symlink() else (path,)
+                n_bytes = sum(file.lstat().st_size for file in files if not file.is_dir() or file.is_symlink())
+                is_harvest = name == "work" and path.name.startswith("harvest-")
+                found.append(Leftover(path, n_bytes, is_harvest, name == "old"))
+        return found
+
+    def clean(self, leftovers: Iterable[Leftover]) -> None:
+        """Delete some of the `leftovers`."""
+        for path, *_ in leftovers:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for name in ("old", "work"):
+            with suppress(OSError):  # something is left in it, or it does not exist
+                (self.path / name).rmdir()

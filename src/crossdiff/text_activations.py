@@ -20,6 +20,7 @@ from crossdiff.report.wording import number
 from crossdiff.sources import SOURCES
 from crossdiff.text.chat import tokenise_chat, tokenise_prompt
 from crossdiff.text.documents import Document
+from crossdiff.text.messages import check_messages
 from crossdiff.text.sequences import TokenSequence, tokenise
 
 if TYPE_CHECKING:
@@ -79,6 +80,14 @@ class Activations:
             origin = f"latent {name} \N{MIDDLE DOT} maximum {number(peak)} here, largest known {number(highest)}"
             views.append(prompt_view(origin, tokens, highest or 1.0))
         return fragment(views=views, title="" if views else "No latent is active on this text")
+
+
+def check_text(text: object) -> None:
+    """Raises `UserError` if `text` is neither a string nor a list of messages."""
+    if isinstance(text, bytes) or not isinstance(text, str | Sequence):
+        raise UserError(f"{text!r} is not a text; expected a string, or a list of messages with role and content")
+    if not isinstance(text, str):
+        check_messages(text)
 
 
 def read_text(tokenizer: Any, text: Text, max_length: int) -> TokenSequence:

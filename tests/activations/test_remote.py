@@ -159,7 +159,8 @@ def test_a_run_with_its_store_in_the_bucket(
     values["harvest"]["store"] = bucket
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
     run = tmp_path / "run"
-    run_command(["analyze", str(run), "--config", str(tmp_path / "settings.yaml")])
+    for stage in ("harvest", "analyze"):
+        run_command([stage, str(run), "--config", str(tmp_path / "settings.yaml")])
     url = json.loads((run / "activations" / "store.json").read_text())["url"]
     assert url.startswith(f"{bucket}/activations-")
     assert url in capsys.readouterr().out

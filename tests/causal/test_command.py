@@ -44,7 +44,8 @@ def analysed(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Pa
     shutil.copytree(tiny_pair[0], folder / "base")
     shutil.copytree(tiny_pair[1], folder / "chat")
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    run_command(["analyze", str(folder / "run"), "--config", str(folder / "settings.yaml")])
+    for stage in ("harvest", "analyze"):
+        run_command([stage, str(folder / "run"), "--config", str(folder / "settings.yaml")])
     return folder
 
 
@@ -224,5 +225,5 @@ def test_wrong_steering(run: Path, options: list[str], message: str) -> None:
 
 
 def test_steering_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is not a finished run: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"there is no run at .*: it has no manifest\.json"):
         run_command(["steer", str(tmp_path), "--latent", "3", "--prompt", "hi"])

@@ -67,7 +67,7 @@ def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
         compare(run, write_run(tmp_path / "c", ["shared"], layer=4))
     loose = write_run(tmp_path / "e", ["shared"])
     (loose / "config.yaml").write_text("analyze: {nu_error: 0.4}")
-    with pytest.raises(UserError, match=r"same analysis, but .*'nu_error': 0.2.* has .*'nu_error': 0.4"):
+    with pytest.raises(UserError, match=r"same analysis of l1, but .*'nu_error': 0.2.* has .*'nu_error': 0.4"):
         compare(run, loose)
     with pytest.raises(UserError, match=r"no analysed crosscoder of the same name: l1 in .* and topk in"):
         compare(run, write_run(tmp_path / "d", ["shared"], name="topk"))

@@ -33,6 +33,7 @@ from crossdiff.crosscoder.structure import check_sizes, constraint_of
 from crossdiff.crosscoder.train import train
 from crossdiff.crosscoder.view import identity, view_of
 from crossdiff.errors import UserError
+from crossdiff.sources import SOURCES
 from planted import CHAT_ONLY, planted_activations
 from stores import make_store
 
@@ -135,15 +136,15 @@ def test_groups_that_do_not_fit_are_refused() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused_before_there_is_a_store() -> None:
-    check_sizes(config(BatchTopKConfig(k=32)), 16, 2)  # 32 latents
+    check_sizes(config(BatchTopKConfig(k=32)), 16, SOURCES)  # 32 latents
     with pytest.raises(UserError, match="k 33 is larger than the number of latents 32"):
-        check_sizes(config(BatchTopKConfig(k=33)), 16, 2)
+        check_sizes(config(BatchTopKConfig(k=33)), 16, SOURCES)
     with pytest.raises(UserError, match="k 33 is larger than the number of latents 32"):
-        check_sizes(config(TopKConfig(k=33), n_latents=None, expansion=2), 16, 2)
+        check_sizes(config(TopKConfig(k=33), n_latents=None, expansion=2), 16, SOURCES)
     with pytest.raises(
         UserError, match=r"exclusive_share 0.4 makes a group of 13 latents; with these sizes, a group can have 1 to 10"
     ):
-        check_sizes(config(L1Config(), structure=PartitionedConfig(exclusive_share=0.4)), 16, 3)
+        check_sizes(config(L1Config(), structure=PartitionedConfig(exclusive_share=0.4)), 16, ("a", "b", "c"))
 
 
 class HalvesConfig(Kind):

@@ -21,6 +21,7 @@ from synthetic_run import (
 )
 from test_report import Page, summary
 
+from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SCHEMA
 from crossdiff.report import concept_wording
@@ -94,7 +95,7 @@ def test_repetitions_with_other_seeds_appear_within_concepts_only(run: Path) -> 
     names = ("batchtopk", "batchtopk-seed1")  # now a crosscoder of its own
     settings = "crosscoders:\n" + "".join(f"  {name}: {{sparsity: {{kind: batchtopk}}}}\n" for name in names)
     (run / "config.yaml").write_text(f"base: demo/base\nchat: demo/chat\n{settings}")
-    assert [coder.name for coder in read_run(run).crosscoders] == ["l1", "batchtopk", "batchtopk-seed1"]
+    assert [coder.name for coder in read_run(run).crosscoders] == ["batchtopk", "batchtopk-seed1", "l1"]
 
 
 def test_the_rungs_are_passed_failed_or_not_measured(run: Path) -> None:
@@ -176,7 +177,7 @@ def test_the_terminal_begins_with_the_concepts(run: Path) -> None:
 
 def test_the_model_card_lists_the_concepts_as_text(run: Path) -> None:
     (run / "l1" / "config.json").write_text("{}")
-    card = model_card(read_run(run), "me/x", "mit", {})
+    card = model_card(read_run(run), "me/x", "mit", HarvestConfig(), {})
     assert card.index("The chat model has 2 concepts") < card.index("## What single latents show")
     assert "(chat-specific; replicated 3 of 4 trainings; predicts identity" in card and "run.concept(0)" in card
     assert DANGER not in card and markdown("a*b <i>|[x]") == r"a\*b \<i\>\|\[x\]"

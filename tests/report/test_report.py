@@ -258,7 +258,7 @@ def test_intervals_and_shares() -> None:
 
 
 def test_scatter_clips_and_says_what_it_leaves_out(report: RunReport) -> None:
-    figure = scaling_scatter(report.primary, report.limits)
+    figure = scaling_scatter(report.primary)
     found = json.loads(for_page(figure).json)
     xs = [x for trace in found["data"] for x in trace["x"]]
     # 60 less 3 undecided and 3 dead, all without nu; latent 20's nu_error of 7.5 stands at the edge.

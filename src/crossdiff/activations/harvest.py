@@ -144,7 +144,8 @@ def _check_stored(logs: Iterable[ProgressLog], number: int, batches: list[list[T
                 raise UserError(
                     f"{log.folder.path_of(shard_name(number))} holds {len(stored)} tokens of an earlier start of this harvest, "
                     f"but the texts now give {len(found)} tokens there, with another {name}: the texts, the chat template or "
-                    "the tokenizer changed in between. Delete the unfinished harvest with `crossdiff clean`, and start it again"
+                    "the tokenizer changed in between. Delete the unfinished harvest with `crossdiff clean RUN "
+                    "--unfinished-harvests`, and start it again"
                 )
 
 

@@ -40,10 +40,7 @@ class Batches:
     def __init__(self, store: Store, batch_size: int, seed: int, buffer_bytes: int = BUFFER_BYTES) -> None:
         self.store, self.batch_size, self.seed = store, batch_size, seed
         self.rows = store.rows("train")
-        if len(self.rows) < batch_size:
-            raise UserError(
-                f"batch_size {batch_size} is larger than the {len(self.rows)} training tokens of {store.folder}; lower it"
-            )
+        check_batch_size(batch_size, len(self.rows), store)
         self._cuts = _block_bounds(store, self.rows)
         self.per_epoch = len(self.rows) // batch_size
         self._dtype = store.float_dtype
@@ -106,6 +103,12 @@ class Batches:
             self._epoch_rows = np.concatenate([self.rows[self._cuts[block] : self._cuts[block + 1]] for block in blocks])
             self._epoch = epoch
         return self._epoch_rows
+
+
+def check_batch_size(batch_size: int, n_tokens: int, store: Store) -> None:
+    """Raises `UserError` if a batch is larger than a store's training tokens, of which there are `n_tokens`."""
+    if n_tokens < batch_size:
+        raise UserError(f"batch_size {batch_size} is larger than the {n_tokens} training tokens of {store.folder}; lower it")
 
 
 def _block_bounds(store: Store, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -27,6 +27,7 @@ from crossdiff.activations.folder import DOCUMENTS, MANIFEST, Folder
 from crossdiff.activations.locations import open_folder, read_pointer
 from crossdiff.activations.normalisation import Normalisation
 from crossdiff.activations.ranges import StoredRows
+from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, sha256
 from crossdiff.shapes import Float, Tensor
@@ -158,6 +159,11 @@ class Store:
     @property
     def leave_out(self) -> int:
         return int(self.manifest["leave_out"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the harvest that its results depend on, with the keys of `HarvestConfig`."""
+        return {key: self.manifest[key] for key in HarvestConfig.model_fields if key in self.manifest}
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -57,15 +57,15 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
     console.print(differences)
 
 
-def print_side_by_side(steerer: Steerer, config: SteerConfig, console: Console) -> None:
-    """Print the answers to each prompt, unsteered and at each strength."""
+def print_side_by_side(steerer: Steerer, name: str, config: SteerConfig, console: Console) -> None:
+    """Print the answers to each prompt, unsteered and at each strength; `name` is that of the crosscoder."""
     assert config.latent is not None
     sampling = Sampling(config.max_new_tokens, config.temperature, config.seed)
     answered = {"unsteered": steerer.answer(config.prompt, None, sampling, config.model)}
     for strength in config.strength:
         steering = Steering(config.latent, config.mode, strength, config.model, config.tokens)
         answered[f"{config.mode} {strength:g}"] = steerer.answer(config.prompt, steering, sampling)
-    table = Table(title=f"latent {config.latent}, {config.model} model, {config.tokens} tokens", show_lines=True)
+    table = Table(title=f"{name}: latent {config.latent}, {config.model} model, {config.tokens} tokens", show_lines=True)
     table.add_column("prompt")
     for name in answered:
         table.add_column(name)

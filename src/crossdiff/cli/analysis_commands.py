@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--cosine", type=float, default=0.9, help="two latents are the same above this cosine [0.9]")
 
-    summary = "plant known concepts, train on them, and check which measure recovers the chat-only ones"
+    summary = "plant known concepts, train on them, and check which measure recovers the chat-only ones (creates the directory)"
     parser = commands.add("truth", summary, truth, abbreviations=False)
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/truth"), help="run directory [runs/truth]")
     parser.add_argument("--config", type=Path, help="YAML file with settings")
@@ -65,8 +66,10 @@ def add(commands: Commands) -> None:
     parser.add_argument("action", choices=["verify"], help="verify: read everything and compare the checksums")
     parser.add_argument("path", help="the store: a folder such as runs/demo/activations, or a URL such as s3://bucket/folder")
 
-    parser = commands.add("clean", "delete replaced results and unfinished work of a run", clean)
+    parser = commands.add("clean", "list the replaced results and unfinished work of a run, and delete them", clean)
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/demo"), help="run directory [runs/demo]")
+    parser.add_argument("--yes", action="store_true", help="delete without asking")
+    parser.add_argument("--unfinished-harvests", action="store_true", help="also delete harvests that were not finished")
 
 
 def steer(args: Namespace) -> None:
@@ -95,12 +98,10 @@ def _finished_run(directory: Path, only: tuple[str, ...] = ()) -> Iterator[Sessi
     from crossdiff.run import Run
     from crossdiff.stages.session import Session
 
-    path = directory / "config.yaml"
-    if not path.exists():
-        raise UserError(f"{directory} is not a finished run: it has no config.yaml; run `crossdiff analyze` first")
-    config = validate(RunConfig, read_yaml(path), str(path))
     run = Run.open(directory)
     try:
+        path = directory / "config.yaml"
+        config = validate(RunConfig, read_yaml(path), str(path))
         yield Session(run, config, Console(), only=only)
     finally:
         run.close()
@@ -108,7 +109,7 @@ def _finished_run(directory: Path, only: tuple[str, ...] = ()) -> Iterator[Sessi
 
 def _run_directory(path: Path) -> Path:
     if not (path / "manifest.json").exists():
-        raise UserError(f"{path} is not a run directory: it has no manifest.json")
+        raise UserError(f"{path} is not a run directory: it has no manifest.json; give the path of a run")
     return path
 
 
@@ -140,7 +141,7 @@ def truth(args: Namespace) -> None:
     from crossdiff.run import Run
     from crossdiff.stages.truth import run_truth
 
-    run = Run.open(args.directory)
+    run = Run.open(args.directory, create=True)
     try:
         run_truth(run, config, Console())
     finally:
@@ -161,8 +162,27 @@ def store(args: Namespace) -> None:
 def clean(args: Namespace) -> None:
     from crossdiff.run import Run
 
-    run = Run.open(_run_directory(args.directory))
+    run = Run.open(args.directory)
     try:
-        print(f"{run.clean() / 1e6:.1f} MB freed")
+        found = run.leftovers()
+        wanted = [each for each in found if args.unfinished_harvests or not each.is_harvest]
+        for each in found:
+            what = "unfinished harvest" if each.is_harvest else "replaced result" if each.is_replaced else "unfinished work"
+            kept = "" if each in wanted else "; kept: `crossdiff harvest` resumes it, and --unfinished-harvests deletes it"
+            print(f"{each.n_bytes / 1e6:10.1f} MB  {each.path} ({what}{kept})")
+        if not wanted:
+            print(f"nothing to delete in {args.directory}")
+        elif args.yes or _confirmed(f"Delete {len(wanted)} of these, {sum(each.n_bytes for each in wanted) / 1e6:.1f} MB?"):
+            run.clean(wanted)
+            print(f"{sum(each.n_bytes for each in wanted) / 1e6:.1f} MB freed")
+        else:
+            print("nothing was deleted")
     finally:
         run.close()
+
+
+def _confirmed(question: str) -> bool:
+    """Ask on the terminal. Raises `UserError` if nobody is there to answer."""
+    if not sys.stdin.isatty():
+        raise UserError("nothing was deleted, since there is no terminal to ask on; pass --yes to delete what is listed")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

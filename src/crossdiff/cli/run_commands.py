@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from crossdiff.models.pair import Pair
 
 STAGES = {
-    "run": "run every stage: harvest, train, analyze, concepts, report",
-    "harvest": "collect the paired activations of both models",
+    "run": "run every stage: harvest, train, analyze, concepts, report (creates the run directory)",
+    "harvest": "collect the paired activations of both models (creates the run directory)",
     "train": "train the crosscoders (runs earlier stages first)",
     "compare": "train the crosscoders on the same batches and compare them",
     "analyze": "write the latent tables and example databases (runs earlier stages first)",
@@ -26,6 +26,8 @@ STAGES = {
     "causal": "patch latents into the base model and measure the effect (runs earlier stages first)",
     "report": "write the page and print the summary (runs earlier stages first)",
 }
+CREATING = ("run", "harvest")
+"""The commands that start a new run; the others refuse a directory that is not a run."""
 TYPICAL_ACTIVE = 64
 """Active latents per token that `plan` assumes for a kind of sparsity without a k; L1 crosscoders end near it."""
 
@@ -80,7 +82,6 @@ def run_stages(args: Namespace) -> None:
     from crossdiff.files import explain_disk_error
     from crossdiff.ranks import current
     from crossdiff.run import Run
-    from crossdiff.stages.harvest import harvest_layers, pin_template_date
     from crossdiff.stages.pipeline import begin, run_until
     from crossdiff.stages.session import Session
 
@@ -90,15 +91,12 @@ def run_stages(args: Namespace) -> None:
     with ExitStack() as stack:
         sessions = []
         for path, values in (configs or {directory: config}).items():
-            run = Run.open(path, ranks)
+            run = Run.open(path, ranks, create=args.command in CREATING)
             stack.callback(run.close)
             sessions.append(Session(run, values, console, args.force, tuple(args.only)))
         try:
             if configs:
-                pin_template_date(sessions)
-                for session in sessions:
-                    begin(session)
-                harvest_layers(sessions)
+                begin(sessions)
             else:
                 run_until(sessions[0], "report" if args.command == "run" else args.command)
         except OSError as error:

@@ -6,14 +6,15 @@ same rate as the chat tuning. Whatever it calls chat-specific is an effect of an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from crossdiff.config import AnalyzeConfig, read_yaml, validate
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
+from crossdiff.latents.settings import analysis_settings
 from crossdiff.latents.verdict import SETS, VERDICTS
 
 FILE = "null.json"
@@ -48,17 +49,12 @@ def rates(path: Path) -> tuple[int, dict[str, float]]:
     return live.height, {name: float(flags.sum()) / max(1, live.height) for name, flags in found.items()}
 
 
-def _facts(run: Path) -> dict[str, Any]:
-    """What a run and its null run must have in common."""
+def _facts(run: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What a run and its null run must have in common, for the crosscoders of these names."""
     manifest: dict[str, Any] = read_json(run / "activations" / "manifest.json")
-    path = run / "config.yaml"
-    settings = read_yaml(path).get("analyze") if path.is_file() else None
-    limits = validate(AnalyzeConfig, settings or {}, str(path))
-    return {
-        "base model": manifest["pair"]["base"],
-        "layer": manifest["layer"],
-        "analysis": limits.model_dump(exclude={"batch_tokens", "examples", "examples_per_quantile", "pool_size", "seed"}),
-    }
+    without_effect = {"batch_tokens", "examples", "examples_per_quantile", "pool_size", "seed"}
+    analyses = {f"analysis of {name}": analysis_settings(run / name).model_dump(exclude=without_effect) for name in names}
+    return {"base model": manifest["pair"]["base"], "layer": manifest["layer"], **analyses}
 
 
 def compare(run: Path, null: Path) -> pl.DataFrame:
@@ -74,7 +70,7 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
             f"the two runs have no analysed crosscoder of the same name: {', '.join(ours)} in {run} and {', '.join(theirs)} in "
             f"{null}; train one of the same name in both"
         )
-    real_facts, null_facts = _facts(run), _facts(null)
+    real_facts, null_facts = _facts(run, names), _facts(null, names)
     for key in real_facts:
         if real_facts[key] != null_facts[key]:
             raise UserError(

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_shared
 from torch.distributed.checkpoint.state_dict_saver import save as save_shared
 
-from crossdiff.config import BatchTopKConfig, L1Config, Sparsity
+from crossdiff.config import BatchTopKConfig, HarvestConfig, L1Config, Sparsity, read_yaml, validate
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
@@ -122,13 +122,32 @@ def is_own(path: Path) -> bool:
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
-    """The origin of the crosscoder in a folder, read without its weights: pair, layer, settings, training_tokens.
+    """The origin of the crosscoder in a folder, read without its weights: pair, layer, harvest, settings,
+    training_tokens.
 
     Raises:
         UserError: as `read`.
     """
     with _opened(folder / "model.safetensors") as file:
         return dict(json.loads((file.metadata() or {}).get(OWN, "{}")).get("origin", {}))
+
+
+def harvest_of(folder: Path) -> HarvestConfig:
+    """The settings of the harvest that the crosscoder in a folder was trained on.
+
+    They are in its origin. Crosscoders of earlier versions lack them; for those, the store of their run has most, and the
+    settings of the run have the rest.
+
+    Raises:
+        UserError: as `origin_of`; or a record is damaged.
+    """
+    settings, manifest = folder.parent / "config.yaml", folder.parent / "activations" / "manifest.json"
+    found: dict[str, Any] = origin_of(folder).get("harvest") or {}
+    if not found:
+        found = (read_yaml(settings).get("harvest") if settings.is_file() else None) or {}
+        stored = read_json(manifest) if manifest.is_file() else {}
+        found |= {key: stored[key] for key in HarvestConfig.model_fields if key in stored}
+    return validate(HarvestConfig, found, str(folder))
 
 
 @contextmanager

@@ -8,9 +8,10 @@ hand for a machine that is not available.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,9 @@ from scipy.optimize import nnls
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig
 from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.trainer import Trainer
+from crossdiff.crosscoder.view import view_of
+from crossdiff.errors import UserError
+from crossdiff.sources import SOURCES
 
 WARMUP, TIMED = 3, 5
 """Number of steps before timing starts, and of steps whose median is taken."""
@@ -72,6 +76,35 @@ class Size:
         gradients = 2 * (data_ranks - 1) / data_ranks * 4 * self.n_parameters / latent_ranks
         ranks = latent_ranks * data_ranks
         return reconstruction + gradients + (ranks - 1) / ranks * 4 * 1.1 * self.batch * self.active
+
+
+def check_memory(configs: Mapping[str, CrosscoderConfig], d_model: int, device: torch.device, latent_ranks: int = 1) -> None:
+    """Check that the weights of crosscoders that are trained together fit into a device's memory.
+
+    Only weights, gradients and Adam's moments are counted, so it refuses what cannot work, and not what may be tight.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    n_sources = {name: len(view_of(config.inputs, SOURCES).names) for name, config in configs.items()}
+    sizes = {name: Size(d_model, config.latents_for(d_model), 1, 0, n_sources[name]) for name, config in configs.items()}
+    needed = {name: size.memory_bytes(latent_ranks) for name, size in sizes.items()}
+    available = _total_memory(device)
+    if sum(needed.values()) > available:
+        largest = max(needed, key=lambda name: needed[name])
+        total, held, most = (f"{n_bytes / 1e9:,.1f} GB" for n_bytes in (sum(needed.values()), available, needed[largest]))
+        raise UserError(
+            f"the weights, gradients and moments of {', '.join(needed)} need {total}, and {device} has {held}; lower n_latents "
+            f"or expansion (the {sizes[largest].n_latents:,} latents of {largest} need {most}), or train fewer at a "
+            "time with --only"
+        )
+
+
+def _total_memory(device: torch.device) -> int:
+    """Memory of a device in bytes, whether in use or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Crosscoder:
         view: how the sources follow from the stored ones.
         own: parameters per latent of the kind of sparsity.
         threshold: v above which a latent is active at inference (BatchTopK; 0 for the others).
-        origin: what it was trained on: pair, layer, settings, training_tokens.
+        origin: what it was trained on: pair, layer, settings of the harvest and of the training, training_tokens.
     """
 
     encoder: Float[Tensor, "latent column"]

@@ -47,15 +47,25 @@ class Mesh:
         return DTensor.from_local(part, self.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
+def number_of_latent_ranks(ranks: Ranks, latent_ranks: int | None) -> int:
+    """Over how many processes the latents are split; a process alone has all of them.
+
+    Raises:
+        UserError: the number that the settings name does not divide the processes.
+    """
+    n_latent = ranks.size if latent_ranks is None or ranks.size == 1 else latent_ranks
+    if ranks.size % n_latent:
+        raise UserError(f"latent_ranks {n_latent} does not divide the {ranks.size} processes; choose a divisor")
+    return n_latent
+
+
 def mesh_of(ranks: Ranks, latent_ranks: int | None, device: torch.device) -> Mesh:
     """Split the latents over `latent_ranks` of the ranks (None: all of them) and the batch over the others."""
     if ranks.size == 1:
         return Mesh()
     from torch.distributed.device_mesh import init_device_mesh
 
-    n_latent = ranks.size if latent_ranks is None else latent_ranks
-    if ranks.size % n_latent:
-        raise UserError(f"latent_ranks {n_latent} does not divide the {ranks.size} processes; choose a divisor")
+    n_latent = number_of_latent_ranks(ranks, latent_ranks)
     mesh = init_device_mesh(device.type, (ranks.size // n_latent, n_latent), mesh_dim_names=("data", "latent"))
     data, latent = (
         Ranks(mesh.get_local_rank(name), mesh.size(index), mesh.get_group(name)) if mesh.size(index) > 1 else ALONE

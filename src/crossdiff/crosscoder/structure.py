@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crossdiff.config import CrosscoderConfig, DesignatedConfig, FreeConfig, PairedConfig, PartitionedConfig, Structure
+from crossdiff.config import CrosscoderConfig, DesignatedConfig, FreeConfig, PartitionedConfig, Structure
 from crossdiff.crosscoder.sparsity import rule_of
+from crossdiff.crosscoder.view import view_of
 from crossdiff.errors import UserError
 from crossdiff.shapes import Bool, Float, Tensor
 
@@ -66,16 +67,13 @@ def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constr
     tied = torch.zeros(n_latents, dtype=torch.bool)
     present = torch.ones(n_latents, n_sources, dtype=torch.bool)
     shares = torch.ones(n_latents)
+    n_group = _group_size(settings, n_latents, n_sources)
     if isinstance(settings, DesignatedConfig):
-        n_tied = round(settings.shared_share * n_latents)
-        _check_group(n_tied, n_latents, f"structure.shared_share {settings.shared_share}")
-        tied[:n_tied] = True
-        shares[:n_tied] = settings.penalty_factor
+        tied[:n_group] = True
+        shares[:n_group] = settings.penalty_factor
     elif isinstance(settings, PartitionedConfig):
-        n_exclusive = round(settings.exclusive_share * n_latents)
-        _check_group(n_exclusive, n_latents // n_sources, f"structure.exclusive_share {settings.exclusive_share}")
         for source in range(n_sources):
-            group = slice(source * n_exclusive, (source + 1) * n_exclusive)
+            group = slice(source * n_group, (source + 1) * n_group)
             present[group] = False
             present[group, source] = True
     else:
@@ -83,13 +81,24 @@ def constraint_of(settings: Structure, n_latents: int, n_sources: int) -> Constr
     return Constraint(tied, present, shares)
 
 
-def check_sizes(config: CrosscoderConfig, d_model: int, n_sources: int) -> None:
-    """Check that a crosscoder's settings fit its size, before anything is harvested for it."""
+def check_sizes(config: CrosscoderConfig, d_model: int, sources: tuple[str, ...]) -> None:
+    """Check that a crosscoder's settings fit its size and the sources, before anything is harvested for it."""
     n_latents = config.latents_for(d_model)
     rule_of(config.sparsity).check(n_latents)
-    constraint_of(config.structure, n_latents, n_sources if isinstance(config.inputs, PairedConfig) else 1)
+    _group_size(config.structure, n_latents, len(view_of(config.inputs, sources).names))
 
 
-def _check_group(n_group: int, most: int, what: str) -> None:
+def _group_size(settings: Structure, n_latents: int, n_sources: int) -> int:
+    """Number of latents that are constrained together: the tied ones, or those of each source; 0 without a constraint."""
+    if isinstance(settings, DesignatedConfig):
+        name, share, most = "shared_share", settings.shared_share, n_latents
+    elif isinstance(settings, PartitionedConfig):
+        name, share, most = "exclusive_share", settings.exclusive_share, n_latents // n_sources
+    else:
+        return 0
+    n_group = round(share * n_latents)
     if not 1 <= n_group <= most:
-        raise UserError(f"{what} makes a group of {n_group} latents; with these sizes, a group can have 1 to {most}")
+        raise UserError(
+            f"structure.{name} {share} makes a group of {n_group} latents; with these sizes, a group can have 1 to {most}"
+        )
+    return n_group

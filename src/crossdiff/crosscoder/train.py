@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-from crossdiff.activations.loader import Batches, source_indices
+from crossdiff.activations.loader import Batches, check_batch_size, source_indices
 from crossdiff.activations.store import Store
 from crossdiff.config import CrosscoderConfig
 from crossdiff.crosscoder.checkpoint import Checkpoints, save
 from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.log import TRACKERS, Log
 from crossdiff.crosscoder.mesh import Mesh, mesh_of
+from crossdiff.crosscoder.structure import check_sizes
 from crossdiff.crosscoder.trainer import Diverged, Trainer
 from crossdiff.crosscoder.view import View, view_of
 from crossdiff.errors import UserError
@@ -128,7 +129,7 @@ def _start(config: CrosscoderConfig, store: Store, n_steps: int) -> Crosscoder:
         config.latents_for(store.d_model), mean, scale, config.sparsity, config.decoder_norm, config.seed, view
     )
     crosscoder.origin = {
-        "pair": store.pair, "model_dtype": store.manifest.get("model_dtype"), "layer": store.layer,
+        "pair": store.pair, "model_dtype": store.manifest.get("model_dtype"), "layer": store.layer, "harvest": store.settings,
         "settings": config.model_dump(mode="json"), "training_tokens": n_steps * config.batch_size,
     }  # fmt: skip
     return crosscoder
@@ -140,6 +141,21 @@ def normalisation_of(view: View, store: Store) -> tuple[Float[Tensor, "source d_
     matrix = torch.zeros(len(view.names), len(store.sources), dtype=torch.float64)
     matrix[:, index] = view.matrix.double()
     return (matrix @ store.normalisation.mean).float(), store.normalisation.scale_of(matrix)
+
+
+def check_trainings(configs: Mapping[str, CrosscoderConfig], store: Store) -> None:
+    """Check, before anything is trained, that crosscoders of these names can be trained on a store.
+
+    Raises:
+        UserError: names the first one whose sources, sizes or batch size do not fit the store.
+    """
+    n_tokens = len(store.rows("train"))
+    for name, config in configs.items():
+        try:
+            check_sizes(config, store.d_model, store.sources)
+            check_batch_size(config.batch_size, n_tokens, store)
+        except UserError as error:
+            raise UserError(f"crosscoders.{name}: {error}") from None
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def points(coder: Coder, colour: str) -> str:
             if rows.height:
                 marker = {"color": mark.colour, "symbol": mark.symbol, "opacity": mark.opacity, "size": mark.size}
                 traces.append(_trace(rows, f"{VERDICTS[verdict]} ({rows.height:,})", marker))
-    return figure_json(traces, layout_of(scaling_plot(coder.report.limits)), 460)
+    return figure_json(traces, layout_of(scaling_plot(coder.coder.limits)), 460)
 
 
 def _trace(rows: pl.DataFrame, name: str, marker: dict[str, Any]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class Live:
         with self._models(coder) as diff:
             from crossdiff.text_activations import read_text
 
-            sequence = read_text(diff.pair.tokenizer, text, diff.config.harvest.max_length)
+            sequence = read_text(diff.pair.tokenizer, text, diff.harvest.max_length)
             reading = _reading(diff, sequence)
         self._readings[reading.key] = reading
         while len(self._readings) > KEPT:
@@ -160,7 +160,7 @@ class Live:
             from crossdiff.text.chat import Flag
             from crossdiff.text_activations import read_text
 
-            sequence = read_text(diff.pair.tokenizer, text, diff.config.harvest.max_length)
+            sequence = read_text(diff.pair.tokenizer, text, diff.harvest.max_length)
             template = tuple(bool(flag & Flag.TEMPLATE) for flag in sequence.flags.tolist())
             prompt, sampling = Prompt(tuple(sequence.token_ids.tolist()), template), Sampling(min(n, MAX_NEW_TOKENS))
             steerer = _steerer(diff, coder)
@@ -214,7 +214,7 @@ def check_length(text: Prompt) -> None:
 def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
     from crossdiff.text_activations import active_pairs
 
-    found = active_pairs(diff.pair, diff.crosscoder, sequence, diff.config.harvest.leave_out)
+    found = active_pairs(diff.pair, diff.crosscoder, sequence, diff.harvest.leave_out)
     return Reading(
         key=secrets.token_urlsafe(12),
         texts=tuple(diff.pair.tokenizer.decode([token]) for token in sequence.token_ids.tolist()),
@@ -228,8 +228,7 @@ def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
 def _steerer(diff: Diff, coder: Coder) -> Steerer:
     from crossdiff.causal.steering import Steerer
 
-    layer, leave_out = diff.crosscoder.origin["layer"], diff.config.harvest.leave_out
-    return Steerer(diff.pair, diff.crosscoder, layer, coder.table, leave_out)
+    return Steerer(diff.pair, diff.crosscoder, diff.crosscoder.origin["layer"], coder.table, diff.harvest.leave_out)
 
 
 def _lens(diff: Diff, latent: int, n: int) -> tuple[Promoted, ...]:

@@ -47,11 +47,11 @@ def print_summary(summary: dict[str, Any], name: str, console: Console) -> None:
         console.print(f"[yellow]{incomplete}[/yellow]")
 
 
-def print_explanations(table: pl.DataFrame, console: Console) -> None:
-    """Print the latents with the best explanations."""
+def print_explanations(table: pl.DataFrame, name: str, console: Console) -> None:
+    """Print the latents with the best explanations; `name` is that of their crosscoder, or `concepts`."""
     best = table.filter(pl.col("explanation").is_not_null()).sort("detection", descending=True, nulls_last=True).head(EXAMPLES)
     for row in best.iter_rows(named=True):
-        console.print(Text(f"latent {row['latent']}, detection {row['detection']:.2f}: {row['explanation']}"))
+        console.print(Text(f"{name}: latent {row['latent']}, detection {row['detection']:.2f}: {row['explanation']}"))
 
 
 def print_usage(usage: Usage, config: InterpretConfig, console: Console, planned: bool) -> None:

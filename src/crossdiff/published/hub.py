@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from crossdiff.config import RunConfig, default_crosscoder, read_yaml, validate
 from crossdiff.diff import open as open_run
 from crossdiff.errors import UserError
 from crossdiff.published import WEIGHTS
@@ -41,6 +42,7 @@ CONCEPTS = (
 """The files of the folder `concepts` of a run that are published if they exist."""
 SETTINGS = ("config.json", "trainer_config.json", "cfg.json")
 """Settings files that published weights come with."""
+RUN_SETTINGS = "config.yaml"
 EARLY_TABLES = "science-of-finetuning/max-activating-examples-gemma-2-2b-l13"
 PUBLISHED_TABLES = {
     "Butanium/gemma-2-2b-crosscoder-l13-mu4.1e-02-lr1e-04": f"{EARLY_TABLES}-mu4.1e-02-lr1e-04",
@@ -79,7 +81,7 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
     Raises:
         UserError: the run is not finished, the name is malformed, or the Hub refuses.
     """
-    from crossdiff.crosscoder.checkpoint import origin_of
+    from crossdiff.crosscoder.checkpoint import harvest_of, origin_of
     from crossdiff.report.model_card import model_card
     from crossdiff.report.reading import read_run
 
@@ -91,7 +93,7 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
         found = licence or _licences(report.base, report.chat, look_up=not dry_run)
         # The run's settings may have changed since a crosscoder was trained, or no longer name it.
         trained = {coder.name: origin_of(path / coder.name).get("settings") or {} for coder in report.crosscoders}
-        card = model_card(report, repository, found, trained)
+        card = model_card(report, repository, found, harvest_of(path / report.primary.name), trained)
         sizes = {name: file.stat().st_size for name, file in files.items()} | {"README.md": len(card.encode())}
         upload = Upload(repository, sizes, card, _remarks(path, report.base, report.chat))
         if not dry_run:
@@ -204,7 +206,7 @@ def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
 
     Args:
         name: a crosscoder's folder, a run directory, or `owner/name` on the Hub.
-        crosscoder: which folder, if there are several; default: `batchtopk` if there is one.
+        crosscoder: which folder, if there are several; default: that of `crossdiff.open`.
 
     Raises:
         UserError: nothing has that name, there are several crosscoders (the message names them), or the format cannot be read.
@@ -215,33 +217,52 @@ def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
     if path.is_file():
         return read_published(path)
     if path.is_dir():
-        return read_published(path / _choose(_local_files(path), crosscoder, str(path)))
+        return read_published(path / _choose(_local_files(path), crosscoder, str(path), path.joinpath))
     if not NAME.fullmatch(str(name)):
         raise UserError(f"{name} does not exist; give a crosscoder's folder, a run directory, or owner/name on the Hub")
     with _explained(str(name)):
         api = _api()
         commit = api.model_info(str(name)).sha
-        folder = _choose(api.list_repo_files(str(name), revision=commit), crosscoder, str(name))
+        files = api.list_repo_files(str(name), revision=commit)
+        folder = _choose(files, crosscoder, str(name), lambda file: _fetched(str(name), file, commit))
         wanted = [str(PurePosixPath(folder, file)) for file in (*WEIGHTS, *SETTINGS)]
         local = api.snapshot_download(str(name), revision=commit, allow_patterns=wanted)
     return read_published(Path(local) / folder)
+
+
+def _fetched(name: str, file: str, revision: str | None = None) -> Path:
+    return Path(_api().hf_hub_download(name, file, revision=revision))
 
 
 def _local_files(folder: Path) -> list[str]:
     return [str(file.relative_to(folder)) for pattern in ("*", "*/*") for file in folder.glob(pattern)]
 
 
-def _choose(files: Iterable[str], wanted: str | None, where: str) -> str:
-    """The folder of the crosscoder among a repository's files; "." for the top."""
+def _default(names: Iterable[str], settings: Path) -> str | None:
+    """The default crosscoder among a run's folders, by the run's settings."""
+    known = validate(RunConfig, read_yaml(settings), str(settings)).trainings
+    kinds = {name: (coder.sparsity.kind, coder.inputs.kind) for name, coder in known.items() if name in names}
+    return default_crosscoder(kinds) if kinds else None
+
+
+def _choose(files: Collection[str], wanted: str | None, where: str, fetch: Callable[[str], Path]) -> str:
+    """The folder of the crosscoder among a repository's files; "." for the top.
+
+    Args:
+        fetch: from the name of a file to a local copy; only the settings of a run are read.
+    """
     folders = sorted({str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name in WEIGHTS})
     names = [folder for folder in folders if not fnmatch(folder, "old/*") and not fnmatch(folder, "work/*")]
     if not names:
         raise UserError(f"{where} has no crosscoder: expected one of {', '.join(WEIGHTS)} in it or in one of its folders")
-    if wanted is None and len(names) > 1 and "batchtopk" not in names:
-        raise UserError(f"{where} has {len(names)} crosscoders; name one of them: {', '.join(names)}")
     if wanted is not None and wanted not in names:
         raise UserError(f"{where} has no crosscoder {wanted!r}; it has {', '.join(names)}")
-    return wanted or (names[0] if len(names) == 1 else "batchtopk")
+    chosen = wanted or (names[0] if len(names) == 1 else None)
+    if chosen is None and RUN_SETTINGS in files:
+        chosen = _default(names, fetch(RUN_SETTINGS))
+    if chosen is None:
+        raise UserError(f"{where} has {len(names)} crosscoders; name one of them: {', '.join(names)}")
+    return chosen
 
 
 def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
@@ -265,7 +286,7 @@ def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
     if path.is_file():
         return pl.read_parquet(path) if path.suffix == ".parquet" else read_published_table(path)
     if path.is_dir():
-        table = path / _choose(_local_files(path), crosscoder, str(path)) / "latents.parquet"
+        table = path / _choose(_local_files(path), crosscoder, str(path), path.joinpath) / "latents.parquet"
         if not table.is_file():
             raise UserError(f"{table} is missing; run `crossdiff analyze {path}` first")
         return pl.read_parquet(table)
@@ -288,7 +309,7 @@ def _fetch_table(name: str, crosscoder: str | None) -> pl.DataFrame:
             f"{name} does not exist on the Hub, or it is private and no token is set; check the name, or set HF_TOKEN"
         )
     files = api.list_repo_files(name)
-    table = str(PurePosixPath(_choose(files, crosscoder, name), "latents.parquet"))
+    table = str(PurePosixPath(_choose(files, crosscoder, name, lambda file: _fetched(name, file)), "latents.parquet"))
     if table not in files:
         raise UserError(f"{name} has no latent table: it has no {table}, and there is no data set of it with {TABLE}")
     return pl.read_parquet(api.hf_hub_download(name, table))

@@ -150,7 +150,7 @@ def with_both_nus(table: pl.DataFrame) -> pl.DataFrame:
     return table.filter(*(pl.col(nu).is_not_null() & pl.col(nu).is_not_nan() for nu in NUS))
 
 
-def scaling_scatter(coder: CrosscoderReport, limits: Limits) -> Figure:
+def scaling_scatter(coder: CrosscoderReport) -> Figure:
     """nu_error against nu_reconstruction, one point per latent with both defined, with the two limits."""
     defined = with_both_nus(coder.latents)
     series, thinned = [], []
@@ -165,7 +165,7 @@ def scaling_scatter(coder: CrosscoderReport, limits: Limits) -> Figure:
     if thinned:
         note += f" To keep the page light, the figure shows {' and '.join(thinned)}, evenly thinned."
     description = f"Scatter of nu_error against nu_reconstruction for {defined.height} latents of {coder.title}."
-    return scaling_plot(limits, tuple(series), description, note)
+    return scaling_plot(coder.limits, tuple(series), description, note)
 
 
 def scaling_plot(limits: Limits, series: tuple[Series, ...] = (), description: str = "", note: str = "") -> Figure:

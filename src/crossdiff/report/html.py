@@ -16,7 +16,7 @@ from crossdiff.report.interpretation import score_table
 from crossdiff.report.marks import Sign, pool_mark, sign_of
 from crossdiff.report.overview import caveats, control_rows, facts, health_rows, title
 from crossdiff.report.plotly_figures import PageFigure, for_page, plotly_script
-from crossdiff.report.records import BehaviourResult, CrosscoderReport, Limits, RunReport
+from crossdiff.report.records import BehaviourResult, CrosscoderReport, RunReport
 from crossdiff.report.templating import environment
 
 OPEN_CARDS = 12
@@ -100,7 +100,7 @@ def render_html(report: RunReport) -> str:
     """The page's text."""
     coders = report.crosscoders
     highest = figures.highest_bar(coders)
-    sections = [_section(coder, report.limits, highest) for coder in coders]
+    sections = [_section(coder, highest) for coder in coders]
     return environment().get_template("report.html.j2").render(
         title=title(report),
         facts=facts(report),
@@ -121,7 +121,7 @@ def render_html(report: RunReport) -> str:
     )  # fmt: skip
 
 
-def _section(coder: CrosscoderReport, limits: Limits, highest: int) -> Section:
+def _section(coder: CrosscoderReport, highest: int) -> Section:
     shown = {latent.latent for latent in (*coder.top.latents, *coder.behaviour_latents)}
     questions = dict.fromkeys(result.question for result in coder.behaviours)
     predicts = wording.predicted(coder.behaviours)
@@ -133,7 +133,7 @@ def _section(coder: CrosscoderReport, limits: Limits, highest: int) -> Section:
         title=coder.title,
         anchor=coder.name,
         histogram=for_page(figures.delta_norm_histogram(coder, highest)) if coder.compares else None,
-        scatter=for_page(figures.scaling_scatter(coder, limits)) if coder.compares else None,
+        scatter=for_page(figures.scaling_scatter(coder)) if coder.compares else None,
         frequencies=for_page(figures.frequency_histogram(coder)),
         behaviour_tables=tuple(_behaviour_table(coder, question, shown) for question in questions),
         selection=wording.selection(coder),

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from crossdiff.config import CrosscoderConfig, RunConfig, merge, read_yaml, validate
+from crossdiff.config import AnalyzeConfig, CrosscoderConfig, HarvestConfig, merge, validate
+from crossdiff.latents.settings import analysis_settings
 from crossdiff.report import concept_wording, wording
 from crossdiff.report.concept_cards import plain_title
 from crossdiff.report.concept_records import Concept, RunConcepts
@@ -35,13 +36,15 @@ ALWAYS = (
 """Limits of every run."""
 
 
-def model_card(report: RunReport, repository: str, licence: str, trained: Mapping[str, dict[str, Any]]) -> str:
+def model_card(
+    report: RunReport, repository: str, licence: str, harvest: HarvestConfig, trained: Mapping[str, dict[str, Any]]
+) -> str:
     """The card as Markdown with the front matter that the Hub reads.
 
     Args:
+        harvest: the settings that the activations were harvested with.
         trained: the training settings of each crosscoder.
     """
-    config = validate(RunConfig, read_yaml(report.directory / "config.yaml"), str(report.directory / "config.yaml"))
     primary = report.primary
     models = [name for name in (report.base, report.chat) if name is not None]
     return environment().overlay(autoescape=False).get_template("model_card.md.j2").render(
@@ -59,7 +62,7 @@ def model_card(report: RunReport, repository: str, licence: str, trained: Mappin
         answer=" ".join(wording.answer(report)),
         tokens=wording.whole(report.n_tokens) if report.n_tokens else "",
         datasets=report.datasets,
-        settings=_settings(config, trained),
+        settings=_settings(harvest, analysis_settings(report.directory / primary.name), trained),
         crosscoders=[coder.title for coder in report.crosscoders],
         rows=_rows(report.crosscoders),
         repository=repository,
@@ -98,9 +101,11 @@ def markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#|!~&$])", r"\\\1", text)
 
 
-def _settings(config: RunConfig, trained: Mapping[str, dict[str, Any]]) -> str:
+def _settings(harvest: HarvestConfig, analysis: AnalyzeConfig, trained: Mapping[str, dict[str, Any]]) -> str:
     """The settings that produced the crosscoders, as YAML, without the models and texts, which the card names above."""
-    values = config.model_dump(mode="json", exclude_defaults=True, include={"harvest", "analyze"})
+    sections = {"harvest": harvest, "analyze": analysis}
+    values = {name: section.model_dump(mode="json", exclude_defaults=True) for name, section in sections.items()}
+    values = {name: section for name, section in values.items() if section}
     coders = {name: validate(CrosscoderConfig, settings, name) for name, settings in trained.items() if settings}
     values["crosscoders"] = {
         name: merge({"sparsity": {"kind": coder.sparsity.kind}}, coder.model_dump(mode="json", exclude_defaults=True))

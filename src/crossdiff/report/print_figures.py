@@ -51,10 +51,10 @@ def _figures_of(coder: CrosscoderReport, report: RunReport, highest: int) -> lis
     about = _about(coder)
     found = []
     if coder.compares:
-        norms, scatter = figures.delta_norm_histogram(coder, highest), figures.scaling_scatter(coder, report.limits)
+        norms, scatter = figures.delta_norm_histogram(coder, highest), figures.scaling_scatter(coder)
         found = [
             ("delta-norm", norms, f"{norms.description} Dotted lines: borders of the classes. {about}"),
-            ("latent-scaling", scatter, f"{scatter.description} {_verdicts(coder, report)} {scatter.note} {about}"),
+            ("latent-scaling", scatter, f"{scatter.description} {_verdicts(coder)} {scatter.note} {about}"),
         ]
     frequencies = figures.frequency_histogram(coder)
     heldout = coder.health.heldout
@@ -75,10 +75,10 @@ def _about(coder: CrosscoderReport) -> str:
     )
 
 
-def _verdicts(coder: CrosscoderReport, report: RunReport) -> str:
+def _verdicts(coder: CrosscoderReport) -> str:
     counts = coder.latents["verdict"].value_counts(sort=True).rows()
     listed = ", ".join(f"{count:,} {wording.words(verdict)}" for verdict, count in counts)
-    limits = report.limits
+    limits = coder.limits
     return f"Dashed lines: the limits {limits.nu_error:g} and {limits.nu_reconstruction:g}. Verdicts: {listed}."
 
 

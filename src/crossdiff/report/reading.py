@@ -10,9 +10,10 @@ from typing import Any
 
 import polars as pl
 
-from crossdiff.config import AnalyzeConfig, RunConfig, read_yaml, validate
+from crossdiff.config import RunConfig, read_yaml, validate
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation, with_interpretation
+from crossdiff.latents.settings import analysis_settings
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
 from crossdiff.report.examples import Example, read_examples
@@ -55,7 +56,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
     """Read a run directory.
 
     Args:
-        names: the crosscoder folders to read, in this order; default: every analysed one.
+        names: the crosscoder folders to read, in this order; default: every analysed one, in the order of the settings.
     """
     if not directory.is_dir():
         raise UserError(f"there is no run directory at {directory}; run `crossdiff run` first, or give the path of a run")
@@ -71,7 +72,6 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         chat=manifest.model(CHAT),
         layer=crosscoders[0].health.layer,
         n_tokens=manifest.n_tokens,
-        limits=_read_limits(directory / "config.yaml"),
         datasets=_read_datasets(directory / "activations" / "documents.parquet"),
         crosscoders=crosscoders,
         not_analysed=waiting,
@@ -88,8 +88,9 @@ def _crosscoder_folders(directory: Path, names: Sequence[str] | None) -> tuple[l
         folders = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name != CONCEPTS)
         repeated = repetitions(directory, folders)
         folders = [name for name in folders if name not in repeated]
-        preferred = ("l1", "batchtopk")
-        names = [n for n in preferred if n in folders] + [n for n in folders if n not in preferred]
+        config = directory / "config.yaml"
+        listed = (read_yaml(config).get("crosscoders") if config.is_file() else None) or {}
+        names = [name for name in dict.fromkeys((*listed, "l1", "batchtopk", *folders)) if name in folders]
     analysed = [name for name in names if (directory / name / "latents.parquet").is_file()]
     trained = [name for name in names if (directory / name / "model.safetensors").is_file()]
     return analysed, tuple(name for name in trained if name not in analysed)
@@ -131,7 +132,9 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
     records = tuple(latent_of(row, examples[row["latent"]]) for row in wanted.iter_rows(named=True))
     top = TopLatents(records[: len(shown)], n_specific)
-    return CrosscoderReport(folder.name, health, latents, behaviours, top, records[len(shown) :], _read_summary(folder))
+    settings = analysis_settings(folder)
+    limits = Limits(settings.nu_error, settings.nu_reconstruction, settings.delta_norm)
+    return CrosscoderReport(folder.name, health, limits, latents, behaviours, top, records[len(shown) :], _read_summary(folder))
 
 
 def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
@@ -205,13 +208,6 @@ def _with_causal(latents: pl.DataFrame, path: Path) -> pl.DataFrame:
         read_table(path, ("latent", *columns), "crossdiff causal").select("latent", *columns).unique("latent", keep="first")
     )
     return latents.join(measured, on="latent", how="left", maintain_order="left")
-
-
-def _read_limits(path: Path) -> Limits:
-    """The thresholds of the run's settings; without a settings file, the defaults."""
-    found = read_yaml(path).get("analyze") if path.is_file() else None
-    settings = validate(AnalyzeConfig, found or {}, str(path))
-    return Limits(settings.nu_error, settings.nu_reconstruction, settings.delta_norm)
 
 
 def _read_datasets(path: Path) -> tuple[DatasetShare, ...]:

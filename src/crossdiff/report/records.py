@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import polars as pl
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
 
+from crossdiff.config import default_crosscoder
 from crossdiff.errors import UserError
 from crossdiff.files import number, read_json
 from crossdiff.report.examples import Example
@@ -175,7 +176,7 @@ class StoreManifest(Record):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The run's conditions for a chat-specific latent: both nu below these values, delta_norm at least this."""
+    """The conditions for a chat-specific latent: both nu below these values, delta_norm at least this."""
 
     nu_error: float
     nu_reconstruction: float
@@ -239,10 +240,12 @@ class BehaviourResult:
 
 @dataclass(frozen=True, slots=True)
 class CrosscoderReport:
-    """The contents of one crosscoder's folder. `behaviour_latents` are the best specific latents that are not in `top`."""
+    """The contents of one crosscoder's folder. `limits` are those that its verdicts were made with; `behaviour_latents` are the
+    best specific latents that are not in `top`."""
 
     name: str
     health: Health
+    limits: Limits
     latents: pl.DataFrame
     behaviours: tuple[BehaviourResult, ...]
     top: TopLatents
@@ -255,6 +258,11 @@ class CrosscoderReport:
         usual = {"l1": "L1", "batchtopk": "BatchTopK", "topk": "TopK", "jumprelu": "JumpReLU"}
         spelling = usual.get(self.health.architecture, self.health.architecture)
         return spelling if self.name == self.health.architecture else f"{spelling} ({self.name})"
+
+    @property
+    def inputs(self) -> str:
+        """What it reads: the kind `paired` of the settings, or `single` for a coder with one decoder."""
+        return "paired" if self.compares else "single"
 
     @property
     def compares(self) -> bool:
@@ -298,7 +306,6 @@ class RunReport:
     layer: int
     n_tokens: int | None
     datasets: tuple[DatasetShare, ...]
-    limits: Limits
     crosscoders: tuple[CrosscoderReport, ...]
     not_analysed: tuple[str, ...]
     null: Mapping[str, NullRates]
@@ -308,6 +315,7 @@ class RunReport:
 
     @property
     def primary(self) -> CrosscoderReport:
-        """The crosscoder that the page's answer is about: BatchTopK, whose loss lacks L1's artifacts, or else the first."""
-        comparing = [coder for coder in self.crosscoders if coder.compares] or list(self.crosscoders)
-        return next((coder for coder in comparing if coder.health.architecture == "batchtopk"), comparing[0])
+        """The crosscoder that the page's answer is about, see `default_crosscoder`."""
+        kinds = {coder.name: (coder.health.architecture, coder.inputs) for coder in self.crosscoders}
+        name = default_crosscoder(kinds)
+        return next(coder for coder in self.crosscoders if coder.name == name)

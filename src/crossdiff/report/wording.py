@@ -160,7 +160,7 @@ def answer(report: RunReport) -> list[str]:
     same = [SAME_MODEL] if report.same_model else []
     if not coder.compares:
         return [*same, f"{coder.title} has one decoder, so it cannot tell which model a latent belongs to. {ONE_DECODER}"]
-    sentences = [*same, *_specific_sentences(coder, report.limits), *_null_sentences(report)]
+    sentences = [*same, *_specific_sentences(coder), *_null_sentences(report)]
     for other in report.crosscoders:
         if other is not coder and other.compares:
             named, specific = other.count("chat_only"), other.count("chat_specific")
@@ -171,7 +171,8 @@ def answer(report: RunReport) -> list[str]:
     return sentences + _behaviour_sentences(coder)
 
 
-def _specific_sentences(coder: CrosscoderReport, limits: Limits) -> list[str]:
+def _specific_sentences(coder: CrosscoderReport) -> list[str]:
+    limits = coder.limits
     n_latents, specific, named = coder.health.n_latents, coder.count("chat_specific"), coder.count("chat_only")
     dead = coder.health.heldout.n_dead
     subject = "none is" if specific == 0 else f"{whole(specific)} {'is' if specific == 1 else 'are'}"

@@ -9,6 +9,7 @@ from crossdiff.config import RunConfig, SingleConfig, SteerConfig
 from crossdiff.corpus import identify_dataset
 from crossdiff.files import fingerprint, read_json, sha256
 from crossdiff.run import Run, Stage
+from crossdiff.sources import SOURCES
 
 if TYPE_CHECKING:
     from crossdiff.causal.answers import Rules
@@ -30,6 +31,22 @@ WITHOUT_EFFECT = {
 """Settings of the interpretation that change no result."""
 
 
+UNSET = "unset"
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """What differs between two settings as plain data, as `layer: 5 -> 99`, down through mappings and lists."""
+    if old == new:
+        return []
+    sides = [dict(enumerate(side)) if isinstance(side, list) else side for side in (old, new)]
+    if not all(isinstance(side, dict) for side in sides):
+        shown = (UNSET if side is None else side for side in (old, new))
+        return [f"{key}: {' -> '.join(map(str, shown))}"]
+    prefix = f"{key}." if key else ""
+    keys = dict.fromkeys((*sides[0], *sides[1]))
+    return [line for name in keys for line in differences(sides[0].get(name), sides[1].get(name), f"{prefix}{name}")]
+
+
 def base_sae(config: RunConfig, name: str) -> str | None:
     """The run's SAE on the base model, if it has one: its latents are compared with a crosscoder's on the behaviours."""
     if config.trainings[name].inputs.kind != "paired":
@@ -42,13 +59,18 @@ def harvest_stage(config: RunConfig) -> Stage:
     """Depends on the models' weights, the texts and the harvest settings."""
     from crossdiff.models.names import identify
 
+    models = {"base": identify(config.base), "chat": identify(config.chat, config.base)}
+    texts = [identify_dataset(dataset) for dataset in config.dataset]
     value = {
-        "code": CODE_FORMAT, "base": identify(config.base), "chat": identify(config.chat, config.base), "layer": config.layer,
-        "texts": [identify_dataset(dataset) for dataset in config.dataset],
+        "code": CODE_FORMAT, **models, "layer": config.layer, "texts": texts,
         "settings": config.harvest.model_dump(exclude={"store"}),
         **config.model_dump(include={"model_dtype"}),
     }  # fmt: skip
-    return Stage("harvest", fingerprint(value), ("activations",))
+    included = {*SOURCES, "layer", "model_dtype", "dataset", "harvest"}
+    settings = config.model_dump(mode="json", include=included, exclude={"harvest": {"store"}})
+    contents = {source: model.get("digest") for source, model in models.items()}
+    contents |= {dataset.title: found.get("sha256") for dataset, found in zip(config.dataset, texts, strict=True)}
+    return Stage("harvest", fingerprint(value), ("activations",), settings | {"content": contents})
 
 
 def train_stage(config: RunConfig, name: str) -> Stage:

@@ -11,6 +11,7 @@ from crossdiff.config import DatasetConfig
 from crossdiff.corpus import resolve
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
+from crossdiff.sources import SOURCES
 from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.session import Session, run_together
 
@@ -50,7 +51,10 @@ def pin_template_date(sessions: Sequence[Session]) -> None:
 
 
 def harvest_layers(sessions: Sequence[Session]) -> None:
-    """Harvest runs that differ only in the layer, in one pass over the texts; finished ones are skipped."""
+    """Harvest runs that differ only in the layer, in one pass over the texts; finished ones are skipped.
+
+    The settings are written to the runs that are harvested, once the checks have passed.
+    """
     waiting = [session for session in sessions if not session.skips(harvest_stage(session.config))]
     if not waiting:
         return
@@ -76,12 +80,12 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
     pair = waiting[0].load_pair()
     layers = [pair.check_layer(session.config.layer) for session in waiting]
     for crosscoder in config.crosscoders.values():
-        check_sizes(crosscoder, pair.d_model, len(pair.models))
+        check_sizes(crosscoder, pair.d_model, SOURCES)
     for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
         waiting[0].remark(remark)
     _look_at_texts(waiting[0], pair, datasets)
     for session in waiting:
-        session.run_directory.pin_template_date(config.harvest.template_date)
+        session.begin()
     remarks: list[str] = []
 
     def work(folders: list[Path]) -> None:

@@ -134,7 +134,7 @@ def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cach
         write_json(target / "interpretation.json", summary | {"n_unanswered": n_unanswered})
 
     run_together([(session, interpret_stage(session.config, name, config))], work)
-    print_explanations(explanations[0], session.console)
+    print_explanations(explanations[0], name, session.console)
 
 
 def _ask(

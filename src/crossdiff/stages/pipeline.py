@@ -2,60 +2,48 @@
 
 from __future__ import annotations
 
-from crossdiff.corpus import check_texts
-from crossdiff.errors import UserError
+from collections.abc import Sequence
+
 from crossdiff.stages.analyze import analyze
 from crossdiff.stages.causal import causal
+from crossdiff.stages.checks import STAGES, check_settings, check_with_store, needed_trainings
 from crossdiff.stages.compare import compare
 from crossdiff.stages.concepts import concepts
-from crossdiff.stages.definitions import analyze_stage, base_sae
+from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.harvest import harvest_layers, pin_template_date
 from crossdiff.stages.report import report
 from crossdiff.stages.session import Session
 from crossdiff.stages.train import train
 
-STAGES = {
-    "harvest": ("harvest",),
-    "train": ("harvest", "train"),
-    "compare": ("harvest", "train", "compare"),
-    "analyze": ("harvest", "train", "analyze"),
-    "concepts": ("harvest", "train", "analyze", "concepts"),
-    "causal": ("harvest", "train", "analyze", "concepts", "causal"),
-    "report": ("harvest", "train", "analyze", "concepts", "report"),
-}
-"""The stages that lead to each stage, itself included."""
 
+def begin(sessions: Sequence[Session], last: str = "harvest") -> None:
+    """Check the settings of runs that differ only in the layer, harvest them unless that is done, and write the settings.
 
-def begin(session: Session) -> None:
-    """Write the settings to the run directory, if they name texts."""
-    check_texts(session.config)
-    session.run_directory.write_config(session.config.model_dump(mode="json"))
+    A run gets its settings once all checks have passed that can be made before its next long work. So a refused command leaves
+    the run as it was.
+    """
+    for session in sessions:
+        session.check_models_exist()
+    pin_template_date(sessions)
+    for session in sessions:
+        check_settings(session, last)
+    were_harvested = [session.run_directory.is_done(harvest_stage(session.config)) for session in sessions]
+    harvest_layers(sessions)
+    for session, was_harvested in zip(sessions, were_harvested, strict=True):
+        check_with_store(session, last, was_harvested)
+    for session in sessions:
+        session.begin()
 
 
 def run_until(session: Session, last: str = "report") -> None:
     """Run every stage up to `last`, a key of `STAGES`, that is not done yet."""
-    pin_template_date([session])
-    stages, config, names = STAGES[last], session.config, session.names
-    analyses = "analyze" in stages
-    if analyses and config.dataset and not any(dataset.heldout_share for dataset in config.dataset):
-        raise UserError(
-            "every dataset has a heldout_share of 0, so nothing would be held out for the analysis: set it above 0 for one of "
-            "them"
-        )
-    begin(session)
-    harvest_layers([session])
-    if analyses and not all(session.run_directory.is_done(analyze_stage(config, name)) for name in session.trainings):
-        from crossdiff.latents.analyze import check_store
-
-        check_store(session.store(), config.analyze)  # before the training, which takes long
+    begin([session], last)
+    stages = STAGES[last]
     if "train" in stages:
-        saes = [base_sae(config, name) for name in names] if analyses else []
-        # A comparison of kinds needs no repetitions.
-        trainings = names if "compare" in stages else session.trainings
-        train(session, [*trainings, *(sae for sae in saes if sae is not None)])
+        train(session, needed_trainings(session, last))
     if "compare" in stages:
         compare(session)
-    if analyses:
+    if "analyze" in stages:
         analyze(session, session.trainings)
     if "concepts" in stages:
         concepts(session)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from crossdiff.config import RunConfig
+from crossdiff.config import RunConfig, default_crosscoder, read_yaml
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.progress import progress_bar
 from crossdiff.ranks import Ranks
 from crossdiff.run import Run, Stage
-from crossdiff.stages.definitions import analyze_stage, harvest_stage, train_stage
+from crossdiff.sources import SOURCES
+from crossdiff.stages.definitions import analyze_stage, differences, harvest_stage, train_stage
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
@@ -33,6 +34,7 @@ class Session:
         force: harvest again although there is a store of other settings.
         only: the crosscoders to work on; all of the run if empty.
         remarked: what `remark` has said.
+        before: the settings in the run's config.yaml when the command began; empty for a new run.
     """
 
     run_directory: Run
@@ -41,6 +43,7 @@ class Session:
     force: bool = False
     only: tuple[str, ...] = ()
     remarked: set[str] = field(default_factory=set)
+    before: dict[str, Any] = field(init=False, default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -54,6 +57,27 @@ class Session:
         for name in self.only:
             if name not in self.config.trainings:
                 raise UserError(f"there is no crosscoder {name!r} in this run; there are {', '.join(self.config.crosscoders)}")
+        path = self.path / "config.yaml"
+        if self.ranks.is_first and path.is_file():
+            with suppress(UserError):  # damaged: the settings of this command replace it
+                self.before = read_yaml(path)
+        self.before = self.ranks.agree(self.before)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of this command, as config.yaml holds them."""
+        return self.config.model_dump(mode="json")
+
+    def changes(self, section: str) -> bool:
+        """Whether this command has other settings in a section, a field of `RunConfig`, than the run had before."""
+        return bool(self.before.get(section) != self.settings[section])
+
+    def begin(self) -> None:
+        """Write the settings to the run, now that they are checked. This is the moment at which a new run starts to exist."""
+        if not self.run_directory.exists:
+            self.console.print(f"new run: {self.path}", highlight=False, soft_wrap=True)
+        self.run_directory.write_config(self.settings)
+        self.run_directory.pin_template_date(self.config.harvest.template_date)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,6 +94,12 @@ class Session:
     def paired_names(self) -> tuple[str, ...]:
         """The crosscoders to work on that have a decoder direction in both models."""
         return tuple(name for name in self.names if self.config.trainings[name].inputs.kind == "paired")
+
+    @property
+    def default_name(self) -> str:
+        """The crosscoder that is meant if none is named."""
+        trainings = self.config.trainings
+        return default_crosscoder({name: (trainings[name].sparsity.kind, trainings[name].inputs.kind) for name in self.names})
 
     @property
     def paired_trainings(self) -> tuple[str, ...]:
@@ -132,27 +162,51 @@ class Session:
         store.check_pair(identify(self.config.base), identify(self.config.chat, self.config.base), self.config.layer)
         return store
 
+    def columns(self) -> Store:
+        """The finished store of this run, without the models that a live one needs for its activations."""
+        from crossdiff.activations.store import Store
+
+        return Store(self.path / "activations")
+
     def check_may_harvest(self) -> None:
         """Refuse to replace a store, the most expensive result, unless --force was given."""
         manifest = self.path / "activations" / "manifest.json"
         if self.force or not manifest.exists():
             return
         old = read_json(manifest)
-        self._check_models_exist(old["pair"])
+        self.check_models_exist()
         size = sum(shard["bytes"] for shard in old["shards"]) / 1e6
+        known = {"layer": old["layer"]} | {source: old["pair"][source]["name"] for source in SOURCES}
         raise UserError(
             f"the models, texts or harvest settings differ from those of the store in {manifest.parent} "
-            f"({old['n_tokens']:,} tokens, layer {old['layer']}). Harvesting again takes about {old['seconds']:.0f} s and "
-            f"another {size:.0f} MB beside the old store, and everything that depends on it is computed again. "
-            "Pass --force to do it, or choose another run directory"
+            f"({old['n_tokens']:,} tokens, layer {old['layer']}):\n{self.differences(harvest_stage(self.config), known)}\n"
+            f"Harvesting again takes about {old['seconds']:.0f} s and another {size:.0f} MB beside the old store, and "
+            "everything that depends on it is computed again. Pass --force to do it, or choose another run directory"
         )
 
-    def _check_models_exist(self, harvested: dict[str, Any]) -> None:
+    def differences(self, stage: Stage, known: Mapping[str, Any]) -> str:
+        """The settings of a stage that differ from those that its present result was made with, one per line.
+
+        Args:
+            known: settings of the result from elsewhere, for results of earlier versions. Those hold no settings, and what the
+                run was told last is the nearest to the rest of them.
+        """
+        record = self.run_directory.record(stage.name) or {}
+        new = stage.settings
+        old = record.get("settings")
+        if old is None:
+            old = {key: known.get(key, value) for key, value in self.before.items() if key in new and value is not None}
+            new = {key: value for key, value in new.items() if key in old}
+        found = differences(old, new) or ["the content of the models or texts, or the version of crossdiff"]
+        return "\n".join(f"  {line}" for line in found)
+
+    def check_models_exist(self) -> None:
         """A model whose folder is gone is not a changed setting: say so, rather than offer to harvest again."""
         from crossdiff.models.names import local_path
-        from crossdiff.sources import SOURCES
 
-        for source in SOURCES:
+        manifest = self.path / "activations" / "manifest.json"
+        harvested = read_json(manifest)["pair"] if manifest.exists() else {}
+        for source in SOURCES if harvested else ():
             name = getattr(self.config, source)
             if harvested[source]["name"] == name and "digest" in harvested[source] and local_path(name) is None:
                 raise UserError(
@@ -165,13 +219,15 @@ class Session:
         from crossdiff.crosscoder.checkpoint import load
 
         if not self.run_directory.is_done(train_stage(self.config, name)):
-            raise UserError(f"{self.path} has no crosscoder {name!r} for these settings; run `crossdiff train` first")
+            raise UserError(
+                f"{self.path} has no crosscoder {name!r} for these settings; run `crossdiff train {self.path}` first"
+            )
         return load(self.path / name)
 
     def check_analysed(self, name: str) -> None:
         """Raises `UserError` if a crosscoder is not analysed with these settings."""
         if not self.run_directory.is_done(analyze_stage(self.config, name)):
-            raise UserError(f"{name} is not analysed with these settings; run `crossdiff analyze` first")
+            raise UserError(f"{name} is not analysed with these settings; run `crossdiff analyze {self.path}` first")
 
 
 def run_together(stages: Sequence[tuple[Session, Stage]], work: Callable[[list[Path]], None]) -> None:

@@ -25,7 +25,7 @@ def steer(session: Session, config: SteerConfig) -> None:
     names = session.paired_names
     if not names:
         raise UserError("no crosscoder of this run reads both models, which steering needs; train one")
-    name = config.crosscoder or names[0]
+    name = config.crosscoder or session.default_name
     if name not in names:
         raise UserError(f"this run has no crosscoder {name!r} that reads both models; it has {', '.join(names)}")
     if config.latent is None:
@@ -36,7 +36,7 @@ def steer(session: Session, config: SteerConfig) -> None:
     table = pl.read_parquet(session.path / name / "latents.parquet")
     steerer = Steerer(session.load_pair(), crosscoder, store.layer, table, store.leave_out)
     if config.prompt:
-        print_side_by_side(steerer, config, session.console)
+        print_side_by_side(steerer, name, config, session.console)
     else:
         _steer_batch(session, name, steerer, store, config)
 

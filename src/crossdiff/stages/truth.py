@@ -6,6 +6,7 @@ import shutil
 
 from rich.console import Console
 
+from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.run import Run
 from crossdiff.stages.definitions import truth_stage
@@ -16,6 +17,8 @@ from crossdiff.truth.truth_config import TruthConfig
 
 def run_truth(run: Run, config: TruthConfig, console: Console) -> None:
     """Run the benchmark unless it is done with these settings, and print its tables."""
+    if run.record("harvest") is not None or (run.path / "config.yaml").exists():
+        raise UserError(f"{run.path} holds a diff, not a benchmark; choose another directory")
     stage = truth_stage(config)
     if not run.is_done(stage):
         with run.working(stage) as folder:

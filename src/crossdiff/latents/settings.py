@@ -1,0 +1,26 @@
+"""The settings that a crosscoder was analysed with, from the record that the analysis left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crossdiff.config import AnalyzeConfig, read_yaml, validate
+from crossdiff.files import read_json
+
+FILE, KEY = "health.json", "settings"
+
+
+def analysis_settings(folder: Path) -> AnalyzeConfig:
+    """The settings that the crosscoder in `folder` was analysed with.
+
+    Analyses of earlier versions hold no record of them; for those, the settings of the run are the nearest to it, or the
+    defaults if it has none.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path, run = folder / FILE, folder.parent / "config.yaml"
+    found = read_json(path) if path.is_file() else {}
+    if KEY in found:
+        return validate(AnalyzeConfig, found[KEY], str(path))
+    return validate(AnalyzeConfig, (read_yaml(run).get("analyze") if run.is_file() else None) or {}, str(run))
