@@ -97,7 +97,7 @@ def candidates(coder: Analysed, config: RunConfig, refusals: list[tuple[list[int
     predicts = (position >= begins - 1) & (position < lengths - 1)
     base, chat = (residuals_after(model, ids, [layer])[0] for model in pair.models)
     code = crosscoder.sparse_code(crosscoder.normalise(torch.stack([base.flatten(0, 1), chat.flatten(0, 1)], 1)))
-    edited = (position >= coder.steerer.leave_out).flatten()
+    edited = (position >= coder.steerer.rule.leave_out).flatten()
 
     def log_probability(latent: int | None) -> float:
         hidden = chat.flatten(0, 1).clone()
@@ -250,7 +250,7 @@ def main() -> None:
     pair = load_pair(config.base, config.chat, choose_device(config.device))
     for name in (name for name in found if config.crosscoders[name].inputs.kind == "paired"):
         table = pl.read_parquet(run / name / "latents.parquet")
-        coder = Analysed(name, Steerer(pair, load(run / name), store.layer, table, store.leave_out), table, store)
+        coder = Analysed(name, Steerer(pair, load(run / name), store.layer, table, store.rule), table, store)
         costs = candidates(coder, config, refused(coder, rules))
         lines += steering_lines(coder, costs, steer(run, coder, next(iter(costs))))
     page = DOCS / "causal.md"

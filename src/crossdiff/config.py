@@ -100,6 +100,10 @@ def _dataset_from_text(value: Any) -> Any:
     return {"path": value} if isinstance(value, str | list | tuple) else value
 
 
+MASSIVE_NORM = 10.0
+"""Times the median norm above which a token is massive. Ordinary tokens stay below 5 times, massive ones begin at about 30."""
+
+
 class HarvestConfig(Config):
     """Which activations are collected and how they are stored."""
 
@@ -110,6 +114,13 @@ class HarvestConfig(Config):
     batch_tokens: int = Field(8192, ge=1, description="padded tokens per forward pass")
     shard_tokens: int = Field(65536, ge=1, description="tokens per shard of the store")
     leave_out: int = Field(1, ge=0, description="leading positions of each sequence to exclude from training and statistics")
+    max_norm_multiple: float | None = Field(
+        MASSIVE_NORM,
+        gt=1,
+        description="tokens whose activation in either model has more than this many times the median norm are excluded from "
+        "training and statistics, wherever they are; null: none",
+        exclude_if=lambda value: value == MASSIVE_NORM,  # stores from before this setting existed keep their fingerprint
+    )
     storage: Literal["blocks", "passes", "live"] = Field(
         "blocks",
         description="blocks: activations on disk, shuffled in blocks of 128 tokens; passes: on disk, shuffled by whole forward "

@@ -28,6 +28,7 @@ from crossdiff.run import FORMAT
 from crossdiff.sources import BASE, CHAT, SOURCES
 
 if TYPE_CHECKING:
+    from crossdiff.activations.counted import Counted
     from crossdiff.activations.store import Store
     from crossdiff.crosscoder.crosscoder import Crosscoder
     from crossdiff.models.pair import Pair
@@ -182,6 +183,13 @@ class Diff:
 
         return harvest_of(self.folder)
 
+    @property
+    def rule(self) -> Counted:
+        """The rule by which tokens counted in training."""
+        from crossdiff.activations.counted import Counted
+
+        return Counted(self.harvest.leave_out, tuple(self.crosscoder.origin.get("norm_limits", ())))
+
     @cached_property
     def latents(self) -> pl.DataFrame:
         """The latent table: one row per latent, with geometry, latent scaling, activity and verdict.
@@ -275,7 +283,7 @@ class Diff:
         sequence = read_text(self.pair.tokenizer, text, settings.max_length)
         known = (self.folder / "latents.parquet").is_file()
         largest = dict(self.latents.select("latent", "max_activation").iter_rows()) if known else {}
-        return activations_on(sequence, self.pair, crosscoder, settings.leave_out, latents, largest)
+        return activations_on(sequence, self.pair, crosscoder, self.rule, latents, largest)
 
     @cached_property
     def pair(self) -> Pair:

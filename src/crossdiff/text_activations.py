@@ -11,6 +11,7 @@ import numpy.typing as npt
 import polars as pl
 import torch
 
+from crossdiff.activations.counted import Counted
 from crossdiff.activations.passes import paired_residuals
 from crossdiff.errors import UserError, check_latents
 from crossdiff.report.cards import prompt_view
@@ -120,14 +121,15 @@ class Pairs:
 
 
 @torch.no_grad()
-def active_pairs(pair: Pair, crosscoder: Crosscoder, sequence: TokenSequence, leave_out: int) -> Pairs:
-    """Run both models and the crosscoder on a text, without the first `leave_out` positions, as in training."""
+def active_pairs(pair: Pair, crosscoder: Crosscoder, sequence: TokenSequence, rule: Counted) -> Pairs:
+    """Run both models and the crosscoder on a text, without the tokens that do not count in training."""
     layer = crosscoder.origin["layer"]
     streams = dict(zip(SOURCES, paired_residuals(pair, [sequence.token_ids], [layer])[0], strict=True))
     h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
     code = crosscoder.sparse_code(crosscoder.normalise(h))
     v = crosscoder.v(code)
-    kept = (code.token >= leave_out) & (v > 0)
+    counted = rule(torch.arange(len(h), device=h.device), list(streams.values()))
+    kept = counted[code.token] & (v > 0)
     return Pairs(*(values[kept].cpu().numpy() for values in (code.token, code.latent, v.float())))
 
 
@@ -135,19 +137,19 @@ def activations_on(
     sequence: TokenSequence,
     pair: Pair,
     crosscoder: Crosscoder,
-    leave_out: int,
+    rule: Counted,
     latents: Sequence[int] | None,
     largest: Mapping[int, float],
 ) -> Activations:
     """The activations of latents on a text.
 
     Args:
-        leave_out: number of first positions without activations, as in training.
+        rule: which tokens have activations, as in training.
         latents: numbers of the latents; None for the strongest on this text.
         largest: the largest known activation of each latent, from the latent table.
     """
     check_latents(latents or (), crosscoder.n_latents)
-    found = active_pairs(pair, crosscoder, sequence, leave_out)
+    found = active_pairs(pair, crosscoder, sequence, rule)
     v = np.zeros((len(sequence.token_ids), crosscoder.n_latents), np.float32)
     v[found.token, found.latent] = found.v
     if latents is None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from setting import LAYER, D, arm, make_crosscoder, make_difference_coder, make_pair, make_sequences
 
+from crossdiff.activations.counted import Counted
 from crossdiff.causal.conversations import SPANS, span_of
 from crossdiff.causal.interventions import Arm
 from crossdiff.causal.patching import Divergences, Patcher, Reference
@@ -42,7 +43,7 @@ def pair_of(kind: str) -> Pair:
 
 
 def patcher(kind: str = "llama", arms: tuple[Arm, ...] = ARMS, leave_out: int = 1) -> Patcher:
-    return Patcher(pair_of(kind), make_crosscoder(), LAYER, arms, MEANS, leave_out)
+    return Patcher(pair_of(kind), make_crosscoder(), LAYER, arms, MEANS, Counted(leave_out))
 
 
 def mean_kl(divergences: Divergences) -> torch.Tensor:
@@ -159,7 +160,7 @@ def test_a_coder_of_the_difference_against_its_formula() -> None:
     coder = make_difference_coder()
     arms = (arm("none"), arm("all", None), arm("one", (7,)), arm("with_bias", None, ("bias",)), arm("error", (), ("error",)),
             arm("full", (), ("activation",)), arm("parts", None, ("error", "bias")))  # fmt: skip
-    patch = Patcher(pair_of("llama"), coder, LAYER, arms, MEANS, 1)
+    patch = Patcher(pair_of("llama"), coder, LAYER, arms, MEANS, Counted(1))
     base, chat = torch.randn(2, 9, D, generator=torch.Generator().manual_seed(5)).unbind(0)
     differences = patch.differences(base, chat, torch.zeros(9, dtype=torch.long))
     x = (chat - base - coder.mean) * coder.scale
@@ -195,7 +196,7 @@ def test_permuting_conversations_and_the_batch_size_change_nothing() -> None:
 def test_a_sequence_that_an_arm_leaves_alone_is_not_computed_again() -> None:
     coder = make_crosscoder()
     coder.encoder_bias[7] = -1e6  # never active
-    patch = Patcher(pair_of("llama"), coder, LAYER, (arm("none"), arm("silent", (7,)), arm("one", (4,))), MEANS, 1)
+    patch = Patcher(pair_of("llama"), coder, LAYER, (arm("none"), arm("silent", (7,)), arm("one", (4,))), MEANS, Counted(1))
     calls: list[int] = []
     logits = patch.upper["chat"].logits
     patch.upper["chat"].logits = lambda hidden, *rest: calls.append(len(hidden)) or logits(hidden, *rest)  # type: ignore

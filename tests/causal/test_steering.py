@@ -12,6 +12,7 @@ import pytest
 import torch
 from setting import LAYER, D, make_crosscoder, make_pair, make_table
 
+from crossdiff.activations.counted import Counted
 from crossdiff.activations.store import Store
 from crossdiff.causal.answers import Rules
 from crossdiff.causal.generation import Prompt, Sampling, ask, choose, continue_batch
@@ -32,7 +33,7 @@ SAMPLING = Sampling(max_new_tokens=8)
 
 
 def steerer(kind: str = "llama") -> Steerer:
-    return Steerer(make_pair(kind, change=0.3), make_crosscoder(), LAYER, make_table(), 1)
+    return Steerer(make_pair(kind, change=0.3), make_crosscoder(), LAYER, make_table(), Counted(1))
 
 
 def without_cache(steer: Steerer, prompt: Prompt, steering: Steering, n: int) -> list[int]:
@@ -106,7 +107,7 @@ def test_rows_that_finish_leave_the_batch_without_a_cache_too() -> None:
 def test_the_base_model_reads_its_stand_ins_while_steering(model: Literal["base", "chat"]) -> None:
     """Token 4 is read as 9 by the base model: the same as a base model whose embedding of 4 is that of 9."""
     steer = steerer()
-    mapped = Steerer(replace(steer.pair, stand_ins={4: 9}), steer.crosscoder, LAYER, make_table(), 1)
+    mapped = Steerer(replace(steer.pair, stand_ins={4: 9}), steer.crosscoder, LAYER, make_table(), Counted(1))
     steering = Steering(5, "ablate", 3.0, model)
     got = mapped.answer_prompts(PROMPTS, steering, SAMPLING)
     with torch.no_grad():
@@ -213,7 +214,7 @@ def test_a_coder_of_one_model_steers_nothing(mode: Any) -> None:
     coder = new_crosscoder(
         8, torch.zeros(1, D), 1.0, L1Config(), 1.0, seed=0, view=view_of(SingleConfig(source="base"), SOURCES)
     )
-    steerer = Steerer(make_pair("llama"), coder, LAYER, make_table(), 1)
+    steerer = Steerer(make_pair("llama"), coder, LAYER, make_table(), Counted(1))
     with pytest.raises(UserError, match="this coder has one source, base, and no direction in the chat model"):
         steerer.check(Steering(3, mode, 1.0))
 

@@ -7,6 +7,7 @@ last bit, for any number of ranks. A live harvest stores only the tokens, see `l
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from crossdiff.activations.counted import Counted
 from crossdiff.activations.folder import MANIFEST, Folder
 from crossdiff.activations.live import sampled_moments
 from crossdiff.activations.passes import NotFiniteError, paired_residuals
-from crossdiff.activations.shards import ProgressLog, ShardWriters, log_names, shard_name
-from crossdiff.activations.store import COLUMNS, FORMAT
+from crossdiff.activations.shards import ProgressLog, ShardEntry, ShardWriters, log_names, shard_name
+from crossdiff.activations.store import COLUMNS, FORMAT, Store
 from crossdiff.activations.texts import Texts
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
 from crossdiff.config import DatasetConfig, HarvestConfig
@@ -28,8 +30,12 @@ from crossdiff.models.pair import Pair
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Tensor
 from crossdiff.sources import SOURCES
+from crossdiff.text.chat import Flag
 from crossdiff.text.documents import check_datasets
 from crossdiff.text.sequences import POOL, TokenSequence, bucketed
+
+MEDIAN_TOKENS = 8192
+"""Number of tokens of the first shard that the median norm is taken from."""
 
 
 def _token_columns(batch: Sequence[TokenSequence], first_sequence: int) -> dict[str, Tensor]:
@@ -75,14 +81,15 @@ def harvest(
     settings = {layer: _settings(pair, layer, datasets, config) for layer in sorted(folders)}
     logs = {layer: ProgressLog(folders[layer], each, ranks.rank) for layer, each in settings.items()}
     ranks.wait()
-    n_shards = _write_shards(logs, pair, texts, config, ranks)
+    n_shards, rules = _write_shards(logs, pair, texts, config, ranks)
     if not one_sided:
         texts.check_sides()  # the shards stay, so a repetition with one_sided finishes at once
     ranks.wait()
     for layer, log in logs.items() if ranks.is_first else ():
         names = tuple(record.name for record in texts.records)
-        origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions, pair.dtype)
         entries = log.entries()
+        massive = _massive(log.folder, entries, rules[layer], pair.tokenizer) | {"multiple": config.max_norm_multiple or 0.0}
+        origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions, pair.dtype, massive)
         assert len(entries) == n_shards, f"{log.folder.location} has {len(entries)} of {n_shards} shards"
         assert sum(entry.n_tokens for entry in entries) == sum(record.n_tokens for record in texts.records)
         if config.storage == "live":
@@ -91,7 +98,8 @@ def harvest(
             moments = summed_moments(log.folder, entries)
         finish_store(log.folder, origin, config, entries, texts.table(), moments)
         log.remove()
-    return texts.remarks()
+    remarks = [massive_remark(Store(log.folder.location).manifest) for log in logs.values()]
+    return [*texts.remarks(), *dict.fromkeys(filter(None, remarks))]
 
 
 def is_finished(folder: Folder) -> bool:
@@ -100,22 +108,27 @@ def is_finished(folder: Folder) -> bool:
     return MANIFEST in names and not log_names(names)
 
 
-def _write_shards(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig, ranks: Ranks) -> int:
-    """Write this rank's missing shards of every layer. Returns the number of shards of all ranks."""
+def _write_shards(
+    logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, config: HarvestConfig, ranks: Ranks
+) -> tuple[int, dict[int, Counted]]:
+    """Write this rank's missing shards of every layer. Returns the number of shards of all ranks, and the layers' rules."""
     done = set.intersection(*({entry.file for entry in log.entries()} for log in logs.values()))
     ranks.wait()  # all ranks must read the logs before any of them writes
     dtype = None if config.storage == "live" else config.dtype
     writers = ShardWriters(list(logs.values()), config.shard_tokens + config.batch_tokens, len(SOURCES), pair.d_model, dtype)
     number, n_before, since = -1, 0, time.time()
+    rules = {layer: Counted(config.leave_out) for layer in logs}
     try:
         for number, batches in enumerate(_shards(texts.sequences(), config)):
             n_sequences = sum(map(len, batches))
+            if number == 0 and config.max_norm_multiple is not None and config.storage != "live":
+                rules = _rules(batches, pair, config.leave_out, config.max_norm_multiple, list(logs))
             if ranks.has(number) and shard_name(number) in done:
                 _check_stored(logs.values(), number, batches, n_before)
             elif ranks.has(number):
                 first = n_before
                 for batch in batches:
-                    _add(writers, batch, first, pair, list(logs), texts.is_training, config)
+                    _add(writers, batch, first, pair, rules, texts.is_training, config)
                     first += len(batch)
                 writers.flush(number, n_sequences, (time.time() - since) / ranks.size)
                 since = time.time()
@@ -123,7 +136,29 @@ def _write_shards(logs: Mapping[int, ProgressLog], pair: Pair, texts: Texts, con
         writers.wait()
     finally:
         writers.close()
-    return number + 1
+    return number + 1, rules
+
+
+def _rules(
+    batches: list[list[TokenSequence]], pair: Pair, leave_out: int, multiple: float, layers: list[int]
+) -> dict[int, Counted]:
+    """The rule of each layer, from the median norms of the first shard's first tokens after the leading positions.
+
+    All ranks make the same rules, and so does a harvest that is resumed.
+    """
+    norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    n_tokens = 0
+    for batch in batches:
+        kept = torch.from_numpy(np.concatenate([np.arange(len(sequence.token_ids)) for sequence in batch]) >= leave_out)
+        for layer, streams in zip(layers, _streams(pair, batch, layers), strict=True):
+            norms[layer].append(torch.stack([torch.linalg.vector_norm(stream, dim=1).cpu()[kept] for stream in streams]))
+        n_tokens += int(kept.sum())
+        if n_tokens >= MEDIAN_TOKENS:
+            break
+    if not n_tokens:
+        return {layer: Counted(leave_out) for layer in layers}
+    medians = {layer: torch.cat(found, dim=1).median(dim=1).values for layer, found in norms.items()}
+    return {layer: Counted(leave_out, tuple((multiple * median).tolist())) for layer, median in medians.items()}
 
 
 def _check_stored(logs: Iterable[ProgressLog], number: int, batches: list[list[TokenSequence]], first: int) -> None:
@@ -139,6 +174,8 @@ def _check_stored(logs: Iterable[ProgressLog], number: int, batches: list[list[T
         with safe_open(path, framework="pt") as file:
             for name in COLUMNS:
                 found, stored = torch.cat([part[name] for part in parts]), file.get_tensor(name)
+                if name == "flags":
+                    stored = stored & ~Flag.MASSIVE  # not from the texts
                 if len(found) == len(stored) and torch.equal(found, stored):
                     continue
                 raise UserError(
@@ -168,35 +205,68 @@ def _add(
     batch: list[TokenSequence],
     first_sequence: int,
     pair: Pair,
-    layers: list[int],
+    rules: Mapping[int, Counted],
     is_training: Sequence[bool],
     config: HarvestConfig,
 ) -> None:
-    """Run the models over a batch and append the activations to the layers' buffers. The moments count the training tokens
-    after the omitted leading positions."""
+    """Run the models over a batch and append the activations to the layers' buffers. The moments are over the training tokens
+    that count."""
     columns = _token_columns(batch, first_sequence)
     lengths = [len(sequence.token_ids) for sequence in batch]
-    in_training = np.repeat([is_training[sequence.document] for sequence in batch], lengths)
-    counted = torch.from_numpy(np.flatnonzero(in_training & (columns["position"].numpy() >= config.leave_out)))
-    computed: list[list[Tensor]] = [[] for _ in layers]
+    in_training = torch.from_numpy(np.repeat([is_training[sequence.document] for sequence in batch], lengths))
+    computed: list[list[Tensor]] = [[] for _ in rules]
     if config.storage != "live":
+        computed = _streams(pair, batch, list(rules))
+    for buffer, streams, rule in zip(writers.buffers, computed, rules.values(), strict=True):
+        flags, counted = columns["flags"], in_training & (columns["position"] >= rule.leave_out)
+        if streams:
+            ordinary = rule.ordinary(streams).cpu()
+            flags, counted = flags.where(ordinary, flags | Flag.MASSIVE), counted & ordinary
         try:
-            computed = paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
-        except NotFiniteError as error:
-            raise error.in_document(int(columns["document"][error.row])) from None
-    for buffer, streams in zip(writers.buffers, computed, strict=True):
-        try:
-            buffer.add(streams, columns, counted)
+            buffer.add(streams, columns | {"flags": flags}, counted.nonzero().squeeze(1))
         except UserError as error:
             numbers = [sequence.document for sequence in batch]
             raise UserError(f"{error} (in documents {min(numbers)} to {max(numbers)})") from error
 
 
+def _streams(pair: Pair, batch: list[TokenSequence], layers: list[int]) -> list[list[Tensor]]:
+    """`paired_residuals` of a batch; an error names the document."""
+    try:
+        return paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
+    except NotFiniteError as error:
+        documents = np.repeat([sequence.document for sequence in batch], [len(sequence.token_ids) for sequence in batch])
+        raise error.in_document(int(documents[error.row])) from None
+
+
+def _massive(folder: Folder, entries: Sequence[ShardEntry], rule: Counted, tokenizer: Any) -> dict[str, Any]:
+    """The limits of the norm, the number of tokens beyond them, and the tokens that most of them are, with their numbers."""
+    found: Counter[int] = Counter()
+    for path in folder.headers([entry.file for entry in entries]):
+        with safe_open(path, framework="pt") as file:
+            massive = (file.get_tensor("flags") & Flag.MASSIVE) != 0
+            # The leading positions are omitted whatever their norm.
+            found.update(file.get_tensor("token_id")[massive & (file.get_tensor("position") >= rule.leave_out)].tolist())
+    most = [[tokenizer.decode([token]), count] for token, count in found.most_common(3)]
+    return {"norm_limits": list(rule.norm_limits), "n_tokens": found.total(), "most_often": most}
+
+
+def massive_remark(manifest: Mapping[str, Any]) -> str | None:
+    """What to tell the user about the tokens of massive norm in a store; None if there are none."""
+    massive = manifest.get("massive", {})
+    if not massive.get("n_tokens"):
+        return None
+    often = ", ".join(f"{token!r} ({count:,})" for token, count in massive["most_often"])
+    return (
+        f"{massive['n_tokens']:,} of {manifest['n_tokens']:,} tokens ({massive['n_tokens'] / manifest['n_tokens']:.2%}) have "
+        f"activations of more than {massive['multiple']:g} times the median norm and are left out, as the leading "
+        f"positions are (harvest.max_norm_multiple); most often {often}"
+    )
+
+
 def _settings(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> dict[str, Any]:
     """The settings that a resumed harvest must share with the unfinished one."""
-    settings = {
+    return {
         "format": FORMAT, "pair": pair.identity, "layer": layer, "settings": config.model_dump(mode="json", exclude={"store"}),
-        "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
+        "datasets": [dataset.model_dump(mode="json") for dataset in datasets], "model_dtype": pair.dtype,
+        "max_norm_multiple": config.max_norm_multiple,
     }  # fmt: skip
-    # Harvests in float32 that an earlier version left unfinished can be resumed.
-    return settings if pair.dtype == "float32" else settings | {"model_dtype": pair.dtype}

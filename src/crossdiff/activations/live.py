@@ -117,7 +117,11 @@ def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
 def sampled_moments(
     folder: Folder, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
 ) -> Moments:
-    """Moments over the training tokens of randomly chosen passes, or of all passes of a small corpus."""
+    """Moments over the training tokens of randomly chosen passes, or of all passes of a small corpus.
+
+    Raises:
+        UserError: some of them have a massive norm. A live store cannot omit them, because it knows no norms before it is read.
+    """
     parts: dict[str, list[npt.NDArray[np.int32]]] = {name: [] for name in ("token_id", "sequence", "position", "document")}
     for path in folder.headers([entry.file for entry in entries]):
         with safe_open(path, framework="pt") as file:
@@ -131,7 +135,19 @@ def sampled_moments(
     order = np.random.default_rng(0).permutation(len(per_pass))
     n_chosen = int(np.searchsorted(np.cumsum(per_pass[order]), STATISTICS_TOKENS)) + 1
     moments = Moments.zero(len(SOURCES), pair.d_model)
+    norms = []
     for index in np.sort(order[:n_chosen]):
         chosen = torch.from_numpy(counted[passes.bounds[index] : passes.bounds[index + 1]])
-        moments.add([stream[chosen.to(stream.device)] for stream in passes.streams(int(index))])
+        streams = [stream[chosen.to(stream.device)] for stream in passes.streams(int(index))]
+        norms.append(torch.stack([torch.linalg.vector_norm(stream, dim=1).cpu() for stream in streams]))
+        moments.add(streams)
+    if config.max_norm_multiple is not None and moments.n_tokens:
+        relative = torch.cat(norms, dim=1)
+        n_massive = int((relative > config.max_norm_multiple * relative.median(dim=1, keepdim=True).values).any(0).sum())
+        if n_massive:
+            raise UserError(
+                f"{n_massive} of {int(moments.n_tokens)} sampled tokens have activations of more than "
+                f"{config.max_norm_multiple:g} times the median norm, which a live store cannot leave out; set harvest.storage "
+                "to blocks or passes, or harvest.max_norm_multiple to null to train on them"
+            )
     return moments

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from crossdiff.activations.counted import Counted
 from crossdiff.activations.folder import DOCUMENTS, MANIFEST, Folder
 from crossdiff.activations.locations import open_folder, read_pointer
 from crossdiff.activations.normalisation import Normalisation
@@ -31,6 +32,7 @@ from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, sha256
 from crossdiff.shapes import Float, Tensor
+from crossdiff.text.chat import Flag
 from crossdiff.text.sequences import POOL, batch_bounds
 
 FORMAT = 2
@@ -161,6 +163,18 @@ class Store:
         return int(self.manifest["leave_out"])
 
     @property
+    def rule(self) -> Counted:
+        """The rule by which tokens count. Stores of earlier versions have no limit of the norm."""
+        return Counted(self.leave_out, tuple(self.manifest.get("massive", {}).get("norm_limits", ())))
+
+    @cached_property
+    def counted(self) -> npt.NDArray[np.bool_]:
+        """Whether each token takes part in training and statistics: it is not in a leading position that is omitted, and its
+        activation has no massive norm."""
+        ordinary: npt.NDArray[np.bool_] = (self.column("flags") & Flag.MASSIVE) == 0
+        return ordinary & (self.column("position") >= self.leave_out)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings of the harvest that its results depend on, with the keys of `HarvestConfig`."""
         return {key: self.manifest[key] for key in HarvestConfig.model_fields if key in self.manifest}
@@ -241,21 +255,21 @@ class Store:
         return np.concatenate([shard[name].numpy() for shard in self.shards])
 
     def rows(self, split: str | None = None) -> npt.NDArray[np.int64]:
-        """Rows of the tokens that are not among the omitted leading positions, in one split or in all.
+        """Rows of the tokens that count, in one split or in all; see `counted`.
 
         Raises:
             UserError: there are no such tokens.
         """
-        wanted = self.column("position") >= self.leave_out
+        wanted = self.counted
         if split is not None:
             members = self.documents.filter(pl.col("split") == split)["document"].to_numpy()
-            wanted &= np.isin(self.column("document"), members)
+            wanted = wanted & np.isin(self.column("document"), members)
         rows = np.flatnonzero(wanted)
         if not len(rows):
             what = f"in the split {split!r} " if split else ""
             raise UserError(
-                f"{self.folder} has no tokens {what}beyond the first {self.leave_out} of each sequence, which are omitted; "
-                "add text or lower harvest.leave_out"
+                f"{self.folder} has no tokens {what}to work on: the first {self.leave_out} of each sequence are omitted, and "
+                "so are tokens of massive norm; add text or lower harvest.leave_out"
             )
         return rows
 

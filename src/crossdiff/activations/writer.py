@@ -30,7 +30,7 @@ class Origin:
     """Where a store's activations come from.
 
     pair: identity of the two models. datasets: names. texts: record of each dataset. revisions: Hub commit of each model.
-    model_dtype: dtype that the models ran in.
+    model_dtype: dtype that the models ran in. massive: `norm_limits` of the rule `Counted`, and what it found.
     """
 
     pair: dict[str, Any]
@@ -40,6 +40,7 @@ class Origin:
     texts: list[dict[str, Any]] = field(default_factory=list)
     revisions: dict[str, str | None] = field(default_factory=dict)
     model_dtype: str = "float32"
+    massive: dict[str, Any] = field(default_factory=dict)
 
 
 def finish_store(
@@ -82,6 +83,8 @@ def finish_store(
         "batch_tokens": config.batch_tokens,
         "max_length": config.max_length,
         "leave_out": config.leave_out,
+        "max_norm_multiple": config.max_norm_multiple,
+        "massive": origin.massive,
         "datasets": list(origin.datasets),
         "texts": origin.texts,
         "n_documents": documents.height,

@@ -151,7 +151,7 @@ def causal_test(
     # On one rank for all: where latents are nearly equal, another machine might choose others.
     arms, means = ranks.once(lambda: _make_arms(experiment, store, crosscoder, table, pool, config))
     sequences, n_without_assistant = read_conversations(store, config.split, config.max_conversations, config.seed)
-    patcher = Patcher(pair, crosscoder, store.layer, arms.arms, means, store.leave_out)
+    patcher = Patcher(pair, crosscoder, store.layer, arms.arms, means, store.rule)
     sample = measure_arms(patcher, sequences, parts, config, advance, ranks)
     if not ranks.is_first:
         return

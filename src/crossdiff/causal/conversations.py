@@ -92,10 +92,10 @@ def pad(batch: list[TokenSequence], pad_id: int, device: torch.device) -> tuple[
 
 
 def training_rows(store: Store) -> npt.NDArray[np.int64]:
-    """Rows of the store with tokens of the training conversations, without the skipped positions at the start."""
+    """Rows of the store with tokens of the training conversations that count."""
     is_training = (pl.col("split") == "train") & (pl.col("n_messages") > 0)
     documents = store.documents.filter(is_training)["document"].to_numpy()
-    rows = np.flatnonzero(np.isin(store.column("document"), documents) & (store.column("position") >= store.leave_out))
+    rows = np.flatnonzero(np.isin(store.column("document"), documents) & store.counted)
     if not len(rows):
         raise UserError(
             f"{store.folder} has no training conversations, which mean differences and contributions are computed from; "

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from crossdiff.activations.counted import Counted
 from crossdiff.causal.conversations import SPANS, pad, pad_column, span_of
 from crossdiff.causal.interventions import Arm
 from crossdiff.crosscoder.crosscoder import Crosscoder
@@ -146,7 +147,7 @@ class Patcher:
 
     Args:
         means: mean differences, for the arms that add one.
-        leave_out: number of leading positions that take the chat model's activations in every arm.
+        rule: tokens that it does not count take the chat model's activations in every arm.
     """
 
     def __init__(
@@ -156,13 +157,13 @@ class Patcher:
         layer: int,
         arms: tuple[Arm, ...],
         means: Float[Tensor, "group d_model"],
-        leave_out: int,
+        rule: Counted,
     ) -> None:
         self.pair = pair
         self.crosscoder = crosscoder
         self.layer = layer
         self.arms = arms
-        self.leave_out = leave_out
+        self.rule = rule
         self.decoder = DecoderDifference.from_crosscoder(crosscoder, means)
         needed = {CHAT, *(arm.continues for arm in arms)}
         self.upper: Mapping[str, UpperHalf] = {name: UpperHalf(getattr(pair, name), layer) for name in sorted(needed)}
@@ -187,7 +188,7 @@ class Patcher:
         group = pad_column([group_of(sequence.flags) for sequence in batch], 0, device)
         base = residuals_after(self.pair.base, self.pair.base_ids(ids), [self.layer])[0]
         chat = residuals_after(self.pair.chat, ids, [self.layer])[0]
-        counted = mask.bool() & (torch.arange(ids.shape[1], device=device) >= self.leave_out)
+        counted = mask.bool() & self.rule(torch.arange(ids.shape[1], device=device), [base, chat])
         predicts = span >= 0
         reference = Reference(self.upper[CHAT].logits(chat, ids, mask, predicts))
         differences = self.differences(base[counted], chat[counted], group[counted])

@@ -21,6 +21,7 @@ import polars as pl
 import torch
 from torch import nn
 
+from crossdiff.activations.counted import Counted
 from crossdiff.causal.generation import Answer, Edit, Hidden, Prompt, Sampling, SteeredTokens, ask, continue_batch, end_tokens
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError, check_latents
@@ -68,7 +69,9 @@ class Ablation:
     `cached`, it gets all tokens in each step.
     """
 
-    def __init__(self, pair: Pair, crosscoder: Crosscoder, layer: int, steering: Steering, cached: bool = True) -> None:
+    def __init__(
+        self, pair: Pair, crosscoder: Crosscoder, layer: int, steering: Steering, rule: Counted, cached: bool = True
+    ) -> None:
         from transformers import DynamicCache
 
         self.pair = pair
@@ -77,6 +80,7 @@ class Ablation:
         self.crosscoder = crosscoder
         self.layer = layer
         self.steering = steering
+        self.rule = rule
         self.direction = crosscoder.directions()[SOURCES.index(steering.model), steering.latent] / crosscoder.scale
         self.cache: Any = DynamicCache(config=self.other.config) if cached else None
 
@@ -93,6 +97,8 @@ class Ablation:
         of_latent = code.latent == self.steering.latent
         f = torch.zeros(len(h), device=device)
         f[code.token[of_latent]] = code.values[of_latent]
+        # A code of a massive token is meaningless; `chosen` has left the leading positions out.
+        f = f.where(self.rule.ordinary(h.unbind(1)), 0.0)
         removed = self.steering.strength * f.view(chosen.shape).to(hidden).unsqueeze(2) * self.direction.to(hidden)
         return hidden - chosen.unsqueeze(2) * removed
 
@@ -107,15 +113,15 @@ class Steerer:
 
     Args:
         table: the latent table, for the mean activation of each latent.
-        leave_out: number of leading positions that are never edited.
+        rule: the leading positions that it does not count are never edited; no latent is ablated on tokens of massive norm.
     """
 
-    def __init__(self, pair: Pair, crosscoder: Crosscoder, layer: int, table: pl.DataFrame, leave_out: int) -> None:
+    def __init__(self, pair: Pair, crosscoder: Crosscoder, layer: int, table: pl.DataFrame, rule: Counted) -> None:
         self.pair = pair
         self.crosscoder = crosscoder
         self.layer = layer
         self.table = table
-        self.leave_out = leave_out
+        self.rule = rule
         self.ends = end_tokens(pair.chat, pair.tokenizer)
 
     @cached_property
@@ -151,7 +157,7 @@ class Steerer:
         """A new edit, for one batch."""
         if steering.mode == "add":
             return Addition(self.vector(steering))
-        return Ablation(self.pair, self.crosscoder, self.layer, steering, self.cached)
+        return Ablation(self.pair, self.crosscoder, self.layer, steering, self.rule, self.cached)
 
     def answer(
         self, questions: Sequence[str], steering: Steering | None, sampling: Sampling, model: str = CHAT
@@ -180,7 +186,7 @@ class Steerer:
                 batch = [prompts[index] for index in part]
                 edit = None if steering is None else self.make_edit(steering)
                 outputs = continue_batch(
-                    answering, self.layer, batch, edit, tokens, self.leave_out, self.ends, sampling, self.cached, read
+                    answering, self.layer, batch, edit, tokens, self.rule.leave_out, self.ends, sampling, self.cached, read
                 )
                 for index, output in zip(part, outputs, strict=True):
                     text = self.pair.tokenizer.decode(output, skip_special_tokens=True).strip()

@@ -102,7 +102,7 @@ def heldout_sequences(store: Store, max_tokens: int) -> npt.NDArray[np.int64]:
 
 def _batches(store: Store, numbers: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
     ids, flags, document = store.column("token_id"), store.column("flags"), store.column("document")
-    counted = store.column("position") >= store.leave_out
+    counted = store.counted
     lengths = np.diff(store.sequences())[numbers]
     for batch in store.batches_of_sequences(numbers[np.argsort(lengths, kind="stable")], batch_tokens):
         first = np.flatnonzero(np.diff(batch.sequence, prepend=-1))

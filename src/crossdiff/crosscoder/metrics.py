@@ -12,13 +12,12 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
+from crossdiff.config import MASSIVE_NORM
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 from crossdiff.statistics import jackknife_se, student_t
 
-MASSIVE = 5.0
-"""A token is massive when its norm in a source is more than this many times the median norm of that source."""
 BLOCKS = 20
 
 
@@ -44,7 +43,7 @@ class HeldoutSums:
         sample = crosscoder.view.apply(store.gather(chosen)[:, source_indices(store, crosscoder.view.reads)])
         per_source = (2, BLOCKS, crosscoder.n_sources)
         return cls(
-            limit=MASSIVE * sample.norm(dim=2).median(0).values,
+            limit=MASSIVE_NORM * sample.norm(dim=2).median(0).values,
             n=torch.zeros(2, BLOCKS, dtype=torch.int64),
             squared_error=torch.zeros(per_source, dtype=torch.float64),
             square=torch.zeros(per_source, dtype=torch.float64),
@@ -105,7 +104,10 @@ def heldout_sums(
 
 
 def health(crosscoder: Crosscoder, sums: HeldoutSums) -> dict[str, Any]:
-    """Metrics on held-out tokens: FVE with jackknife intervals, L0, dead latents; massive tokens are reported separately."""
+    """Metrics on held-out tokens: FVE with jackknife intervals, L0, dead latents; massive tokens are reported separately.
+
+    A store has them only if `harvest.max_norm_multiple` is null, or if an earlier version made it.
+    """
     names = [*crosscoder.sources, "total"]
     value = sums.fve(0)
     filled = (sums.n[0] > 0).nonzero().squeeze(1)
@@ -120,7 +122,7 @@ def health(crosscoder: Crosscoder, sums: HeldoutSums) -> dict[str, Any]:
         "l0": float(sums.counts.sum()) / n_tokens,
         "n_dead": int((sums.counts == 0).sum()),
         "dead_share": float((sums.counts == 0).double().mean()),
-        "massive": {"n_tokens": n_massive, "share": n_massive / n_tokens, "norm_over_median": MASSIVE},
+        "massive": {"n_tokens": n_massive, "share": n_massive / n_tokens, "norm_over_median": MASSIVE_NORM},
     }
     if n_massive > 1:
         report["massive"]["fve"] = dict(zip(names, sums.fve(1).tolist(), strict=True))

@@ -130,6 +130,7 @@ def _start(config: CrosscoderConfig, store: Store, n_steps: int) -> Crosscoder:
     )
     crosscoder.origin = {
         "pair": store.pair, "model_dtype": store.manifest.get("model_dtype"), "layer": store.layer, "harvest": store.settings,
+        "norm_limits": store.rule.norm_limits,
         "settings": config.model_dump(mode="json"), "training_tokens": n_steps * config.batch_size,
     }  # fmt: skip
     return crosscoder

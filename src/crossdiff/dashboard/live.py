@@ -214,7 +214,7 @@ def check_length(text: Prompt) -> None:
 def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
     from crossdiff.text_activations import active_pairs
 
-    found = active_pairs(diff.pair, diff.crosscoder, sequence, diff.harvest.leave_out)
+    found = active_pairs(diff.pair, diff.crosscoder, sequence, diff.rule)
     return Reading(
         key=secrets.token_urlsafe(12),
         texts=tuple(diff.pair.tokenizer.decode([token]) for token in sequence.token_ids.tolist()),
@@ -228,7 +228,7 @@ def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
 def _steerer(diff: Diff, coder: Coder) -> Steerer:
     from crossdiff.causal.steering import Steerer
 
-    return Steerer(diff.pair, diff.crosscoder, diff.crosscoder.origin["layer"], coder.table, diff.harvest.leave_out)
+    return Steerer(diff.pair, diff.crosscoder, diff.crosscoder.origin["layer"], coder.table, diff.rule)
 
 
 def _lens(diff: Diff, latent: int, n: int) -> tuple[Promoted, ...]:

@@ -135,7 +135,7 @@ class LatentActivations:
 def find_activations(
     coder: Coder, sample: TextSample, latents: Integers, batch_tokens: int, advance: Callable[[int], None]
 ) -> LatentActivations:
-    """Encode the sample and record where the given latents (sorted) are active; skipped positions count as inactive."""
+    """Encode the sample and record where the given latents (sorted) are active; tokens that are skipped count as inactive."""
     store = sample.store
     positions = store.column("position")
     is_wanted = np.zeros(coder.n_latents, dtype=bool)
@@ -144,7 +144,7 @@ def find_activations(
     for batch in store.batches_of_sequences(np.sort(sample.numbers), batch_tokens):
         code = encode(coder, coder.inputs(store, batch.rows))
         latent, token = code.latent.numpy(), code.token.numpy()
-        kept = is_wanted[latent] & (positions[batch.rows[token]] >= store.leave_out)
+        kept = is_wanted[latent] & store.counted[batch.rows[token]]
         token = token[kept]
         sequence = batch.numbers[batch.sequence[token]]
         parts.append((latent[kept], sequence, positions[batch.rows[token]], coder.v(code).float().numpy()[kept]))

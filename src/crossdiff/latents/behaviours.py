@@ -121,7 +121,7 @@ def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int]
     if not scores.found_any:
         return None
     part = Part(crosscoder, torch.tensor(latents, dtype=torch.int64))
-    counted = store.column("position") >= store.leave_out
+    counted = store.counted
     for batch in store.batches_of_sequences(scores.sequences(store), batch_tokens):
         keep = counted[batch.rows]
         rows, sequence = batch.rows[keep], torch.from_numpy(batch.sequence[keep])
@@ -134,7 +134,7 @@ def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int]
 
 def live_latents(crosscoder: Crosscoder, store: Store, size: int, config: AnalyzeConfig) -> list[int]:
     """A seeded sample of the latents that are active often enough to be judged, measured on a sample of the store's tokens."""
-    counted = np.flatnonzero(store.column("position") >= store.leave_out)
+    counted = np.flatnonzero(store.counted)
     rows = np.sort(np.random.default_rng(config.seed).permutation(counted)[:SAMPLE_TOKENS])
     n_active = torch.zeros(crosscoder.n_latents, dtype=torch.int64)
     for start in range(0, len(rows), config.batch_tokens):

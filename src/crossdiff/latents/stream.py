@@ -145,7 +145,7 @@ def read_blocks(
 
     Several ranks take turns; `advance` counts the tokens of all of them.
     """
-    counted = store.column("position") >= store.leave_out
+    counted = store.counted
     batches = (
         (block, batch)
         for block, numbers in enumerate(blocks_of_sequences(store, n_blocks))

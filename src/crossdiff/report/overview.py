@@ -161,6 +161,8 @@ def _value_words(value: JsonValue) -> str:
 def caveats(report: RunReport) -> list[str]:
     """What weakens this run's results; limits of every run are in the template."""
     found = [wording.SAME_MODEL] if report.same_model else []
+    if (massive := wording.massive(report)) is not None:
+        found.append(massive)
     found += [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
     found += [
         f"{wording.share(texts.lost_share)} of the assistant's tokens of {texts.name} were beyond harvest.max_length and left "

@@ -79,6 +79,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         concepts=read_concepts(directory),
         texts=manifest.texts,
         same_model=manifest.same_model,
+        massive=manifest.massive,
     )
 
 

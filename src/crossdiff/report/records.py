@@ -154,6 +154,17 @@ class TextsRecord(Record):
         return self.assistant_lost / max(1, self.n_assistant + self.assistant_lost)
 
 
+class MassiveTokens(Record):
+    """The tokens of a store that are left out because their norm is more than `multiple` times the median.
+
+    most_often: tokens with their numbers.
+    """
+
+    multiple: float = 0.0
+    n_tokens: int = 0
+    most_often: tuple[tuple[str, int], ...] = ()
+
+
 class StoreManifest(Record):
     """manifest.json of the activation store. `pair` also holds the digest of the tokenizer, which is not read here."""
 
@@ -161,6 +172,7 @@ class StoreManifest(Record):
     n_tokens: int | None = None
     texts: tuple[TextsRecord, ...] = ()
     sources_equal: bool = False
+    massive: MassiveTokens = MassiveTokens()
 
     def model(self, source: str) -> str | None:
         """Name of a source's model."""
@@ -298,6 +310,7 @@ class RunReport:
         null: the rates of the null diff by crosscoder.
         concepts: None if the run has none yet.
         same_model: base and chat are one model.
+        massive: the tokens of massive norm that were left out; None if nothing is known of them.
     """
 
     directory: Path
@@ -312,6 +325,7 @@ class RunReport:
     concepts: RunConcepts | None = None
     texts: tuple[TextsRecord, ...] = ()
     same_model: bool = False
+    massive: MassiveTokens | None = None
 
     @property
     def primary(self) -> CrosscoderReport:

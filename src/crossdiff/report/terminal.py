@@ -45,6 +45,8 @@ def print_summary(report: RunReport, console: Console) -> None:
         console.print(_latents(report.primary))
     if top.n_specific < len(top.latents) or not top.latents:
         console.print(Text(wording.selection(report.primary), style="dim"))
+    if (massive := wording.massive(report)) is not None:
+        console.print(Text(massive, style="yellow"))
     console.print(Text(f"Report: {report.directory / 'report.html'}"), soft_wrap=True)
 
 

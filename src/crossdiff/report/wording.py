@@ -145,6 +145,18 @@ def fve(coder: CrosscoderReport, source: str) -> str:
     return interval(Estimate(heldout.fve[source], *heldout.fve_interval.get(source, (math.nan, math.nan))), 3)
 
 
+def massive(report: RunReport) -> str | None:
+    """How many tokens were left out because of their massive norm; None if there are none."""
+    found = report.massive
+    if found is None or not found.n_tokens or not report.n_tokens:
+        return None
+    often = ", ".join(f"{token!r} ({whole(count)})" for token, count in found.most_often)
+    return (
+        f"{whole(found.n_tokens)} tokens ({share(found.n_tokens / report.n_tokens)}) have activations of more than "
+        f"{number(found.multiple)} times the median norm and are left out; most often {often}. Nothing here is about them."
+    )
+
+
 def one_decoder(report: RunReport) -> list[str]:
     """What the rows about both models cannot say of coders with one decoder."""
     return [

@@ -34,7 +34,7 @@ def steer(session: Session, config: SteerConfig) -> None:
     crosscoder = session.crosscoder(name)
     session.check_analysed(name)
     table = pl.read_parquet(session.path / name / "latents.parquet")
-    steerer = Steerer(session.load_pair(), crosscoder, store.layer, table, store.leave_out)
+    steerer = Steerer(session.load_pair(), crosscoder, store.layer, table, store.rule)
     if config.prompt:
         print_side_by_side(steerer, name, config, session.console)
     else:

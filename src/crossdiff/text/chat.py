@@ -39,12 +39,16 @@ INT8_MAX = 127
 
 
 class Flag(IntFlag):
-    """The role of a token. Plain text has no flag; a token that straddles a border has the flags of both sides."""
+    """The role of a token. Plain text has no flag; a token that straddles a border has the flags of both sides.
+
+    MASSIVE is not a role: the harvest sets it on tokens whose activation has a massive norm.
+    """
 
     BOS = 1
     TEMPLATE = 2
     USER = 4
     ASSISTANT = 8
+    MASSIVE = 16
 
 
 ROLE_FLAGS = {"user": Flag.USER, "assistant": Flag.ASSISTANT}

@@ -148,7 +148,7 @@ def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream:
     folder.mkdir(parents=True, exist_ok=True)
     length = config.document_tokens
     n_train = config.documents - max(1, round(config.heldout_share * config.documents))
-    settings = HarvestConfig(max_length=length, dtype="float32", leave_out=0)
+    settings = HarvestConfig(max_length=length, dtype="float32", leave_out=0, max_norm_multiple=None)
     log = ProgressLog(folder, {"planted": config.model_dump(), "stream": stream})
     writers = ShardWriters([log], BLOCK * length, 2, config.d_model, settings.dtype)
     try:

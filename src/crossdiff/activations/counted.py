@@ -1,0 +1,39 @@
+"""Which tokens take part in training and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from crossdiff.shapes import Bool, Float, Int, Tensor
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The rule that omits the leading positions of a sequence and tokens of massive activation norm.
+
+    A few tokens anywhere in a text may have activations of hundreds of times the usual norm, the same for every text
+    (attention sinks). They would dominate the scale, the loss and the mean, and leave nothing for the others.
+
+    Attributes:
+        leave_out: number of leading positions.
+        norm_limits: for each source, the norm above which a token is massive, in the models' own space; empty: no limit.
+    """
+
+    leave_out: int
+    norm_limits: tuple[float, ...] = ()
+
+    def __call__(
+        self, position: Int[Tensor, "*token"], streams: Sequence[Float[Tensor, "*token d_model"]]
+    ) -> Bool[Tensor, "*token"]:
+        """Whether each token counts; `streams` has the activations of one source each."""
+        return (position >= self.leave_out) & self.ordinary(streams)
+
+    def ordinary(self, streams: Sequence[Float[Tensor, "*token d_model"]]) -> Bool[Tensor, "*token"]:
+        """Whether the norm of each token is within the limit of every source."""
+        found = torch.ones(streams[0].shape[:-1], dtype=torch.bool, device=streams[0].device)
+        for stream, limit in zip(streams, self.norm_limits, strict=False):
+            found &= torch.linalg.vector_norm(stream, dim=-1).to(found.device) <= limit
+        return found
