@@ -44,13 +44,15 @@ def crosscoder(store: Store) -> Crosscoder:
 
 
 def test_the_pass_measures_the_held_out_tokens_as_a_pass_over_them_does(tmp_path: Path) -> None:
-    store = make_store(tmp_path, planted_activations(3000)[0])  # with tokens on which much more than the median fires
+    activations = planted_activations(3000)[0]
+    activations[5::100] *= 50  # kept in the store, as earlier versions did
+    store = make_store(tmp_path, activations)
     coder = crosscoder(store)
     found = measure(coder, store, cells_of(store, make_tokenizer()), CONFIG, coder.directions()).heldout.sums
     expected = heldout_sums(coder, store, "heldout", 1000)
     assert int(found.n[1].sum()) > 1 and torch.equal(found.n, expected.n) and torch.equal(found.counts, expected.counts)
     for key in ("squared_error", "square", "total"):
-        torch.testing.assert_close(getattr(found, key), getattr(expected, key), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(getattr(found, key), getattr(expected, key), rtol=1e-5, atol=2e-3)
 
 
 @pytest.mark.parametrize("trouble", ["no held-out tokens", "too few documents", "another layer"])

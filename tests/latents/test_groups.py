@@ -16,7 +16,7 @@ from crossdiff.latents.stream import Chunk
 from crossdiff.text.chat import Flag
 from stores import make_store
 
-BOS, TEMPLATE, USER, SAID = (flag.value for flag in Flag)
+BOS, TEMPLATE, USER, SAID = Flag.BOS.value, Flag.TEMPLATE.value, Flag.USER.value, Flag.ASSISTANT.value
 # Two sequences: a conversation (turns 0 of the user, 1 of the assistant, 2 cut after its header), then plain text.
 FLAGS = [BOS, TEMPLATE, TEMPLATE, TEMPLATE, USER, USER, TEMPLATE, TEMPLATE, TEMPLATE | SAID, SAID, SAID | TEMPLATE, TEMPLATE]
 TURNS = [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2]

@@ -26,9 +26,9 @@ class Counted:
     norm_limits: tuple[float, ...] = ()
 
     def __call__(
-        self, position: Int[Tensor, "*token"], streams: Sequence[Float[Tensor, "*token d_model"]]
-    ) -> Bool[Tensor, "*token"]:
-        """Whether each token counts; `streams` has the activations of one source each."""
+        self, position: Int[Tensor, " position"], streams: Sequence[Float[Tensor, "*sequence position d_model"]]
+    ) -> Bool[Tensor, "*sequence position"]:
+        """Whether each token counts, in one sequence or several; `streams` has the activations of one source each."""
         return (position >= self.leave_out) & self.ordinary(streams)
 
     def ordinary(self, streams: Sequence[Float[Tensor, "*token d_model"]]) -> Bool[Tensor, "*token"]:
