@@ -45,8 +45,10 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
                 "kinds that change weights, such as LoRA, can be merged into a model"
             )
         _resize(model, adapter)
-        wrapped: Any = PeftModel(model, config)
-        loaded = wrapped.load_adapter(str(adapter.folder), "default")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about names that peft uses
+            wrapped: Any = PeftModel(model, config)
+            loaded = wrapped.load_adapter(str(adapter.folder), "default")
         # Of resized embeddings that were trained in full, peft writes two copies under two names, and reads one.
         unexpected = [name for name in loaded.unexpected_keys if not name.endswith(".modules_to_save.weight")]
         for what, names in (("lacks", loaded.missing_keys), ("holds, and the model has no place for,", unexpected)):

@@ -361,7 +361,7 @@ def _explained(repository: str) -> Iterator[None]:
         if error.response.status_code in (401, 403):
             remedy = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
         raise UserError(f"the Hub refused {repository}: {_clean(str(error))}; {remedy}") from None
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:  # type: ignore[attr-defined]
+    except (errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:  # type: ignore[attr-defined]
         raise UserError(
             f"cannot reach the Hub for {repository}: {_clean(str(error))}; check the network, and run the same command again "
             "to resume"

@@ -153,7 +153,7 @@ def massive(report: RunReport) -> str | None:
     often = ", ".join(f"{token!r} ({whole(count)})" for token, count in found.most_often)
     return (
         f"{whole(found.n_tokens)} tokens ({share(found.n_tokens / report.n_tokens)}) have activations of more than "
-        f"{number(found.multiple)} times the median norm and are left out; most often {often}. Nothing here is about them."
+        f"{found.multiple:g} times the median norm and are left out; most often {often}. Nothing here is about them."
     )
 
 
