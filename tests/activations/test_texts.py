@@ -116,14 +116,14 @@ def test_what_was_found_rather_than_set_is_said(tmp_path: Path) -> None:
     shared = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
     found = texts(tmp_path, [shared, shared, {"text": "abc"}])
     list(found.sequences())
-    assert found.layouts() == ["a is read as sharegpt and text; roles: gpt as assistant, human as user"]
+    assert found.layouts() == ["dataset a: read as sharegpt and text; roles: gpt as assistant, human as user"]
     assert found.records[0].formats == {"sharegpt": 2, "text": 1}
     plain = texts(tmp_path, chats(2))
     list(plain.sequences())
     assert plain.layouts() == []
     both = texts(tmp_path, [{"text": "abc", "instruction": "a", "output": "b"}])
     list(both.sequences())
-    assert both.layouts() == ["a is read as text; it also has the columns of alpaca: set its format if they are meant"]
+    assert both.layouts() == ["dataset a: read as text; it also has the columns of alpaca: set its format if they are meant"]
 
 
 def test_a_dataset_may_begin_with_empty_texts(tmp_path: Path) -> None:

@@ -445,7 +445,7 @@ FORK_ERRORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         fork_tensors(), {"code_normalization": "ODD"}, "have code_normalization ODD, expected one of CROSSCODER",
     ),
     "topk of another measure": (
-        fork_tensors() | {"code_normalization_id": torch.tensor(4)} | batch_topk(3, -1.0), {}, "keeps the 3 largest f_j w_j",
+        fork_tensors() | {"code_normalization_id": torch.tensor(4)} | batch_topk(3, -1.0), {}, "is a TopK coder",
     ),
     "threshold without k": (fork_tensors() | {"threshold": torch.tensor(1.0)}, {}, "has no k"),
     "k too large": (fork_tensors() | batch_topk(11, 1.0), {}, "k is 11, more than its 10 latents"),
@@ -484,7 +484,7 @@ SAELENS_ERRORS: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "size": ({"d_in": 7}, {}, "has d_model 6, but its cfg.json has d_in 7"),
     "no threshold": ({"architecture": "jumprelu"}, {}, "has no threshold"),
     "no k": ({"architecture": "topk"}, {}, "k is None, expected a whole number"),
-    "another measure": ({"architecture": "topk", "k": 3}, {}, "keeps the 3 largest"),
+    "another measure": ({"architecture": "topk", "k": 3}, {}, "is a TopK coder .* can be read"),
     "threshold of a ReLU": ({"architecture": "standard"}, {"threshold": torch.ones(F)}, "unknown keys: threshold"),
     "factors": ({}, {"scaling_factor": torch.full((F,), 2.0)}, "does not have finetuning_scaling_factor"),
 }

@@ -172,4 +172,4 @@ def test_the_site_of_gemma_scope() -> None:
 def test_an_import_without_a_layer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_saelens(tmp_path / "sae", {"architecture": "standard"}, {})
     run_command(["import", str(tmp_path / "sae"), str(tmp_path / "out")])
-    assert "note: its files do not tell the layer; make sure that it reads the residual stream" in capsys.readouterr().out
+    assert "note: its files do not name the layer; make sure that it reads the residual stream" in capsys.readouterr().out

@@ -117,8 +117,12 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # Two shards are in memory: one is filled while the other is written.
     shards = 2 * size * min(config.shard_tokens + config.batch_tokens, n_tokens)
-    remarks = (*texts.layouts(), *texts.lost())
-    return Plan(n_tokens, n_tokens * size, peak + shards, n_tokens * per_token, 1 / per_token, remarks)
+    remarks = [*texts.layouts(), *texts.lost()]
+    try:
+        texts.check_sides()
+    except UserError as error:
+        remarks.append(f"the harvest will refuse these texts: {error}")
+    return Plan(n_tokens, n_tokens * size, peak + shards, n_tokens * per_token, 1 / per_token, tuple(remarks))
 
 
 def _size(dataset: DatasetConfig, count: int | None, record: DatasetRecord) -> float:

@@ -72,7 +72,7 @@ class DatasetRecord:
         renamed = ", ".join(f"{name} as {role}" for name, role in sorted(self.renamed.items()))
         also = f"; it also has the columns of {' and '.join(self.also)}: set its format if they are meant" if self.also else ""
         roles = f"; roles: {renamed}" if renamed else ""
-        return f"{self.name} is read as {' and '.join(sorted(self.formats))}{roles}{also}"
+        return f"dataset {self.name}: read as {' and '.join(sorted(self.formats))}{roles}{also}"
 
     def count(self, document: Document, parts: list[TokenSequence]) -> None:
         """Count a document with its sequences."""
@@ -214,10 +214,12 @@ class Texts:
             return
         lost = sum(record.assistant_lost for record in self.records)
         limit = f"harvest.max_length {self.config.max_length}"
-        cut = f"; {lost:,} tokens of the assistant are beyond {limit}, so raise it" if lost else ""
+        remedy = "check the roles and the format of the dataset"
+        if lost and missing == ["assistant"]:
+            remedy = f"{lost:,} tokens of the assistant are beyond {limit}, so raise it"
         raise UserError(
-            f"{n_conversations:,} conversations were read, and none of their tokens is the {' or the '.join(missing)}'s{cut}; "
-            "check the roles and the format of the dataset, or pass --force to harvest them as they are"
+            f"{n_conversations:,} conversations were read, and none of their tokens is the {' or the '.join(missing)}'s; "
+            f"{remedy}, or pass --force to harvest them as they are"
         )
 
     def remarks(self) -> list[str]:

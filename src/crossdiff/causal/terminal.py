@@ -121,4 +121,5 @@ def print_concept_causal(folder: Path, console: Console) -> None:
     for found in alone.sort("closed", descending=True).head(10).iter_rows(named=True):
         closed = f"{found['closed']:.1%} [{found['least']:.1%}, {found['most']:.1%}]"
         strongest.add_row(str(found["concept"]), escape(labels[found["concept"]] or ""), str(found["n"]), escape(closed))
-    console.print(strongest)
+    if alone.height:
+        console.print(strongest)

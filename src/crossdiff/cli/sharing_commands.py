@@ -115,7 +115,7 @@ def import_published(args: Namespace) -> None:
     found = coder.origin.get("published") or {"format": "crossdiff", "architecture": coder.sparsity.kind}
     print(f"{found['format']}: {found['architecture']}, read as {coder.sparsity.kind}")
     if coder.origin["layer"] is None:
-        print("note: its files do not tell the layer; make sure that it reads the residual stream after the layer that you use")
+        print("note: its files do not name the layer; make sure that it reads the residual stream after the layer that you use")
     print(f"{coder.n_latents:,} latents, width {coder.d_model}, sources {', '.join(coder.sources)}; written to {args.target}")
 
 

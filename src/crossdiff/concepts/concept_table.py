@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from crossdiff.concepts.clustering import Grouping
 from crossdiff.concepts.group_scaling import GroupSums, group_table, pooled
 from crossdiff.concepts.similarity import Matrix, Products
 from crossdiff.config import AnalyzeConfig
+from crossdiff.errors import UserError
 from crossdiff.latents.activity import Activity
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.groups import GROUPS
@@ -159,7 +161,15 @@ def member_table(codes: Codes, grouping: Grouping, pool: Pool, products: Product
 
 
 def promoted_table(pair: Pair, directions: Float64[Tensor, "source concept d_model"]) -> pl.DataFrame:
-    """Tokens that each concept's mean contribution promotes and demotes: concept, direction, side, rank, token, logit."""
+    """Tokens that each concept's mean contribution promotes and demotes: concept, direction, side, rank, token, logit.
+
+    It has no rows, and there is a warning, if a model has no logit lens.
+    """
+    try:
+        lenses(pair, directions[BASE_INDEX, :1].sum(0), directions[CHAT_INDEX, :1].sum(0), PROMOTED)
+    except UserError as error:
+        warnings.warn(f"{error}; the concepts have no promoted tokens", stacklevel=2)
+        directions = directions[:, :0]
     rows = [
         (concept, lens.name, side, rank, token, logit)
         for concept in range(directions.shape[1])

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from crossdiff.errors import UserError
+from crossdiff.models.access import decoder_layers
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float, Tensor
 
@@ -26,7 +28,7 @@ def lenses(pair: Pair, base: Float[Tensor, " d_model"], chat: Float[Tensor, " d_
     """What a base and a chat direction promote: base in the base model, chat and chat minus base in the chat model.
 
     Raises:
-        UserError: a model has no final norm that is known.
+        UserError: a model has no norm after its layers, or its unembedding reads other vectors than the residual stream's.
     """
     found = []
     for name, model, direction in (
@@ -52,14 +54,25 @@ def direction_logits(model: Any, direction: Float[Tensor, " d_model"]) -> Float[
     Applying the norm module to the direction covers every architecture's way of storing its gain. The norm of a zero vector,
     which is the norm's bias, is subtracted.
     """
-    trunk = model.base_model
-    names = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-    norm = next((getattr(trunk, name) for name in names if hasattr(trunk, name)), None)
-    if norm is None:
-        raise UserError(f"{type(model).__name__} has no final norm named {', '.join(names)}, so the logit lens is unavailable")
-    unembedding = model.get_output_embeddings()
-    weight = unembedding.weight
+    norm, weight = _final_norm(model), model.get_output_embeddings().weight
+    if weight.shape[1] != len(direction):
+        raise UserError(
+            f"the unembedding of {type(model).__name__} reads vectors of {weight.shape[1]} dimensions, and its residual stream "
+            f"has {len(direction)}, so the logit lens is unavailable"
+        )
     vectors = torch.stack([direction.to(weight), torch.zeros_like(direction).to(weight)])
     normed = norm(vectors)
     logits: Tensor = ((normed[0] - normed[1]) @ weight.T).float().cpu()
     return logits
+
+
+def _final_norm(model: Any) -> nn.Module:
+    """The norm between the last decoder layer and the unembedding: the last one after the list of layers in the module that
+    holds it, or before it (as in OPT), where an architecture has none after it."""
+    layers = decoder_layers(model)
+    beside = next(list(module.children()) for module in model.modules() if any(child is layers for child in module.children()))
+    norms = [child for child in beside if "norm" in type(child).__name__.lower()]  # those after the list are the last
+    if not norms:
+        raise UserError(f"{type(model).__name__} has no norm after its decoder layers, so the logit lens is unavailable")
+    norm: nn.Module = norms[-1]
+    return norm

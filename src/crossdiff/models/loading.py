@@ -173,11 +173,16 @@ def _used(keys: Collection[str]) -> list[str]:
 
 
 def _load_error(name: str, error: Exception, method: str | None = None) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     if method is not None:
         return UserError(
-            f"cannot load {name!r}, whose weights are quantised ({method}): {reason.rstrip('.')}; install what is missing, or "
+            f"cannot load {name!r}, whose weights are quantised ({method}): {reason}; install what is missing, or "
             "give a copy of the model in full precision"
+        )
+    if kind := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", reason):
+        return UserError(
+            f"cannot load {name!r}: transformers has no model for text alone of the kind {kind[1]}; if it contains a text "
+            "model, save that on its own and give it"
         )
     if local_path(name) is None and not name.startswith((".", "/")):
         hint = (

@@ -109,8 +109,10 @@ class PublishedCoder:
                 factor = _constant_factor(norms, weight)
                 if threshold is None and factor is None:
                     raise UserError(
-                        f"{self.path} keeps the {k} largest f_j w_j of each token, and its w_j are not proportional to the sum "
-                        "of latent j's decoder norms as ours are; it cannot be read without changing which latents are active"
+                        f"{self.path} is a TopK coder ({self.origin['published']['format']}) that ranks a token's latents by "
+                        "another measure than the activation times the decoder norm, by which crossdiff ranks them; read so, "
+                        f"other latents would be among the {k} active ones. Only coders whose decoder directions have equal "
+                        "norms, or that rank as crossdiff does, can be read"
                     )
                 if threshold is None:
                     return TopKConfig(k=k), 0.0, {}

@@ -135,10 +135,11 @@ def introduction(concepts: RunConcepts) -> list[str]:
     others = [f"{wording.whole(n)} that {words[kind]}" for kind, n in changed if n]
     if others:
         sentences.append(f"Besides those new in the chat model, the ones that came back include {' and '.join(others)}.")
-    sentences.append(
-        f"The other {counted(concepts.table.height - concepts.count())} came from too few trainings and are not confirmed; the "
-        "table of concepts has them."
-    )
+    if unconfirmed := concepts.table.height - concepts.count():
+        sentences.append(
+            f"The other {counted(unconfirmed)} came from too few trainings and {'is' if unconfirmed == 1 else 'are'} not "
+            "confirmed; the table of concepts has them."
+        )
     return sentences
 
 
@@ -159,7 +160,7 @@ def controls(concepts: RunConcepts) -> list[str]:
             "their latents add to the activations)."
         )
     random, replicated = (summary.explained(key) for key in ("random", "replicated"))
-    if random and replicated:
+    if random and replicated and not any(math.isnan(value) for value in random):
         found.append(
             f"For comparison, as many random latents account for {spread(random)} of the difference, and all latents that "
             f"differ between the models for {spread(summary.explained('candidates'))}."

@@ -84,7 +84,7 @@ def health_rows(report: RunReport) -> list[Row]:
     heldouts = [coder.health.heldout for coder in coders]
     size = "number of latents, width of the models, and the k of TopK or BatchTopK: active latents per token"
     fve = "fraction of variance explained; 1 is perfect; 95% interval"
-    massive = "held-out tokens kept out of the FVE above, because a few of them would dominate it"
+    massive = "left out of every number here, because a few of them would dominate it"
     null = "of the live latents; in brackets the share in the null diff, whose second model was only trained further"
     rows = [Row("latents", [_latents_words(coder) for coder in coders], size)]
     for source in dict.fromkeys(source for heldout in heldouts for source in heldout.fve):
@@ -93,7 +93,7 @@ def health_rows(report: RunReport) -> list[Row]:
         Row("L0, active latents per token", [wording.number(heldout.l0) for heldout in heldouts]),
         Row("never active on held-out tokens", [_dead_words(heldout) for heldout in heldouts], "latents, as a share of all"),
         Row("held-out tokens", [wording.whole(heldout.n_tokens) for heldout in heldouts]),
-        Row("tokens of massive norm", [_massive_words(heldout.massive) for heldout in heldouts], massive),
+        Row("tokens of massive norm", [_massive_words(report, heldout.massive) for heldout in heldouts], massive),
         Row("tokens trained on", [wording.whole(coder.health.training_tokens) for coder in coders]),
         Row("tokens analysed", [wording.whole(coder.health.analysed_tokens) for coder in coders]),
     ]
@@ -117,7 +117,10 @@ def _dead_words(heldout: HeldOut) -> str:
     return f"{wording.share(heldout.dead_share)} ({heldout.n_dead:,})"
 
 
-def _massive_words(massive: Massive) -> str:
+def _massive_words(report: RunReport, massive: Massive) -> str:
+    """Those that the harvest left out, or held-out ones that are only kept out of the FVE."""
+    if report.massive is not None and report.massive.n_tokens:
+        return wording.whole(report.massive.n_tokens)
     if massive.n_tokens == 0:
         return "none"
     values = ", ".join(f"FVE {source} {wording.number(value)}" for source, value in massive.fve.items())

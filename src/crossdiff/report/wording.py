@@ -152,8 +152,9 @@ def massive(report: RunReport) -> str | None:
         return None
     often = ", ".join(f"{token!r} ({whole(count)})" for token, count in found.most_often)
     return (
-        f"{whole(found.n_tokens)} tokens ({share(found.n_tokens / report.n_tokens)}) have activations of more than "
-        f"{found.multiple:g} times the median norm and are left out; most often {often}. Nothing here is about them."
+        f"{whole(found.n_tokens)} of {whole(report.n_tokens)} tokens ({share(found.n_tokens / report.n_tokens)}) have "
+        f"activations of more than {found.multiple:g} times the median norm. They are left out, so no number here includes "
+        f"them; most often they are {often}."
     )
 
 
@@ -321,11 +322,12 @@ def selection(coder: CrosscoderReport) -> str:
             f"These are the {specific} chat-specific latents with the lowest sum of their ranks by nu_error and by "
             f"nu_reconstruction, among those with both between {RANKED_NU[0]:g} and {RANKED_NU[1]:g}."
         )
+    followed = "Shown are" if specific == 0 else "It is followed by" if specific == 1 else "They are followed by"
     found = "No latent is" if specific == 0 else f"Only {latents(specific)} {'is' if specific == 1 else 'are'}"
     if not candidates:
         return f"{found} chat-specific, and no other has both nu and delta_norm of at least {CANDIDATE_DELTA_NORM:g}."
     return (
-        f"{found} chat-specific. {'They are followed by' if specific else 'Shown are'} the nearest candidates: among the other "
+        f"{found} chat-specific. {followed} the nearest candidates: among the other "
         f"latents with delta_norm of at least {CANDIDATE_DELTA_NORM:g} and enough activations, those with the lowest sum of "
         "ranks by nu_error and nu_reconstruction. Each card gives the latent's own verdict."
     )
