@@ -224,6 +224,8 @@ class Run:
         self.save()
         self._swap_moves()
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # other stages are at work
+            folder.parent.rmdir()
 
     def _outdated_by(self, stage: Stage) -> list[str]:
         """The finished stages that were made from the result that a stage replaces, the latest of them first."""
