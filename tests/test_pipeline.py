@@ -57,7 +57,7 @@ def test_a_run_makes_everything_and_a_second_one_makes_nothing(
         with sqlite3.connect(run / coder / "examples.sqlite") as database:
             assert database.execute("SELECT count(*) FROM examples").fetchone()[0] > 0
     assert "<html" in (run / "report.html").read_text()
-    assert not list((run / "work").iterdir())
+    assert not (run / "work").exists()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.yaml"}
     capsys.readouterr()
     run_command(["run", str(run)])

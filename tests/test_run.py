@@ -80,3 +80,36 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         Run.open(tmp_path / "run")
+
+
+def test_what_was_made_from_a_replaced_result_is_replaced_with_it(tmp_path: Path) -> None:
+    """train -> analyze -> causal within the analysis' folder; a second training is independent of the first."""
+    run = Run.open(tmp_path / "run", create=True)
+
+    def write(name: str, fingerprint: str, output: str, *needs: str) -> Stage:
+        stage = Stage(name, fingerprint, (output,), needs=needs)
+        with run.working(stage) as folder:
+            (folder / output).parent.mkdir(parents=True, exist_ok=True)
+            (folder / output).write_text(f"{name} {fingerprint}")
+        return stage
+
+    write("train/a", "1", "a/model")
+    other = write("train/b", "1", "b/model")
+    write("analyze/a", "1", "a/tables/latents", "train/a")
+    causal = write("causal/a", "1", "a/tables/causal", "analyze/a")
+    write("analyze/a", "1", "a/tables/latents", "train/a")  # the same result again leaves what was made from it
+    assert run.is_done(causal)
+    training = write("train/a", "2", "a/model")
+    assert (run.path / "a" / "model").read_text() == "train/a 2"
+    assert not (run.path / "a" / "tables" / "latents").exists() and not (run.path / "a" / "tables" / "causal").exists()
+    assert run.is_done(training) and run.is_done(other) and set(run.manifest["stages"]) == {"train/a", "train/b"}
+    old = {path.read_text() for path in (run.path / "old").rglob("*") if path.is_file()}
+    assert old == {"analyze/a 1", "causal/a 1", "train/a 1"}
+
+
+def test_an_error_before_any_file_leaves_nothing(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", create=True)
+    with pytest.raises(RuntimeError), run.working(Stage("s", "1", ("out/result",))) as folder:
+        (folder / "out" / "deeper").mkdir(parents=True)
+        raise RuntimeError
+    assert not (run.path / "work").exists()

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -21,8 +22,11 @@ from crossdiff.crosscoder.checkpoint import harvest_of, load, origin_of, save
 from crossdiff.crosscoder.cost import check_memory
 from crossdiff.diff import Diff
 from crossdiff.errors import UserError
+from crossdiff.interp.explanation_table import SCHEMA
+from crossdiff.latents.settings import verdict_settings
 from crossdiff.published.hub import load as load_published
 from crossdiff.published.hub import push
+from crossdiff.report.overview import caveats
 from crossdiff.report.reading import read_run
 from crossdiff.run import Run, Stage
 from crossdiff.stages.definitions import differences
@@ -66,6 +70,17 @@ def change(run: Path, section: str, **values: Any) -> None:
         ("harvest --analyze.blocks 4000", "150 documents cannot make 4000 blocks"),
         ("causal --causal.interventions nofile.yaml", "cannot read the config file nofile.yaml"),
         ("report --causal.interventions nofile.yaml", "cannot read the config file nofile.yaml"),
+        ("train --crosscoders.batchtopk.seed -1", r"crosscoders.batchtopk.seed: .*greater than or equal to 0 \(found -1\)"),
+        ("train --crosscoders.batchtopk.lr .inf", r"crosscoders.batchtopk.lr: .*finite number \(found inf\)"),
+        ("steer --latent 3 --prompt hi --seed -1", r"seed: .*greater than or equal to 0 \(found -1\)"),
+        ("steer --latent 3 --prompt hi --temperature .inf", r"temperature: .*finite number \(found inf\)"),
+        ("steer --latent 64", "there is no latent 64: batchtopk has 64, from 0 to 63"),
+        ("steer --latent 3 --controls 1000 --labels greeting", "shared latents for 1000 controls; lower --controls"),
+        ("interpret --latents 64 --embedding none", "there is no latent 64"),
+        ("interpret --concepts 0 3", "has no concepts; run `crossdiff concepts"),
+        ("seeds batchtopk ../run/batchtopk", "has no latents.parquet"),
+        ("seeds batchtopk other --cosine nan", "--cosine is nan; expected a number from -1 to 1"),
+        ("export --latents 1 -o latents.parquet", "the page latents.parquet has no name that ends in .html"),
         ("report --device cuda:7", "device 'cuda:7' cannot be used"),
         ("report --harvest.store foo://bucket/x", "cannot use foo://bucket/x"),
         ("train --only nothere", "there is no crosscoder 'nothere' in this run; there are batchtopk"),
@@ -177,6 +192,11 @@ def test_verdicts_are_shown_with_the_limits_that_they_were_made_with(run: Path, 
     card = push(run, "me/my-diff", dry_run=True).card
     assert "nu_error: 0.9" not in card and "min_active: 20" in card
     other = shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(UserError, match=r"other compares the same two models as .*run, so it is not a null diff of it"):
+        compare(run, other)
+    manifest = json.loads((other / "activations" / "manifest.json").read_text())
+    manifest["pair"]["chat"] = {"name": "another"}
+    (other / "activations" / "manifest.json").write_text(json.dumps(manifest))
     assert compare(run, other).height
     health = json.loads((other / "batchtopk" / "health.json").read_text())
     health["settings"]["nu_error"] = 0.3
@@ -186,6 +206,34 @@ def test_verdicts_are_shown_with_the_limits_that_they_were_made_with(run: Path, 
     del health["settings"]  # as an earlier version wrote it
     (other / "batchtopk" / "health.json").write_text(json.dumps(health))
     assert read_run(other).crosscoders[0].limits.nu_error == 0.9
+
+
+def test_a_null_diff_is_shown_with_verdicts_of_the_same_limits_only(run: Path) -> None:
+    rates = {"n_live": 5, "rates": {"chat_specific": 0.2}, "analysis": verdict_settings(run / "batchtopk")}
+    (run / "null.json").write_text(json.dumps({"crosscoders": {"batchtopk": rates}}))
+    assert list(read_run(run).null) == ["batchtopk"]
+    health = json.loads((run / "batchtopk" / "health.json").read_text())
+    health["settings"]["nu_error"] = 0.3
+    (run / "batchtopk" / "health.json").write_text(json.dumps(health))
+    report = read_run(run)
+    assert not report.null and report.null_outdated == ("batchtopk",)
+    assert "batchtopk was analysed with other limits since its null diff, which is left out" in " ".join(caveats(report))
+
+
+def test_scores_are_summarised_by_the_present_verdicts(run: Path) -> None:
+    """Two latents are interpreted; the summary was written when both had a verdict that they no longer have."""
+    folder = run / "batchtopk"
+    shared = pl.read_parquet(folder / "latents.parquet").filter(verdict="shared")["latent"][:2].to_list()
+    trained = json.loads((run / "manifest.json").read_text())["stages"]["train/batchtopk"]["fingerprint"]
+    rows = [{"latent": latent, "detection": 0.75, "crosscoder": trained} for latent in shared]
+    pl.DataFrame(rows, schema=SCHEMA).write_parquet(folder / "interpretation.parquet")
+    score = {"score": "detection", "verdict": "rotated", "n": 2, "mean": 0.75, "quartiles": [0.75] * 5}
+    summary = {"n_latents": 2, "n_incomplete": 0, "models": [], "scores": [score], "differences": []}
+    for nu_error, expected in ((0.2, "rotated"), (0.3, "shared")):  # the limit of the run is 0.2
+        analysis = verdict_settings(folder) | {"nu_error": nu_error}
+        (folder / "interpretation.json").write_text(json.dumps(summary | {"seed": 0, "analysis": analysis}))
+        found = read_run(run).crosscoders[0].interpretation
+        assert found is not None and [(entry.verdict, entry.n, entry.mean) for entry in found.scores] == [(expected, 2, 0.75)]
 
 
 def test_a_text_is_read_with_the_harvest_that_was_trained_on(run: Path) -> None:

@@ -14,7 +14,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    FiniteFloat,
     ValidationError,
     field_validator,
     model_validator,
@@ -34,9 +33,13 @@ def check_url(url: str) -> str:
 
 
 class Config(BaseModel):
-    """A frozen group of settings that rejects unknown keys."""
+    """A frozen group of settings that rejects unknown keys, infinity and NaN."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""The seed of a random number generator."""
 
 
 class DatasetConfig(Config):
@@ -68,7 +71,7 @@ class DatasetConfig(Config):
     heldout_share: float = Field(0.1, ge=0, le=1, description="share of documents held out of training, chosen by content hash")
     max_documents: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1, description="stop after the document that reaches this many tokens")
-    weight: FiniteFloat | None = Field(
+    weight: float | None = Field(
         None,
         gt=0,
         description="share of the tokens in a mix of the datasets, relative to the other weights; the mix ends with the first "
@@ -279,8 +282,8 @@ class CrosscoderConfig(Config):
         None, ge=1, description="tokens after which a silent latent is dead; default: min(10M, 5% of the run's tokens)"
     )
     checkpoint_seconds: float = Field(30.0, gt=0, description="seconds between checkpoints")
-    seed: int = Field(0, description="seed of the random decoder directions at the start of training")
-    batch_seed: int | None = Field(
+    seed: Seed = Field(0, description="seed of the random decoder directions at the start of training")
+    batch_seed: Seed | None = Field(
         None,
         description="seed of the order of the batches; default: that of the start",
         exclude_if=lambda value: value is None,  # trainings from before this setting existed keep their fingerprint
@@ -338,7 +341,7 @@ class AnalyzeConfig(Config):
     examples: int = Field(12, ge=1, description="highest-activating examples kept per latent")
     examples_per_quantile: int = Field(3, ge=0, description="examples kept per activation quantile")
     pool_size: int = Field(100, ge=1, description="latents in each pool of the behaviour comparison")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ConceptsConfig(Config):
@@ -368,7 +371,7 @@ class CausalConfig(Config):
     pool: int | None = Field(None, ge=2, description="number of latents that are ranked against each other; default: 5% of all")
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples of the conversations")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SteerConfig(Config):
@@ -379,7 +382,7 @@ class SteerConfig(Config):
     )
     latent: int | None = Field(None, description="number of the latent")
     mode: Literal["add", "ablate"] = Field("add", description="add the chat direction, or remove the latent's contribution")
-    strength: tuple[FiniteFloat, ...] = Field(
+    strength: tuple[float, ...] = Field(
         (1.0,), min_length=1, description="in units of the latent's mean contribution where it is active"
     )
     model: Literal["chat", "base"] = Field("chat", description="the model that is steered")
@@ -394,7 +397,7 @@ class SteerConfig(Config):
     rules: str | None = Field(None, description="YAML file of behaviours; default: those of the embedded pair")
     max_new_tokens: int = Field(60, ge=1, description="longest answer")
     temperature: float = Field(0.0, ge=0, description="0 always takes the likeliest token")
-    seed: int = 0
+    seed: Seed = 0
 
 
 TAKEN = {"activations", "concepts", "interpretation", "old", "tensorboard", "work"}

@@ -146,7 +146,7 @@ class Diff:
         """
         return self._concepts.table
 
-    def concept(self, concept: int) -> ConceptView:
+    def concept(self, concept: SupportsIndex) -> ConceptView:
         """A concept's card: what it is active on, its verdict, and the evidence for it.
 
         Examples:
@@ -158,8 +158,9 @@ class Diff:
         """
         found = self._concepts
         check_concept(found, concept)
-        examples = read_examples(found.folder / "examples.sqlite", [concept], COMMAND)[concept]
-        record = concept_of(found, concept, examples)
+        number = index(concept)
+        examples = read_examples(found.folder / "examples.sqlite", [number], COMMAND)[number]
+        record = concept_of(found, number, examples)
         return ConceptView(record, concept_card(record, found))
 
     @cached_property

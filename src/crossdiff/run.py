@@ -2,7 +2,8 @@
 
 A stage writes into a folder in `work/` that is named after its fingerprint. Once it is complete, its outputs are swapped in:
 the previous ones move to `old/`, where they stay until `crossdiff clean`. The moves are written into the manifest before the
-first one is made, so a kill between two of them is repaired when the run is opened next.
+first one is made, so a kill between two of them is repaired when the run is opened next. What was made from a replaced result
+moves to `old/` with it, so that a run never shows results of different trainings side by side.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class Stage:
     Attributes:
         settings: those of its settings that are in the fingerprint, as JSON. The manifest keeps them, so that a later command
             can show which of them differ.
+        needs: names of the stages whose outputs it is made from.
     """
 
     name: str
     fingerprint: str
     outputs: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 class Leftover(NamedTuple):
@@ -190,9 +193,7 @@ class Run:
             yield folder
         except BaseException:
             if self.ranks.is_first:
-                with suppress(OSError):  # not empty: the stage resumes from what it has written
-                    folder.rmdir()
-                    folder.parent.rmdir()
+                _remove_empty_folders(folder.parent)  # the stage resumes from the files that it has written
             raise
         self.ranks.wait()
         if self.ranks.is_first:
@@ -203,16 +204,19 @@ class Run:
         missing = [output for output in stage.outputs if not (folder / output).exists()]
         assert not missing, f"stage {stage.name} did not write {missing}"
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        retired = f"old/{stamp}-{stage.name.replace('/', '-')}-{os.getpid()}"
+        retired = {
+            name: f"old/{stamp}-{name.replace('/', '-')}-{os.getpid()}" for name in (*self._outdated_by(stage), stage.name)
+        }
         moves = []
-        for output in stage.outputs:
-            if (self.path / output).exists():
-                moves.append([output, f"{retired}/{output}"])
-            moves.append([str((folder / output).relative_to(self.path)), output])
+        for name, target in retired.items():
+            outputs = stage.outputs if name == stage.name else self.manifest["stages"].pop(name)["outputs"]
+            moves += [[output, f"{target}/{output}"] for output in outputs if (self.path / output).exists()]
+        moves += [[str((folder / output).relative_to(self.path)), output] for output in stage.outputs]
         self.manifest["stages"][stage.name] = {
             "fingerprint": stage.fingerprint,
             "outputs": list(stage.outputs),
             "settings": stage.settings,
+            "needs": list(stage.needs),
             "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -220,6 +224,20 @@ class Run:
         self.save()
         self._swap_moves()
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # other stages are at work
+            folder.parent.rmdir()
+
+    def _outdated_by(self, stage: Stage) -> list[str]:
+        """The finished stages that were made from the result that a stage replaces, the latest of them first."""
+        old = self.record(stage.name)
+        if old is None or old["fingerprint"] == stage.fingerprint:
+            return []
+        found = [stage.name]
+        for name in found:
+            # Results of earlier versions hold no record of what they were made from.
+            direct = [key for key, entry in self.manifest["stages"].items() if name in entry.get("needs", ())]
+            found += [key for key in direct if key not in found]
+        return found[:0:-1]
 
     def _swap_moves(self) -> None:
         """Make the moves that the manifest lists, each once, however often this is called."""
@@ -251,3 +269,10 @@ class Run:
         for name in ("old", "work"):
             with suppress(OSError):  # something is left in it, or it does not exist
                 (self.path / name).rmdir()
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    """Remove the folders without any file in a folder, and the folder itself if nothing is left in it."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # not empty
+            os.rmdir(path)

@@ -110,7 +110,7 @@ def test_a_killed_test_resumes_after_the_last_batch(run: Path, monkeypatch: pyte
     assert len(calls) == n_batches - 2
     left, right = (pl.read_parquet(path / "l1" / "causal_conversations.parquet") for path in (run, undisturbed))
     assert left.equals(right)
-    assert not list((run / "work").iterdir())
+    assert not (run / "work").exists()
 
 
 def test_a_coder_of_the_difference_is_patched_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +211,7 @@ def test_steering_over_labelled_prompts(run: Path, capsys: pytest.CaptureFixture
     ("options", "message"),
     [
         (["--prompt", "hi"], "no latent given"),
-        (["--latent", "64", "--prompt", "hi"], "there is no latent 64: the crosscoder has 64, from 0 to 63"),
+        (["--latent", "64", "--prompt", "hi"], "there is no latent 64: l1 has 64, from 0 to 63"),
         (["--latent", "3", "--crosscoder", "l2"], "this run has no crosscoder 'l2' that reads both models; it has l1"),
         (["--latent", "3", "--prompt", "hi", "--strength", "nan"], r"strength.0: .*finite.*nan"),
         (["--latent", "3", "--prompt", "sea " * 3000], r"a prompt of \d+ tokens and 60 new ones are more than the \d+ that"),

@@ -33,8 +33,11 @@ def test_import_says_what_it_found_and_keeps_the_function(tmp_path: Path, capsys
     f = torch.relu(torch.einsum("bsd,sdf->bf", h, tensors["encoder.weight"]) + tensors["encoder.bias"])
     expected = torch.einsum("bf,sfd->bsd", f, tensors["decoder.weight"]) + tensors["decoder.bias"]
     torch.testing.assert_close(coder.reconstruct(h), expected)
-    with pytest.raises(UserError, match="ours already holds a crosscoder; choose another folder"):
+    with pytest.raises(UserError, match=r"ours already holds a crosscoder, a model or a run \(found model.safetensors\)"):
         run_command(["import", str(tmp_path / "published"), str(tmp_path / "ours")])
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(UserError, match="a file is a file; name the folder to write the crosscoder into"):
+        run_command(["import", str(tmp_path / "published"), str(tmp_path / "a file")])
 
 
 def test_a_batch_topk_is_read_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SCHEMA
 from crossdiff.report import concept_wording
 from crossdiff.report.concept_cards import concept_card, groups
-from crossdiff.report.concept_reading import read_concepts
+from crossdiff.report.concept_reading import check_concept, read_concepts
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.html import render_html
 from crossdiff.report.model_card import markdown, model_card
@@ -218,3 +218,11 @@ def test_latents_with_a_nu_out_of_range_are_not_ranked(run: Path) -> None:
 def test_a_card_needs_no_report(run: Path) -> None:
     found = concepts_of(run)
     assert concept_card(found.shown[0], found).number == 0
+
+
+@pytest.mark.parametrize("number", ["x", None, 1.5, True])
+def test_what_is_not_the_number_of_a_concept_is_refused(run: Path, number: object) -> None:
+    found = read_concepts(run, with_examples=False)
+    assert found is not None
+    with pytest.raises(UserError, match="is not the number of a concept; expected a whole number, such as 0"):
+        check_concept(found, number)

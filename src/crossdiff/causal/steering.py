@@ -211,6 +211,8 @@ def matched_controls(table: pl.DataFrame, latent: int, n: int, seed: int) -> lis
     """
     own = table.row(latent, named=True)
     others = table.filter((pl.col("verdict") == "shared") & (pl.col("latent") != latent) & (pl.col("frequency") > 0))
+    if not own["frequency"] > 0:
+        raise UserError(f"latent {latent} was never active, so no latent has a similar frequency; pass --controls 0")
     if others.height < n:
         raise UserError(f"there are only {others.height} shared latents for {n} controls; lower --controls")
     distance = pl.sum_horizontal([(pl.col(name) / own[name]).log().abs() for name in ("frequency", "norm_chat")])

@@ -128,6 +128,8 @@ def seeds(args: Namespace) -> None:
     from crossdiff.compare.seeds import compare_seeds, read_seeds
     from crossdiff.compare.terminal import print_seeds
 
+    if not -1 <= args.cosine <= 1:
+        raise UserError(f"--cosine is {args.cosine:g}; expected a number from -1 to 1")
     print_seeds(compare_seeds(read_seeds(_run_directory(args.directory), args.names), args.cosine))
 
 

@@ -154,7 +154,7 @@ def _by_name(section: str, entries: dict[str, Config]) -> Iterator[tuple[_Settin
 
 
 def _add(group: Any, setting: _Setting, value: str, hidden: bool = False) -> None:
-    many: dict[str, Any] = {"nargs": "+"} if isinstance(setting.value, tuple) else {}
+    many: dict[str, Any] = {"nargs": "+"} if _is_list(setting.annotation) else {}
     text = argparse.SUPPRESS if hidden else f"{setting.description} [{value}]".replace("%", "%%")
     metavar = f"{{{','.join(map(str, setting.choices))}}}" if setting.choices else "VALUE"
     group.add_argument(
@@ -164,6 +164,13 @@ def _add(group: Any, setting: _Setting, value: str, hidden: bool = False) -> Non
         help=text,
         default=argparse.SUPPRESS,
         **many,
+    )
+
+
+def _is_list(annotation: Any) -> bool:
+    """Whether a setting has several values, each a word of its own on the command line."""
+    return get_origin(annotation) is tuple or (
+        get_origin(annotation) in (Union, UnionType) and any(map(_is_list, get_args(annotation)))
     )
 
 

@@ -76,6 +76,8 @@ def dashboard(args: Namespace) -> None:
 def export(args: Namespace) -> None:
     from crossdiff.dashboard.export import export_page
 
+    if args.output.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"the page {args.output} has no name that ends in .html; choose another one with -o, such as page.html")
     n_concepts, n_latents = export_page(args.directory, args.crosscoder, args.latents, args.concepts, args.output)
     parts = [f"{n} {what}" for n, what in ((n_concepts, "concepts"), (n_latents, "latents")) if n]
     print(f"{' and '.join(parts) or 'nothing'} written to {args.output}")
@@ -103,8 +105,10 @@ def pull(args: Namespace) -> None:
 
 
 def import_published(args: Namespace) -> None:
-    if (args.target / "model.safetensors").exists():
-        raise UserError(f"{args.target} already holds a crosscoder; choose another folder")
+    if args.target.is_file():
+        raise UserError(f"{args.target} is a file; name the folder to write the crosscoder into")
+    if taken := [name for name in ("model.safetensors", "config.json", "config.yaml") if (args.target / name).exists()]:
+        raise UserError(f"{args.target} already holds a crosscoder, a model or a run (found {taken[0]}); choose another folder")
     from crossdiff.crosscoder.checkpoint import save
     from crossdiff.published.formats import read_published
 

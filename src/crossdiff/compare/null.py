@@ -14,7 +14,7 @@ import polars as pl
 
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
-from crossdiff.latents.settings import analysis_settings
+from crossdiff.latents.settings import verdict_settings
 from crossdiff.latents.verdict import SETS, VERDICTS
 
 FILE = "null.json"
@@ -52,8 +52,7 @@ def rates(path: Path) -> tuple[int, dict[str, float]]:
 def _facts(run: Path, names: Sequence[str]) -> dict[str, Any]:
     """What a run and its null run must have in common, for the crosscoders of these names."""
     manifest: dict[str, Any] = read_json(run / "activations" / "manifest.json")
-    without_effect = {"batch_tokens", "examples", "examples_per_quantile", "pool_size", "seed"}
-    analyses = {f"analysis of {name}": analysis_settings(run / name).model_dump(exclude=without_effect) for name in names}
+    analyses = {f"analysis of {name}": verdict_settings(run / name) for name in names}
     return {"base model": manifest["pair"]["base"], "layer": manifest["layer"], **analyses}
 
 
@@ -64,6 +63,12 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
     live latents).
     """
     ours, theirs = analysed_names(run), analysed_names(null)
+    chat, other = (read_json(folder / "activations" / "manifest.json")["pair"]["chat"] for folder in (run, null))
+    if chat == other:
+        raise UserError(
+            f"{null} compares the same two models as {run}, so it is not a null diff of it; give the run of the base model and "
+            "one that was trained further without the behaviour"
+        )
     names = [name for name in ours if name in theirs]
     if not names:
         raise UserError(
@@ -98,7 +103,11 @@ def concept_counts(run: Path) -> dict[str, int] | None:
 def keep(run: Path, null: Path, compared: pl.DataFrame) -> None:
     """Store the null run's rates and the number of its concepts in the run directory."""
     crosscoders = {
-        str(name): {"n_live": part["n_null"][0], "rates": dict(part.select("rate", "null").iter_rows())}
+        str(name): {
+            "n_live": part["n_null"][0],
+            "rates": dict(part.select("rate", "null").iter_rows()),
+            "analysis": verdict_settings(run / str(name)),
+        }
         for (name,), part in compared.group_by("crosscoder", maintain_order=True)
     }
     write_json(run / FILE, {"null_run": str(null), "crosscoders": crosscoders, "concepts": concept_counts(null)})

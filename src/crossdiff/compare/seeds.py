@@ -51,7 +51,7 @@ def read_seeds(run: Path, names: list[str]) -> list[Seed]:
     if len(set(names)) < 2:
         raise UserError(f"seeds are compared with each other: name at least two crosscoders of {run}, found {names}")
     for name in names:
-        if not (run / name / "latents.parquet").exists():
+        if Path(name).name != name or not (run / name / "latents.parquet").exists():
             raise UserError(f"{run / name} has no latents.parquet; run `crossdiff analyze {run} --only {name}` first")
     seeds = []
     for name in names:

@@ -47,9 +47,9 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise UserError("screenshots need the package playwright; run `pip install playwright`") from None
+    catalogue = Catalogue(directories)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    catalogue = Catalogue(directories)
     coders = list(catalogue)
     comparing = [coder for coder in coders if coder.table["delta_norm"].is_not_nan().any()]
     coder = (comparing or coders)[-1]

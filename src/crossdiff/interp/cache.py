@@ -22,24 +22,33 @@ class Entry(NamedTuple):
 
 
 class Cache:
-    """An SQLite file. Every answer is on disk when `put` returns."""
+    """An SQLite file, made with the first answer. Every answer is on disk when `put` returns."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._database = self._open() if path.exists() else None
+
+    def _open(self) -> sqlite3.Connection:
         try:
-            self._database = sqlite3.connect(path)
-            self._database.execute(SCHEMA)
+            database = sqlite3.connect(self.path)
+            database.execute(SCHEMA)
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, and its answers are requested again") from None
+            raise UserError(f"{self.path} is damaged ({error}); delete it, and its answers are requested again") from None
+        return database
 
     def close(self) -> None:
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
 
     def get(self, key: str) -> Entry | None:
+        if self._database is None:
+            return None
         row = self._database.execute("SELECT text, prompt_tokens, answer_tokens FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else Entry(*row)
 
     def put(self, key: str, entry: Entry) -> None:
+        if self._database is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = self._open()
         with self._database:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, *entry))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from crossdiff.config import Config
+from crossdiff.config import Config, Seed
 
 
 class InterpretConfig(Config):
@@ -53,7 +53,7 @@ class InterpretConfig(Config):
     input_price: float = Field(0.0, ge=0, description="price of a million prompt tokens, to estimate the cost")
     output_price: float = Field(0.0, ge=0, description="price of a million answer tokens")
     batch_tokens: int = Field(4096, ge=1, description="tokens per batch in the search for contexts")
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def chosen_concepts(self) -> tuple[str, ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from crossdiff.config import AnalyzeConfig, read_yaml, validate
 from crossdiff.files import read_json
 
 FILE, KEY = "health.json", "settings"
+WITHOUT_EFFECT = {"batch_tokens", "examples", "examples_per_quantile", "pool_size", "seed"}
+"""Settings of the analysis that change no verdict."""
 
 
 def analysis_settings(folder: Path) -> AnalyzeConfig:
@@ -24,3 +27,8 @@ def analysis_settings(folder: Path) -> AnalyzeConfig:
     if KEY in found:
         return validate(AnalyzeConfig, found[KEY], str(path))
     return validate(AnalyzeConfig, (read_yaml(run).get("analyze") if run.is_file() else None) or {}, str(run))
+
+
+def verdict_settings(folder: Path) -> dict[str, Any]:
+    """Those settings that the verdicts of the crosscoder in `folder` depend on, as JSON. Raises as `analysis_settings`."""
+    return analysis_settings(folder).model_dump(mode="json", exclude=WITHOUT_EFFECT)

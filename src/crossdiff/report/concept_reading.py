@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import polars as pl
 
@@ -69,10 +70,12 @@ def read_concepts(directory: Path, with_examples: bool = True) -> RunConcepts | 
     return replace(found, shown=tuple(concept_of(found, number, examples[number]) for number in numbers))
 
 
-def check_concept(concepts: RunConcepts, number: int) -> None:
+def check_concept(concepts: RunConcepts, number: object) -> None:
     """Raise `UserError` if there is no such concept."""
     n = concepts.table.height
-    if not 0 <= number < n:
+    if isinstance(number, bool) or not isinstance(number, SupportsIndex):
+        raise UserError(f"{number!r} is not the number of a concept; expected a whole number, such as 0")
+    if not 0 <= index(number) < n:
         there_are = f"there are {n}, from 0 to {n - 1}" if n else "the run has none"
         raise UserError(f"there is no concept {number}: {there_are}")
 
@@ -145,11 +148,11 @@ def _with_explanations(table: pl.DataFrame, folder: Path) -> pl.DataFrame:
 
 def _read_null(directory: Path) -> dict[str, tuple[NullShare, ...]] | None:
     """How often the null diff gives each verdict that says that the models differ; None without a null diff."""
-    path = directory / "null.json"
-    if not path.is_file():
+    rates, _ = NullDiff.of_run(directory).split(directory)
+    if not rates:
         return None
     found: dict[str, tuple[NullShare, ...]] = {}
-    for name, null in NullDiff.read(path, "crossdiff null").crosscoders.items():
+    for name, null in rates.items():
         if not (directory / name / "health.json").is_file():
             continue
         health = Health.read(directory / name / "health.json", "crossdiff analyze")

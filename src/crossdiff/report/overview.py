@@ -166,6 +166,10 @@ def caveats(report: RunReport) -> list[str]:
     found = [wording.SAME_MODEL] if report.same_model else []
     if (massive := wording.massive(report)) is not None:
         found.append(massive)
+    found += [
+        f"{name} was analysed with other limits since its null diff, which is left out; run `crossdiff null` again."
+        for name in report.null_outdated
+    ]
     found += [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
     found += [
         f"{wording.share(texts.lost_share)} of the assistant's tokens of {texts.name} were beyond harvest.max_length and left "

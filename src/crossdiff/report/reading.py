@@ -13,7 +13,8 @@ import polars as pl
 from crossdiff.config import RunConfig, read_yaml, validate
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation, with_interpretation
-from crossdiff.latents.settings import analysis_settings
+from crossdiff.interp.summary import summarise
+from crossdiff.latents.settings import analysis_settings, verdict_settings
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
 from crossdiff.report.examples import Example, read_examples
@@ -64,7 +65,8 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
     if not analysed:
         raise UserError(f"{directory} has no crosscoder folder with a latents.parquet; run `crossdiff analyze` first")
     crosscoders = tuple(_read_crosscoder(directory / name) for name in analysed)
-    path, null = directory / "activations" / "manifest.json", directory / "null.json"
+    path = directory / "activations" / "manifest.json"
+    null, null_outdated = NullDiff.of_run(directory).split(directory)
     manifest = StoreManifest.read(path, "crossdiff harvest") if path.is_file() else StoreManifest()
     return RunReport(
         directory=directory,
@@ -75,7 +77,8 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         datasets=_read_datasets(directory / "activations" / "documents.parquet"),
         crosscoders=crosscoders,
         not_analysed=waiting,
-        null=NullDiff.read(null, "crossdiff null").crosscoders if null.is_file() else {},
+        null=null,
+        null_outdated=null_outdated,
         concepts=read_concepts(directory),
         texts=manifest.texts,
         same_model=manifest.same_model,
@@ -135,7 +138,8 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     top = TopLatents(records[: len(shown)], n_specific)
     settings = analysis_settings(folder)
     limits = Limits(settings.nu_error, settings.nu_reconstruction, settings.delta_norm)
-    return CrosscoderReport(folder.name, health, limits, latents, behaviours, top, records[len(shown) :], _read_summary(folder))
+    summary = _read_summary(folder, latents)
+    return CrosscoderReport(folder.name, health, limits, latents, behaviours, top, records[len(shown) :], summary)
 
 
 def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
@@ -160,12 +164,16 @@ def _best_specific(behaviours: Sequence[BehaviourResult]) -> list[int]:
     return [score.latent for score in scores if score is not None and score.latent is not None]
 
 
-def _read_summary(folder: Path) -> Interpretation | None:
-    """The interpretation of the crosscoder that is now in the folder; None if there is none."""
-    path = folder / SUMMARY_FILE
-    if not path.is_file() or not read_interpretation(folder).height:
+def _read_summary(folder: Path, latents: pl.DataFrame) -> Interpretation | None:
+    """The interpretation of the crosscoder that is now in the folder, by its present verdicts; None if there is none."""
+    path, rows = folder / SUMMARY_FILE, read_interpretation(folder)
+    if not path.is_file() or not rows.height:
         return None
-    return Interpretation.read(path, "crossdiff interpret")
+    found = Interpretation.read(path, "crossdiff interpret")
+    if found.analysis is None or found.analysis == verdict_settings(folder):
+        return found
+    verdicts = latents.select(pl.col("latent").cast(pl.Int64), "verdict")
+    return Interpretation.model_validate(summarise(verdicts.join(rows, on="latent"), found.seed))
 
 
 def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:

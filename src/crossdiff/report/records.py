@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, Validati
 from crossdiff.config import default_crosscoder
 from crossdiff.errors import UserError
 from crossdiff.files import number, read_json
+from crossdiff.latents.settings import verdict_settings
 from crossdiff.report.examples import Example
 from crossdiff.statistics import Estimate
 
@@ -112,26 +113,50 @@ class Difference(Record):
 
 
 class Interpretation(Record):
-    """interpretation.json of one crosscoder."""
+    """interpretation.json of one crosscoder.
+
+    seed: of the bootstrap. analysis: settings that the verdicts were made with; None in files of earlier versions.
+    """
 
     n_latents: int
     n_incomplete: int
     models: tuple[str, ...]
     scores: tuple[ScoreSummary, ...]
     differences: tuple[Difference, ...]
+    seed: int = 0
+    analysis: Mapping[str, JsonValue] | None = None
 
 
 class NullRates(Record):
-    """Result of the null diff for one crosscoder: number of live latents, and their share in each verdict and set."""
+    """Result of the null diff for one crosscoder: number of live latents, and their share in each verdict and set.
+
+    analysis: settings that the verdicts of both runs were made with; None in files of earlier versions.
+    """
 
     n_live: int
     rates: Mapping[str, Number]
+    analysis: Mapping[str, JsonValue] | None = None
 
 
 class NullDiff(Record):
     """null.json, by crosscoder."""
 
-    crosscoders: Mapping[str, NullRates]
+    crosscoders: Mapping[str, NullRates] = {}
+
+    @classmethod
+    def of_run(cls, directory: Path) -> NullDiff:
+        """The null diff of a run directory; empty if there is none."""
+        path = directory / "null.json"
+        return cls.read(path, "crossdiff null") if path.is_file() else cls()
+
+    def split(self, directory: Path) -> tuple[dict[str, NullRates], tuple[str, ...]]:
+        """The rates that belong to the present verdicts of a run, and the crosscoders that were analysed otherwise since."""
+        outdated = tuple(
+            name
+            for name, rates in self.crosscoders.items()
+            if rates.analysis is not None and rates.analysis != verdict_settings(directory / name)
+        )
+        return {name: rates for name, rates in self.crosscoders.items() if name not in outdated}, outdated
 
 
 class Model(Record):
@@ -308,6 +333,7 @@ class RunReport:
     Attributes:
         not_analysed: crosscoders that are trained but have no latent table yet.
         null: the rates of the null diff by crosscoder.
+        null_outdated: crosscoders whose null diff was made with other limits of the verdicts, and is not shown.
         concepts: None if the run has none yet.
         same_model: base and chat are one model.
         massive: the tokens of massive norm that were left out; None if nothing is known of them.
@@ -326,6 +352,7 @@ class RunReport:
     texts: tuple[TextsRecord, ...] = ()
     same_model: bool = False
     massive: MassiveTokens | None = None
+    null_outdated: tuple[str, ...] = ()
 
     @property
     def primary(self) -> CrosscoderReport:

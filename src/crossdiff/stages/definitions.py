@@ -77,7 +77,7 @@ def train_stage(config: RunConfig, name: str) -> Stage:
     """Depends on the store and on this crosscoder's settings."""
     settings = config.trainings[name].model_dump(exclude={"checkpoint_seconds", "seeds"})
     value = {"code": TRAINING_FORMAT, "harvest": harvest_stage(config).fingerprint, "settings": settings}
-    return _stage("train", name, value, ("config.json", "model.safetensors", "train.jsonl"))
+    return _stage("train", name, value, ("config.json", "model.safetensors", "train.jsonl"), ("harvest",))
 
 
 def analyze_stage(config: RunConfig, name: str) -> Stage:
@@ -87,21 +87,22 @@ def analyze_stage(config: RunConfig, name: str) -> Stage:
         "code": ANALYSIS_FORMAT, "train": train_stage(config, name).fingerprint, "settings": config.analyze.model_dump(),
         "reference": None if reference is None else train_stage(config, reference).fingerprint,
     }  # fmt: skip
-    return _stage("analyze", name, value, ANALYSIS)
+    trainings = (name,) if reference is None else (name, reference)
+    return _stage("analyze", name, value, ANALYSIS, tuple(f"train/{training}" for training in trainings))
 
 
 def concepts_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
     """Depends on the analyses of the trainings that take part and on the settings of the grouping."""
     analysed = {name: analyze_stage(config, name).fingerprint for name in names}
     value = {"code": CONCEPTS_FORMAT, "analyzed": analysed, "settings": config.concepts.model_dump()}
-    return Stage("concepts", fingerprint(value), ("concepts",))
+    return Stage("concepts", fingerprint(value), ("concepts",), needs=tuple(f"analyze/{name}" for name in names))
 
 
 def compare_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
     """Depends on the crosscoders and on the settings of the comparison."""
     trained = {name: train_stage(config, name).fingerprint for name in names}
     value = {"code": CODE_FORMAT, "train": trained, "settings": config.compare.model_dump()}
-    return Stage("compare", fingerprint(value), ("comparison.json",))
+    return Stage("compare", fingerprint(value), ("comparison.json",), needs=tuple(f"train/{name}" for name in names))
 
 
 def causal_stage(config: RunConfig, name: str) -> Stage:
@@ -115,7 +116,7 @@ def causal_stage(config: RunConfig, name: str) -> Stage:
         "code": CAUSAL_FORMAT, "needed": needed.fingerprint, "settings": settings.model_dump(exclude={"interventions"}),
         "experiment": load_experiment(settings).model_dump(mode="json"),
     }  # fmt: skip
-    return _stage("causal", name, value, OUTPUTS)
+    return _stage("causal", name, value, OUTPUTS, (needed.name,))
 
 
 def concept_causal_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
@@ -124,7 +125,8 @@ def concept_causal_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
         "code": CAUSAL_FORMAT, "concepts": concepts_stage(config, names).fingerprint,
         "settings": config.causal.model_dump(exclude={"interventions", "pool"}),
     }  # fmt: skip
-    return Stage("causal/concepts", fingerprint(value), ("concepts/causal.parquet", "concepts/causal.json"))
+    files = ("concepts/causal.parquet", "concepts/causal.json")
+    return Stage("causal/concepts", fingerprint(value), files, needs=("concepts",))
 
 
 def report_stage(config: RunConfig, names: tuple[str, ...], run: Run) -> Stage:
@@ -152,7 +154,9 @@ def interpret_stage(config: RunConfig, name: str, settings: InterpretConfig) -> 
         "code": INTERPRETATION_FORMAT, "analyze": needed.fingerprint,
         "settings": settings.model_dump(exclude=WITHOUT_EFFECT | others),
     }  # fmt: skip
-    return _stage("interpret", name, value, (FILE, CONTEXTS_FILE, SUMMARY_FILE))
+    # Explanations of latents stay valid when only the analysis changes.
+    made_from = "concepts" if name == CONCEPTS else f"train/{name}"
+    return _stage("interpret", name, value, (FILE, CONTEXTS_FILE, SUMMARY_FILE), (made_from,))
 
 
 def steer_stage(config: RunConfig, name: str, settings: SteerConfig, rules: Rules) -> Stage:
@@ -163,7 +167,7 @@ def steer_stage(config: RunConfig, name: str, settings: SteerConfig, rules: Rule
         "settings": settings.model_dump(exclude={"rules"}), "rules": rules.model_dump(),
     }  # fmt: skip
     files = (f"steering/{title}.parquet", f"steering/{title}-rates.parquet")
-    return Stage(f"steer/{title}", fingerprint(value), files)
+    return Stage(f"steer/{title}", fingerprint(value), files, needs=(f"analyze/{name}",))
 
 
 def truth_stage(config: TruthConfig) -> Stage:
@@ -172,8 +176,8 @@ def truth_stage(config: TruthConfig) -> Stage:
     return Stage("truth", fingerprint(value), ("activations", *config.crosscoders, "truth.json"))
 
 
-def _stage(kind: str, name: str, value: dict[str, Any], files: tuple[str, ...]) -> Stage:
-    return Stage(f"{kind}/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in files))
+def _stage(kind: str, name: str, value: dict[str, Any], files: tuple[str, ...], needs: tuple[str, ...]) -> Stage:
+    return Stage(f"{kind}/{name}", fingerprint(value), tuple(f"{name}/{file}" for file in files), needs=needs)
 
 
 def _identify_page() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
@@ -121,6 +121,7 @@ def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cach
         from crossdiff.interp.explanation_table import training_fingerprint, write_tables
         from crossdiff.interp.scorer import Scorer
         from crossdiff.interp.summary import summarise
+        from crossdiff.latents.settings import verdict_settings
 
         target = folders[0] / name
         target.mkdir(exist_ok=True)
@@ -131,7 +132,10 @@ def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cach
         interpretation = write_tables(target, rows, context_rows, folder)
         summary = summarise(table.select("latent", "verdict").join(interpretation, on="latent"), config.seed)
         n_unanswered = sum(bool(each.reasons) for each in responses)
-        write_json(target / "interpretation.json", summary | {"n_unanswered": n_unanswered})
+        record: dict[str, Any] = {"n_unanswered": n_unanswered, "seed": config.seed}
+        if name != CONCEPTS:
+            record["analysis"] = verdict_settings(folder)
+        write_json(target / "interpretation.json", summary | record)
 
     run_together([(session, interpret_stage(session.config, name, config))], work)
     print_explanations(explanations[0], name, session.console)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossdiff.config import SteerConfig
-from crossdiff.errors import UserError
+from crossdiff.errors import UserError, check_latents
 from crossdiff.stages.definitions import steer_stage
 from crossdiff.stages.session import Session
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
+    from crossdiff.causal.answers import Rules
     from crossdiff.causal.steering import Steerer
 
 
@@ -19,8 +20,10 @@ def steer(session: Session, config: SteerConfig) -> None:
     """Answer the given prompts on the terminal, or the run's labelled prompts in a table in `steering/`."""
     import polars as pl
 
+    from crossdiff.causal.answers import read_rules
     from crossdiff.causal.steering import Steerer
     from crossdiff.causal.terminal import print_side_by_side
+    from crossdiff.pairs import RULES
 
     names = session.paired_names
     if not names:
@@ -30,23 +33,22 @@ def steer(session: Session, config: SteerConfig) -> None:
         raise UserError(f"this run has no crosscoder {name!r} that reads both models; it has {', '.join(names)}")
     if config.latent is None:
         raise UserError("no latent given: pass its number with --latent; the report and latents.parquet list them")
+    rules = read_rules(RULES if config.rules is None else Path(config.rules))
     store = session.store()
     crosscoder = session.crosscoder(name)
+    check_latents([config.latent], crosscoder.n_latents, name)
     session.check_analysed(name)
     table = pl.read_parquet(session.path / name / "latents.parquet")
     steerer = Steerer(session.load_pair(), crosscoder, store.layer, table, store.rule)
     if config.prompt:
         print_side_by_side(steerer, name, config, session.console)
     else:
-        _steer_batch(session, name, steerer, store, config)
+        _steer_batch(session, name, steerer, store, config, rules)
 
 
-def _steer_batch(session: Session, name: str, steerer: Steerer, store: Store, config: SteerConfig) -> None:
-    from crossdiff.causal.answers import read_rules
+def _steer_batch(session: Session, name: str, steerer: Steerer, store: Store, config: SteerConfig, rules: Rules) -> None:
     from crossdiff.causal.terminal import print_rates
-    from crossdiff.pairs import RULES
 
-    rules = read_rules(RULES if config.rules is None else Path(config.rules))
     stage = steer_stage(session.config, name, config, rules)
     title = stage.name.removeprefix("steer/")
     answers_file, rates_file = stage.outputs

@@ -15,6 +15,7 @@ from crossdiff.config import (
     DifferenceConfig,
     L1Config,
     PartitionedConfig,
+    Seed,
 )
 
 SHORT: dict[str, Any] = {"n_latents": 256, "epochs": 8, "lr": 3e-3}
@@ -46,7 +47,7 @@ class PlantedConfig(Config):
     documents: int = Field(2500, ge=10, description="number of documents")
     document_tokens: int = Field(64, ge=2, description="tokens per document")
     heldout_share: float = Field(0.1, gt=0, lt=1, description="share of the documents that is held out")
-    seed: int = Field(0, description="seed of all draws")
+    seed: Seed = Field(0, description="seed of all draws")
 
     @property
     def n_concepts(self) -> int:
