@@ -51,7 +51,8 @@ class Activations:
         roles: bos, template, user, assistant or plain, for each token.
         flags: bits of `Flag`, for each token.
         latents: numbers of the latents, in the requested order, or the strongest first.
-        values: `[token, latent]`, v = f * sum over sources of ||d^s||; 0 at the first positions, which training leaves out.
+        values: `[token, latent]`, v = f * sum over sources of ||d^s||; 0 at the first positions and on tokens of
+            massive norm, which training leaves out.
         highest: the largest known activation of each latent, which gets the strongest tint.
     """
 

@@ -7,7 +7,7 @@ CREATE TABLE sequences (
     document INTEGER,               -- NULL if unknown, like dataset and label
     dataset TEXT, label TEXT,
     token_ids BLOB,                 -- int32, little-endian: the whole sequence
-    flags BLOB                      -- uint8: 1 bos, 2 template, 4 user, 8 assistant
+    flags BLOB                      -- uint8: 1 bos, 2 template, 4 user, 8 assistant, 16 massive norm
 );
 CREATE TABLE vocabulary (
     token_id INTEGER PRIMARY KEY, text TEXT
