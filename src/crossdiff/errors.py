@@ -19,22 +19,23 @@ class UserError(ValueError):
     """
 
 
-def check_latents(latents: object, n_latents: int, name: str = "the crosscoder") -> None:
+def check_latents(latents: object, n_latents: int, name: str = "the crosscoder", unit: str = "latent") -> None:
     """Check that `latents` are numbers of latents that exist.
 
     Args:
         name: what has the latents, for the message.
+        unit: what a latent is called: "concept", where the coder has one latent per concept.
 
     Raises:
         UserError: names the first one that is not a whole number, or that does not exist.
     """
     if not isinstance(latents, Iterable) or isinstance(latents, str | bytes):
-        raise UserError(f"expected a list of latents, found {latents!r}; give their numbers, such as [3, 17]")
+        raise UserError(f"expected a list of {unit}s, found {latents!r}; give their numbers, such as [3, 17]")
     for latent in latents:
         if isinstance(latent, bool) or not isinstance(latent, SupportsIndex):
             raise UserError(
-                f"{latent!r} is not the number of a latent; expected a whole number from 0 to {n_latents - 1}, the latents of "
+                f"{latent!r} is not the number of a {unit}; expected a whole number from 0 to {n_latents - 1}, the {unit}s of "
                 f"{name}"
             )
         if not 0 <= index(latent) < n_latents:
-            raise UserError(f"there is no latent {latent}: {name} has {n_latents}, from 0 to {n_latents - 1}")
+            raise UserError(f"there is no {unit} {latent}: {name} has {n_latents}, from 0 to {n_latents - 1}")

@@ -36,7 +36,8 @@ def _number(text: str, n_latents: int, option: str) -> int:
         latent = int(text)
     except ValueError:
         raise UserError(f"{option}: {text!r} is neither a number nor COLUMN=VALUE, such as verdict=chat_specific") from None
-    check_latents([latent], n_latents)
+    of_concepts = "concept" in option
+    check_latents([latent], n_latents, "the run" if of_concepts else "the crosscoder", "concept" if of_concepts else "latent")
     return latent
 
 

@@ -75,11 +75,16 @@ def training_fingerprint(folder: Path) -> str | None:
 
 
 def read_interpretation(folder: Path) -> pl.DataFrame:
-    """The explanations and scores in a crosscoder's folder; no rows if there are none for its current training."""
-    path, training = folder / FILE, training_fingerprint(folder)
-    if not path.is_file() or training is None:
+    """The explanations and scores in a crosscoder's folder; no rows if there are none for its current training.
+
+    A pulled run has no manifest; what it holds was published together.
+    """
+    path = folder / FILE
+    if not path.is_file():
         return pl.DataFrame(schema=SCHEMA)
-    return _read(path, SCHEMA).filter(pl.col("crosscoder") == training)
+    found = _read(path, SCHEMA)
+    is_pulled = not (folder.parent / "manifest.json").is_file()
+    return found if is_pulled else found.filter(pl.col("crosscoder") == training_fingerprint(folder))
 
 
 def with_interpretation(latents: pl.DataFrame, folder: Path) -> pl.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -106,7 +107,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
         check_installed(adapter)
         return merge_adapter(load_model(adapter.model, device, dtype), adapter).requires_grad_(False).eval()
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     where, options = source_of(name)
     method = _quantisation(_config(name))
     if method is not None:
