@@ -110,7 +110,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     where, options = source_of(name)
     method = _quantisation(_config(name))
     if method is not None:
