@@ -13,17 +13,21 @@ import crossdiff
 
 SOURCE = Path(crossdiff.__file__).parent
 # What a package may import of ours. Data flows the other way: pair -> store -> crosscoder -> latents -> causal -> report.
-FOUNDATION = {"config", "errors", "files", "shapes", "ranks", "run", "sources", "statistics"}
+FOUNDATION = {"config", "errors", "files", "integrity", "shapes", "ranks", "run", "run_manifest", "sources", "statistics"}
+FOUNDATION |= {"yaml_files"}
 ALLOWED = {
     "errors": set(),
     "sources": set(),
-    "config": {"errors"},
     "files": {"errors"},
+    "yaml_files": {"errors"},
+    "config": {"errors", "files"},
+    "run_manifest": {"errors", "files"},
+    "integrity": {"errors", "files", "run_manifest"},
     "shapes": set(),
     "statistics": {"shapes"},
     "memory": set(),
     "ranks": {"errors", "shapes"},
-    "run": {"errors", "files", "ranks"},
+    "run": {"errors", "files", "integrity", "ranks", "run_manifest"},
     "pairs": {"errors"},
     "models": FOUNDATION | {"pairs"},
     "text": FOUNDATION,
@@ -46,7 +50,19 @@ ALLOWED = {
     | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "concepts", "compare", "truth"}
     | {"causal", "interp", "report"},
     "cli": FOUNDATION
-    | {"memory", "pairs", "models", "activations", "crosscoder", "compare", "truth", "interp", "published", "corpus"}
+    | {
+        "memory",
+        "pairs",
+        "progress",
+        "models",
+        "activations",
+        "crosscoder",
+        "compare",
+        "truth",
+        "interp",
+        "published",
+        "corpus",
+    }
     | {"stages", "dashboard"},
 }
 

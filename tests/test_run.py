@@ -102,7 +102,7 @@ def test_what_was_made_from_a_replaced_result_is_replaced_with_it(tmp_path: Path
     training = write("train/a", "2", "a/model")
     assert (run.path / "a" / "model").read_text() == "train/a 2"
     assert not (run.path / "a" / "tables" / "latents").exists() and not (run.path / "a" / "tables" / "causal").exists()
-    assert run.is_done(training) and run.is_done(other) and set(run.manifest["stages"]) == {"train/a", "train/b"}
+    assert run.is_done(training) and run.is_done(other) and set(run.manifest.stages) == {"train/a", "train/b"}
     old = {path.read_text() for path in (run.path / "old").rglob("*") if path.is_file()}
     assert old == {"analyze/a 1", "causal/a 1", "train/a 1"}
 

@@ -7,7 +7,6 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,6 +19,7 @@ from pydantic import (
 )
 
 from crossdiff.errors import UserError
+from crossdiff.files import short_repr
 
 
 def check_url(url: str) -> str:
@@ -512,25 +512,10 @@ def validate(model: type[C], values: Any, origin: str) -> C:
         lines = []
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
-            found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
+            found = "" if item["type"] == "missing" else f" (found {short_repr(item['input'])})"
             message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
             lines.append(f"{key}: {message}{found}")
         raise UserError(f"{origin} has wrong settings:\n  " + "\n  ".join(lines)) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping. A `UserError` names a file that is missing, unreadable or not a mapping."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must contain a mapping of settings, found {type(values).__name__}")
-    return values
 
 
 def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

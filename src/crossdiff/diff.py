@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import polars as pl
 
-from crossdiff.config import CrosscoderConfig, HarvestConfig, RunConfig, default_crosscoder, read_yaml, validate
+from crossdiff.config import CrosscoderConfig, HarvestConfig, RunConfig, default_crosscoder, validate
 from crossdiff.errors import UserError, check_latents
 from crossdiff.files import read_json
+from crossdiff.integrity import intact
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_title
 from crossdiff.report.concept_reading import COMMAND, check_concept, concept_of, read_concepts
@@ -24,8 +25,9 @@ from crossdiff.report.records import Latent
 from crossdiff.report.tables import read_behaviours
 from crossdiff.report.templating import fragment
 from crossdiff.report.wording import predicted
-from crossdiff.run import FORMAT
+from crossdiff.run_manifest import MANIFEST, RunManifest, check_links
 from crossdiff.sources import BASE, CHAT, SOURCES
+from crossdiff.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from crossdiff.activations.counted import Counted
@@ -220,7 +222,7 @@ class Diff:
         """
         self._need("causal.json", "crossdiff causal", "no causal test")
         rows = []
-        for result in read_json(self.folder / "causal.json")["results"]:
+        for result in read_json(intact(self.folder / "causal.json"))["results"]:
             row = {key: result[key] for key in ("intervention", "span", "n_latents", "n_conversations", "n_arms")}
             for key in ("kl", "closed"):
                 ends = ("value", ""), ("low", "_low"), ("high", "_high")
@@ -372,12 +374,8 @@ def open(path: str | Path, crosscoder: str | None = None) -> Diff:
             f"there is no run at {path}: it has no config.yaml; make a run with `crossdiff run`, or fetch one with "
             "`crossdiff pull`"
         )
-    manifest = read_json(path / "manifest.json") if (path / "manifest.json").is_file() else {"format": FORMAT, "swap": []}
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{path / 'manifest.json'} is of format {manifest.get('format')}, this version reads {FORMAT}; run it again"
-        )
-    if manifest["swap"]:
+    check_links(path)
+    if (path / MANIFEST).is_file() and RunManifest.read(path).swap:
         raise UserError(f"results of {path} are being replaced; try again in a moment, or repeat the command if it was killed")
     config = validate(RunConfig, read_yaml(path / "config.yaml"), str(path / "config.yaml"))
     names = _names(path, config)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,6 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
+    # Created here and exclusively, so that whatever writes to it does not write through a link that somebody has put there.
+    partial.touch(exist_ok=False)
     try:
         yield partial
         with partial.open("rb") as file:
@@ -96,7 +99,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
@@ -109,11 +112,74 @@ def open_sqlite(path: Path, any_thread: bool = False) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=not any_thread)
 
 
-def explain_disk_error(error: OSError, path: Path) -> UserError | None:
-    """A full or read-only disk as a `UserError`; None if the error is something else."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free = shutil.disk_usage(path).free / 1e6 if path.exists() else 0.0
-        return UserError(f"the disk of {path} is full ({free:.0f} MB left); free some space and run the same command again")
-    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
-        return UserError(f"cannot write {error.filename or path}: {error.strerror}; choose a folder you may write to")
+def short_repr(value: object, limit: int = 200) -> str:
+    """`repr` of a value from a file of unknown content, cut to `limit` characters without building all of it."""
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 4, limit, limit
+    shortener.maxlist = shortener.maxtuple = shortener.maxdict = 8
+    text = shortener.repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+_FULL, _READ_ONLY = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+_FAILED = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE)
+_SQLITE = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_IOERR: errno.EIO, sqlite3.SQLITE_READONLY: errno.EROFS}
+
+
+def explain_disk_error(error: BaseException, folder: Path) -> UserError | None:
+    """What is wrong with a disk in one sentence, from the error of any library; None if it is something else.
+
+    Args:
+        folder: where the work was done that ended with the error.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if (code := _disk_error_of(seen)) is not None:
+            name = getattr(seen, "filename", None)
+            return _explained(code, Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None, folder)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
+
+
+def _disk_error_of(error: BaseException) -> int | None:
+    """The error number of a disk error, from whatever library; None for others."""
+    known = (*_FULL, *_READ_ONLY, *_FAILED)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in known else None
+    if isinstance(error, sqlite3.Error):
+        return _SQLITE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    # Libraries written in Rust or C++ give the system's message as a part of theirs.
+    text = str(error)
+    found = re.search(r"\(os error (\d+)\)", text)
+    if found is not None:
+        return int(found[1]) if int(found[1]) in known else None
+    return next((code for code in (*_FULL, errno.EROFS, errno.EIO) if os.strerror(code) in text), None)
+
+
+def _explained(code: int, file: Path | None, folder: Path) -> UserError:
+    place = folder if file is None else file.parent
+    if code in _FULL:
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free / 1e6
+        return UserError(f"the disk of {folder} is full ({free:.0f} MB left); free some space and run the same command again")
+    if code in _READ_ONLY:
+        return UserError(f"cannot read or write {file or folder}: {os.strerror(code)}; choose a folder where you may")
+    return UserError(
+        f"the disk of {folder} fails to read or write {file or 'a file'} ({os.strerror(code)}); check the disk, then run the "
+        "same command again"
+    )
+
+
+@contextmanager
+def explaining_disk_errors(folder: Path) -> Iterator[None]:
+    """Raise an error of the block that comes from the disk as a `UserError` in words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        explained = explain_disk_error(error, folder)
+        if explained is None:
+            raise
+        raise explained from error

@@ -31,6 +31,7 @@ from crossdiff.activations.ranges import StoredRows
 from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, sha256
+from crossdiff.integrity import intact
 from crossdiff.shapes import Float, Tensor
 from crossdiff.text.chat import Flag
 from crossdiff.text.sequences import POOL, batch_bounds
@@ -66,7 +67,7 @@ def _open(location: str | Path) -> tuple[Folder, dict[str, Any]]:
         raise UserError(
             f"the store {folder.location} is not the one that {location} was made with; restore it or delete {location}"
         )
-    manifest = read_json(path)
+    manifest = read_json(intact(path))
     if not isinstance(manifest, dict) or "shards" not in manifest:
         raise UserError(
             f"{folder.location} is not an activation store: its {MANIFEST} lists no shards; the store of a run is its folder "
@@ -193,7 +194,7 @@ class Store:
     def documents(self) -> pl.DataFrame:
         """Table with one row per document, sorted by its number."""
         try:
-            return pl.read_parquet(self._folder.fetch(DOCUMENTS)).sort("document")
+            return pl.read_parquet(self._checked(DOCUMENTS)).sort("document")
         except (OSError, pl.exceptions.PolarsError) as error:
             path = self._folder.path_of(DOCUMENTS)
             raise UserError(f"cannot read {path}: {error}; restore it, or harvest again with --force") from None
@@ -201,8 +202,18 @@ class Store:
     @cached_property
     def normalisation(self) -> Normalisation:
         """Moments over the training tokens."""
-        statistics = load_file(self._folder.fetch(STATISTICS))
+        statistics = load_file(self._checked(STATISTICS))
         return Normalisation(statistics["mean"], statistics["gram"])
+
+    def _checked(self, name: str) -> Path:
+        """A file whose digest is in the manifest, if it is what the harvest wrote."""
+        path, expected = self._folder.fetch(name), self.manifest.get("files", {}).get(name)
+        if expected is not None and sha256(path) != expected:
+            raise UserError(
+                f"{self._folder.path_of(name)} is damaged: its content has changed since the harvest (its SHA-256 differs); "
+                "restore it, or harvest again with --force"
+            )
+        return path
 
     @cached_property
     def _headers(self) -> list[Path]:

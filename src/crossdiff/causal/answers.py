@@ -8,7 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from crossdiff.config import Config, read_yaml, validate
+from crossdiff.config import Config, validate
+from crossdiff.yaml_files import read_yaml
 
 NGRAM = 3
 MIN_NGRAMS = 6

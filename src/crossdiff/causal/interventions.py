@@ -21,8 +21,9 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from crossdiff.causal.latent_sets import LatentSets, Selection, Unavailable, rankings_of, resolve
-from crossdiff.config import Config, read_yaml, validate
+from crossdiff.config import Config, validate
 from crossdiff.errors import UserError
+from crossdiff.yaml_files import read_yaml
 
 DEFAULT = Path(__file__).with_name("interventions.yaml")
 

@@ -16,6 +16,7 @@ from crossdiff.causal.generation import Sampling
 from crossdiff.causal.steering import Steerer, Steering
 from crossdiff.config import SteerConfig
 from crossdiff.files import number, read_json
+from crossdiff.integrity import intact, read_parquet
 
 SHOWN = (RESPONSE, *SPANS)
 
@@ -77,7 +78,7 @@ def print_side_by_side(steerer: Steerer, name: str, config: SteerConfig, console
 
 def print_rates(path: Path, title: str, console: Console) -> None:
     """Print the rates of the behaviours that at least one answer shows."""
-    rates = pl.read_parquet(path)
+    rates = read_parquet(path)
     shown = rates.filter(pl.col("rate").max().over("label", "behaviour") > 0)
     table = Table(
         title=f"steering {title}",
@@ -97,7 +98,7 @@ def print_rates(path: Path, title: str, console: Console) -> None:
 
 def print_concept_causal(folder: Path, console: Console) -> None:
     """Print what the replicated concepts close together, and which close most alone; `folder` is the run's `concepts`."""
-    report = read_json(folder / "causal.json")
+    report = read_json(intact(folder / "causal.json"))
     table = Table(
         title=f"Concepts together: share of the gap closed, {report['n_conversations']} {report['split']} conversations",
         caption="the gap is KL to the chat model without any change; [95% bootstrap interval over conversations]",
@@ -110,8 +111,8 @@ def print_concept_causal(folder: Path, console: Console) -> None:
         row = (result["training"], name, latents, _estimate(result["kl"]), _estimate(result["closed"], percent=True))
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)
-    labels = dict(zip(*pl.read_parquet(folder / "concepts.parquet").select("concept", "label"), strict=True))
-    measured = pl.read_parquet(folder / "causal.parquet").filter(pl.col("closed").is_not_nan())
+    labels = dict(zip(*read_parquet(folder / "concepts.parquet").select("concept", "label"), strict=True))
+    measured = read_parquet(folder / "causal.parquet").filter(pl.col("closed").is_not_nan())
     alone = measured.group_by("concept").agg(
         pl.col("closed").mean(), least=pl.col("closed").min(), most=pl.col("closed").max(), n=pl.len()
     )  # fmt: skip

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from io import TextIOWrapper
+from pathlib import Path
 
 from crossdiff.cli import analysis_commands, run_commands, sharing_commands
 from crossdiff.cli.options import Commands, HelpFormatter, Parser
 from crossdiff.errors import UserError
+from crossdiff.files import explaining_disk_errors
 from crossdiff.memory import keep_freed_memory
 from crossdiff.ranks import leads
 
@@ -49,7 +52,14 @@ def run_command(argv: Sequence[str]) -> None:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `crossdiff {argv[0]} --help`")
-        args.work(args)
+        with explaining_disk_errors(_folder_of(args)):
+            args.work(args)
+
+
+def _folder_of(args: Namespace) -> Path:
+    """The folder that a command works in, for messages about its disk."""
+    found = next((value for key in ("output", "target", "directory", "run") if (value := getattr(args, key, None))), ".")
+    return Path(found)
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossdiff.cli.options import Commands, add_settings, changes_of, scan
-from crossdiff.config import RunConfig, SteerConfig, merge, read_yaml, validate
+from crossdiff.config import RunConfig, SteerConfig, merge, validate
 from crossdiff.errors import UserError
+from crossdiff.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from crossdiff.stages.session import Session
@@ -65,6 +66,9 @@ def add(commands: Commands) -> None:
     parser = commands.add("store", "check an activation store", store)
     parser.add_argument("action", choices=["verify"], help="verify: read everything and compare the checksums")
     parser.add_argument("path", help="the store: a folder such as runs/demo/activations, or a URL such as s3://bucket/folder")
+
+    parser = commands.add("verify", "check that the results of a run are what its stages wrote, by their SHA-256", verify)
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/demo"), help="run directory [runs/demo]")
 
     parser = commands.add("clean", "list the replaced results and unfinished work of a run, and delete them", clean)
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/demo"), help="run directory [runs/demo]")
@@ -148,6 +152,37 @@ def truth(args: Namespace) -> None:
         run_truth(run, config, Console())
     finally:
         run.close()
+
+
+def verify(args: Namespace) -> None:
+    from rich.console import Console
+
+    from crossdiff import integrity
+    from crossdiff.progress import progress_bar
+
+    console, directory = Console(stderr=True), _run_directory(args.directory)
+    with progress_bar(console, "files, MB", sum(map(_megabytes, integrity.sizes(directory).values()))) as advance:
+        found = integrity.verify(directory, lambda n_bytes: advance(_megabytes(n_bytes)))
+    problems = list(found.problems)
+    if (directory / "activations").is_dir() and not any(problem.startswith("activations/") for problem in problems):
+        from crossdiff.activations.store import verify as verify_store
+
+        problems += [f"activations/{problem}" for problem in verify_store(directory / "activations")]
+    if problems:
+        raise UserError(
+            f"{directory} is damaged:\n  "
+            + "\n  ".join(problems)
+            + "\nRestore these files from a copy, or delete them and run "
+            "the command that made them again"
+        )
+    print(f"{directory} is intact: {found.n_files} files and the activation store are what the stages wrote")
+    if found.without_digests:
+        stages = ", ".join(found.without_digests)
+        print(f"not checked, since an earlier version of crossdiff wrote them without digests: {stages}")
+
+
+def _megabytes(n_bytes: int) -> int:
+    return -(-n_bytes // 10**6)
 
 
 def store(args: Namespace) -> None:

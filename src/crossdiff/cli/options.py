@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_arg
 
 import yaml
 
-from crossdiff.config import Config, DatasetConfig, merge, read_yaml
+from crossdiff.config import Config, DatasetConfig, merge
 from crossdiff.errors import UserError
+from crossdiff.yaml_files import parse_yaml, read_yaml
 
 FLAGS = {"-h", "--help", "--force", "--debug"}
 HELP_COLUMN = 40
@@ -191,7 +192,7 @@ def _reading(annotation: Any) -> str:
 
 def _parse_value(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"--{key}: {text!r} cannot be read as a value") from None
 

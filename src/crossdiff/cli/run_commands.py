@@ -79,7 +79,6 @@ def run_stages(args: Namespace) -> None:
 
     from rich.console import Console
 
-    from crossdiff.files import explain_disk_error
     from crossdiff.ranks import current
     from crossdiff.run import Run
     from crossdiff.stages.pipeline import begin, run_until
@@ -94,15 +93,10 @@ def run_stages(args: Namespace) -> None:
             run = Run.open(path, ranks, create=args.command in CREATING)
             stack.callback(run.close)
             sessions.append(Session(run, values, console, args.force, tuple(args.only)))
-        try:
-            if configs:
-                begin(sessions)
-            else:
-                run_until(sessions[0], "report" if args.command == "run" else args.command)
-        except OSError as error:
-            if (explained := explain_disk_error(error, directory)) is None:
-                raise
-            raise explained from error
+        if configs:
+            begin(sessions)
+        else:
+            run_until(sessions[0], "report" if args.command == "run" else args.command)
 
 
 def plan(args: Namespace) -> None:

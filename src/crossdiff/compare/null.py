@@ -14,6 +14,7 @@ import polars as pl
 
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
+from crossdiff.integrity import intact, read_parquet
 from crossdiff.latents.settings import verdict_settings
 from crossdiff.latents.verdict import SETS, VERDICTS
 
@@ -24,23 +25,23 @@ RATES = (*SETS, *(name for name in VERDICTS if name not in SETS and name != "dea
 
 def analysed_names(run: Path) -> list[str]:
     """The crosscoders of a run directory that have a latent table with verdicts, which coders with one decoder lack."""
-    tables = {path.parent.name: pl.scan_parquet(path) for path in sorted(run.glob("*/latents.parquet"))}
+    tables = {path.parent.name: read_parquet(path) for path in sorted(run.glob("*/latents.parquet"))}
     names = [name for name, table in tables.items() if _compares(table)]
     if not names:
         raise UserError(f"{run} has no crosscoder with a latents.parquet; run `crossdiff analyze {run}` first")
     return names
 
 
-def _compares(table: pl.LazyFrame) -> bool:
+def _compares(table: pl.DataFrame) -> bool:
     """Whether any latent has a delta_norm."""
-    if "delta_norm" not in table.collect_schema():
+    if "delta_norm" not in table.columns:
         return True  # a table of another version, which `rates` refuses with a message
-    return bool(table.select(pl.col("delta_norm").is_not_nan().any()).collect().item())
+    return bool(table["delta_norm"].is_not_nan().any())
 
 
 def rates(path: Path) -> tuple[int, dict[str, float]]:
     """The number of live latents in a latent table, and their share in each set and verdict."""
-    table = pl.read_parquet(path)
+    table = read_parquet(path)
     missing = [name for name in ("verdict", *SETS) if name not in table.columns]
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `crossdiff analyze` again with this version")
@@ -51,7 +52,7 @@ def rates(path: Path) -> tuple[int, dict[str, float]]:
 
 def _facts(run: Path, names: Sequence[str]) -> dict[str, Any]:
     """What a run and its null run must have in common, for the crosscoders of these names."""
-    manifest: dict[str, Any] = read_json(run / "activations" / "manifest.json")
+    manifest: dict[str, Any] = read_json(intact(run / "activations" / "manifest.json"))
     analyses = {f"analysis of {name}": verdict_settings(run / name) for name in names}
     return {"base model": manifest["pair"]["base"], "layer": manifest["layer"], **analyses}
 
@@ -63,7 +64,7 @@ def compare(run: Path, null: Path) -> pl.DataFrame:
     live latents).
     """
     ours, theirs = analysed_names(run), analysed_names(null)
-    chat, other = (read_json(folder / "activations" / "manifest.json")["pair"]["chat"] for folder in (run, null))
+    chat, other = (read_json(intact(folder / "activations" / "manifest.json"))["pair"]["chat"] for folder in (run, null))
     if chat == other:
         raise UserError(
             f"{null} compares the same two models as {run}, so it is not a null diff of it; give the run of the base model and "
@@ -96,7 +97,7 @@ def concept_counts(run: Path) -> dict[str, int] | None:
     path = run / "concepts" / "concepts.parquet"
     if not path.is_file():
         return None
-    found = pl.read_parquet(path, columns=["replicated", "verdict"]).filter("replicated")
+    found = read_parquet(path).filter("replicated")
     return {"n_replicated": found.height, "n_chat_specific": found.filter(pl.col("verdict") == "chat_specific").height}
 
 

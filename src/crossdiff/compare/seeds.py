@@ -14,6 +14,7 @@ import torch
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
+from crossdiff.integrity import read_parquet
 from crossdiff.latents.decoder import CHAT_INDEX, nearest
 from crossdiff.latents.verdict import counts
 from crossdiff.shapes import Float, Tensor
@@ -56,8 +57,8 @@ def read_seeds(run: Path, names: list[str]) -> list[Seed]:
     seeds = []
     for name in names:
         path = run / name / "behaviours.parquet"
-        behaviours = pl.read_parquet(path) if path.exists() else None
-        seeds.append(Seed(name, pl.read_parquet(run / name / "latents.parquet"), load(run / name), behaviours))
+        behaviours = read_parquet(path) if path.exists() else None
+        seeds.append(Seed(name, read_parquet(run / name / "latents.parquet"), load(run / name), behaviours))
     widths = {seed.name: seed.crosscoder.d_model for seed in seeds}
     if len(set(widths.values())) > 1:
         raise UserError(f"crosscoders of different widths cannot be compared: {widths}; name those of one width")

@@ -18,6 +18,7 @@ from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.errors import UserError
+from crossdiff.integrity import read_parquet
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.scaling import Sums
 from crossdiff.latents.stream import Read, check_fits, encode
@@ -81,7 +82,7 @@ def read_training(folder: Path, name: str) -> Training:
     path = folder / name / "latents.parquet"
     if not path.is_file():
         raise UserError(f"{path} is missing; run `crossdiff analyze {folder}` first")
-    return training_of(name, crosscoder, pl.read_parquet(path), Sums.load(folder / name / "scaling.safetensors"))
+    return training_of(name, crosscoder, read_parquet(path), Sums.load(folder / name / "scaling.safetensors"))
 
 
 class Codes:

@@ -18,6 +18,7 @@ from crossdiff.activations.store import Store
 from crossdiff.concepts.similarity import Matrix, matrix_of
 from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.crosscoder.kernels import SparseCode
+from crossdiff.integrity import read_parquet
 from crossdiff.latents.stream import Coded, Read, encode
 from crossdiff.shapes import Float, Tensor
 
@@ -72,7 +73,7 @@ class ConceptCoder:
         """Load the concepts of a run directory and the crosscoders that they are made of."""
         from crossdiff.crosscoder.checkpoint import load
 
-        members = pl.read_parquet(run / "concepts" / "members.parquet")
+        members = read_parquet(run / "concepts" / "members.parquet")
         names = members["training"].unique(maintain_order=True).to_list()
         return cls({name: load(run / name) for name in names}, members)
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_shared
 from torch.distributed.checkpoint.state_dict_saver import save as save_shared
 
-from crossdiff.config import BatchTopKConfig, HarvestConfig, L1Config, Sparsity, read_yaml, validate
+from crossdiff.config import BatchTopKConfig, HarvestConfig, L1Config, Sparsity, validate
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
@@ -34,6 +34,7 @@ from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Tensor
+from crossdiff.yaml_files import read_yaml
 
 FORMAT = 3
 OWN = "crossdiff"

@@ -15,6 +15,7 @@ import polars as pl
 from crossdiff.activations.store import Store
 from crossdiff.errors import UserError
 from crossdiff.files import open_sqlite
+from crossdiff.integrity import intact, read_parquet
 from crossdiff.interp.baseline import FIT_CONTEXTS
 from crossdiff.interp.interpret_config import InterpretConfig
 from crossdiff.interp.windows import Contexts, LatentActivations, Occurrences, TextSample, Window, find_activations
@@ -66,10 +67,7 @@ def latent_contexts(
 
 def _read_neighbours(path: Path, latents: list[int]) -> dict[int, list[int]]:
     """The neighbours of each latent, the nearest first."""
-    try:
-        table = pl.read_parquet(path).sort("latent", "rank").filter(pl.col("latent").is_in(latents))
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run `crossdiff analyze` again") from None
+    table = read_parquet(path).sort("latent", "rank").filter(pl.col("latent").is_in(latents))
     return {latent: list(others) for latent, others in table.group_by("latent").agg("neighbour").iter_rows()}
 
 
@@ -80,7 +78,7 @@ def _read_examples(path: Path, sample: TextSample, latents: Sequence[int]) -> di
     query = "SELECT kind, sequence, position, positions, activations FROM examples WHERE latent = ? ORDER BY activation DESC"
     found = {}
     try:
-        with closing(open_sqlite(path)) as database:
+        with closing(open_sqlite(intact(path))) as database:
             version = dict(database.execute("SELECT key, value FROM metadata")).get("format")
             if version != FORMAT:
                 raise UserError(f"{path} has format {version!r}, expected {FORMAT!r}; run `crossdiff analyze` again")

@@ -8,7 +8,8 @@ from typing import Any
 import polars as pl
 
 from crossdiff.errors import UserError
-from crossdiff.files import read_json
+from crossdiff.integrity import read_parquet
+from crossdiff.run_manifest import MANIFEST, RunManifest
 
 CONCEPTS = "concepts"
 """Folder of a run's concepts, whose numbers are in the column `latent` here."""
@@ -66,12 +67,11 @@ CONTEXT_SCHEMA: dict[str, Any] = {
 
 def training_fingerprint(folder: Path) -> str | None:
     """The fingerprint of the training of a run's crosscoder, or of its concepts, which changes when they are made again."""
-    manifest = folder.parent / "manifest.json"
-    if not manifest.is_file():
+    run = folder.parent
+    if not (run / MANIFEST).is_file():
         return None
-    stages = read_json(manifest).get("stages", {})
-    record = stages.get("concepts" if folder.name == CONCEPTS else f"train/{folder.name}")
-    return None if record is None else str(record["fingerprint"])
+    record = RunManifest.read(run).stages.get("concepts" if folder.name == CONCEPTS else f"train/{folder.name}")
+    return None if record is None else record.fingerprint
 
 
 def read_interpretation(folder: Path) -> pl.DataFrame:
@@ -83,7 +83,7 @@ def read_interpretation(folder: Path) -> pl.DataFrame:
     if not path.is_file():
         return pl.DataFrame(schema=SCHEMA)
     found = _read(path, SCHEMA)
-    is_pulled = not (folder.parent / "manifest.json").is_file()
+    is_pulled = not (folder.parent / MANIFEST).is_file()
     return found if is_pulled else found.filter(pl.col("crosscoder") == training_fingerprint(folder))
 
 
@@ -98,8 +98,8 @@ def with_interpretation(latents: pl.DataFrame, folder: Path) -> pl.DataFrame:
 def read_latent_table(folder: Path) -> pl.DataFrame:
     """The latent table in a crosscoder's folder, or that of concepts, with the columns of the interpretation."""
     if folder.name == CONCEPTS:
-        return with_interpretation(pl.read_parquet(folder / "concepts.parquet").rename({"concept": "latent"}), folder)
-    return with_interpretation(pl.read_parquet(folder / "latents.parquet"), folder)
+        return with_interpretation(read_parquet(folder / "concepts.parquet").rename({"concept": "latent"}), folder)
+    return with_interpretation(read_parquet(folder / "latents.parquet"), folder)
 
 
 def write_tables(target: Path, rows: pl.DataFrame, contexts: pl.DataFrame, earlier: Path) -> pl.DataFrame:
@@ -116,10 +116,7 @@ def write_tables(target: Path, rows: pl.DataFrame, contexts: pl.DataFrame, earli
 
 
 def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
-    try:
-        table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); delete it and run `crossdiff interpret` again") from None
+    table = read_parquet(path)
     if dict(table.schema) != {name: kind() for name, kind in schema.items()}:
         raise UserError(f"{path} was written by another version of crossdiff; delete it and run `crossdiff interpret` again")
     return table

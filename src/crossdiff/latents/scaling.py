@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
 from crossdiff.files import replacing
+from crossdiff.integrity import intact
 from crossdiff.latents.stream import Chunk
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
@@ -75,7 +76,7 @@ class Sums:
     def load(cls, path: Path) -> Sums:
         """Read what `save` wrote. A `UserError` names a file that is missing or damaged."""
         try:
-            tensors = load_file(path)
+            tensors = load_file(intact(path))
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {path}: {error}; run `crossdiff analyze` again") from None
         products = {name.removeprefix("products."): tensors.pop(name) for name in list(tensors) if "." in name}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from crossdiff.config import AnalyzeConfig, read_yaml, validate
+from crossdiff.config import AnalyzeConfig, validate
 from crossdiff.files import read_json
+from crossdiff.integrity import intact
+from crossdiff.yaml_files import read_yaml
 
 FILE, KEY = "health.json", "settings"
 WITHOUT_EFFECT = {"batch_tokens", "examples", "examples_per_quantile", "pool_size", "seed"}
@@ -23,7 +25,7 @@ def analysis_settings(folder: Path) -> AnalyzeConfig:
         UserError: the record is damaged.
     """
     path, run = folder / FILE, folder.parent / "config.yaml"
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(intact(path)) if path.is_file() else {}
     if KEY in found:
         return validate(AnalyzeConfig, found[KEY], str(path))
     return validate(AnalyzeConfig, (read_yaml(run).get("analyze") if run.is_file() else None) or {}, str(run))

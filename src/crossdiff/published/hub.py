@@ -17,10 +17,13 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from crossdiff.config import RunConfig, default_crosscoder, read_yaml, validate
+from crossdiff.config import RunConfig, default_crosscoder, validate
 from crossdiff.diff import open as open_run
 from crossdiff.errors import UserError
+from crossdiff.integrity import verify
 from crossdiff.published import WEIGHTS
+from crossdiff.run_manifest import MANIFEST
+from crossdiff.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     import polars as pl
@@ -87,6 +90,8 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
 
     _check_name(repository)
     path = open_run(run).path
+    if (path / MANIFEST).is_file() and (problems := verify(path).problems):
+        raise UserError(f"{path} is damaged and was not published: {'; '.join(problems)}; `crossdiff verify {path}` checks it")
     report = read_run(path)
     files = _files_of(path, (coder.name for coder in report.crosscoders))
     with _explained(repository):

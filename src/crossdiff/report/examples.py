@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from crossdiff.errors import UserError, check_latents
 from crossdiff.files import open_sqlite
+from crossdiff.integrity import intact
 from crossdiff.latents.example_schema import FORMAT
 from crossdiff.text.chat import Flag
 
@@ -135,7 +136,7 @@ class ExampleDatabase:
         try:
             if not hasattr(self._own, "database"):
                 # When a thread ends, another one may close its connection.
-                self._own.database = open_sqlite(self.path, any_thread=True)
+                self._own.database = open_sqlite(intact(self.path), any_thread=True)
             yield self._own.database
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path} cannot be read ({error}); run `{self.command}` again") from error

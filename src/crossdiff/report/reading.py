@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from crossdiff.config import RunConfig, read_yaml, validate
+from crossdiff.config import RunConfig, validate
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation, with_interpretation
 from crossdiff.interp.summary import summarise
@@ -34,6 +34,7 @@ from crossdiff.report.records import (
 )
 from crossdiff.report.tables import as_float, estimate, read_behaviours, read_table
 from crossdiff.sources import BASE, CHAT
+from crossdiff.yaml_files import read_yaml
 
 N_TOP_LATENTS = 12
 FEW_SPECIFIC = 5

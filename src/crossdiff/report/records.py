@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, Validati
 from crossdiff.config import default_crosscoder
 from crossdiff.errors import UserError
 from crossdiff.files import number, read_json
+from crossdiff.integrity import intact
 from crossdiff.latents.settings import verdict_settings
 from crossdiff.report.examples import Example
 from crossdiff.statistics import Estimate
@@ -40,7 +41,7 @@ class Record(BaseModel):
     def read(cls: type[R], path: Path, command: str) -> R:
         """Read the record from a file that `command` writes."""
         try:
-            return cls.model_validate(read_json(path))
+            return cls.model_validate(read_json(intact(path)))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "the file"

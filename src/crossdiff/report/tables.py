@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from crossdiff.errors import UserError
+from crossdiff.integrity import read_parquet
 from crossdiff.report.records import BehaviourResult, PoolScore
 from crossdiff.statistics import Estimate
 
@@ -18,10 +19,7 @@ _SCORES = ("behaviour", "question", "pool", "pool_size", "auroc", "auroc_low", "
 
 def read_table(path: Path, columns: Sequence[str], command: str) -> pl.DataFrame:
     """Read a Parquet table that `command` writes and check that it has some columns."""
-    try:
-        table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); run `{command}` again") from error
+    table = read_parquet(path)
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `{command}` again with this version")

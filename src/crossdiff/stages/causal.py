@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossdiff.files import read_json
+from crossdiff.integrity import intact, read_parquet
 from crossdiff.stages.definitions import causal_stage, concept_causal_stage
 from crossdiff.stages.session import Session
 
@@ -22,13 +23,12 @@ def causal(session: Session) -> None:
 
 def _causal_test(session: Session, name: str) -> None:
     def work(folder: Path) -> None:
-        import polars as pl
 
         from crossdiff.causal.causal_test import causal_test
 
         store = session.store()
         crosscoder = session.crosscoder(name)
-        table = pl.read_parquet(session.path / name / "latents.parquet") if name in session.paired_names else None
+        table = read_parquet(session.path / name / "latents.parquet") if name in session.paired_names else None
         pair = session.load_pair()
         (folder / name).mkdir(exist_ok=True)
         with session.progress(f"causal {name}, conversations", None) as advance:
@@ -40,7 +40,7 @@ def _causal_test(session: Session, name: str) -> None:
     if session.ranks.is_first:
         from crossdiff.causal.terminal import print_causal
 
-        print_causal(read_json(session.path / name / "causal.json"), name, session.console)
+        print_causal(read_json(intact(session.path / name / "causal.json")), name, session.console)
 
 
 def _concept_test(session: Session, names: tuple[str, ...]) -> None:
@@ -48,7 +48,6 @@ def _concept_test(session: Session, names: tuple[str, ...]) -> None:
     folder = session.path / "concepts"
 
     def work(target: Path) -> None:
-        import polars as pl
 
         from crossdiff.causal.concept_test import concept_test
         from crossdiff.concepts.candidates import read_training
@@ -58,7 +57,7 @@ def _concept_test(session: Session, names: tuple[str, ...]) -> None:
         for name in names:
             found = read_training(session.path, name)
             trainings[name] = (found.crosscoder, found.others.tolist())
-        concepts, members = (pl.read_parquet(folder / file) for file in ("concepts.parquet", "members.parquet"))
+        concepts, members = (read_parquet(folder / file) for file in ("concepts.parquet", "members.parquet"))
         (target / "concepts").mkdir(exist_ok=True)
         with session.progress("causal concepts, conversations", None) as advance:
             concept_test(

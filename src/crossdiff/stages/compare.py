@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossdiff.files import read_json, write_json
+from crossdiff.integrity import intact
 from crossdiff.stages.definitions import compare_stage
 from crossdiff.stages.session import Session
 
@@ -24,4 +25,4 @@ def compare(session: Session) -> None:
 
     session.run(compare_stage(session.config, session.names), work)
     if session.ranks.is_first:
-        session.console.print(comparison_table(read_json(session.path / "comparison.json")))
+        session.console.print(comparison_table(read_json(intact(session.path / "comparison.json"))))

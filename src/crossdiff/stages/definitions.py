@@ -136,11 +136,17 @@ def report_stage(config: RunConfig, names: tuple[str, ...], run: Run) -> Stage:
     value = {
         "page": _identify_page(),
         "analysed": {name: analyze_stage(config, name).fingerprint for name in names},
-        "others": {key: run.record(key) for name in names for key in (f"interpret/{name}", f"causal/{name}")},
-        "concepts": {key: run.record(key) for key in ("concepts", "causal/concepts", "interpret/concepts")},
+        "others": {key: _made(run, key) for name in names for key in (f"interpret/{name}", f"causal/{name}")},
+        "concepts": {key: _made(run, key) for key in ("concepts", "causal/concepts", "interpret/concepts")},
         "null": read_json(run.path / FILE) if (run.path / FILE).is_file() else None,
     }
     return Stage("report", fingerprint(value), ("report.html", "figures"))
+
+
+def _made(run: Run, name: str) -> tuple[str, str] | None:
+    """What tells one result of a stage from another, with the same settings too."""
+    record = run.record(name)
+    return None if record is None else (record.fingerprint, record.finished)
 
 
 def interpret_stage(config: RunConfig, name: str, settings: InterpretConfig) -> Stage:

@@ -11,6 +11,7 @@ from crossdiff.config import DatasetConfig
 from crossdiff.corpus import resolve
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
+from crossdiff.integrity import intact
 from crossdiff.sources import SOURCES
 from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.session import Session, run_together
@@ -114,7 +115,7 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
     for remark in remarks:
         waiting[0].remark(remark)
     for session in waiting:
-        manifest = read_json(session.path / "activations" / "manifest.json")
+        manifest = read_json(intact(session.path / "activations" / "manifest.json"))
         if manifest.get("sources_equal"):  # stores of earlier versions do not say
             session.remark_same_model()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
+from crossdiff.integrity import intact
 from crossdiff.interp.explanation_table import CONCEPTS
 from crossdiff.stages.definitions import interpret_stage
 from crossdiff.stages.session import Session, run_together
@@ -45,12 +46,12 @@ def interpret(session: Session, config: InterpretConfig, dry_run: bool = False) 
             stage = interpret_stage(session.config, name, config)
             summary = session.path / name / "interpretation.json"
             # A finished stage is repeated if requests were unanswered; the cache has the others.
-            if dry_run or not session.run_directory.is_done(stage) or read_json(summary)["n_unanswered"]:
+            if dry_run or not session.run_directory.is_done(stage) or read_json(intact(summary))["n_unanswered"]:
                 _interpret(session, name, config, cache, dry_run)
             else:
                 session.skips(stage)
             if not dry_run and summary.is_file():
-                print_summary(read_json(summary), name, session.console)
+                print_summary(read_json(intact(summary)), name, session.console)
     finally:
         cache.close()
 

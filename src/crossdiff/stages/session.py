@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from crossdiff.config import RunConfig, default_crosscoder, read_yaml
+from crossdiff.config import RunConfig, default_crosscoder
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
+from crossdiff.integrity import intact
 from crossdiff.progress import progress_bar
 from crossdiff.ranks import Ranks
 from crossdiff.run import Run, Stage
 from crossdiff.sources import SOURCES
 from crossdiff.stages.definitions import analyze_stage, differences, harvest_stage, train_stage
+from crossdiff.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from crossdiff.activations.store import Store
@@ -143,8 +145,8 @@ class Session:
         config = self.config
         record = self.run_directory.record("harvest")
         dtype: str = config.model_dtype
-        if record is not None and record["fingerprint"] == harvest_stage(config).fingerprint:
-            dtype = read_json(self.path / "activations" / "manifest.json").get("model_dtype", dtype)
+        if record is not None and record.fingerprint == harvest_stage(config).fingerprint:
+            dtype = read_json(intact(self.path / "activations" / "manifest.json")).get("model_dtype", dtype)
         device, harvest = choose_device(config.device), config.harvest
         return load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date, dtype)
 
@@ -191,9 +193,9 @@ class Session:
             known: settings of the result from elsewhere, for results of earlier versions. Those hold no settings, and what the
                 run was told last is the nearest to the rest of them.
         """
-        record = self.run_directory.record(stage.name) or {}
+        record = self.run_directory.record(stage.name)
         new = stage.settings
-        old = record.get("settings")
+        old = None if record is None else record.settings
         if old is None:
             old = {key: known.get(key, value) for key, value in self.before.items() if key in new and value is not None}
             new = {key: value for key, value in new.items() if key in old}
@@ -241,4 +243,4 @@ def run_together(stages: Sequence[tuple[Session, Stage]], work: Callable[[list[P
     for session, stage in stages:
         record = session.run_directory.record(stage.name)
         assert record is not None
-        session.console.print(f"[green]{stage.name}[/green] done in {record['seconds']:.0f} s")
+        session.console.print(f"[green]{stage.name}[/green] done in {record.seconds:.0f} s")

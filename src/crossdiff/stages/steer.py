@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from crossdiff.config import SteerConfig
 from crossdiff.errors import UserError, check_latents
+from crossdiff.integrity import read_parquet
 from crossdiff.stages.definitions import steer_stage
 from crossdiff.stages.session import Session
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 def steer(session: Session, config: SteerConfig) -> None:
     """Answer the given prompts on the terminal, or the run's labelled prompts in a table in `steering/`."""
-    import polars as pl
 
     from crossdiff.causal.answers import read_rules
     from crossdiff.causal.steering import Steerer
@@ -38,7 +38,7 @@ def steer(session: Session, config: SteerConfig) -> None:
     crosscoder = session.crosscoder(name)
     check_latents([config.latent], crosscoder.n_latents, name)
     session.check_analysed(name)
-    table = pl.read_parquet(session.path / name / "latents.parquet")
+    table = read_parquet(session.path / name / "latents.parquet")
     steerer = Steerer(session.load_pair(), crosscoder, store.layer, table, store.rule)
     if config.prompt:
         print_side_by_side(steerer, name, config, session.console)

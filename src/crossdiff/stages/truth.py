@@ -8,6 +8,7 @@ from rich.console import Console
 
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
+from crossdiff.integrity import intact
 from crossdiff.run import Run
 from crossdiff.stages.definitions import truth_stage
 from crossdiff.truth.benchmark import benchmark
@@ -25,4 +26,4 @@ def run_truth(run: Run, config: TruthConfig, console: Console) -> None:
             for left in folder.iterdir():  # by a run that was killed: the benchmark starts over
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             benchmark(folder, config, console.print)
-    print_truth(read_json(run.path / "truth.json")["crosscoders"], console)
+    print_truth(read_json(intact(run.path / "truth.json"))["crosscoders"], console)
