@@ -79,7 +79,7 @@ def test_what_is_no_run_or_not_ready_is_said(tmp_path: Path, run_path: Path) -> 
     (tmp_path / "config.yaml").write_text((run_path / "config.yaml").read_text())
     with pytest.raises(UserError, match=r"no trained crosscoder yet; run `crossdiff train"):
         crossdiff.open(tmp_path)
-    for manifest, message in (({"format": 0}, "of format 0"), ({"format": 1, "swap": [["a", "b"]]}, "being replaced")):
+    for manifest, message in (({"format": 0}, "found 0"), ({"format": 1, "swap": [["a", "old/x/a"]]}, "being replaced")):
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(UserError, match=message):
             crossdiff.open(tmp_path)

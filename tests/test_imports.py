@@ -63,7 +63,7 @@ ALLOWED = {
         "published",
         "corpus",
     }
-    | {"stages", "dashboard"},
+    | {"corpus", "stages", "dashboard"},
 }
 
 

@@ -9,7 +9,7 @@ import polars as pl
 
 from crossdiff.files import write_json
 from crossdiff.interp.explanation_table import FILE, SCHEMA
-from crossdiff.run import FORMAT
+from crossdiff.run_manifest import FORMAT
 from report.synthetic_run import latent_table, write_activations, write_concepts, write_crosscoder
 
 DANGER = "<script>alert(1)</script>{{ 1337 * 3 }}\"'><img src=x onerror=alert(2)>"

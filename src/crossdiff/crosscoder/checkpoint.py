@@ -32,6 +32,7 @@ from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
+from crossdiff.integrity import intact
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Tensor
 from crossdiff.yaml_files import read_yaml
@@ -154,7 +155,7 @@ def harvest_of(folder: Path) -> HarvestConfig:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(intact(path), framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}; train the crosscoder again") from None
