@@ -23,7 +23,7 @@ import torch
 from crossdiff.activations.harvest import harvest
 from crossdiff.activations.loader import Batches
 from crossdiff.activations.store import Store
-from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, RunConfig, read_yaml, validate
+from crossdiff.config import AnalyzeConfig, BatchTopKConfig, CrosscoderConfig, RunConfig, validate
 from crossdiff.corpus import resolve
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.crosscoder import new_crosscoder
@@ -34,6 +34,7 @@ from crossdiff.latents.groups import cells_of
 from crossdiff.memory import keep_freed_memory
 from crossdiff.models.pair import load_pair, load_tokenizer
 from crossdiff.ranks import Ranks, current
+from crossdiff.yaml_files import read_yaml
 
 DOCUMENTS = 600
 CPU = torch.device("cpu")

@@ -29,13 +29,14 @@ from crossdiff.causal.generation import Sampling, ask
 from crossdiff.causal.steering import Steerer
 from crossdiff.causal.steering_table import labelled_prompts
 from crossdiff.cli import run_command
-from crossdiff.config import DifferenceConfig, RunConfig, SteerConfig, read_yaml, validate
+from crossdiff.config import DifferenceConfig, RunConfig, SteerConfig, validate
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.latents.latent_table import pools
 from crossdiff.models.access import UpperHalf, residuals_after
 from crossdiff.models.loading import choose_device
 from crossdiff.models.pair import load_pair
 from crossdiff.pairs import RULES
+from crossdiff.yaml_files import read_yaml
 
 DOCS = Path(__file__).parent
 BEHAVIOUR, HARMLESS = "refusal", ("list_format",)

@@ -17,10 +17,11 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
-from crossdiff.config import BatchTopKConfig, RunConfig, read_yaml, validate
+from crossdiff.config import BatchTopKConfig, RunConfig, validate
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
+from crossdiff.yaml_files import read_yaml
 
 BATCH = 1024
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +124,8 @@ def test_concepts_are_a_table_and_each_a_card(run_path: Path, tmp_path: Path) ->
     for number in (5, -1):
         with pytest.raises(UserError, match=f"no concept {number}: there are 5, from 0 to 4"):
             run.concept(number)
-    (tmp_path / "config.yaml").symlink_to(run_path / "config.yaml")
-    (tmp_path / "l1").symlink_to(run_path / "l1")
+    shutil.copy(run_path / "config.yaml", tmp_path / "config.yaml")
+    shutil.copytree(run_path / "l1", tmp_path / "l1")
     without = crossdiff.open(tmp_path)
     for read in (lambda: without.concepts, lambda: without.concept(0)):
         with pytest.raises(UserError, match=r"has no concepts; run `crossdiff concepts .*` first"):
@@ -215,6 +216,6 @@ def test_models_other_than_those_of_the_run_are_refused(run_path: Path, tmp_path
 
 def test_a_pulled_folder_without_manifest_is_read_like_a_run(run_path: Path, tmp_path: Path) -> None:
     for name in ("config.yaml", "batchtopk"):
-        (tmp_path / name).symlink_to(run_path / name)
+        (shutil.copytree if (run_path / name).is_dir() else shutil.copy)(run_path / name, tmp_path / name)
     run = crossdiff.open(tmp_path)
     assert run.names == ("batchtopk",) and isinstance(run.latents, pl.DataFrame)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import make_model, make_tokenizer
+from conftest import forget_digests, make_model, make_tokenizer
 from crossdiff.cli import run_command
 from crossdiff.errors import UserError
 
@@ -85,6 +85,7 @@ def test_a_store_of_other_models_is_refused(tmp_path: Path, tiny_settings: dict[
     config = write_yaml(tmp_path, tiny_settings)
     run_command(["harvest", str(tmp_path / "run"), "--config", config])
     path = tmp_path / "run" / "activations" / "manifest.json"
+    forget_digests(tmp_path / "run")
     manifest = json.loads(path.read_text())
     manifest["pair"]["base"]["name"] = "somebody/else"
     path.write_text(json.dumps(manifest))

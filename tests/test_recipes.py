@@ -12,12 +12,13 @@ from rich.console import Console
 
 from conftest import make_model, make_tokenizer, write_texts
 from crossdiff.activations.store import Store
-from crossdiff.config import RunConfig, read_yaml, validate
+from crossdiff.config import RunConfig, validate
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.files import read_json
 from crossdiff.run import Run
 from crossdiff.stages.pipeline import run_until
 from crossdiff.stages.session import Session
+from crossdiff.yaml_files import read_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]

@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 import crossdiff
+from conftest import forget_digests
 from crossdiff.cli import run_command
 from crossdiff.compare.null import compare
 from crossdiff.config import CrosscoderConfig, RunConfig, default_crosscoder, validate
@@ -192,6 +193,7 @@ def test_verdicts_are_shown_with_the_limits_that_they_were_made_with(run: Path, 
     card = push(run, "me/my-diff", dry_run=True).card
     assert "nu_error: 0.9" not in card and "min_active: 20" in card
     other = shutil.copytree(run, tmp_path / "other")
+    forget_digests(other)
     with pytest.raises(UserError, match=r"other compares the same two models as .*run, so it is not a null diff of it"):
         compare(run, other)
     manifest = json.loads((other / "activations" / "manifest.json").read_text())
@@ -209,6 +211,7 @@ def test_verdicts_are_shown_with_the_limits_that_they_were_made_with(run: Path, 
 
 
 def test_a_null_diff_is_shown_with_verdicts_of_the_same_limits_only(run: Path) -> None:
+    forget_digests(run)
     rates = {"n_live": 5, "rates": {"chat_specific": 0.2}, "analysis": verdict_settings(run / "batchtopk")}
     (run / "null.json").write_text(json.dumps({"crosscoders": {"batchtopk": rates}}))
     assert list(read_run(run).null) == ["batchtopk"]
@@ -243,6 +246,7 @@ def test_a_text_is_read_with_the_harvest_that_was_trained_on(run: Path) -> None:
     # "the sea is cold" has 16 tokens with the BOS, which max_length 9 would refuse, and leave_out 7 would leave 9 of them.
     found = opened.activations("the sea is cold", latents=range(64))
     assert len(found.tokens) == 16 and (found.values[1:7] > 0).any()
+    forget_digests(run)
     # A crosscoder of an earlier version has no record, but its store has one.
     coder = load(run / "batchtopk")
     del coder.origin["harvest"]
@@ -257,6 +261,7 @@ def test_the_models_are_those_that_the_crosscoder_was_trained_on(run: Path, tmp_
     base, chat = settings["base"], settings["chat"]
     (run / "config.yaml").write_text(yaml.safe_dump(settings | {"base": chat}))
     assert crossdiff.open(run).pair.identity["base"]["name"] == base
+    forget_digests(run)
     # Where their folder is gone, the settings may name another place, if the files are the same.
     coder = load(run / "batchtopk")
     coder.origin["pair"]["base"]["name"] = str(tmp_path / "gone")

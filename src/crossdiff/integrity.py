@@ -6,7 +6,7 @@ Files up to `SMALL` bytes are checked whenever they are opened; `crossdiff verif
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -85,8 +85,11 @@ def _check(path: Path, expected: str, state: tuple[int, ...]) -> None:
         )
 
 
-def read_parquet(path: Path) -> pl.DataFrame:
+def read_parquet(path: Path, command: str | None = None) -> pl.DataFrame:
     """Read a table of a run, checked as by `intact`.
+
+    Args:
+        command: the command that writes it, for the message.
 
     Raises:
         UserError: the file has changed since its stage wrote it, or cannot be read.
@@ -96,7 +99,8 @@ def read_parquet(path: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(intact(path))
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); delete it and run its stage again") from error
+        remedy = f"run `{command}` again" if command else "delete it and run the command that wrote it again"
+        raise UserError(f"{path} cannot be read as Parquet ({error}); {remedy}") from error
 
 
 class Verified(NamedTuple):
@@ -115,13 +119,16 @@ def sizes(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in names}
 
 
-def verify(folder: Path, advance: Callable[[int], None] = lambda n_bytes: None) -> Verified:
+def verify(
+    folder: Path, advance: Callable[[int], None] = lambda n_bytes: None, only: Collection[str] | None = None
+) -> Verified:
     """Read every result file of a run and compare it with its digest, several files at a time.
 
     The files inside of an activation store are left to `crossdiff.activations.store.verify`.
 
     Args:
         advance: called with the bytes of each file that was read.
+        only: the files to check, relative to the run; all of them by default.
 
     Raises:
         UserError: the manifest is damaged, or a link leads out of the run.
@@ -144,7 +151,7 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda n_bytes: None) 
         return (f"{name}: the content has changed (its SHA-256 differs)" if changed else None), n_bytes
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(check, sorted(digests)))
+        found = list(pool.map(check, sorted(name for name in digests if only is None or name in only)))
     return Verified(
         [problem for problem, _ in found if problem is not None],
         len(found),

@@ -57,6 +57,7 @@ def chat_store(folder: Path, flags: torch.Tensor, heldout: float = 0.5) -> Store
     tensors["token_id"] = (flags * 16 + torch.arange(length)).flatten().int()  # the content follows the flags
     save_file(tensors, folder / "shard-00000.safetensors")
     manifest = read_json(folder / "manifest.json")
+    manifest["files"] = {}  # the documents change below
     manifest["shards"][0] |= {
         "bytes": (folder / "shard-00000.safetensors").stat().st_size,
         "sha256": sha256(folder / "shard-00000.safetensors"),

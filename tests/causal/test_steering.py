@@ -12,6 +12,7 @@ import pytest
 import torch
 from setting import LAYER, D, make_crosscoder, make_pair, make_table
 
+from conftest import forget_digests
 from crossdiff.activations.counted import Counted
 from crossdiff.activations.store import Store
 from crossdiff.causal.answers import Rules
@@ -266,6 +267,7 @@ def labelled_store(folder: Path) -> Store:
         prompt=pl.Series(["p0", "p1", "p2", "p3", "p4", "p0", "p6", "p7", "p8", "p8"]),
     )
     table.write_parquet(folder / "documents.parquet")
+    forget_digests(folder)
     return Store(folder)
 
 

@@ -233,5 +233,5 @@ def test_a_verdict_that_no_latent_has_is_no_error(run: Path, capsys: pytest.Capt
 
 def test_missing_files_are_named(run: Path, latents: list[str]) -> None:
     (run / "batchtopk" / "neighbours.parquet").write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"neighbours.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"neighbours.parquet is damaged"):
         interpret(run, None, latents)

@@ -67,7 +67,7 @@ def latent_contexts(
 
 def _read_neighbours(path: Path, latents: list[int]) -> dict[int, list[int]]:
     """The neighbours of each latent, the nearest first."""
-    table = read_parquet(path).sort("latent", "rank").filter(pl.col("latent").is_in(latents))
+    table = read_parquet(path, "crossdiff analyze").sort("latent", "rank").filter(pl.col("latent").is_in(latents))
     return {latent: list(others) for latent, others in table.group_by("latent").agg("neighbour").iter_rows()}
 
 

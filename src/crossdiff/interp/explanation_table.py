@@ -116,7 +116,7 @@ def write_tables(target: Path, rows: pl.DataFrame, contexts: pl.DataFrame, earli
 
 
 def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
-    table = read_parquet(path)
+    table = read_parquet(path, "crossdiff interpret")
     if dict(table.schema) != {name: kind() for name, kind in schema.items()}:
         raise UserError(f"{path} was written by another version of crossdiff; delete it and run `crossdiff interpret` again")
     return table

@@ -90,10 +90,10 @@ def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bo
 
     _check_name(repository)
     path = open_run(run).path
-    if (path / MANIFEST).is_file() and (problems := verify(path).problems):
-        raise UserError(f"{path} is damaged and was not published: {'; '.join(problems)}; `crossdiff verify {path}` checks it")
     report = read_run(path)
     files = _files_of(path, (coder.name for coder in report.crosscoders))
+    if (path / MANIFEST).is_file() and (problems := verify(path, only=files).problems):
+        raise UserError(f"{path} is damaged and was not published: {'; '.join(problems)}; `crossdiff verify {path}` checks it")
     with _explained(repository):
         found = licence or _licences(report.base, report.chat, look_up=not dry_run)
         # The run's settings may have changed since a crosscoder was trained, or no longer name it.

@@ -19,7 +19,7 @@ _SCORES = ("behaviour", "question", "pool", "pool_size", "auroc", "auroc_low", "
 
 def read_table(path: Path, columns: Sequence[str], command: str) -> pl.DataFrame:
     """Read a Parquet table that `command` writes and check that it has some columns."""
-    table = read_parquet(path)
+    table = read_parquet(path, command)
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `{command}` again with this version")
