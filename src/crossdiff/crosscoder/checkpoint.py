@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shared
 
 from crossdiff.config import BatchTopKConfig, HarvestConfig, L1Config, Sparsity, read_yaml, validate
 from crossdiff.crosscoder.crosscoder import Crosscoder
-from crossdiff.crosscoder.plain_reader import PlainReader
+from crossdiff.crosscoder.plain_reader import PlainReader, problem_of
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
 from crossdiff.errors import UserError
@@ -314,6 +314,8 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint {path} belongs to a training with other settings; delete it, or choose another folder"
             )
+        if (strange := self.ranks.once(lambda: problem_of(path))) is not None:
+            raise UserError(f"cannot read the checkpoint {path}: {strange}; delete it to restart this training")
         try:
             with _quiet():
                 load_shared(dict(state.tensors), storage_reader=PlainReader(path), no_dist=self.ranks.size == 1)

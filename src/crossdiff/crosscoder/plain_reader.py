@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+CONTENTS = ".metadata"
+"""File of a checkpoint with its table of contents."""
 ALLOWED = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -36,15 +38,16 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_contents(file: IO[bytes]) -> Metadata:
+def read_contents(path: Path) -> Metadata:
     """The table of contents of a checkpoint.
 
     Raises:
         pickle.UnpicklingError: it is damaged, or holds what a checkpoint does not contain, which is then not run.
     """
     try:
-        contents = _PlainUnpickler(file).load()
-    except pickle.UnpicklingError:
+        with path.open("rb") as file:
+            contents = _PlainUnpickler(file).load()
+    except (OSError, pickle.UnpicklingError):
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise pickle.UnpicklingError(f"its table of contents is damaged: {type(error).__name__}: {error}") from None
@@ -53,12 +56,20 @@ def read_contents(file: IO[bytes]) -> Metadata:
     return contents
 
 
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with the table of contents of a checkpoint; None if it can be read."""
+    try:
+        read_contents(folder / CONTENTS)
+    except (OSError, pickle.UnpicklingError) as error:
+        return str(error)
+    return None
+
+
 class PlainReader(FileSystemReader):
     """Reads a checkpoint from a folder, and only what a checkpoint consists of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with Path(self._get_metadata_path(kwargs.get("rank"))).open("rb") as file:
-            contents = read_contents(file)
+        contents = read_contents(Path(self._get_metadata_path(kwargs.get("rank"))))
         contents.storage_meta = contents.storage_meta or StorageMeta()
         contents.storage_meta.load_id = self.load_id
         return contents
