@@ -145,7 +145,9 @@ def change(folder: Path, name: str, number: float | None = None, own: dict[str, 
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, name: str, number: float) -> None:
     save(coder(BatchTopKConfig(k=2)), tmp_path)
     change(tmp_path, name, number)
-    with pytest.raises(UserError, match=rf"{name} of .*model\.safetensors contains NaN or infinite numbers.*copy the file again"):
+    with pytest.raises(
+        UserError, match=rf"{name} of .*model\.safetensors contains NaN or infinite numbers.*copy the file again"
+    ):
         load(tmp_path)
 
 

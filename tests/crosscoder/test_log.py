@@ -135,9 +135,7 @@ def test_a_disk_without_room_for_events_blocks_nothing(tmp_path: Path, n_bytes: 
     assert result.stderr.count("the tracker tensorboard failed") == 1
 
 
-def test_a_log_that_cannot_be_written_ends_the_training_and_is_repaired_by_the_next(
-    tmp_path: Path, store: Store
-) -> None:
+def test_a_log_that_cannot_be_written_ends_the_training_and_is_repaired_by_the_next(tmp_path: Path, store: Store) -> None:
     (tmp_path / "cut").mkdir()
     whole = train(tmp_path, store, config())
     size = len((tmp_path / "train.jsonl").read_bytes())

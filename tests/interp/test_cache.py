@@ -28,7 +28,9 @@ def test_a_locked_file_is_waited_for_and_named(tmp_path: Path) -> None:
     mine, other = Cache(path, patience=0.05), sqlite3.connect(path)
     mine.put("a", ENTRY)
     other.execute("BEGIN EXCLUSIVE")
-    message = r"answers\.sqlite is locked by another process, for more than 0\.05 s; wait for it, and run the same command again"
+    message = (
+        r"answers\.sqlite is locked by another process, for more than 0\.05 s; wait for it, and run the same command again"
+    )
     with pytest.raises(UserError, match=message):
         mine.put("b", ENTRY)
     with pytest.raises(UserError, match=message):

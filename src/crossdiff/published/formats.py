@@ -157,9 +157,7 @@ def _code_normalisation(tensors: TensorFile, config: dict[str, Any]) -> str:
     return in_weights
 
 
-def _measure(
-    name: str, decoder: Float64[Tensor, "source latent d_model"], config: dict[str, Any], path: Path
-) -> Tensor | None:
+def _measure(name: str, decoder: Float64[Tensor, "source latent d_model"], config: dict[str, Any], path: Path) -> Tensor | None:
     """What f is multiplied by before the selection, `[latent]`; None if it differs between the sources."""
     together = decoder.norm(dim=(0, 2))
     each = decoder.norm(dim=2).sum(0)
