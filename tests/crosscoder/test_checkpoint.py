@@ -164,7 +164,7 @@ def test_an_infinite_threshold_is_a_latent_that_is_never_active_and_nan_is_none(
     change(tmp_path, "log_threshold", float("inf"))
     assert load(tmp_path).own["log_threshold"][1] == torch.inf
     change(tmp_path, "log_threshold", float("nan"))
-    with pytest.raises(UserError, match="log_threshold of .* contains NaN"):
+    with pytest.raises(UserError, match=r"log_threshold of .* contains NaN"):
         load(tmp_path)
 
 

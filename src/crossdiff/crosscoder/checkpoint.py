@@ -179,8 +179,8 @@ def _check_numbers(path: Path, values: dict[str, Tensor], own: dict[str, Tensor]
     for name, tensor in (values | own).items():
         if bool(tensor.isnan().any()) or (name not in own and not bool(tensor.isfinite().all())):
             raise UserError(
-                f"{name} of {path} contains NaN or infinite numbers, so nothing can be computed with it; copy the file again, or "
-                "train the crosscoder again"
+                f"{name} of {path} contains NaN or infinite numbers, so nothing can be computed with it; copy the file "
+                "again, or train the crosscoder again"
             )
 
 

@@ -83,8 +83,8 @@ class Cache:
                 problem = "cannot be written, because its disk is full; free some space"
             elif code in DAMAGED:
                 problem = (
-                    f"is damaged ({error}); move it aside and keep it, because `sqlite3 FILE .recover` may get its answers back. "
-                    "Without it, they are requested again"
+                    f"is damaged ({error}); move it aside and keep it, because `sqlite3 FILE .recover` may get its answers "
+                    "back. Without it, they are requested again"
                 )
             else:
                 problem = f"cannot be used ({error}); check that its folder is there, is writable and has space left"

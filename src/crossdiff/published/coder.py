@@ -203,7 +203,7 @@ class TensorFile:
             raise UserError(f"{self.path}: {key} is {value}, expected a whole number of at least 1")
         if value > self.sizes["latent"]:
             raise UserError(f"{self.path}: {key} is {value:g}, more than its {self.sizes['latent']} latents")
-        return round(value)
+        return int(value)
 
     def finish(self) -> None:
         """Check that every tensor was taken: any other would change what the coder computes."""

@@ -87,9 +87,10 @@ def largest_number(values: Any) -> int:
 
 
 def _replaced(text: Any, arguments: Sequence[Any], limit: int) -> int:
+    n_characters: int = len(text)
     if len(arguments) < 2 or not isinstance(arguments[0], str | bytes):
-        return len(text)
-    return len(text) + text.count(arguments[0]) * size_of(arguments[1], limit)
+        return n_characters
+    return n_characters + int(text.count(arguments[0])) * size_of(arguments[1], limit)
 
 
 def _joined(text: Any, arguments: Sequence[Any], limit: int) -> int:
@@ -102,7 +103,7 @@ def _widened(text: Any, arguments: Sequence[Any], limit: int) -> int:
 
 
 def _tabs(text: Any, arguments: Sequence[Any], limit: int) -> int:
-    return len(text) + max(largest_number(arguments), 8) * text.count("\t" if isinstance(text, str) else b"\t")
+    return len(text) + max(largest_number(arguments), 8) * int(text.count("\t" if isinstance(text, str) else b"\t"))
 
 
 def _translated(text: Any, arguments: Sequence[Any], limit: int) -> int:

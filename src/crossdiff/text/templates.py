@@ -161,7 +161,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         return counted
 
-    def call(self, context: Context, function: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, function: Any, *arguments: Any, **named: Any) -> Any:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
             return function(*arguments)
@@ -208,18 +208,20 @@ def limited(name: str, length: int, seconds: float = SECONDS) -> Iterator[None]:
     """
     from transformers.utils import chat_template_utils
 
+    utils: Any = chat_template_utils
+
     with _LOCK:
-        compile_plain: Any = chat_template_utils._compile_jinja_template
-        chat_template_utils._compile_jinja_template = lambda source: _compiled(source, compile_plain)
+        compile_plain = utils._compile_jinja_template
+        utils._compile_jinja_template = lambda source: _compiled(source, compile_plain)
         _RUNNING.meter = _Meter(BASE + PER_CHARACTER * length, seconds)
         try:
             yield
         except (TemplateLimit, MemoryError, RecursionError) as error:
             reason = str(error) if isinstance(error, TemplateLimit) else f"fails with a {type(error).__name__}"
             raise TemplateLimit(
-                f"the chat template of {name} {reason}, for a conversation of {length:,} characters; no real template does so, so "
-                "use another model, or repair its chat_template"
+                f"the chat template of {name} {reason}, for a conversation of {length:,} characters; no real template does "
+                "so: use another model, or repair its chat_template"
             ) from None
         finally:
             _RUNNING.meter = None
-            chat_template_utils._compile_jinja_template = compile_plain
+            utils._compile_jinja_template = compile_plain
