@@ -255,3 +255,9 @@ def test_of_several_published_coders_one_has_to_be_named(hub: HubServer, tmp_pat
     assert load("lab/coders", "layer-7").n_latents == 9
     with pytest.raises(UserError, match=r"was not published by crossdiff: .*crossdiff\.load\('lab/coders'\)"):
         pull("lab/coders", tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["a/..", "a/.", "../a", "a/b..c", "a/b--c", "a/b.git", "a/-b", "a/b/c", "a/"])
+def test_names_that_the_hub_does_not_have_are_refused_before_anything_is_asked(name: str) -> None:
+    with pytest.raises(UserError, match="is not a name on the Hub; expected owner/name"):
+        pull(name)

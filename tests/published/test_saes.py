@@ -173,3 +173,42 @@ def test_an_import_without_a_layer_says_so(tmp_path: Path, capsys: pytest.Captur
     write_saelens(tmp_path / "sae", {"architecture": "standard"}, {})
     run_command(["import", str(tmp_path / "sae"), str(tmp_path / "out")])
     assert "note: its files do not name the layer; make sure that it reads the residual stream" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ([1], r"have trainer \[1\], expected settings by name"),
+        ({"dict_class": "BatchTopKSAE", "k": float("nan")}, "k is nan, expected a whole number"),
+        ({"dict_class": "BatchTopKSAE", "k": [3]}, r"k is \[3\], expected a whole number"),
+        ({"dict_class": ["AutoEncoder"]}, r"has the dict_class \['AutoEncoder'\]"),
+        ({"dict_class": "AutoEncoder", "submodule_name": "resid_post_layer_" + "9" * 5000}, "which is not the residual stream"),
+    ],
+)
+def test_settings_of_another_shape_in_the_trainer_are_refused(tmp_path: Path, trainer: Any, message: str) -> None:
+    kind = "AutoEncoder" if isinstance(trainer, dict) and trainer["dict_class"] == "AutoEncoder" else "BatchTopKSAE"
+    write_dictionary(tmp_path / "sae", kind, {})
+    (tmp_path / "sae" / "config.json").write_text(json.dumps({"trainer": trainer}))
+    with pytest.raises(UserError, match=message):
+        read_published(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("content", ["[]", '"cfg"', "3", "{"])
+def test_a_settings_file_that_is_not_an_object_is_refused(tmp_path: Path, content: str) -> None:
+    write_sparsify(tmp_path / "layers.7", {})
+    (tmp_path / "layers.7" / "cfg.json").write_text(content)
+    with pytest.raises(UserError, match=r"cfg\.json (must hold settings by name|is damaged)"):
+        read_published(tmp_path / "layers.7")
+
+
+@pytest.mark.parametrize(("number", "message"), [(float("nan"), "W_dec holds numbers that are not finite"), (1e39, None)])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, number: float, message: str | None) -> None:
+    """1e39 is finite in float64 and infinite in float32."""
+    w = write_sparsify(tmp_path / "layers.7", {})
+    decoder = w["decoder"].double()
+    decoder[1] = number
+    bias = w["decoder_bias"].double() * (1 if message else number)
+    tensors = {"encoder.weight": w["encoder"].T.contiguous(), "encoder.bias": w["encoder_bias"], "b_dec": bias}
+    save_file({**tensors, "W_dec": decoder if message else w["decoder"]}, tmp_path / "layers.7" / "sae.safetensors")
+    with pytest.raises(UserError, match=message or r"its (encoder_bias|decoder_bias) does not fit into torch\.float32"):
+        read_published(tmp_path / "layers.7")

@@ -52,6 +52,10 @@ class DatasetRecord:
     n_assistant: int = 0
     assistant_lost: int = 0
 
+    def __post_init__(self) -> None:
+        self.n_records = 0
+        """Number of records that were read, damaged ones included; not in the report."""
+
     @property
     def lost_share(self) -> float:
         """Share of the assistant's tokens that are beyond max_length; 0 if it has none."""
@@ -59,7 +63,7 @@ class DatasetRecord:
 
     def shortfall(self) -> str | None:
         """A message if the dataset holds less than was requested."""
-        found = {"max_documents": self.n_documents + self.damaged, "max_tokens": self.n_tokens}
+        found = {"max_documents": self.n_records, "max_tokens": self.n_tokens}
         short = [f"{found[key]:,} of {key} {number:,}" for key, number in self.asked.items() if found[key] < number]
         # Reading stops at either limit, so a dataset is short only if it reached neither.
         return f"{self.name} is shorter than requested: {', '.join(short)}" if short and len(short) == len(self.asked) else None
@@ -144,7 +148,7 @@ class Texts:
         """Read one dataset and yield the sequences of each document."""
         config, record = self.datasets[index], self.records[index]
         damage = _Damage(record, self.config.max_damaged)
-        documents = damage.counted(read_dataset(config, index, len(self.is_training), damage.omit))
+        documents = damage.counted(read_dataset(config, index, len(self.is_training), damage.omit_unread))
         for document, found in tokenise_all(documents, self.tokenizer, self.config.max_length):
             error = found if isinstance(found, UserError) else self._unknown(found)
             if error is not None:
@@ -255,22 +259,26 @@ class _Damage:
 
     def __init__(self, record: DatasetRecord, max_damaged: float) -> None:
         self._record, self._max_damaged = record, max_damaged
-        self._n_read = 0
 
     def counted(self, documents: Iterator[Document]) -> Iterator[Document]:
         for document in documents:
-            self._n_read += 1
+            self._record.n_records += 1
             yield document
 
+    def omit_unread(self, error: UserError) -> None:
+        """Omit a record that has not become a document."""
+        self._record.n_records += 1
+        self.omit(error)
+
     def omit(self, error: UserError) -> None:
+        """Omit a record that was counted."""
         record = self._record
         record.damaged += 1
-        n_records = self._n_read + record.damaged
         if record.damaged <= FEW:
             record.reasons.append(str(error))
-        elif record.damaged > self._max_damaged * n_records:
+        elif record.damaged > self._max_damaged * record.n_records:
             raise UserError(
-                f"{record.damaged} of the first {n_records} records of {record.name} are damaged, a larger share than "
+                f"{record.damaged} of the first {record.n_records} records of {record.name} are damaged, a larger share than "
                 f"harvest.max_damaged {self._max_damaged:g}; repair them or raise it. The first: {record.reasons[0]}"
             ) from error
 

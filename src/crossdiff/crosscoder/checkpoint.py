@@ -1,8 +1,7 @@
 """Crosscoders and training states on disk.
 
 A crosscoder is `config.json` and `model.safetensors`, with the tensor names and shapes that the paper's fork of
-`dictionary_learning` reads. A training state is a distributed checkpoint of torch, which any number of ranks can read. Its
-table of contents is a pickle, so it is only read from the run's own folder, where this program has written it.
+`dictionary_learning` reads. A training state is a distributed checkpoint of torch, which any number of ranks can read.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,10 +27,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shared
 
 from crossdiff.config import BatchTopKConfig, HarvestConfig, L1Config, Sparsity, validate
 from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.plain_reader import PlainReader, problem_of
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
 from crossdiff.errors import UserError
-from crossdiff.files import read_json, write_json
+from crossdiff.files import read_json, replacing, write_json
 from crossdiff.integrity import intact
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Tensor
@@ -79,9 +79,9 @@ def save(crosscoder: Crosscoder, folder: Path) -> None:
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file."""
     try:
-        save_file(tensors, path, metadata=metadata)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
     except (SafetensorError, OSError) as error:
-        path.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error}; free some space or make it writable, and run the same command again to "
             "resume from the last checkpoint"
@@ -131,7 +131,7 @@ def origin_of(folder: Path) -> dict[str, Any]:
         UserError: as `read`.
     """
     with _opened(folder / "model.safetensors") as file:
-        return dict(json.loads((file.metadata() or {}).get(OWN, "{}")).get("origin", {}))
+        return dict(_own_of(file, folder / "model.safetensors").get("origin") or {})
 
 
 def harvest_of(folder: Path) -> HarvestConfig:
@@ -161,6 +161,31 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"cannot read {path}: {error}; train the crosscoder again") from None
 
 
+def _own_of(file: Any, path: Path) -> dict[str, Any]:
+    """What `save` wrote besides the tensors; empty in a file of another program."""
+    text = (file.metadata() or {}).get(OWN, "{}")
+    try:
+        own = json.loads(text)
+        if not isinstance(own, dict) or not isinstance(own.get("origin", {}), dict):
+            raise ValueError(f"expected an object, found {text[:60]}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; copy it again, or train the crosscoder again") from None
+    return own
+
+
+def _check_numbers(path: Path, values: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Check that nothing is NaN, and that nothing is infinite but the parameters of a kind of sparsity, which may be.
+
+    A latent whose threshold is 0 or infinite has an infinite `log_threshold`.
+    """
+    for name, tensor in (values | own).items():
+        if bool(tensor.isnan().any()) or (name not in own and not bool(tensor.isfinite().all())):
+            raise UserError(
+                f"{name} of {path} contains NaN or infinite numbers, so nothing can be computed with it; copy the file "
+                "again, or train the crosscoder again"
+            )
+
+
 def load(folder: Path) -> Crosscoder:
     """Read the crosscoder that `save` wrote into a folder; raises like `read`."""
     return read(folder / "model.safetensors")
@@ -170,31 +195,36 @@ def read(path: Path) -> Crosscoder:
     """Read the weights file of a crosscoder written by `save`.
 
     Raises:
-        UserError: the file is missing or damaged, or of another version or program.
+        UserError: the file is missing or damaged, or of another version or program; or a weight is NaN or infinite.
     """
     with _opened(path) as file:
-        metadata = file.metadata() or {}
+        own = _own_of(file, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    own = json.loads(metadata.get(OWN, "{}"))
     if own.get("format") != FORMAT:
         raise UserError(f"{path} has format {own.get('format')}, this version reads {FORMAT}; train the crosscoder again")
     try:
-        view = own["view"]
+        view, scale, threshold = own["view"], float(own["scale"]), float(own["threshold"])
         sparsity: Any = TypeAdapter(Sparsity).validate_python(own["sparsity"])
+        matrix = torch.tensor(view["matrix"])
+        numbers = {"scale": torch.tensor(scale), "threshold": torch.tensor(threshold), "view": matrix}
+        parameters = {name: tensors[name] for name in rule_of(sparsity).own_parameters(0)}
+        _check_numbers(path, tensors | numbers, parameters)
         return Crosscoder(
             encoder=tensors["encoder.weight"].permute(2, 0, 1).flatten(1).contiguous(),
             encoder_bias=tensors["encoder.bias"],
             decoder=tensors["decoder.weight"].transpose(0, 1).flatten(1).contiguous(),
             decoder_bias=tensors["decoder.bias"].flatten(),
             mean=tensors["activation_mean"],
-            scale=float(own["scale"]),
+            scale=scale,
             sparsity=sparsity,
-            view=View(torch.tensor(view["matrix"]), tuple(view["reads"]), tuple(view["names"])),
-            own={name: tensors[name] for name in rule_of(sparsity).own_parameters(0)},
-            threshold=float(own["threshold"]),
+            view=View(matrix, tuple(view["reads"]), tuple(view["names"])),
+            own=parameters,
+            threshold=threshold,
             origin=own["origin"],
         )
-    except (KeyError, ValueError) as error:
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:  # of other shapes than `save` writes
         raise UserError(f"{path} is damaged: {error}; train the crosscoder again") from None
 
 
@@ -213,6 +243,17 @@ class TrainingState:
     tensors: dict[str, Tensor]
     settings: str
     log_sums: dict[str, float] = field(default_factory=dict)
+
+
+class Numbers(BaseModel):
+    """The numbers of a training state, with the checksums of the files that hold its tensors."""
+
+    settings: str
+    checksums: dict[str, int]
+    step: int = Field(ge=0)
+    threshold: float
+    guess: float
+    log_sums: dict[str, float]
 
 
 NUMBERS = ("step", "threshold", "guess", "log_sums")
@@ -249,7 +290,8 @@ class Checkpoints:
         try:
             checksums = {path.name: _crc32(path) for path in sorted(partial.iterdir())}
             numbers = {key: getattr(state, key) for key in NUMBERS}
-            write_json(partial / STATE, {"settings": state.settings, "checksums": checksums, **numbers})
+            kept = Numbers(settings=state.settings, checksums=checksums, **numbers)
+            write_json(partial / STATE, kept.model_dump())
             if self.last.exists():
                 shutil.rmtree(self.before, ignore_errors=True)
                 self.last.rename(self.before)
@@ -269,20 +311,22 @@ class Checkpoints:
             raise UserError("; ".join(problems) + "; delete it to restart this training")
         if path is None:
             return False
-        numbers = self.ranks.once(lambda: read_json(path / STATE))
-        if numbers["settings"] != state.settings:
+        numbers = self.ranks.once(lambda: Numbers.model_validate(read_json(path / STATE)))
+        if numbers.settings != state.settings:
             raise UserError(
                 f"the checkpoint {path} belongs to a training with other settings; delete it, or choose another folder"
             )
+        if (strange := self.ranks.once(lambda: problem_of(path))) is not None:
+            raise UserError(f"cannot read the checkpoint {path}: {strange}; delete it to restart this training")
         try:
             with _quiet():
-                load_shared(dict(state.tensors), checkpoint_id=path, no_dist=self.ranks.size == 1)
+                load_shared(dict(state.tensors), storage_reader=PlainReader(path), no_dist=self.ranks.size == 1)
         except CheckpointException as error:
             raise UserError(
                 f"cannot read the checkpoint {path}: {_reason(error)}; delete it to restart this training"
             ) from None
         for key in NUMBERS:
-            setattr(state, key, numbers[key])
+            setattr(state, key, getattr(numbers, key))
         for problem in problems if self.ranks.is_first else ():
             warn(f"{problem}; resuming from the one before it, at step {state.step}")
         return True
@@ -322,11 +366,14 @@ class Checkpoints:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if they are intact."""
     try:
-        checksums = json.loads((folder / STATE).read_text(encoding="utf-8"))["checksums"]
-        for name, checksum in checksums.items():
+        numbers = Numbers.model_validate_json((folder / STATE).read_bytes())
+        for name, checksum in numbers.checksums.items():
             if _crc32(folder / name) != checksum:
                 return f"the checksum of {name} does not match"
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "its content"
+        return f"{STATE}: {where}: {error.errors()[0]['msg']}"
+    except OSError as error:
         return str(error)
     return None
 

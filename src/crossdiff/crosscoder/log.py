@@ -3,66 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from crossdiff.crosscoder.losses import StepResult
+from crossdiff.crosscoder.trackers import Tracker
 from crossdiff.crosscoder.trainer import Diverged, Trainer
 from crossdiff.errors import UserError
-from crossdiff.files import to_json
+from crossdiff.files import to_json, write_text
 
 LOG_EVERY = 25
 DIVERGED = 10.0
 """A training has diverged when, after the warm-up, the squared error of a record is this many times the squared input."""
-
-
-@runtime_checkable
-class Tracker(Protocol):
-    """A place that shows metrics while a training runs."""
-
-    def write(self, step: int, record: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class TensorBoard:
-    """TensorBoard event files in a folder; records after the step that a training resumes from are purged."""
-
-    def __init__(self, folder: Path, name: str, step: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(self, step: int, record: dict[str, float]) -> None:
-        for key, value in record.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """A Weights & Biases run, named after the crosscoder; needs the package `wandb`."""
-
-    def __init__(self, folder: Path, name: str, step: int) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "trackers: wandb is not installed; pip install 'crossdiff[wandb]', or remove it from the trackers"
-            ) from None
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(project="crossdiff", name=name, dir=str(folder), resume="allow", id=folder.name)
-
-    def write(self, step: int, record: dict[str, float]) -> None:
-        self._run.log(record, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-TRACKERS: dict[str, Callable[[Path, str, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 class Log:
@@ -75,15 +29,9 @@ class Log:
 
     def __init__(self, path: Path | None, trainer: Trainer, trackers: Sequence[Tracker], sums: dict[str, float]) -> None:
         self.path, self.trainer, self.trackers, self.sums = path, trainer, trackers, dict(sums)
-        self._drop_records_after(trainer.step)
-
-    def _drop_records_after(self, step: int) -> None:
-        """Drop the records after the checkpoint, which the resumed training writes again."""
-        if self.path is None:
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if path is not None:
+            _drop_records_after(path, trainer.step)
+            self._folder = _identity(path.parent)
 
     def add(self, result: StepResult) -> dict[str, Any] | None:
         """Add a step. Every `LOG_EVERY` steps and at the end, write and return a record."""
@@ -100,14 +48,34 @@ class Log:
         record = self._record()
         excess = self._error_over_input()
         self.sums = {}
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json(record) + "\n")
+        if (problem := trainer.mesh.all.agree(self._append(record))) is not None:
+            raise UserError(problem)
         for tracker in self.trackers:
             tracker.write(trainer.step, {key: float(value) for key, value in record.items() if key != "step"})
         if excess > DIVERGED and trainer.step > trainer.config.warmup_steps:
             raise Diverged(f"the squared error is {excess:.3g} times the squared input")
         return record
+
+    def _append(self, record: dict[str, Any]) -> str | None:
+        """Write a record to the file; returns the problem if there is one."""
+        if self.path is None or (problem := self.lost()) is not None:
+            return None if self.path is None else problem
+        try:
+            with self.path.open("r+", encoding="utf-8") as file:  # unlike "a", this makes no file
+                file.seek(0, os.SEEK_END)
+                file.write(to_json(record) + "\n")
+        except OSError as error:
+            return f"cannot write {self.path}: {error.strerror}; free some space and run the same command again"
+        return None
+
+    def lost(self) -> str | None:
+        """What is wrong with the folder of the training, if it is not the one that the log began in."""
+        if self.path is None or (_identity(self.path.parent) == self._folder and self.path.is_file()):
+            return None
+        return (
+            f"the folder of this training was deleted or renamed while it ran: {self.path.parent}; nothing more was written. "
+            "Give it its name back and run the same command again to resume, or run it without the folder to start over"
+        )
 
     def _error_over_input(self) -> float:
         names = self.trainer.crosscoder.sources
@@ -126,3 +94,35 @@ class Log:
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Drop the records after a checkpoint, which the resumed training writes again, and one that was cut off by a kill.
+
+    Raises:
+        UserError: a record before them is damaged.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n") and _step_of(line, f"{path}, line {number}") <= step:
+            kept.append(line)
+    write_text(path, "".join(kept))
+
+
+def _step_of(line: str, place: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{place} is damaged: {type(error).__name__}: {error}; remove the line and run the same command again"
+        ) from None
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """The device and number of a folder, by which one that took its name is told apart; None if there is none."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

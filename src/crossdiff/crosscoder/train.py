@@ -19,9 +19,10 @@ from crossdiff.activations.store import Store
 from crossdiff.config import CrosscoderConfig
 from crossdiff.crosscoder.checkpoint import Checkpoints, save
 from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
-from crossdiff.crosscoder.log import TRACKERS, Log
+from crossdiff.crosscoder.log import Log
 from crossdiff.crosscoder.mesh import Mesh, mesh_of
 from crossdiff.crosscoder.structure import check_sizes
+from crossdiff.crosscoder.trackers import Guarded
 from crossdiff.crosscoder.trainer import Diverged, Trainer
 from crossdiff.crosscoder.view import View, view_of
 from crossdiff.errors import UserError
@@ -58,7 +59,7 @@ class _Training:
             self.trainer.restore(state)
         if mesh.all.is_first:
             self.checkpoints.check_space(state)
-        shown = [TRACKERS[name](job.shown_in, job.folder.name, self.trainer.step) for name in trackers if mesh.all.is_first]
+        shown = [Guarded(kind, job.shown_in, job.folder.name, self.trainer.step) for kind in trackers if mesh.all.is_first]
         self.log = Log(job.folder / "train.jsonl" if mesh.all.is_first else None, self.trainer, shown, state.log_sums)
         self.record: dict[str, Any] = {}
         self._index = source_indices(store, self.trainer.crosscoder.view.reads)
@@ -107,15 +108,22 @@ class _Training:
             self.trainer.check_weights()
         except Diverged:
             return
+        self._check_folder()
         state = self.trainer.state()
         state.log_sums = self.log.sums
         self.checkpoints.save(state)
         self._saved_at = time.monotonic()
         self._saved_step = self.trainer.step
 
+    def _check_folder(self) -> None:
+        """Check that the folder is still where it was, because what is written would make a new one in its place."""
+        if (problem := self.mesh.all.agree(self.log.lost())) is not None:
+            raise UserError(problem)
+
     def finish(self) -> Crosscoder | None:
         """Write the crosscoder, and return it on the first rank."""
         self.log.close()
+        self._check_folder()
         crosscoder = self.trainer.assembled()
         if crosscoder is not None:
             save(crosscoder, self.job.folder)

@@ -84,12 +84,19 @@ class PublishedCoder:
         decoder = self.decoder * (self.scale_out * scale)[:, None, None]
         decoder_bias = self.decoder_bias * (self.scale_out * scale)[:, None]
         sparsity, threshold, own = self._sparsity(decoder.norm(dim=2).sum(0))
+        weights = {
+            "encoder": encoder.permute(2, 0, 1).flatten(1),
+            "encoder_bias": self.encoder_bias,
+            "decoder": decoder.transpose(0, 1).flatten(1),
+            "decoder_bias": decoder_bias.flatten(),
+            "mean": self.mean,
+        }
+        converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+        for name, tensor in converted.items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(f"{self.path}: its {name} does not fit into {dtype}; download it again")
         return Crosscoder(
-            encoder=encoder.permute(2, 0, 1).flatten(1).to(dtype).contiguous(),
-            encoder_bias=self.encoder_bias.to(dtype),
-            decoder=decoder.transpose(0, 1).flatten(1).to(dtype).contiguous(),
-            decoder_bias=decoder_bias.flatten().to(dtype),
-            mean=self.mean.to(dtype),
+            **converted,
             scale=scale,
             sparsity=sparsity,
             view=identity(sources),
@@ -191,11 +198,12 @@ class TensorFile:
 
     def whole(self, value: Any, key: str) -> int:
         """Check that a setting is a whole number of latents."""
-        if not isinstance(value, int | float) or isinstance(value, bool) or value != round(value) or value < 1:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or value != round(value) or value < 1:
             raise UserError(f"{self.path}: {key} is {value}, expected a whole number of at least 1")
         if value > self.sizes["latent"]:
             raise UserError(f"{self.path}: {key} is {value:g}, more than its {self.sizes['latent']} latents")
-        return round(value)
+        return int(value)
 
     def finish(self) -> None:
         """Check that every tensor was taken: any other would change what the coder computes."""

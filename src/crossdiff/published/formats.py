@@ -19,11 +19,11 @@ import torch
 from crossdiff.crosscoder.checkpoint import is_own, read
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
-from crossdiff.files import read_json
 from crossdiff.published import WEIGHTS
 from crossdiff.published.coder import PublishedCoder, ReLU, TensorFile, batch_topk, origin_of
 from crossdiff.published.hookpoints import layer_after
 from crossdiff.published.saes import read_sae
+from crossdiff.published.settings import layer_of, number, read_settings
 from crossdiff.shapes import Float64, Tensor
 from crossdiff.sources import SOURCES
 
@@ -110,11 +110,10 @@ def _read_fork(tensors: TensorFile) -> PublishedCoder:
     measure = _code_normalisation(tensors, config)
     mean, scale_in, scale_out = _fork_normalisation(tensors)
     has_k = tensors.has("k") or tensors.has("threshold") or "k" in config or "BatchTopK" in str(config.get("dict_class"))
-    activation = batch_topk(tensors, config, _measure(measure, decoder, config)) if has_k else ReLU()
+    activation = batch_topk(tensors, config, _measure(measure, decoder, config, tensors.path)) if has_k else ReLU()
     tensors.finish()
     architecture = f"{'BatchTopKCrossCoder' if has_k else 'CrossCoder'}, code normalisation {measure}"
-    layer = config.get("layer")
-    origin = origin_of(tensors, "dictionary_learning", architecture, layer if isinstance(layer, int) else None)
+    origin = origin_of(tensors, "dictionary_learning", architecture, layer_of(config))
     return PublishedCoder(
         tensors.path, encoder, encoder_bias, decoder, decoder_bias, mean, scale_in, scale_out, activation, origin
     )  # fmt: skip
@@ -125,9 +124,7 @@ def _fork_config(tensors: TensorFile) -> dict[str, Any]:
     folder = tensors.path.parent
     merged: dict[str, Any] = {}
     for name in ("trainer_config.json", "config.json"):
-        found = read_json(folder / name) if (folder / name).is_file() else {}
-        if not isinstance(found, dict):
-            raise UserError(f"{folder / name} must hold settings by name, found {type(found).__name__}; download it again")
+        found = read_settings(folder / name) if (folder / name).is_file() else {}
         trainer = found.get("trainer")
         merged |= trainer if isinstance(trainer, dict) else found
     sizes = {"activation_dim": "d_model", "dict_size": "latent", "num_layers": "source", "num_decoder_layers": "source"}
@@ -160,12 +157,12 @@ def _code_normalisation(tensors: TensorFile, config: dict[str, Any]) -> str:
     return in_weights
 
 
-def _measure(name: str, decoder: Float64[Tensor, "source latent d_model"], config: dict[str, Any]) -> Tensor | None:
+def _measure(name: str, decoder: Float64[Tensor, "source latent d_model"], config: dict[str, Any], path: Path) -> Tensor | None:
     """What f is multiplied by before the selection, `[latent]`; None if it differs between the sources."""
     together = decoder.norm(dim=(0, 2))
     each = decoder.norm(dim=2).sum(0)
-    alpha_sae, alpha_cc = (config.get(f"code_normalization_alpha_{name}") for name in ("sae", "cc"))
-    mixed = together * (1.0 if alpha_sae is None else alpha_sae) + each * (0.1 if alpha_cc is None else alpha_cc)
+    alpha_sae = number(config, "code_normalization_alpha_sae", 1.0, path)
+    mixed = together * alpha_sae + each * number(config, "code_normalization_alpha_cc", 0.1, path)
     return {"CROSSCODER": each, "SAE": together, "MIXED": mixed, "NONE": torch.ones_like(each)}.get(name)
 
 
@@ -205,7 +202,7 @@ def _read_kissane(tensors: TensorFile) -> PublishedCoder:
     activation = batch_topk(tensors, {}, decoder.norm(dim=2).sum(0)) if has_k else ReLU()
     tensors.finish()
     beside = (tensors.path.with_name("cfg.json"), tensors.path.with_name(f"{tensors.path.stem}_cfg.json"))
-    config: dict[str, Any] = next((read_json(file) for file in beside if file.is_file()), {})
+    config: dict[str, Any] = next((read_settings(file) for file in beside if file.is_file()), {})
     origin = origin_of(
         tensors, "Kissane", "BatchTopK" if has_k else "ReLU", layer_after(tensors.path, config.get("hook_point"))
     )

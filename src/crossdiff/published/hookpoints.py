@@ -9,9 +9,9 @@ from typing import Any
 from crossdiff.errors import UserError
 
 RESIDUAL = re.compile(
-    r"blocks\.(?P<lens>\d+)\.hook_resid_(?P<side>pre|post)"  # TransformerLens
-    r"|((language_)?model\.|transformer\.|gpt_neox\.)*(layers|h)\.(?P<module>\d+)"  # the module of a decoder layer
-    r"|resid_post_layer_(?P<trained>\d+)"  # dictionary_learning
+    r"blocks\.(?P<lens>\d{1,6})\.hook_resid_(?P<side>pre|post)"  # TransformerLens
+    r"|((language_)?model\.|transformer\.|gpt_neox\.)*(layers|h)\.(?P<module>\d{1,6})"  # the module of a decoder layer
+    r"|resid_post_layer_(?P<trained>\d{1,6})"  # dictionary_learning
 )
 SCOPE = re.compile(r"gemma-scope-[\w.]+(-[\w.]+)*?-(?P<site>res|mlp|att|transcoders)\b")
 

@@ -53,7 +53,8 @@ PUBLISHED_TABLES = {
 }
 """Data sets with the latent tables of crosscoders whose names do not follow the rule of `_table_repository`."""
 TABLE = "feature_df.csv"
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+NAME = re.compile(r"(?!.*(\.\.|--|\.git$))[A-Za-z0-9][\w.-]*(?<![.-])/(?![.-])[\w.-]{1,96}(?<![.-])", re.ASCII)
+"""A name on the Hub, by the Hub's rules, which allow no `..`."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from crossdiff.errors import UserError
-from crossdiff.files import read_json
 from crossdiff.published.coder import JumpReLU, PublishedCoder, ReLU, TensorFile, TopK, batch_topk, origin_of
 from crossdiff.published.hookpoints import hookpoint_of_scope, layer_after
+from crossdiff.published.settings import group, layer_of, read_settings
 from crossdiff.shapes import Float64, Tensor
 
 
@@ -43,10 +43,7 @@ def _settings(tensors: TensorFile, format_name: str, file: str) -> dict[str, Any
     path = tensors.path.with_name(file)
     if not path.is_file():
         raise UserError(f"{tensors.path} looks like an SAE of {format_name}, which needs {file} beside it; download it, too")
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold settings by name, found {type(found).__name__}; download it again")
-    return found
+    return read_settings(path)
 
 
 def _read_gemma_scope(tensors: TensorFile) -> PublishedCoder:
@@ -83,7 +80,7 @@ def _read_sparsify(tensors: TensorFile) -> PublishedCoder:
 
 def _read_dictionary_learning(tensors: TensorFile) -> PublishedCoder:
     """AutoEncoder, AutoEncoderTopK and BatchTopKSAE."""
-    config = _settings(tensors, "dictionary_learning", "config.json").get("trainer") or {}
+    config = group(_settings(tensors, "dictionary_learning", "config.json"), "trainer", tensors.path)
     kind, where = config.get("dict_class"), config.get("submodule_name")
     if kind not in ("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE"):
         raise UserError(
@@ -99,8 +96,8 @@ def _read_dictionary_learning(tensors: TensorFile) -> PublishedCoder:
         activation = TopK(activation.k, None, activation.weight)  # its forward pass uses no threshold
     tensors.finish()
     layer = layer_after(tensors.path, where)
-    if where is None and isinstance(config.get("layer"), int):
-        layer = config["layer"]
+    if where is None:
+        layer = layer_of(config)
     encoder_bias = encoder_bias - decoder_bias @ encoder
     origin = origin_of(tensors, "dictionary_learning", kind, layer)
     return _sae(tensors, encoder, encoder_bias, decoder, decoder_bias, activation, origin)
@@ -122,7 +119,7 @@ def read_saelens(tensors: TensorFile) -> PublishedCoder:
     tensors.finish()
     if config.get("apply_b_dec_to_input", True):
         encoder_bias = encoder_bias - decoder_bias @ encoder
-    metadata = config.get("metadata") or {}
+    metadata = group(config, "metadata", tensors.path)
     hook = metadata.get("hook_name", config.get("hook_name", config.get("hook_point")))
     trained = metadata.get("training_architecture")
     architecture = _saelens_architecture(config) + (f", trained as {trained}" if trained else "")
@@ -166,7 +163,7 @@ def _saelens_activation(
         raise UserError(
             f"{tensors.path} has the architecture {architecture}; only standard, jumprelu, topk and batchtopk can be read"
         )
-    k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
+    k = config.get("k", group(config, "activation_fn_kwargs", tensors.path).get("k"))
     rescaled = config.get("rescale_acts_by_decoder_norm", architecture == "batchtopk")
     threshold = tensors.scalar("topk_threshold") if architecture == "batchtopk" else 0.0  # 0 before the first step
     if threshold > 0 and isinstance(k, float):

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from crossdiff.errors import UserError
 from crossdiff.text.messages import Message, check_messages
+from crossdiff.text.templates import TemplateLimit, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,6 +110,8 @@ def front_ids(tokenizer: Tokenizer) -> list[int]:
     for n_messages in (3, 1):  # some templates refuse a second question
         try:
             rendered = _render(tokenizer, [{"role": role, "content": "a"} for role in roles[:n_messages]])
+        except TemplateLimit:
+            raise
         except UserError:
             continue
         is_first = rendered.startswith(str(tokenizer.bos_token)) and rendered.count(str(tokenizer.bos_token)) == 1
@@ -157,8 +160,11 @@ def _apply(tokenizer: Tokenizer, turns: list[dict[str, str]], **options: Any) ->
             "chat_template.jinja into the model's folder, or give plain text only"
         )
     try:
-        return tokenizer.apply_chat_template(turns, **options)
-    except (TemplateError, TypeError, ValueError) as error:
+        with limited(tokenizer.name_or_path or "the tokenizer", sum(len(turn["content"]) for turn in turns)):
+            return tokenizer.apply_chat_template(turns, **options)
+    except TemplateLimit:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, SyntaxError, TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise UserError(f"the chat template cannot render a conversation with the roles {roles}: {error}") from error
 

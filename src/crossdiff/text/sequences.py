@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from crossdiff.errors import UserError
 from crossdiff.text.chat import Flag, Tokenizer, front_ids, tokenise_chat
 from crossdiff.text.documents import Document
+from crossdiff.text.templates import TemplateLimit
 
 CHUNK = 128
 """Number of documents that are tokenised together."""
@@ -43,7 +44,8 @@ def tokenise_all(
 ) -> Iterator[tuple[Document, list[TokenSequence] | UserError]]:
     """Tokenise documents like `tokenise`, in order, with several plain texts per call of the tokenizer.
 
-    A conversation that cannot be tokenised comes with the error, which does not name it, in place of its sequence.
+    A conversation that cannot be tokenised comes with the error, which does not name it, in place of its sequence. A template
+    that exceeds its limits is raised.
     """
     stream, front = iter(documents), front_ids(tokenizer)
     while chunk := list(islice(stream, CHUNK)):
@@ -55,6 +57,8 @@ def tokenise_all(
                 continue
             try:
                 yield document, [_conversation(document, tokenizer, max_length)]
+            except TemplateLimit:  # the template is at fault, not this conversation
+                raise
             except UserError as error:
                 yield document, error
 
