@@ -24,7 +24,6 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from report.synthetic_run import latent_table, write_crosscoder
 from showing import ADDRESS, BATCHTOPK, requests_to, write_run
 
 from crossdiff.dashboard.catalogue import Catalogue, Coder
@@ -36,9 +35,12 @@ from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
 from crossdiff.interp.explanation_table import FILE, SCHEMA
 from crossdiff.run import Run, Stage
+from report.synthetic_run import latent_table, write_crosscoder
 
 LIVE, LATENT = f"{BATCHTOPK}/live", f"{BATCHTOPK}/latent/3"
-NOTICE = re.compile(r"The results of this run were replaced at \d\d:\d\d on \d+ [A-Z][a-z]+ \d{4}\. This page shows the new ones\.")
+NOTICE = re.compile(
+    r"The results of this run were replaced at \d\d:\d\d on \d+ [A-Z][a-z]+ \d{4}\. This page shows the new ones\."
+)
 STALLED = 0.5
 
 
@@ -135,7 +137,9 @@ def test_a_second_request_that_stalls_is_closed(port: int) -> None:
         assert status_of(answer) == 200 and time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("origin", [b"http://[", b"http://[::1", b"http://[x]", b"//[", b"[", b"", b"\xff", b"http://\xe2\x84\x80"])
+@pytest.mark.parametrize(
+    "origin", [b"http://[", b"http://[::1", b"http://[x]", b"//[", b"[", b"", b"\xff", b"http://\xe2\x84\x80"]
+)
 def test_a_malformed_origin_is_refused(client: Any, origin: bytes) -> None:
     assert client.get("/", headers={"origin": origin}).status_code == 403
     assert client.post(LIVE, data={"action": "add"}, headers={"origin": origin}).status_code == 403
@@ -206,16 +210,15 @@ def write_results(folder: Path, edition: str) -> None:
 
 
 def replace(directory: Path, edition: str) -> None:
-    """Results of another edition, swapped in as every stage does it."""
+    """Results of another edition, swapped in as every stage does it. The old ones are deleted, as `crossdiff clean` does it."""
     run = Run.open(directory)
     try:
         with run.working(Stage("analyze/batchtopk", edition, ("batchtopk",))) as folder:
             write_results(folder / "batchtopk", edition)
             (folder / "batchtopk" / "model.safetensors").touch()
-            manifest = read_json(directory / "manifest.json")
-            manifest["stages"]["train/batchtopk"] = {"fingerprint": edition}
     finally:
         run.close()
+    shutil.rmtree(directory / "old")
 
 
 def editions_in(page: str) -> set[str]:
@@ -260,10 +263,11 @@ def test_a_page_under_way_keeps_its_results(changing: Path, tmp_path: Path, monk
     with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patched:
         patched.setattr(Coder, "latent", waiting)
         page = pool.submit(client.get, LATENT)
-        assert arrived.wait(20)
-        replace(changing, "second")
-        shutil.rmtree(changing / "old")
-        go_on.set()
+        try:
+            assert arrived.wait(20)
+            replace(changing, "second")
+        finally:
+            go_on.set()
         answer = page.result()
     assert answer.status_code == 200 and editions_in(answer.text) == {"first"} and "data-first" in answer.text
     assert "No examples are stored" not in answer.text
@@ -282,10 +286,12 @@ def test_no_page_mixes_results_while_they_are_replaced(changing: Path, tmp_path:
             return found
 
         readers = [pool.submit(read) for _ in range(3)]
-        for edition in ("second", "third", "first", "second", "third"):
-            replace(changing, edition)
-            time.sleep(0.1)
-        stop.set()
+        try:
+            for edition in ("second", "third", "first", "second", "third"):
+                replace(changing, edition)
+                time.sleep(0.1)
+        finally:
+            stop.set()
         pages = [page for reader in readers for page in reader.result()]
     assert {len(page) for page in pages} == {1} and len(pages) > 5
 
@@ -375,11 +381,20 @@ class Links(HTMLParser):
                 self.found.add(value + "3")
 
 
+def with_crosscoder(folder: Path, name: str) -> Path:
+    """A run that also has a crosscoder of this name."""
+    directory = write_run(folder)
+    shutil.copytree(directory / "batchtopk", directory / name)
+    manifest = read_json(directory / "manifest.json")
+    manifest["stages"][f"train/{name}"] = {"fingerprint": "batchtopk"}
+    write_json(directory / "manifest.json", manifest)
+    return directory
+
+
 @pytest.mark.parametrize("name", ["a?b#c", "a%2Fb", "\xe9 & \u4e2d;+'"])
 def test_every_link_of_an_oddly_named_crosscoder_works(tmp_path: Path, name: str) -> None:
-    """All links from the overview and from every page of this crosscoder's first latents."""
-    directory = write_run(tmp_path)
-    shutil.copytree(directory / "batchtopk", directory / name)
+    """All links from the overview, the concepts and the pages of the crosscoder, of one of its latents, and of live prompts."""
+    directory = with_crosscoder(tmp_path, name)
     members = directory / "concepts" / "members.parquet"
     renamed = pl.read_parquet(members).with_columns(pl.col("training").replace("l1", name))
     renamed.write_parquet(members)
@@ -397,17 +412,17 @@ def test_every_link_of_an_oddly_named_crosscoder_works(tmp_path: Path, name: str
         answer = client.get(path)
         is_unready = answer.status_code == 422 and path.endswith("/latent")  # a form without its number
         assert answer.status_code == 200 or is_unready, path
-        if path in ("/", own) or path.startswith(("/run/a-b-1/concepts", f"{own}/latent/3", f"{own}/live")):
+        if path in ("/", own, f"{own}/latent/3") or path.startswith(("/run/a-b-1/concepts", f"{own}/live")):
             found = {urljoin(path, link).partition("#")[0] for link in Links(answer.text).found}
             waiting += sorted(link for link in found if link.startswith("/") and link not in seen and link not in waiting)
     pages = [path for path in seen if path.startswith(own)]
-    assert len(pages) > 60 and f"{own}/latent/3" in seen and f"{own}/points.json" in seen and f"{own}/latents.csv?" in seen
+    assert len(pages) > 60 and {f"{own}/{part}" for part in ("latent/3", "points.json", "latents.csv", "live")} <= seen
+    assert f"{own}/latent/4" in Links(client.get("/run/a-b-1/concepts/1").text).found  # the first of its latents
 
 
 @pytest.mark.parametrize("name", ["a?b#c", "a%2Fb"])
 def test_redirects_to_an_oddly_named_crosscoder_arrive(tmp_path: Path, name: str) -> None:
-    directory = write_run(tmp_path)
-    shutil.copytree(directory / "batchtopk", directory / name)
+    directory = with_crosscoder(tmp_path, name)
     own = Catalogue([directory]).coders["a-b-1", name].path
     client = requests_to(directory, tmp_path / "cache", host="0.0.0.0", token="right")
     with_token = client.get(f"{own}/latent/3?whitespace=raw&token=right")
