@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from http.cookies import CookieError, SimpleCookie
@@ -90,7 +91,10 @@ class Guard:
         if body is None:
             return  # the reader has gone
         app = self.app if len(body) <= MAX_BODY else _refused(413, TOO_LARGE)
-        await app(scope, _after(body, receive), send_with_headers)
+        try:
+            await app(scope, _after(body, receive), send_with_headers)
+        except asyncio.CancelledError:  # the server stops, and has waited for this page
+            await _refused(503, "The dashboard was stopped before this page was ready.")(scope, receive, send_with_headers)
 
     def _refusal(self, headers: Headers, scope: Scope) -> ASGIApp | None:
         """The response to a request that is refused; None if it may pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,8 @@ def serve(directories: Sequence[Path], host: str, port: int, names: tuple[str, .
     shown = names[0] if names else host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listening.getsockname()[1]}/"
     print(f"The dashboard is at {address}{f'?token={token}' if token else ''}  (Ctrl+C stops it)", flush=True)
+    # Ctrl+C then ends the process like SIGTERM, after the grace. Python would wait for the threads of pages without a limit.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     server.run(sockets=[listening])
 
 
