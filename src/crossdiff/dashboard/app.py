@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from http import HTTPStatus
 from pathlib import Path
 
 import polars as pl
@@ -16,6 +15,7 @@ from starlette.types import ASGIApp
 
 from crossdiff.dashboard import concept_pages, live_pages, pages
 from crossdiff.dashboard.catalogue import Catalogue
+from crossdiff.dashboard.current import Current
 from crossdiff.dashboard.live import Busy, Live
 from crossdiff.dashboard.queries import parse, select
 from crossdiff.dashboard.security import Guard
@@ -41,7 +41,11 @@ def create_app(
         token: secret that readers must present; None on loopback.
         names: further host names of the server.
     """
-    site = Site(catalogue, live, cache)
+    return Guard(Current(Site(catalogue, live, cache), _application), host, token, names)
+
+
+def _application(site: Site) -> FastAPI:
+    """The application that shows one set of results."""
     app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     concept_pages.add(app, site)  # before those of a crosscoder, whose name is never `concepts`
@@ -50,7 +54,7 @@ def create_app(
     _add_errors(app, site)
     for search in site.search.values():
         search.start()
-    return Guard(app, host, token, names)
+    return app
 
 
 def _add_pages(app: FastAPI, site: Site) -> None:
@@ -132,25 +136,20 @@ def _written(rows: pl.DataFrame, kind: str) -> bytes:
 
 
 def _add_errors(app: FastAPI, site: Site) -> None:
-    def answer(request: Request, status: int, message: str) -> HTMLResponse:
-        # The page tells htmx to swap errors in as well, so that the message appears where the error happened.
-        template = "problem.html.j2" if is_partial(request) else "error.html.j2"
-        return site.page(template, status, phrase=HTTPStatus(status).phrase, message=message)
-
     @app.exception_handler(UserError)
     def user_error(request: Request, error: UserError) -> HTMLResponse:
-        return answer(request, 422, f"{error}.")
+        return site.problem(request, 422, f"{error}.")
 
     @app.exception_handler(Busy)
     def busy(request: Request, error: Busy) -> HTMLResponse:
-        return answer(request, 503, "Too many requests are waiting for the models. Try again in a moment.")
+        return site.problem(request, 503, "Too many requests are waiting for the models. Try again in a moment.")
 
     @app.exception_handler(StarletteHTTPException)
     def http_error(request: Request, error: StarletteHTTPException) -> HTMLResponse:
         message = "There is no such page." if error.detail == "Not Found" else str(error.detail)
-        return answer(request, error.status_code, message)
+        return site.problem(request, error.status_code, message)
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> HTMLResponse:
         first = error.errors()[0]
-        return answer(request, 422, f"{first['loc'][-1]}: {first['msg']}.")
+        return site.problem(request, 422, f"{first['loc'][-1]}: {first['msg']}.")

@@ -1,23 +1,27 @@
-"""The runs that the dashboard shows. Tables are held in memory, examples stay on disk; nothing is written."""
+"""The runs that the dashboard shows, as they were when they were opened. Tables are held in memory, large files are held open;
+nothing is written."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from crossdiff.dashboard.concepts import Concepts
-from crossdiff.dashboard.side_tables import activity_of
+from crossdiff.dashboard.editions import Edition, edition_of, one_edition
+from crossdiff.dashboard.side_tables import Activity, OpenExamples
+from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.concept_records import RunConcepts
-from crossdiff.report.examples import ExampleDatabase
 from crossdiff.report.reading import latent_of, read_run
 from crossdiff.report.records import CrosscoderReport, Latent, RunReport
 from crossdiff.report.tables import read_table
@@ -25,6 +29,8 @@ from crossdiff.report.wording import predicted
 
 TOP, PER_QUANTILE = 10, 3
 """Examples on the page of a latent: the strongest, and from each quantile."""
+INDEXED = ("examples.sqlite", "interpretation.parquet", "latents.parquet")
+"""Files that the search index is made from."""
 PERCENTILES = ("delta_norm", "nu_error", "nu_reconstruction", "nu_activation", "decoder_cosine")
 
 
@@ -36,10 +42,15 @@ class Percentile(NamedTuple):
 
 
 class Coder:
-    """One crosscoder of a run; `run` and `name` make up its address. `concepts` are those of the run, None if it has none."""
+    """One crosscoder of a run; `run` and `name` make up its address. `concepts` are those of the run, None if it has none.
 
-    def __init__(self, run: str, report: RunReport, coder: CrosscoderReport) -> None:
+    Attributes:
+        indexed: name, size and time of the files that the search index is made from.
+    """
+
+    def __init__(self, run: str, edition: Edition, report: RunReport, coder: CrosscoderReport) -> None:
         self.run = run
+        self.edition = edition
         self.report = report
         self.coder = coder
         self.name = coder.name
@@ -49,11 +60,14 @@ class Coder:
         self._row_of = {latent: row for row, latent in enumerate(self.table["latent"].to_list())}
         self.predicted = predicted(coder.behaviours)
         self.concepts: Concepts | None = None
+        paths = [self.folder / name for name in INDEXED]
+        self.indexed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+        hold(self, "database", "_activity", "_neighbours", "_twins", "causal")
 
     @property
     def path(self) -> str:
         """The address of its pages."""
-        return f"/run/{self.run}/{self.name}"
+        return f"/run/{self.run}/{quote(self.name, safe='')}"
 
     @property
     def compares(self) -> bool:
@@ -75,8 +89,8 @@ class Coder:
         return (int(numbers[at - 1]) if at else None, int(numbers[at + 1]) if at + 1 < len(numbers) else None)
 
     @cached_property
-    def database(self) -> ExampleDatabase:
-        return ExampleDatabase(self.folder / "examples.sqlite")
+    def database(self) -> OpenExamples:
+        return OpenExamples(self.folder / "examples.sqlite", "crossdiff analyze")
 
     def latent(self, row: dict[str, Any], top: int = TOP, per_quantile: int = PER_QUANTILE) -> Latent:
         """The record of a row, with its examples."""
@@ -102,7 +116,11 @@ class Coder:
 
     def activity(self, latent: int) -> list[dict[str, Any]]:
         """The groups of tokens on which it is active: rows of activity.parquet, the largest share first."""
-        return activity_of(self.folder / "activity.parquet", "latent", latent, "crossdiff analyze")
+        return self._activity.of(latent)
+
+    @cached_property
+    def _activity(self) -> Activity:
+        return Activity(self.folder / "activity.parquet", "latent", "crossdiff analyze")
 
     def neighbours(self, latent: int) -> list[dict[str, Any]]:
         """The nearest latents by their chat directions."""
@@ -145,28 +163,52 @@ def _rows_of(latent: int, table: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 class Catalogue:
-    """All runs by their addresses."""
+    """All runs by their addresses.
+
+    Raises:
+        UserError: a run cannot be read; a `BeingReplaced` says that its results were replaced meanwhile.
+    """
 
     def __init__(self, directories: Sequence[Path]) -> None:
+        self.directories = tuple(directories)
+        self.editions: dict[str, Edition] = {}
         self.coders: dict[tuple[str, str], Coder] = {}
         self.reports: dict[str, RunReport] = {}
         self.concepts: dict[str, Concepts] = {}
-        for directory, slug in zip(directories, slugs(directories), strict=True):
-            report = read_run(directory)
-            self.reports[slug] = report
-            for coder in report.crosscoders:
-                self.coders[slug, coder.name] = Coder(slug, report, coder)
-            if report.concepts is not None:
-                self._add_concepts(slug, report.concepts)
+        with one_edition(self.directories) as editions:
+            for directory, slug, edition in zip(directories, slugs(directories), editions, strict=True):
+                self._add(slug, edition, read_run(directory))
+
+    def _add(self, slug: str, edition: Edition, report: RunReport) -> None:
+        self.editions[slug] = edition
+        self.reports[slug] = report
+        for coder in report.crosscoders:
+            self.coders[slug, coder.name] = Coder(slug, edition, report, coder)
+        if report.concepts is not None:
+            self._add_concepts(slug, report.concepts)
 
     def _add_concepts(self, slug: str, found: RunConcepts) -> None:
         own = [coder for coder in self if coder.run == slug]
         concepts = self.concepts[slug] = Concepts(slug, found, {coder.name: coder.path for coder in own})
+        hold(concepts, "database", "_activity", "_trainings", "_promoted")
         for coder in own:
             coder.concepts = concepts
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the runs still hold the results that were opened."""
+        return list(map(edition_of, self.directories)) == list(self.editions.values())
+
     def __iter__(self) -> Iterator[Coder]:
         return iter(self.coders.values())
+
+
+def hold(owner: Coder | Concepts, *parts: str) -> None:
+    """Read or open what pages need later, before it can be replaced. The page that needs a damaged part reads it again, and
+    shows what is wrong with it."""
+    for part in parts:
+        with suppress(UserError):
+            getattr(owner, part)
 
 
 def slugs(directories: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The concepts of a run as the dashboard shows them. Tables are held in memory, examples and activity stay on disk."""
+"""The concepts of a run as the dashboard shows them. Tables are held in memory, large files are held open."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from crossdiff.dashboard.side_tables import activity_of
+from crossdiff.dashboard.side_tables import Activity, OpenExamples
 from crossdiff.report import wording
 from crossdiff.report.cards import ExampleView, example_view
 from crossdiff.report.concept_cards import ConceptCard, Title, concept_card, title_of
 from crossdiff.report.concept_reading import COMMAND, concept_of, ranked
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.concept_wording import counted, prediction_words, told
-from crossdiff.report.examples import ExampleDatabase
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.tables import read_table
 
@@ -74,8 +73,8 @@ class Concepts:
         return f"/run/{self.run}/concepts"
 
     @cached_property
-    def database(self) -> ExampleDatabase:
-        return ExampleDatabase(self.found.folder / "examples.sqlite", COMMAND)
+    def database(self) -> OpenExamples:
+        return OpenExamples(self.found.folder / "examples.sqlite", COMMAND)
 
     def chosen(self, verdict: str | None, every: bool) -> list[int]:
         """The concepts of a verdict, or of all; only those that replicate unless `every` or there is one training."""
@@ -161,7 +160,11 @@ class Concepts:
 
     def activity(self, number: int) -> list[dict[str, Any]]:
         """The groups of tokens on which it is active, the largest share first."""
-        return activity_of(self.found.folder / "activity.parquet", "concept", number, COMMAND)
+        return self._activity.of(number)
+
+    @cached_property
+    def _activity(self) -> Activity:
+        return Activity(self.found.folder / "activity.parquet", "concept", COMMAND)
 
     def counts(self, every: bool) -> list[tuple[str, Sign, str]]:
         """Each verdict with its sign and its number of concepts."""

@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdiff.dashboard.catalogue import Coder
+from crossdiff.dashboard.editions import one_edition
 from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
     from crossdiff.causal.steering import Steerer, Steering
+    from crossdiff.dashboard.editions import Edition
     from crossdiff.diff import Diff
     from crossdiff.models.lens import Promoted
     from crossdiff.text.sequences import TokenSequence
@@ -96,9 +98,9 @@ class Live:
         self.enabled = enabled
         self._turn = threading.Lock()
         self._line = threading.Semaphore(WAITING + 1)
-        self._diffs: dict[tuple[str, str], Diff] = {}
-        self._readings: OrderedDict[str, Reading] = OrderedDict()
-        self._lenses: dict[tuple[str, int], tuple[Promoted, ...]] = {}
+        self._diffs: dict[str, tuple[Edition, Diff]] = {}
+        self._readings: OrderedDict[str, tuple[str, Edition, Reading]] = OrderedDict()
+        self._lenses: dict[tuple[str, Edition, int], tuple[Promoted, ...]] = {}
 
     @contextmanager
     def _models(self, coder: Coder) -> Iterator[Diff]:
@@ -119,19 +121,28 @@ class Live:
             self._line.release()
 
     def _diff(self, coder: Coder) -> Diff:
+        """The crosscoder of the page's results; those on disk may be others by now."""
+        edition, held = self._diffs.get(coder.path, (None, None))
+        if held is None or edition != coder.edition:
+            with one_edition([coder.report.directory]) as found:
+                if found != (coder.edition,):
+                    raise UserError(f"the results of {coder.run} were replaced after this page was opened; load it again")
+                held = self._opened(coder)
+            self._diffs[coder.path] = coder.edition, held
+        return held
+
+    def _opened(self, coder: Coder) -> Diff:
+        """A crosscoder with everything of the run that the models' requests need."""
         from crossdiff import diff
 
-        key = coder.run, coder.name
-        if key not in self._diffs:
-            opened = diff.open(coder.report.directory, coder.name)
-            _ = opened.crosscoder
-            # Crosscoders of one run share a pair, which is loaded once.
-            for other in self._diffs.values():
-                if other.path == opened.path:
-                    opened.__dict__["pair"] = other.pair
-            _ = opened.pair
-            self._diffs[key] = opened
-        return self._diffs[key]
+        opened = diff.open(coder.report.directory, coder.name)
+        settings = _pair_settings(opened)
+        # Crosscoders of one run share a pair, which is loaded once.
+        for _, other in self._diffs.values():
+            if _pair_settings(other) == settings:
+                opened.__dict__["pair"] = other.pair
+        _ = opened.pair
+        return opened
 
     def read(self, coder: Coder, text: Prompt) -> Reading:
         """Run both models on a text."""
@@ -141,14 +152,15 @@ class Live:
 
             sequence = read_text(diff.pair.tokenizer, text, diff.harvest.max_length)
             reading = _reading(diff, sequence)
-        self._readings[reading.key] = reading
+        self._readings[reading.key] = coder.path, coder.edition, reading
         while len(self._readings) > KEPT:
             self._readings.popitem(last=False)
         return reading
 
-    def recall(self, key: str) -> Reading | None:
-        """An earlier reading, while it is kept."""
-        return self._readings.get(key)
+    def recall(self, coder: Coder, key: str) -> Reading | None:
+        """An earlier reading by these results of the crosscoder, while it is kept."""
+        path, edition, reading = self._readings.get(key, ("", None, None))
+        return reading if (path, edition) == (coder.path, coder.edition) else None
 
     def answer(
         self, coder: Coder, text: Prompt, steering: Sequence[Steering | None], models: Sequence[str], n: int
@@ -191,11 +203,18 @@ class Live:
     def lens(self, coder: Coder, latent: int, n: int = 10) -> tuple[Promoted, ...]:
         """Tokens that a latent's directions promote: base in the base model, chat and chat minus base in the chat model."""
         _check_compares(coder)
-        key = coder.path, latent
+        key = coder.path, coder.edition, latent
         if key not in self._lenses:
             with self._models(coder) as diff:
                 self._lenses[key] = _lens(diff, latent, n)
         return self._lenses[key]
+
+
+def _pair_settings(diff: Diff) -> tuple[object, ...]:
+    """Everything that decides which models are loaded, and how."""
+    config, origin = diff.config, diff.crosscoder.origin
+    named = config.base, config.chat, config.model_dtype
+    return diff.path, named, origin["pair"], origin.get("model_dtype"), diff.harvest
 
 
 def _check_compares(coder: Coder) -> None:

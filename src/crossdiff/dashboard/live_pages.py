@@ -153,7 +153,7 @@ def add(app: FastAPI, site: Site) -> None:
     @site.in_turn
     def token(request: Request, run: str, name: str, key: str, position: int) -> HTMLResponse:
         coder = site.coder(run, name)
-        reading = site.live.recall(key)
+        reading = site.live.recall(coder, key)
         if reading is None:
             raise HTTPException(404, "This text is no longer in memory. Read it again.")
         if not 0 <= position < len(reading.texts):

@@ -73,14 +73,13 @@ class Search:
             "SELECT latent, position, token_ids FROM examples JOIN sequences USING (sequence) "
             "WHERE latent >= ? AND latent < ? AND kind = 'top' AND rank < ?"
         )
-        with closing(open_sqlite(self.coder.database.path)) as examples:
-            for first in range(0, max(latents, default=-1) + 1, BATCH):
-                contexts: dict[int, list[str]] = {latent: [] for latent in latents if first <= latent < first + BATCH}
-                for latent, position, blob in examples.execute(query, (first, first + BATCH, CONTEXTS)):
-                    ids = np.frombuffer(blob, "<i4")[max(0, position - TOKENS_BEFORE) : position + TOKENS_AFTER + 1].tolist()
-                    contexts.setdefault(latent, []).append("".join(vocabulary.get(token, "") for token in ids))
-                rows = ((latent, explanations.get(latent) or "", "\n".join(texts)) for latent, texts in contexts.items())
-                index.executemany("INSERT INTO texts (rowid, explanation, contexts) VALUES (?, ?, ?)", rows)
+        for first in range(0, max(latents, default=-1) + 1, BATCH):
+            contexts: dict[int, list[str]] = {latent: [] for latent in latents if first <= latent < first + BATCH}
+            for latent, position, blob in self.coder.database.rows(query, (first, first + BATCH, CONTEXTS)):
+                ids = np.frombuffer(blob, "<i4")[max(0, position - TOKENS_BEFORE) : position + TOKENS_AFTER + 1].tolist()
+                contexts.setdefault(latent, []).append("".join(vocabulary.get(token, "") for token in ids))
+            rows = ((latent, explanations.get(latent) or "", "\n".join(texts)) for latent, texts in contexts.items())
+            index.executemany("INSERT INTO texts (rowid, explanation, contexts) VALUES (?, ?, ?)", rows)
 
     def latents(self, text: str) -> npt.NDArray[np.int64]:
         """The latents whose explanation or contexts have all the words; the last word may be the beginning of one."""
@@ -108,8 +107,6 @@ def match(text: str) -> str:
 
 def _fingerprint(coder: Coder) -> str:
     digest = hashlib.sha256(f"{FORMAT} {coder.folder.resolve()}".encode())
-    for name in ("examples.sqlite", "interpretation.parquet", "latents.parquet"):
-        path = coder.folder / name
-        if path.is_file():
-            digest.update(f" {name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    for name, size, time in coder.indexed:
+        digest.update(f" {name} {size} {time}".encode())
     return digest.hexdigest()[:24]

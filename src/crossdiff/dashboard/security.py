@@ -1,11 +1,12 @@
-"""Access control: checks of Host, Origin and token before every request, and a content policy on every response."""
+"""Access control: checks of Host, Origin, token and size of every request, and a content policy on every response."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 256 * 1024
 """Largest request body in bytes; prompts have a smaller limit of their own."""
+TOO_LARGE = f"The request is larger than {MAX_BODY:,} bytes; shorten the text."
 POLICY = "; ".join([
     "default-src 'none'",
     "script-src 'self'",
@@ -45,9 +47,10 @@ def is_loopback(host: str) -> bool:
 def host_of(header: str) -> str:
     """The name in a Host header, without the port and the brackets of IPv6; "" if it is malformed."""
     try:
-        return urlsplit(f"//{header}").hostname or ""
+        found = urlsplit(f"//{header}")
     except ValueError:
         return ""
+    return (found.hostname or "") if found.netloc == header else ""
 
 
 class Guard:
@@ -81,26 +84,33 @@ class Guard:
             await send(message)
 
         refusal = self._refusal(Headers(scope=scope), scope)
-        await (refusal or self.app)(scope, receive, send_with_headers)
+        if refusal is not None:
+            await refusal(scope, receive, send_with_headers)
+            return
+        body = await _read(receive)
+        if body is None:
+            return  # the reader has gone
+        app = self.app if len(body) <= MAX_BODY else _refused(413, TOO_LARGE)
+        try:
+            await app(scope, _after(body, receive), send_with_headers)
+        except asyncio.CancelledError:  # the server stops, and has waited for this page
+            await _refused(503, "The dashboard was stopped before this page was ready.")(scope, receive, send_with_headers)
 
     def _refusal(self, headers: Headers, scope: Scope) -> ASGIApp | None:
         """The response to a request that is refused; None if it may pass."""
         host = headers.get("host", "")
         if not self._knows(host_of(host)):
             text = f"This server is not known as {host_of(host)!r}. Open the address it printed, or add the name with --name."
-            return PlainTextResponse(text, 421)
+            return _refused(421, text)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return PlainTextResponse("Requests from other pages are refused.", 403)
+        if origin is not None and origin.partition("://")[2] != host:
+            return _refused(403, "Requests from other pages are refused.")
         if headers.get("sec-fetch-site", "none") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
-            return PlainTextResponse("Requests from other pages are refused.", 403)
+            return _refused(403, "Requests from other pages are refused.")
         if scope["method"] not in ("GET", "HEAD") and origin is None:
-            return PlainTextResponse("A request that changes something must have an Origin header.", 403)
-        length = headers.get("content-length", "0" if scope["method"] in ("GET", "HEAD") else "")
-        if not length.isdecimal():
-            return PlainTextResponse("A request with a body must have a Content-Length header.", 411)
-        if int(length) > MAX_BODY:
-            return PlainTextResponse(f"The request is larger than {MAX_BODY:,} bytes; shorten the text.", 413)
+            return _refused(403, "A request that changes something must have an Origin header.")
+        if "transfer-encoding" in headers:
+            return _refused(411, "A request with a body must have a Content-Length header, and no Transfer-Encoding.")
         return None if self.token is None else self._without_token(headers, scope)
 
     def _knows(self, name: str) -> bool:
@@ -120,11 +130,38 @@ class Guard:
         if scope["method"] == "GET" and _same(given, self.token):
             rest = urlencode([(key, value) for key, value in query if key != "token"])
             # A path that begins with two slashes would lead to another host.
-            path = "/" + scope["path"].lstrip("/\\")
+            path = "/" + quote(scope["path"].lstrip("/\\"))
             answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
             answer.set_cookie(cookie, self.token, httponly=True, samesite="strict", path="/")
             return answer
-        return PlainTextResponse("This dashboard needs a token. Open the address that `crossdiff dashboard` printed.", 401)
+        return _refused(401, "This dashboard needs a token. Open the address that `crossdiff dashboard` printed.")
+
+
+def _refused(status: int, text: str) -> ASGIApp:
+    """A refusal. It ends the connection, because what is left of the request is not read."""
+    return PlainTextResponse(text, status, {"connection": "close"})
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The body of a request, or just over `MAX_BODY` bytes of a larger one; None if the reader goes away before its end."""
+    body, is_more = bytearray(), True
+    while is_more and len(body) <= MAX_BODY:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        is_more = message.get("more_body", False)
+    return bytes(body)
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """What the application receives: the whole body at once, then what comes after it."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def received() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return received
 
 
 def _same(given: str, token: str) -> bool:

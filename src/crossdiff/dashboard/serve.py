@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,14 @@ import uvicorn
 
 from crossdiff.dashboard.app import create_app
 from crossdiff.dashboard.catalogue import Catalogue
+from crossdiff.dashboard.connections import STALLED, connections
 from crossdiff.dashboard.live import Live
 from crossdiff.dashboard.search import cache_folder
 from crossdiff.dashboard.security import is_loopback
 from crossdiff.errors import UserError
 
-THREADS_STOP = 5
+GRACE = 5
+"""Seconds that requests have to end when the server stops."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -36,10 +39,14 @@ def _server(
     names: tuple[str, ...],
     live: bool,
     cache: Path,
+    stalled: float = STALLED,
 ) -> uvicorn.Server:
     app = create_app(Catalogue(directories), Live(live), cache, host, token, names)
     # The guard checks addresses itself, so proxy headers are ignored. An access log would contain readers' searches.
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False, server_header=False))
+    return uvicorn.Server(uvicorn.Config(
+        app, http=connections(stalled), ws="none", log_level="warning", access_log=False, proxy_headers=False,
+        server_header=False, timeout_graceful_shutdown=GRACE,
+    ))  # fmt: skip
 
 
 def serve(directories: Sequence[Path], host: str, port: int, names: tuple[str, ...] = (), live: bool = True) -> None:
@@ -50,18 +57,24 @@ def serve(directories: Sequence[Path], host: str, port: int, names: tuple[str, .
     shown = names[0] if names else host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listening.getsockname()[1]}/"
     print(f"The dashboard is at {address}{f'?token={token}' if token else ''}  (Ctrl+C stops it)", flush=True)
+    # Ctrl+C then ends the process like SIGTERM, after the grace. Python would wait for the threads of pages without a limit.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     server.run(sockets=[listening])
 
 
 @contextmanager
-def serving(directories: Sequence[Path], cache: Path, live: bool = True) -> Iterator[str]:
-    """Serve on a free port of loopback while the block runs; yields the address."""
+def serving(directories: Sequence[Path], cache: Path, live: bool = True, stalled: float = STALLED) -> Iterator[str]:
+    """Serve on a free port of loopback while the block runs; yields the address.
+
+    Args:
+        stalled: seconds in which a request has to arrive.
+    """
     with listen("127.0.0.1", 0) as listening:
-        server = _server(directories, "127.0.0.1", None, (), live, cache)
+        server = _server(directories, "127.0.0.1", None, (), live, cache, stalled)
         thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(THREADS_STOP)
+            thread.join(GRACE)

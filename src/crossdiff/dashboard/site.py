@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
 from functools import lru_cache, wraps
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ from crossdiff.dashboard import charts, pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.live import WAITING, Live
 from crossdiff.dashboard.search import Search
+from crossdiff.files import fingerprint
 
 ROOT = "/run/{run}/{name}"
 """Address of a crosscoder's pages."""
+EDITION = "crossdiff-edition"
+"""Header by which a page says which results it shows when it asks for a part."""
 CACHED_POINTS = 8
 PAGES_AT_ONCE = 3
 """Threads for pages; more would only compete for the interpreter."""
@@ -30,30 +35,47 @@ Page = Callable[..., Response]
 
 
 class Site:
-    """What all requests share.
+    """What all requests share that are answered from one set of results.
 
     Attributes:
+        edition: names this set of results.
+        replaced: runs whose results were replaced since the server started, with the time of each.
         in_turn: decorator for pages from memory and disk.
         waits: decorator for pages that run the models.
     """
 
-    def __init__(self, catalogue: Catalogue, live: Live, cache: Path) -> None:
+    def __init__(self, catalogue: Catalogue, live: Live, cache: Path, replaced: Mapping[str, datetime] | None = None) -> None:
         self.catalogue = catalogue
         self.live = live
+        self.cache = cache
+        self.replaced = dict(replaced or {})
+        self.edition = fingerprint([edition.digest for edition in catalogue.editions.values()])
         self.templates = pages.templates()
         self.in_turn = own_threads(PAGES_AT_ONCE)
         self.waits = own_threads(WAITING_AT_ONCE)
         self.search = {key: Search(coder, cache) for key, coder in catalogue.coders.items()}
         self.points: Callable[[tuple[str, str], str], bytes] = lru_cache(CACHED_POINTS)(self._points)
-        # These do not change while the server runs.
         self.home: Callable[[], dict[str, Any]] = lru_cache(1)(lambda: pages.home(catalogue))
         self.coder_page: Callable[[Coder], dict[str, Any]] = lru_cache(None)(pages.coder_page)
+
+    def renewed(self) -> Site | None:
+        """The site of the results that have replaced some of these; None if nothing was replaced."""
+        if self.catalogue.is_current:
+            return None
+        new = Catalogue(self.catalogue.directories)
+        changed = {slug: edition for slug, edition in new.editions.items() if edition != self.catalogue.editions[slug]}
+        times = {slug: datetime.fromtimestamp(edition.written) for slug, edition in changed.items()}
+        return Site(new, self.live, self.cache, self.replaced | times)
 
     def coder(self, run: str, name: str) -> Coder:
         """The crosscoder of an address, looked up and never used as a path."""
         found = self.catalogue.coders.get((run, name))
         if found is None:
-            raise HTTPException(404, "This dashboard has no such run or crosscoder.")
+            report = self.catalogue.reports.get(run)
+            if report is not None and name in report.not_analysed:
+                again = f"Run `crossdiff analyze {report.directory}`, then load this page again."
+                raise HTTPException(404, f"{name} has been trained, but has no results yet. {again}")
+            raise HTTPException(404, "This dashboard has no such run or crosscoder. The overview has links to all of them.")
         return found
 
     def row(self, coder: Coder, latent: int) -> dict[str, Any]:
@@ -65,8 +87,26 @@ class Site:
 
     def page(self, template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> HTMLResponse:
         """A page from a template."""
-        text = self.templates.get_template(template).render(live=self.live.enabled, **values)
+        own = values.get("coder") or values.get("concepts")
+        notices = self._notices(None if own is None else own.run)
+        shared = {"live": self.live.enabled, "edition": self.edition, "notices": notices}
+        text = self.templates.get_template(template).render(**shared, **values)
         return HTMLResponse(text, status, headers)
+
+    def problem(self, request: Request, status: int, message: str) -> HTMLResponse:
+        """What went wrong, as a page or as a part of one."""
+        # The page tells htmx to swap errors in as well, so that the message appears where the error happened.
+        template = "problem.html.j2" if is_partial(request) else "error.html.j2"
+        return self.page(template, status, phrase=HTTPStatus(status).phrase, message=message)
+
+    def _notices(self, run: str | None) -> list[str]:
+        """Which results were replaced, of those on the pages of a run, or of all."""
+        return [
+            f"The results of {'this run' if run or len(self.catalogue.reports) == 1 else slug} were replaced at "
+            f"{time:%H:%M} on {time.day} {time:%B %Y}. This page shows the new ones."
+            for slug, time in self.replaced.items()
+            if run in (None, slug)
+        ]
 
     def _points(self, key: tuple[str, str], colour: str) -> bytes:
         return gzip.compress(charts.points(self.catalogue.coders[key], colour).encode(), 5)

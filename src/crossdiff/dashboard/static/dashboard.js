@@ -64,7 +64,8 @@ function drawCharts(root) {
 
 async function drawCloud(canvas) {
   const colour = document.querySelector("[name=colour]:checked");
-  const answer = await fetch(`${canvas.dataset.src}?colour=${colour ? colour.value : "verdict"}`);
+  const headers = JSON.parse(document.body.getAttribute("hx-headers"));
+  const answer = await fetch(`${canvas.dataset.src}?colour=${colour ? colour.value : "verdict"}`, { headers });
   if (!answer.ok) { canvas.textContent = "The points could not be loaded. Reload the page."; return; }
   const figure = await answer.json();
   if (!webgl) {
