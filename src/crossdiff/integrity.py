@@ -97,7 +97,7 @@ def read_parquet(path: Path, command: str | None = None) -> pl.DataFrame:
     import polars as pl
 
     try:
-        return pl.read_parquet(intact(path))
+        return pl.read_parquet(intact(path), glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         remedy = f"run `{command}` again" if command else "delete it and run the command that wrote it again"
         raise UserError(f"{path} cannot be read as Parquet ({error}); {remedy}") from error

@@ -199,7 +199,8 @@ class Run:
         assert not missing, f"stage {stage.name} did not write {missing}"
         stamp = time.strftime("%Y%m%d-%H%M%S")
         retired = {
-            name: f"{OLD}/{stamp}-{name.replace('/', '-')}-{os.getpid()}" for name in (*self._outdated_by(stage), stage.name)
+            name: f"{OLD}/{stamp}-{name.replace('/', '-')}-{os.getpid()}-{time.monotonic_ns()}"
+            for name in (*self._outdated_by(stage), stage.name)
         }
         moves = []
         for name, target in retired.items():

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crossdiff.errors import UserError
-from crossdiff.files import fingerprint, read_json
-from crossdiff.run import FORMAT
+from crossdiff.files import fingerprint
+from crossdiff.run_manifest import MANIFEST, RunManifest
 
 NOT_SHOWN = ("report", "steer")
 """Stages whose results the dashboard does not show."""
@@ -34,17 +34,15 @@ class Edition:
 
 def edition_of(directory: Path) -> Edition:
     """The results that a run holds now. A folder from `crossdiff pull` without a manifest holds one edition for ever."""
-    path = directory / "manifest.json"
+    path = directory / MANIFEST
     if not path.is_file():
         return Edition("", 0.0)
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is not a run manifest of format {FORMAT}; make the run again with this version")
-    if manifest["swap"]:
+    manifest = RunManifest.read(directory)
+    if manifest.swap:
         raise BeingReplaced(directory)
     records = {
-        name: [record["fingerprint"], record.get("finished")]
-        for name, record in manifest["stages"].items()
+        name: [record.fingerprint, record.finished]
+        for name, record in manifest.stages.items()
         if name.partition("/")[0] not in NOT_SHOWN
     }
     return Edition(fingerprint(records), path.stat().st_mtime)

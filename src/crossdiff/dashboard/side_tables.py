@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from crossdiff.errors import UserError
+from crossdiff.integrity import intact
 from crossdiff.report.examples import ExampleDatabase
 
 
@@ -49,7 +50,7 @@ class Activity:
         self.path = path
         self.unit = unit
         self.command = command
-        self._file = path.open("rb") if path.is_file() else None
+        self._file = intact(path).open("rb") if path.is_file() else None
         if self._file is not None:
             weakref.finalize(self, self._file.close)
 
