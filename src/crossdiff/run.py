@@ -197,11 +197,8 @@ class Run:
     def _swap_in(self, stage: Stage, folder: Path, seconds: float) -> None:
         missing = [output for output in stage.outputs if not (folder / output).exists()]
         assert not missing, f"stage {stage.name} did not write {missing}"
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        retired = {
-            name: f"{OLD}/{stamp}-{name.replace('/', '-')}-{os.getpid()}-{time.monotonic_ns()}"
-            for name in (*self._outdated_by(stage), stage.name)
-        }
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns()}"  # no two are the same
+        retired = {name: f"{OLD}/{stamp}-{name.replace('/', '-')}" for name in (*self._outdated_by(stage), stage.name)}
         moves = []
         for name, target in retired.items():
             outputs = stage.outputs if name == stage.name else self.manifest.stages.pop(name).outputs
