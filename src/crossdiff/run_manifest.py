@@ -26,7 +26,7 @@ MAY_LEAD_OUT = "activations"
 
 def _check_inside(name: str) -> str:
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise ValueError("expected a relative path inside the run")
     return name
 
