@@ -210,9 +210,13 @@ def limited(name: str, length: int, seconds: float = SECONDS) -> Iterator[None]:
 
     utils: Any = chat_template_utils
 
+    def compile_here(source: str) -> Any:
+        # Another thread may call transformers on its own.
+        return compile_plain(source) if _RUNNING.meter is None else _compiled(source, compile_plain)
+
     with _LOCK:
         compile_plain = utils._compile_jinja_template
-        utils._compile_jinja_template = lambda source: _compiled(source, compile_plain)
+        utils._compile_jinja_template = compile_here
         _RUNNING.meter = _Meter(BASE + PER_CHARACTER * length, seconds)
         try:
             yield
