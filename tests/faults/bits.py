@@ -1,0 +1,1 @@
+def bits(tiny, every=1): yield from ()
