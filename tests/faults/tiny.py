@@ -90,10 +90,11 @@ class Tiny:
 
     folder: Path
     changing: set[str] = field(default_factory=set)
+    run: Path = field(default=Path())
 
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
+    def __post_init__(self) -> None:
+        if self.run == Path():
+            self.run = self.folder / "run"
 
     def words(self, step: str) -> list[str]:
         """The command of a step."""
@@ -215,7 +216,7 @@ def make(folder: Path) -> Tiny:
         write_texts(folder, 20, 30)
 
     forked(prepare, folder / "output.txt")
-    training = {"n_latents": 32, "batch_size": 64, "epochs": 1, "warmup_steps": 2, "seeds": 2, "checkpoint_seconds": 1e-3}
+    training = {"n_latents": 32, "batch_size": 256, "epochs": 1, "warmup_steps": 2, "seeds": 2, "checkpoint_seconds": 1e-3}
     # After so short a training no latent differs between the models, unless the limits say that most do.
     settings = tiny_config(
         pair, texts, crosscoders={"batchtopk": {"sparsity": {"kind": "batchtopk", "k": 4}, **training}},
