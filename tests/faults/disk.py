@@ -18,7 +18,7 @@ KILOBYTES = (0, 4, 16, 64, 128, 256, 1024, 4096)
 """What is left on the disk when a command starts."""
 SIZE = 256 * 2**20
 NEW_NAMESPACE = 0x20000
-FULL = re.compile(r"^crossdiff: the disk of \S+ is full")
+FULL = re.compile(r"^crossdiff: the disk of \S+ (is full|has \d+ MB left)")
 CHANGED = ("config.yaml", "manifest.json", ".lock", "tensorboard/")
 """What a command that stops may have changed: its settings and the curves of its training."""
 

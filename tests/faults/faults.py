@@ -7,9 +7,11 @@
     python tests/faults/faults.py requests   # hostile requests to a dashboard
     python tests/faults/faults.py all        # everything: `make faults`
 
-`--every N` tries only every N-th of them. The exit status is 1 if anything is lost. docs/reliability.md describes what each part
-claims, and holds the table that this script prints.
+`--every N` tries only every N-th of them. The exit status is 1 if anything is lost. docs/reliability.md describes what each
+part claims, and holds the table that this script prints.
 """
+
+# ruff: noqa: E402 (the imports need what is set before them)
 
 from __future__ import annotations
 
@@ -63,7 +65,10 @@ def main() -> None:
         for part in PARTS if args.part == "all" else (args.part,):
             for tally in PARTS[part](tiny, args.every):
                 tallies.append(tally)
-                print(f"{time.monotonic() - started:6.0f} s  {tally.kind}, {tally.place}: {len(tally.lost)} of {tally.tried} lost")
+                print(
+                    f"{time.monotonic() - started:6.0f} s  {tally.kind}, {tally.place}: {len(tally.lost)} of {tally.tried} lost"
+                )
+                print(*(f"          {loss}" for loss in tally.lost), sep="\n", end="\n" if tally.lost else "", flush=True)
     print(f"\n{table(tallies)}")
     sys.exit(any(tally.lost for tally in tallies))
 

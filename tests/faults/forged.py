@@ -1,4 +1,4 @@
-"""Run directories made by somebody hostile: nothing outside of them may change or run, and every command ends with a sentence."""
+"""Run directories made by somebody hostile: nothing outside of them changes or runs, and every command ends with a sentence."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _open(run: Path) -> None:
 
     try:
         found = crossdiff.open(run)
-        found.latent(0), found.examples(0), found.crosscoder  # noqa: B018 (read when they are first used)
+        found.latent(0), found.examples(0), found.crosscoder
     except crossdiff.UserError as error:
         print(error)
 

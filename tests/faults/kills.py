@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from golden import compare_files, kind_of
 from tiny import STEPS, Outcome, Tally, Tiny, command, digests, forked
+
+from golden import compare_files, kind_of
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
 MADE_TO_LAST = ("tensorboard",)
@@ -36,7 +37,7 @@ def counting(folder: Path, act: Callable[[int], None]) -> Callable[[], None]:
         def audit(event: str, arguments: tuple[Any, ...]) -> None:
             if event == "open":
                 path, mode, flags = arguments
-                writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) if isinstance(flags, int) else "r" != mode
+                writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) if isinstance(flags, int) else mode != "r"
                 if writes and is_below(path):
                     change()
             elif event in CHANGES and is_below(arguments[0]):
@@ -98,7 +99,9 @@ def difference(tiny: Tiny, step: str) -> str | None:
 
     def look() -> None:
         for name in changed:
-            if problems := compare_files(kind_of(Path(name)), expected / name, found / name).problems:
+            problems = compare_files(kind_of(Path(name)), expected / name, found / name).problems
+            # A manifest with digests of files that hold times differs in them, too.
+            if problems := [each for each in problems if not any(f"files/{other}:" in each for other in tiny.changing)]:
                 sys.exit(f"{name}: {problems[0]}")
 
     outcome = forked(look, tiny.folder / "compared.txt")

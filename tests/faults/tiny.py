@@ -152,6 +152,7 @@ def _child(work: Callable[[], None], log: Path) -> NoReturn:
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
