@@ -148,8 +148,8 @@ def _attacks(server: Server, root: str) -> Iterator[tuple[str, str, bytes, bool]
     yield "headers", "not HTTP", server.send(os.urandom(4096) + b"\r\n\r\n"), False
     for value in TRAVERSALS:
         for place in ("/{}", "/run/{}/batchtopk", f"{root.rsplit('/', 1)[0]}/{{}}", f"{root}/latent/{{}}",
-                      f"{root}/latents.{{}}", f"{root}/live/{{}}/token/0", f"{root}/latent/1/sides/{{}}", "/static/{}", f"{root}/latent?number={{}}",
-                      f"{root}/points.json?colour={{}}"):  # fmt: skip
+                      f"{root}/latents.{{}}", f"{root}/live/{{}}/token/0", f"{root}/latent/1/sides/{{}}",
+                      "/static/{}", f"{root}/latent?number={{}}", f"{root}/points.json?colour={{}}"):  # fmt: skip
             answer = server.get(place.format(quote(value, safe="")))
             yield "paths", f"{place} with {value[:20]!r}", answer, value in (".", "..") and place in ("/{}", "/static/{}")
     for value in TRAVERSALS:

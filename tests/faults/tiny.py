@@ -44,6 +44,8 @@ STEPS: dict[str, tuple[str, ...]] = {
 """The commands of a run in their order. `retrain` moves everything that it outdates to `old/`, and `clean` deletes it."""
 FINISHED = "interpret"
 """The last step after which every result is there."""
+TIMED = ("manifest.json", "activations/manifest.json")
+"""Results that hold times."""
 TIMED_OUT = -signal.SIGALRM
 
 
@@ -186,37 +188,40 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def warm_up(folder: Path) -> None:
-    """Import what a complete run imports, so that no fork has to."""
+def make(folder: Path, twice: bool = True) -> Tiny:
+    """Make the pair, the texts, the settings and the run after each step.
+
+    Args:
+        twice: make everything again and note what differs, rather than only what is known to hold times.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny = Tiny(folder, set(TIMED))
+    _succeed(forked(lambda: _write_inputs(folder), folder / "output.txt"))
     seen = folder / "modules.txt"
 
-    def list_modules() -> None:
+    def first() -> None:
         from crossdiff.cli import run_command
 
-        for name in STEPS:
-            run_command(Tiny(folder).words(name))
+        for step in STEPS:
+            run_command(tiny.words(step))
+            shutil.copytree(tiny.run, tiny.state(step), symlinks=True)
         specs = [module.__spec__ for module in list(sys.modules.values()) if getattr(module, "__spec__", None)]
         seen.write_text("\n".join(spec.name for spec in specs if spec.has_location))
 
-    outcome = forked(list_modules, folder / "output.txt", 120)
-    if outcome.status:
-        raise RuntimeError(f"the undisturbed run failed: {outcome.output[-2000:]}")
-    for name in seen.read_text().splitlines():
+    _succeed(forked(first, folder / "output.txt", 180))
+    for name in seen.read_text().splitlines():  # so that no fork has to import anything
         with suppress(ImportError):  # some modules import each other in a circle, and only one way in works
             importlib.import_module(name)
+    tiny.restore(None)
+    for step in STEPS if twice else ():
+        _succeed(command(tiny.words(step), folder))
+        expected, found = digests(tiny.state(step)), digests(tiny.run)
+        tiny.changing |= {name for name, digest in found.items() if expected.get(name) != digest}
+    return tiny
 
 
-def make(folder: Path) -> Tiny:
-    """Make the pair, the texts, the settings and every state, twice: what differs between both times is `changing`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tiny = Tiny(folder)
-    pair, texts = (folder / "base", folder / "chat"), (folder / "plain.jsonl", folder / "chat.jsonl")
-
-    def prepare() -> None:
-        save_pair(folder)
-        write_texts(folder, 20, 30)
-
-    forked(prepare, folder / "output.txt")
+def _write_inputs(folder: Path) -> None:
+    pair, texts = save_pair(folder), write_texts(folder, 20, 30)
     training = {"n_latents": 32, "batch_size": 256, "epochs": 1, "warmup_steps": 2, "seeds": 2, "checkpoint_seconds": 1e-3}
     # After so short a training no latent differs between the models, unless the limits say that most do.
     settings = tiny_config(
@@ -226,20 +231,8 @@ def make(folder: Path) -> Tiny:
     )  # fmt: skip
     settings["analyze"] |= {"delta_norm": 0.5, "nu_error": 10, "nu_reconstruction": 2}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    warm_up(folder)
-    tiny.restore(None)
-    first: dict[str, dict[str, str]] = {}
-    for _ in range(2):
-        tiny.restore(None)
-        for step in STEPS:
-            outcome = command(tiny.words(step), folder)
-            if outcome.status:
-                raise RuntimeError(f"{step} failed: {outcome.output[-2000:]}")
-            found = digests(tiny.run)
-            if step in first:
-                tiny.changing |= {name for name, digest in found.items() if first[step].get(name) != digest}
-            else:
-                first[step] = found
-            shutil.rmtree(tiny.state(step), ignore_errors=True)
-            shutil.copytree(tiny.run, tiny.state(step), symlinks=True)
-    return tiny
+
+
+def _succeed(outcome: Outcome) -> None:
+    if outcome.status:
+        raise RuntimeError(f"the undisturbed run failed: {outcome.output[-2000:]}")
