@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint package minimum docs notebook clean
+.PHONY: demo test faults lint package minimum docs notebook clean
 
 # Installed once; again when the dependencies change.
 .venv/installed: pyproject.toml constraints.txt
@@ -15,6 +15,10 @@ demo: .venv/installed
 # One process per core (at most eight), each with one thread. The tests of a file share their fixtures.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# Break a tiny run in every way that we can think of (docs/reliability.md). Full disks need root on Linux.
+faults: .venv/installed
+	$(BIN)/python tests/faults/faults.py all
 
 lint: .venv/installed
 	$(BIN)/ruff check .
