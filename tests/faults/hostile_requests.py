@@ -18,6 +18,7 @@ from urllib.parse import quote
 from tiny import FINISHED, Tally, Tiny
 
 WAIT = 20
+NO_ANSWER = b"no answer in time"
 STOPS_IN = 10
 MEGABYTES = 50
 """How much the server may grow over all requests."""
@@ -62,10 +63,13 @@ class Server:
         """Send bytes and return what comes back: the answer, or nothing if the server closes the connection."""
         answer = b""
         with self.connect() as connection, suppress(ConnectionError):
-            for piece in pieces:
-                connection.sendall(piece)
-            while b"\r\n\r\n" not in answer and (part := connection.recv(65536)):
-                answer += part
+            try:
+                for piece in pieces:
+                    connection.sendall(piece)
+                while b"\r\n\r\n" not in answer and (part := connection.recv(65536)):
+                    answer += part
+            except TimeoutError:
+                return NO_ANSWER
         return answer
 
     def get(self, path: str, *headers: str, method: str = "GET") -> bytes:
@@ -167,6 +171,8 @@ def _attacks(server: Server, root: str) -> Iterator[tuple[str, str, bytes, bool]
 def _problem(server: Server, answer: bytes, may_pass: bool) -> str | None:
     status = _status(answer)
     here = re.search(rb"(?mi)^location: (?:/[^/]|http://127\.0\.0\.1:%d/)" % server.port, answer)
+    if answer == NO_ANSWER:
+        return f"neither an answer nor a closed connection within {WAIT} s"
     if status == 307 and here:
         return None  # the same page without the slash at its end
     if server.process.poll() is not None:
