@@ -121,6 +121,8 @@ def short_repr(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+NEARLY_FULL = 2**18
+"""Bytes left on a disk below which an error that nobody knows is taken for one of a full disk."""
 _FULL, _READ_ONLY = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
 _FAILED = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE)
 _SQLITE = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_IOERR: errno.EIO, sqlite3.SQLITE_READONLY: errno.EROFS}
@@ -138,7 +140,13 @@ def explain_disk_error(error: BaseException, folder: Path) -> UserError | None:
             name = getattr(seen, "filename", None)
             return _explained(code, Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None, folder)
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
-    return None
+    # Some libraries only say that writing failed.
+    return _explained(errno.ENOSPC, None, folder) if _free(folder) < NEARLY_FULL else None
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are left on the disk of a folder, which may not exist yet."""
+    return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.exists())).free
 
 
 def _disk_error_of(error: BaseException) -> int | None:
@@ -157,11 +165,8 @@ def _disk_error_of(error: BaseException) -> int | None:
 
 
 def _explained(code: int, file: Path | None, folder: Path) -> UserError:
-    place = folder if file is None else file.parent
     if code in _FULL:
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free / 1e6
+        free = _free(folder if file is None else file.parent) / 1e6
         return UserError(f"the disk of {folder} is full ({free:.0f} MB left); free some space and run the same command again")
     if code in _READ_ONLY:
         return UserError(f"cannot read or write {file or folder}: {os.strerror(code)}; choose a folder where you may")

@@ -127,7 +127,7 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
 
 def _size(dataset: DatasetConfig, count: int | None, record: DatasetRecord) -> float:
     """Estimated number of tokens of a dataset with this many records, of which the record's have been read."""
-    n_read = record.n_documents + record.damaged
+    n_read = record.n_records
     mean = record.n_tokens / n_read
     whole = math.inf if count is None else float(record.n_tokens) if n_read >= count else mean * count
     limit = dataset.max_tokens

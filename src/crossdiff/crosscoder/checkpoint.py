@@ -31,7 +31,7 @@ from crossdiff.crosscoder.plain_reader import PlainReader, problem_of
 from crossdiff.crosscoder.sparsity import rule_of
 from crossdiff.crosscoder.view import View
 from crossdiff.errors import UserError
-from crossdiff.files import read_json, replacing, write_json
+from crossdiff.files import explain_disk_error, read_json, replacing, write_json
 from crossdiff.integrity import intact
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Tensor
@@ -82,7 +82,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
         with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
     except (SafetensorError, OSError) as error:
-        raise UserError(
+        raise explain_disk_error(error, path.parent) or UserError(
             f"cannot write {path}: {error}; free some space or make it writable, and run the same command again to "
             "resume from the last checkpoint"
         ) from None
@@ -282,8 +282,9 @@ class Checkpoints:
         if problem is None:
             problem = self.ranks.agree(self._keep(partial, state) if self.ranks.is_first else None)
         if problem is not None:
+            full = explain_disk_error(OSError(problem), self.folder)
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot write {partial}: {problem}; free some space and run the same command again")
+            raise full or UserError(f"cannot write {partial}: {problem}; free some space and run the same command again")
 
     def _keep(self, partial: Path, state: TrainingState) -> str | None:
         """Make a written folder the last checkpoint; returns the problem if there is one."""

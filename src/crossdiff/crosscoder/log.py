@@ -12,7 +12,7 @@ from crossdiff.crosscoder.losses import StepResult
 from crossdiff.crosscoder.trackers import Tracker
 from crossdiff.crosscoder.trainer import Diverged, Trainer
 from crossdiff.errors import UserError
-from crossdiff.files import to_json, write_text
+from crossdiff.files import explain_disk_error, to_json, write_text
 
 LOG_EVERY = 25
 DIVERGED = 10.0
@@ -65,7 +65,8 @@ class Log:
                 file.seek(0, os.SEEK_END)
                 file.write(to_json(record) + "\n")
         except OSError as error:
-            return f"cannot write {self.path}: {error.strerror}; free some space and run the same command again"
+            full = explain_disk_error(error, self.path.parent)
+            return str(full or f"cannot write {self.path}: {error.strerror}; run the same command again")
         return None
 
     def lost(self) -> str | None:
