@@ -16,6 +16,7 @@ pytest.importorskip("playwright", reason="the browser tests need the package pla
 from playwright.sync_api import Page, expect, sync_playwright
 from showing import write_links
 
+from conftest import forget_digests
 from crossdiff.dashboard.screenshots import WIDE, find_chromium, launch
 from crossdiff.dashboard.serve import serving
 
@@ -29,6 +30,7 @@ PATIENCE = 90_000
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, analysed_run: Path) -> Path:
     folder = shutil.copytree(analysed_run, tmp_path_factory.mktemp("browser") / "run")
+    forget_digests(folder)
     write_links(folder / "batchtopk", latent=0, twin=1, neighbour=2)
     pair = pl.read_parquet(folder / "batchtopk" / "twins.parquet")
     numbers = [{"latent": number, "twin": (number + 1) % 64} for number in range(64)]

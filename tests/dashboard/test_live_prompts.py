@@ -20,6 +20,7 @@ pytest.importorskip("fastapi")
 from showing import ADDRESS, DANGER, requests_to, write_links
 
 import crossdiff.diff
+from conftest import forget_digests
 from crossdiff.dashboard import live as live_module
 from crossdiff.dashboard import pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
@@ -38,6 +39,7 @@ QUESTION = [{"role": "user", "content": "hi the sea is cold"}]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, analysed_run: Path) -> Path:
     folder = shutil.copytree(analysed_run, tmp_path_factory.mktemp("live") / "run")
+    forget_digests(folder)
     write_links(folder / "batchtopk", latent=0, twin=1, neighbour=2)
     return folder
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from tiny import FINISHED, Tally, Tiny
 
-WAIT = 20
+WAIT = 40
 NO_ANSWER = b"no answer in time"
 STOPS_IN = 10
 MEGABYTES = 50
