@@ -6,6 +6,7 @@ collectives here, which cost nothing when there is a single process.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -191,3 +192,5 @@ def _join() -> None:
             )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    # Left to the end of the interpreter, its threads can meet what is gone already, and abort a process that has succeeded.
+    atexit.register(dist.destroy_process_group)
