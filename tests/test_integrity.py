@@ -66,7 +66,7 @@ def test_a_move_that_no_stage_makes_is_refused_before_anything_moves(tmp_path: P
     (tmp_path / "canary").write_text("canary")
     first = ["a/result", "old/1/a/result"]  # a good one before it
     forge(run, swap=[first, move])
-    with pytest.raises(UserError, match=r"manifest\.json is damaged or not of crossdiff: swap"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged, or crossdiff did not write it: swap"):
         Run.open(run)
     assert (run / "a" / "result").read_text() == "result"
     assert (tmp_path / "canary").read_text() == "canary"

@@ -105,7 +105,9 @@ class RunManifest(_Record):
         try:
             return cls.model_validate(values)
         except (ValidationError, RecursionError) as error:
-            raise UserError(f"{path} is damaged or not of crossdiff: {_first_problem(error)}; do not use this run") from None
+            raise UserError(
+                f"{path} is damaged, or crossdiff did not write it: {_first_problem(error)}; do not use this run"
+            ) from None
 
     def write(self, folder: Path) -> None:
         write_json(folder / MANIFEST, self.model_dump(mode="json"))
@@ -115,7 +117,9 @@ def _first_problem(error: ValidationError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (found {short_repr(first['input'])})"
+    return (
+        f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')} (found {short_repr(first['input'])})"
+    )
 
 
 def check_links(folder: Path) -> None:
