@@ -77,12 +77,12 @@ def read_in_run(
         raise UserError(
             f"{where} reads layer {coder.origin['layer']}, but the run's layer is {layer}; set layer to {coder.origin['layer']}"
         )
-    for source, trained_on in (coder.origin["pair"] or {}).items():
-        ours = pair.get(source, {})
-        if isinstance(trained_on, Mapping) and "digest" in trained_on and trained_on["digest"] != ours.get("digest", trained_on["digest"]):
+    for source in SOURCES:  # only files of crossdiff name the models; of a model on the Hub there is no digest
+        theirs, ours = ((of or {}).get(source, {}).get("digest") for of in (coder.origin["pair"], pair))
+        if theirs is not None and ours not in (None, theirs):
             raise UserError(
-                f"{where} was trained on the {source} model {trained_on['name']} with the digest {trained_on['digest']}, but "
-                f"{ours['name']} has {ours['digest']}; give the models that it was trained on"
+                f"{where} was trained on another {source} model: its files had the digest {theirs}, those of "
+                f"{pair[source]['name']} have {ours}; give the models that it was trained on"
             )
     _check_kind(where, coder, config)
     return _in_order(coder)
