@@ -57,6 +57,7 @@ ALLOWED = {
         "models",
         "activations",
         "crosscoder",
+        "latents",
         "compare",
         "truth",
         "interp",

@@ -313,13 +313,13 @@ class CrosscoderConfig(Config):
     )
     sources: tuple[str, ...] | None = Field(
         None,
-        description="of a published crosscoder: the models that it reads, base and chat, in its file's order; default: base first",
+        description="of a published crosscoder: the models that it reads, in its file's order; default: base, chat",
         exclude_if=lambda value: value is None,
     )
     input_scales: tuple[float, ...] | None = Field(
         None,
-        description="of a published crosscoder: one number per model that the activations were multiplied by in training, where "
-        "its files do not hold it",
+        description="of a published crosscoder: one number per model that the activations were multiplied by in training, "
+        "where its files do not hold it",
         exclude_if=lambda value: value is None,
     )
 
@@ -358,7 +358,9 @@ class CrosscoderConfig(Config):
             return self
         set_ = [name for name in OF_TRAINING if getattr(self, name) != type(self).model_fields[name].default]
         if set_:
-            raise ValueError(f"a published crosscoder cannot be trained again: remove {', '.join(set_)}, or train one of your own")
+            raise ValueError(
+                f"a published crosscoder cannot be trained again: remove {', '.join(set_)}, or train one of your own"
+            )
         return self
 
     @model_serializer(mode="wrap")

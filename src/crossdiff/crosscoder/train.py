@@ -217,7 +217,9 @@ def train_together(
     """
     for job in jobs:
         if job.config.published is not None:
-            raise UserError(f"{job.folder.name} is a published crosscoder ({job.config.published}), which cannot be trained again")
+            raise UserError(
+                f"{job.folder.name} is a published crosscoder ({job.config.published}), which cannot be trained again"
+            )
     passes: dict[tuple[int, int], Batches] = {}
     mesh = mesh_of(ranks, latent_ranks, device)
     trainings = []

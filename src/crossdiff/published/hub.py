@@ -234,7 +234,10 @@ def locate(name: str | Path, crosscoder: str | None = None) -> Path:
         return path / _choose(_local_files(path), crosscoder, str(path), path.joinpath)
     repository, _, revision = str(name).partition("@")
     if not NAME.fullmatch(repository):
-        raise UserError(f"{name} does not exist; give the folder of a published coder or its file, a run directory, or owner/name on the Hub")
+        raise UserError(
+            f"{name} does not exist; give the folder of a published coder or its file, a run directory, or owner/name on the "
+            "Hub"
+        )
     with _explained(repository):
         api = _api()
         commit = api.model_info(repository, revision=revision or None).sha

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,12 @@ from crossdiff.published import WEIGHTS
 from crossdiff.published.formats import read_published
 from crossdiff.published.hub import SETTINGS, locate
 from crossdiff.sources import SOURCES
+
+TOKENS = 4_000_000
+"""Tokens that a new run of a published crosscoder harvests by default: a latent that is active on one token in 40,000 then has
+the 100 active tokens that a verdict needs (`analyze.min_active`)."""
+HELDOUT_SHARE = 0.5
+"""Share of the documents of such a run that are held out by default."""
 
 if TYPE_CHECKING:
     from crossdiff.crosscoder.crosscoder import Crosscoder
@@ -51,23 +57,48 @@ def _digest(file: Path, changed: int) -> str:
     return sha256(file)
 
 
-def read_in_run(
-    name: str, config: CrosscoderConfig, pair: Mapping[str, Any], d_model: int, layer: int
-) -> Crosscoder:
-    """Read a published crosscoder and check that it belongs to a pair.
+def settings_of(coder: Crosscoder, published: str) -> dict[str, Any]:
+    """The settings of a run's crosscoder that is read from `published`, without those that say how to read it."""
+    values = {"published": published, "sparsity": kind_of(coder), "inputs": inputs_of(coder, published).model_dump()}
+    return values | {"n_latents": coder.n_latents}
+
+
+def texts_of(given: Sequence[Any]) -> list[dict[str, Any]]:
+    """The datasets of a run that trains nothing: of each a part of `TOKENS`, half of the documents held out.
+
+    Such a run needs no training text. The other half chooses the latents that predict a behaviour or fits a baseline, which the
+    held-out half measures. What is given with a dataset is kept.
+    """
+    start = {"heldout_share": HELDOUT_SHARE, "max_tokens": TOKENS // max(1, len(given))}
+    return [start | (dataset if isinstance(dataset, dict) else {"path": dataset}) for dataset in given]
+
+
+def read_in_run(name: str, config: CrosscoderConfig, pair: Mapping[str, Any], d_model: int, layer: int) -> Crosscoder:
+    """Read a published crosscoder of a run, checked by `check_in_run`.
 
     Its sources come in our order, base first, whatever the order in its file.
 
-    Args:
-        name: its name in the run, for messages.
-        pair: identity of each model, as `Pair.identity`.
-        layer: the layer of the run.
-
     Raises:
-        UserError: it cannot be read, or has another width, layer, models, latents or kind of sparsity than the run.
+        UserError: it cannot be read, or does not belong to the pair or the settings.
     """
     assert config.published is not None
     coder = read_published(locate(config.published), config.sources, config.input_scales)
+    check_in_run(name, coder, config, pair, d_model, layer)
+    return _in_order(coder)
+
+
+def check_in_run(
+    name: str, coder: Crosscoder, config: CrosscoderConfig, pair: Mapping[str, Any], d_model: int, layer: int
+) -> None:
+    """Check that a published crosscoder belongs to a pair of models and a layer, and that the settings say what it is.
+
+    Args:
+        name: its name in the run.
+        pair: identity of each model, as `Pair.identity`.
+
+    Raises:
+        UserError: it has another width, layer, models, latents or kind of sparsity.
+    """
     where = f"crosscoders.{name}: {config.published}"
     if coder.d_model != d_model:
         raise UserError(
@@ -77,7 +108,7 @@ def read_in_run(
         raise UserError(
             f"{where} reads layer {coder.origin['layer']}, but the run's layer is {layer}; set layer to {coder.origin['layer']}"
         )
-    for source in SOURCES:  # only files of crossdiff name the models; of a model on the Hub there is no digest
+    for source in SOURCES:  # only files of crossdiff name the models, and a model on the Hub has no digest
         theirs, ours = ((of or {}).get(source, {}).get("digest") for of in (coder.origin["pair"], pair))
         if theirs is not None and ours not in (None, theirs):
             raise UserError(
@@ -85,7 +116,6 @@ def read_in_run(
                 f"{pair[source]['name']} have {ours}; give the models that it was trained on"
             )
     _check_kind(where, coder, config)
-    return _in_order(coder)
 
 
 def inputs_of(coder: Crosscoder, where: str) -> Inputs:
@@ -101,14 +131,18 @@ def inputs_of(coder: Crosscoder, where: str) -> Inputs:
     if len(coder.sources) == 1 and coder.sources[0] in SOURCES:
         return SingleConfig(source=coder.sources[0])
     raise UserError(
-        f"{where} reads {len(coder.sources)} sources, {', '.join(coder.sources)}; a run has the models {' and '.join(SOURCES)}, so "
-        "it reads crosscoders of both, or of one of them. Say with sources which is which, in the file's order"
+        f"{where} reads {len(coder.sources)} sources, {', '.join(coder.sources)}; a run has the models {' and '.join(SOURCES)}. "
+        "Give a crosscoder of both or a coder of one, and say with sources which is which, in the file's order"
     )
 
 
 def _check_kind(where: str, coder: Crosscoder, config: CrosscoderConfig) -> None:
     """Check that the settings of the run say what the file holds: the rest of the run is planned from them."""
-    found = {"inputs": inputs_of(coder, where).model_dump(), "n_latents": coder.n_latents, "sparsity": kind_of(coder)}
+    found: dict[str, Any] = {
+        "inputs": inputs_of(coder, where).model_dump(),
+        "n_latents": coder.n_latents,
+        "sparsity": kind_of(coder),
+    }
     kept = {key: value for key, value in config.sparsity.model_dump().items() if key in found["sparsity"]}
     said = {"inputs": config.inputs.model_dump(), "n_latents": config.latents_for(coder.d_model), "sparsity": kept}
     for key, value in found.items():

@@ -42,14 +42,14 @@ def check_settings(session: Session, last: str) -> None:
         )
     if "compare" in stages and (read := [name for name in session.names if name in config.published]):
         raise UserError(
-            f"compare trains crosscoders on the same batches, and {', '.join(read)} is published: it cannot be trained again. Name "
-            "the others with --only; the report of `crossdiff run` shows published ones beside them"
+            f"compare trains crosscoders on the same batches, and {', '.join(read)} is published: it cannot be trained again. "
+            "Name the others with --only; the report of `crossdiff run` shows published ones beside them"
         )
     trained = [name for name in needed_trainings(session, last) if name not in config.published]
     if trained and all(dataset.heldout_share == 1 for dataset in config.dataset):
         raise UserError(
-            f"every dataset has a heldout_share of 1, so nothing would be left to train {', '.join(trained)} on: set it below 1 "
-            "for one of them"
+            f"every dataset has a heldout_share of 1, so nothing would be left to train {', '.join(trained)} on: set it "
+            "below 1 for one of them"
         )
     if session.changes("device"):
         from crossdiff.models.loading import choose_device

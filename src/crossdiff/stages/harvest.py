@@ -84,8 +84,8 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
         check_sizes(crosscoder, pair.d_model, SOURCES)
     if config.published and len(layers) > 1:
         raise UserError(
-            f"{', '.join(config.published)}: a published crosscoder reads one layer, so it cannot be in the runs of several layers; "
-            "harvest its layer alone"
+            f"{', '.join(config.published)}: a published crosscoder reads one layer, so it cannot be in the runs of several "
+            "layers; harvest its layer alone"
         )
     waiting[0].check_published(pair.identity, pair.d_model, layers[0])
     for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
