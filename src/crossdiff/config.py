@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,7 +13,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
     model_serializer,
@@ -364,8 +363,8 @@ class CrosscoderConfig(Config):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_a_training(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
+    def _without_a_training(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
         return values if self.published is None else {key: values[key] for key in values if key not in OF_TRAINING}
 
 
