@@ -131,8 +131,8 @@ def inputs_of(coder: Crosscoder, where: str) -> Inputs:
     if len(coder.sources) == 1 and coder.sources[0] in SOURCES:
         return SingleConfig(source=coder.sources[0])
     raise UserError(
-        f"{where} reads {len(coder.sources)} sources, {', '.join(coder.sources)}; a run has the models "
-        f"{' and '.join(SOURCES)}. Give a crosscoder of both or a coder of one, and say with sources which is which, in the file's order"
+        f"{where} reads {len(coder.sources)} sources, {', '.join(coder.sources)}; a run has {' and '.join(SOURCES)}. Give a "
+        "crosscoder of both or a coder of one, and say with sources which is which, in the file's order"
     )
 
 
