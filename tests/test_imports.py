@@ -48,7 +48,7 @@ ALLOWED = {
     "dashboard": FOUNDATION | {"models", "text", "activations", "latents", "causal", "report", "text_activations", "diff"},
     "stages": FOUNDATION
     | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "concepts", "compare", "truth"}
-    | {"causal", "interp", "report"},
+    | {"causal", "interp", "report", "published"},
     "cli": FOUNDATION
     | {
         "memory",
@@ -57,6 +57,7 @@ ALLOWED = {
         "models",
         "activations",
         "crosscoder",
+        "latents",
         "compare",
         "truth",
         "interp",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -256,8 +257,17 @@ DEFAULT_SEEDS = 3
 """Trainings of the first BatchTopK crosscoder of a run: the fewest of which two thirds are more than one."""
 
 
+OF_TRAINING = (
+    "reconstruction", "decoder_norm", "epochs", "batch_size", "lr", "warmup_steps", "decay_share", "gradient_clip",
+    "dead_after_tokens", "checkpoint_seconds", "seed", "batch_seed", "seeds",
+)  # fmt: skip
+"""Settings of a crosscoder that say how it is trained; a published one has none of them."""
+
+
 class CrosscoderConfig(Config):
     """One crosscoder and its training: what it reads, how its latents are tied, what makes them sparse, and the optimiser.
+
+    With `published`, it is not trained but read from files; the other settings then say what these files hold.
 
     Examples:
         >>> config = crossdiff.CrosscoderConfig(sparsity={"kind": "batchtopk", "k": 16}, expansion=4)
@@ -295,11 +305,27 @@ class CrosscoderConfig(Config):
         f"{DEFAULT_SEEDS} for the first BatchTopK crosscoder of a run, 1 for the others",
         exclude_if=lambda value: value is None,
     )
+    published: str | None = Field(
+        None,
+        description="folder, file or Hub name (owner/name@commit) of a published crosscoder, which is read and not trained",
+        exclude_if=lambda value: value is None,
+    )
+    sources: tuple[str, ...] | None = Field(
+        None,
+        description="of a published crosscoder: the models that it reads, in its file's order; default: base, chat",
+        exclude_if=lambda value: value is None,
+    )
+    input_scales: tuple[float, ...] | None = Field(
+        None,
+        description="of a published crosscoder: one number per model that the activations were multiplied by in training, "
+        "where its files do not hold it",
+        exclude_if=lambda value: value is None,
+    )
 
     @property
-    def is_paired_batchtopk(self) -> bool:
-        """Whether it is a BatchTopK crosscoder of both models, the kind that is trained from several seeds by default."""
-        return self.sparsity.kind == "batchtopk" and self.inputs.kind == "paired"
+    def is_repeated(self) -> bool:
+        """Whether it is of the kind that is trained from several seeds by default: a BatchTopK crosscoder of both models."""
+        return self.published is None and self.sparsity.kind == "batchtopk" and self.inputs.kind == "paired"
 
     @property
     def order_seed(self) -> int:
@@ -322,6 +348,24 @@ class CrosscoderConfig(Config):
                 f"structure {self.structure.kind} ties latents between sources; inputs {self.inputs.kind} has only one"
             )
         return self
+
+    @model_validator(mode="after")
+    def _is_trained_or_published(self) -> CrosscoderConfig:
+        if self.published is None:
+            if self.sources is not None or self.input_scales is not None:
+                raise ValueError("sources and input_scales describe a published crosscoder: set published too, or remove them")
+            return self
+        set_ = [name for name in OF_TRAINING if getattr(self, name) != type(self).model_fields[name].default]
+        if set_:
+            raise ValueError(
+                f"a published crosscoder cannot be trained again: remove {', '.join(set_)}, or train one of your own"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_a_training(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
+        return values if self.published is None else {key: values[key] for key in values if key not in OF_TRAINING}
 
 
 class AnalyzeConfig(Config):
@@ -438,7 +482,7 @@ class RunConfig(Config):
             "l1": CrosscoderConfig(sparsity=L1Config(), decoder_norm=0.1),
             "batchtopk": CrosscoderConfig(sparsity=BatchTopKConfig()),
         },
-        description="the crosscoders to train, each into its own folder",
+        description="the crosscoders to train, or to read if they are published, each into its own folder",
     )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         ("tensorboard",), description="where the metrics of a training go besides train.jsonl"
@@ -452,7 +496,7 @@ class RunConfig(Config):
         """The trainings of a crosscoder: itself, and its repetitions `NAME-seed1` and so on."""
         seeds = self.crosscoders[name].seeds
         if seeds is None:
-            is_first = name == next((key for key, coder in self.crosscoders.items() if coder.is_paired_batchtopk), None)
+            is_first = name == next((key for key, coder in self.crosscoders.items() if coder.is_repeated), None)
             seeds = DEFAULT_SEEDS if is_first and f"{name}-seed1" not in self.crosscoders else 1
         return (name, *(f"{name}-seed{number}" for number in range(1, seeds)))
 
@@ -465,6 +509,11 @@ class RunConfig(Config):
                 repeated = {"seed": coder.seed + number, "batch_seed": coder.order_seed, "seeds": None}
                 found[training] = coder if number == 0 else coder.model_copy(update=repeated)
         return found
+
+    @property
+    def published(self) -> dict[str, CrosscoderConfig]:
+        """The crosscoders that are read from files."""
+        return {name: coder for name, coder in self.crosscoders.items() if coder.published is not None}
 
     @model_validator(mode="after")
     def _repetitions_have_names_of_their_own(self) -> RunConfig:

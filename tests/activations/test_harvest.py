@@ -19,6 +19,7 @@ import torch
 
 import crossdiff.activations.harvest as module
 from crossdiff.activations.harvest import harvest
+from crossdiff.activations.live import open_store
 from crossdiff.activations.passes import paired_residuals, right_padded
 from crossdiff.activations.store import Store, verify
 from crossdiff.config import DatasetConfig, HarvestConfig
@@ -315,9 +316,25 @@ def test_a_nan_is_traced_to_model_token_and_document(
         harvest({1: tmp_path / "layer"}, pair, datasets, settings)
 
 
-def test_everything_held_out_is_refused(tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("storage", ["blocks", "live"])
+def test_without_training_documents_the_statistics_are_over_all_tokens(
+    storage: str, tmp_path: Path, pair: Pair, tiny_texts: tuple[Path, Path]
+) -> None:
+    datasets = (DatasetConfig(path=str(tiny_texts[0]), heldout_share=1.0),)
+    harvest({1: tmp_path}, pair, datasets, SETTINGS.model_copy(update={"storage": storage}))
+    store = open_store(tmp_path, lambda: pair)
+    h = store.gather(store.rows("heldout")).double()
+    assert store.manifest["n_statistics_tokens"] == len(h) > 100
+    torch.testing.assert_close(store.normalisation.mean, h.mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(store.normalisation.gram, torch.einsum("bsd,btd->st", h, h) / len(h), rtol=1e-3, atol=1e-3)
+
+
+def test_texts_that_are_all_held_out_by_chance_are_refused(tmp_path: Path, pair: Pair) -> None:
+    """The share asks for training text, so the statistics must not be those of the held-out text."""
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "a single document"}) + "\n")
+    datasets = (DatasetConfig(path=str(tmp_path / "texts.jsonl"), heldout_share=0.9999),)
     with pytest.raises(UserError, match="no training tokens: every document is held out"):
-        harvest({1: tmp_path}, pair, (DatasetConfig(path=str(tiny_texts[0]), heldout_share=1.0),), SETTINGS)
+        harvest({1: tmp_path}, pair, datasets, SETTINGS)
 
 
 def test_a_harvest_does_not_resume_with_other_tokens(

@@ -177,7 +177,7 @@ def test_no_server_and_no_repository_are_told_apart(hub: HubServer, tmp_path: Pa
         pull("me/none", tmp_path / "x")
     with pytest.raises(UserError, match=r"'none' is not a name on the Hub; expected owner/name"):
         pull("none")
-    with pytest.raises(UserError, match=r"nowhere does not exist; give a crosscoder's folder"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; give the folder of a published coder"):
         load("./nowhere")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

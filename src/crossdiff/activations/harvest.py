@@ -93,7 +93,7 @@ def harvest(
         assert len(entries) == n_shards, f"{log.folder.location} has {len(entries)} of {n_shards} shards"
         assert sum(entry.n_tokens for entry in entries) == sum(record.n_tokens for record in texts.records)
         if config.storage == "live":
-            moments = sampled_moments(log.folder, entries, pair, layer, config, texts.is_training)
+            moments = sampled_moments(log.folder, entries, pair, layer, config, texts.in_statistics)
         else:
             moments = summed_moments(log.folder, entries)
         finish_store(log.folder, origin, config, entries, texts.table(), moments)
@@ -128,7 +128,7 @@ def _write_shards(
             elif ranks.has(number):
                 first = n_before
                 for batch in batches:
-                    _add(writers, batch, first, pair, rules, texts.is_training, config)
+                    _add(writers, batch, first, pair, rules, texts.in_statistics, config)
                     first += len(batch)
                 writers.flush(number, n_sequences, (time.time() - since) / ranks.size)
                 since = time.time()
@@ -206,19 +206,19 @@ def _add(
     first_sequence: int,
     pair: Pair,
     rules: Mapping[int, Counted],
-    is_training: Sequence[bool],
+    in_statistics: Sequence[bool],
     config: HarvestConfig,
 ) -> None:
     """Run the models over a batch and append the activations to the layers' buffers. The moments are over the training tokens
     that count."""
     columns = _token_columns(batch, first_sequence)
     lengths = [len(sequence.token_ids) for sequence in batch]
-    in_training = torch.from_numpy(np.repeat([is_training[sequence.document] for sequence in batch], lengths))
+    in_counted_document = torch.from_numpy(np.repeat([in_statistics[sequence.document] for sequence in batch], lengths))
     computed: list[list[Tensor]] = [[] for _ in rules]
     if config.storage != "live":
         computed = _streams(pair, batch, list(rules))
     for buffer, streams, rule in zip(writers.buffers, computed, rules.values(), strict=True):
-        flags, counted = columns["flags"], in_training & (columns["position"] >= rule.leave_out)
+        flags, counted = columns["flags"], in_counted_document & (columns["position"] >= rule.leave_out)
         if streams:
             ordinary = rule.ordinary(streams).cpu()
             flags, counted = flags.where(ordinary, flags | Flag.MASSIVE), counted & ordinary

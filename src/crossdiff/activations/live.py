@@ -115,7 +115,7 @@ def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
 
 
 def sampled_moments(
-    folder: Folder, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, is_training: Sequence[bool]
+    folder: Folder, entries: Sequence[ShardEntry], pair: Pair, layer: int, config: HarvestConfig, in_statistics: Sequence[bool]
 ) -> Moments:
     """Moments over the training tokens of randomly chosen passes, or of all passes of a small corpus.
 
@@ -130,7 +130,7 @@ def sampled_moments(
     columns = {name: np.concatenate(found) for name, found in parts.items()}
     sequences = sequence_bounds(columns["sequence"])
     passes = Passes(pair, layer, columns["token_id"], columns["document"], sequences, config.batch_tokens)
-    counted = (columns["position"] >= config.leave_out) & np.asarray(is_training)[columns["document"]]
+    counted = (columns["position"] >= config.leave_out) & np.asarray(in_statistics)[columns["document"]]
     per_pass = np.add.reduceat(counted.astype(np.int64), passes.bounds[:-1])
     order = np.random.default_rng(0).permutation(len(per_pass))
     n_chosen = int(np.searchsorted(np.cumsum(per_pass[order]), STATISTICS_TOKENS)) + 1

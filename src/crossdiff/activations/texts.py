@@ -104,7 +104,8 @@ class Texts:
 
     Attributes:
         records: one per dataset, updated while reading.
-        is_training: for each document, whether it is in the training split.
+        in_statistics: for each document, whether its tokens enter the statistics of the store: it is in the training split, or
+            every document of every dataset is held out.
     """
 
     def __init__(
@@ -122,7 +123,8 @@ class Texts:
         for dataset in datasets:
             limits = {"max_documents": dataset.max_documents, "max_tokens": dataset.max_tokens}
             self.records.append(DatasetRecord(dataset.title, {key: n for key, n in limits.items() if n is not None}))
-        self.is_training: list[bool] = []
+        self.in_statistics: list[bool] = []
+        self._nothing_to_train_on = all(dataset.heldout_share == 1 for dataset in datasets)
         self._ended: str | None = None  # the dataset with which a mix ended
         self._rows: list[dict[str, Any]] = []
         self._frames: list[pl.DataFrame] = []
@@ -148,11 +150,11 @@ class Texts:
         """Read one dataset and yield the sequences of each document."""
         config, record = self.datasets[index], self.records[index]
         damage = _Damage(record, self.config.max_damaged)
-        documents = damage.counted(read_dataset(config, index, len(self.is_training), damage.omit_unread))
+        documents = damage.counted(read_dataset(config, index, len(self.in_statistics), damage.omit_unread))
         for document, found in tokenise_all(documents, self.tokenizer, self.config.max_length):
             error = found if isinstance(found, UserError) else self._unknown(found)
             if error is not None:
-                damage.omit(UserError(f"document {len(self.is_training)} (of dataset {index}): {error}"))
+                damage.omit(UserError(f"document {len(self.in_statistics)} (of dataset {index}): {error}"))
             parts = [] if error is not None or isinstance(found, UserError) else found
             self._add(document, record, parts, None if parts else str(error or "the text has no tokens"))
             yield parts
@@ -178,7 +180,7 @@ class Texts:
 
     def _add(self, document: Document, record: DatasetRecord, parts: list[TokenSequence], left_out: str | None) -> None:
         """Number a document, and add its row to the table."""
-        number = len(self.is_training)
+        number = len(self.in_statistics)
         for part in parts:
             part.document = number
         record.count(document, parts)
@@ -194,7 +196,7 @@ class Texts:
         if len(self._rows) == ROWS:
             self._frames.append(pl.DataFrame(self._rows, schema=DOCUMENT_COLUMNS))
             self._rows = []
-        self.is_training.append(document.split == "train")
+        self.in_statistics.append(document.split == "train" or self._nothing_to_train_on)
         self._advance()
 
     def table(self) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from crossdiff.config import CrosscoderConfig, PairedConfig, RunConfig, merge, v
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from crossdiff.crosscoder.cost import Size
     from crossdiff.models.pair import Pair
 
 STAGES = {
@@ -121,6 +123,10 @@ def plan(args: Namespace) -> None:
     layer = pair.check_layer(config.layer)
     for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
         console.print(f"[yellow]{escape(remark)}[/yellow]")
+    for name, coder in config.published.items():
+        from crossdiff.published.in_run import read_in_run
+
+        read_in_run(name, coder, pair.identity, pair.d_model, layer)
     found = plan(pair, layer, tuple(resolve(dataset) for dataset in config.dataset), config.harvest)
     kept = "tokens only" if config.harvest.storage == "live" else config.harvest.dtype
     rate = f"{found.tokens_per_second:,.0f} tokens/s"
@@ -131,19 +137,44 @@ def plan(args: Namespace) -> None:
     for remark in found.remarks:
         console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
     for name, crosscoder in config.trainings.items():
-        _print_training(name, crosscoder, found.n_tokens, pair, console)
+        if crosscoder.published is None:
+            _print_training(name, crosscoder, found.n_tokens, pair, console)
+        else:
+            _print_analysis(name, crosscoder, found.n_tokens, config.analyze.min_active, pair, console)
     free = found.check_disk(_directory(args.directory, config, ()), config.harvest)
     console.print(f"There is room for it: {free / 1e9:.2f} GB are free")
 
 
-def _print_training(name: str, config: CrosscoderConfig, n_tokens: int, pair: Pair, console: Console) -> None:
-    from crossdiff.crosscoder.cost import Size, calibrate
+def _print_analysis(name: str, config: CrosscoderConfig, n_tokens: int, min_active: int, pair: Pair, console: Console) -> None:
+    """What the analysis of a published crosscoder, which is not trained, needs and takes."""
+    from crossdiff.latents.duration import analysis_seconds
+
+    size = _size(config, pair, 1)
+    needed = math.ceil(min_active * size.n_latents / size.active)
+    console.print(f"analysis of {name}, which is published and not trained: uses all {n_tokens:,} tokens")
+    console.print(
+        f"  tokens  a verdict needs {min_active:,} on which the latent is active (analyze.min_active). The average latent, "
+        f"active on 1 in {size.n_latents / size.active:,.0f}, needs {needed:,}; these texts are enough for latents active on 1 "
+        f"in {n_tokens / min_active:,.0f}",
+        soft_wrap=True,
+    )
+    console.print(f"  memory  {size.weight_bytes / 1e9:.2f} GB for the weights, in the computer's memory")
+    console.print(f"  time    {analysis_seconds(size, n_tokens) / 60:.1f} min on cpu")
+
+
+def _size(config: CrosscoderConfig, pair: Pair, batch: int) -> Size:
+    from crossdiff.crosscoder.cost import Size
 
     n_sources = len(pair.models) if isinstance(config.inputs, PairedConfig) else 1
-    n_latents = config.latents_for(pair.d_model)
-    size = Size(pair.d_model, n_latents, getattr(config.sparsity, "k", TYPICAL_ACTIVE), config.batch_size, n_sources)
+    return Size(pair.d_model, config.latents_for(pair.d_model), getattr(config.sparsity, "k", TYPICAL_ACTIVE), batch, n_sources)
+
+
+def _print_training(name: str, config: CrosscoderConfig, n_tokens: int, pair: Pair, console: Console) -> None:
+    from crossdiff.crosscoder.cost import calibrate
+
+    size = _size(config, pair, config.batch_size)
     n_steps = round(config.epochs * n_tokens / config.batch_size)
     seconds = calibrate(size, pair.device).seconds(size)
-    console.print(f"training of {name}: {n_steps:,} steps of {config.batch_size:,} tokens, {n_latents:,} latents")
+    console.print(f"training of {name}: {n_steps:,} steps of {config.batch_size:,} tokens, {size.n_latents:,} latents")
     console.print(f"  memory  {size.memory_bytes() / 1e9:.2f} GB")
     console.print(f"  time    {n_steps * seconds / 60:.1f} min, {seconds * 1e3:.0f} ms per step on {pair.device}")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crossdiff.cli.options import Commands
 from crossdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from crossdiff.crosscoder.crosscoder import Crosscoder
 
 
 def add(commands: Commands) -> None:
@@ -42,8 +46,17 @@ def add(commands: Commands) -> None:
 
     summary = "read a published crosscoder or SAE, print its architecture, and write it in crossdiff's format"
     parser = commands.add("import", summary, import_published)
-    parser.add_argument("source", type=Path, help="the folder as it was published, or its .pt, .npz or .safetensors file")
-    parser.add_argument("target", type=Path, help="the folder to write config.json and model.safetensors into")
+    which = "the folder as it was published, its .pt, .npz or .safetensors file, or owner/name on the Hub"
+    parser.add_argument("source", help=which)
+    text = "the folder to write config.json and model.safetensors into; with a pair, the run directory to make"
+    parser.add_argument("target", type=Path, help=text)
+    for model, text in (("base", "the base model"), ("chat", "the model fine-tuned from it")):
+        parser.add_argument(
+            f"--{model}", help=f"{text}, a Hub name or folder: makes a run of the crosscoder and the two models"
+        )
+    parser.add_argument("--layer", type=int, help="of a run: the layer that the crosscoder reads [the one that its files name]")
+    parser.add_argument("--dataset", nargs="+", default=[], help="of a run: texts, as for `crossdiff run`")
+    parser.add_argument("--name", default="published", help="of a run: name of the crosscoder in it [published]")
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="names of the sources in the file's order [base chat]")
     text = "one number per source that the activations were multiplied by in training, where the file does not hold it"
     parser.add_argument("--input-scales", nargs="+", type=float, metavar="NUMBER", help=text)
@@ -109,18 +122,76 @@ def import_published(args: Namespace) -> None:
         raise UserError(f"{args.target} is a file; name the folder to write the crosscoder into")
     if taken := [name for name in ("model.safetensors", "config.json", "config.yaml") if (args.target / name).exists()]:
         raise UserError(f"{args.target} already holds a crosscoder, a model or a run (found {taken[0]}); choose another folder")
-    from crossdiff.crosscoder.checkpoint import save
+    pair = (args.base, args.chat)
+    if any(pair) and not all(pair):
+        raise UserError("a run needs both models of the pair: give --base and --chat; without both, only the file is converted")
+    if not any(pair) and (args.dataset or args.layer is not None):
+        raise UserError(
+            "--layer and --dataset are for a run of the crosscoder and a pair of models: give --base and --chat too"
+        )
     from crossdiff.published.formats import read_published
+    from crossdiff.published.hub import locate
 
     sources, scales = (tuple(given) if given else None for given in (args.sources, args.input_scales))
-    coder = read_published(args.source, sources, scales)
-    args.target.mkdir(parents=True, exist_ok=True)
-    save(coder, args.target)
+    coder = read_published(locate(args.source), sources, scales)
     found = coder.origin.get("published") or {"format": "crossdiff", "architecture": coder.sparsity.kind}
     print(f"{found['format']}: {found['architecture']}, read as {coder.sparsity.kind}")
+    if args.base:
+        _make_run(args, coder)
+    else:
+        _convert(coder, args.target)
+
+
+def _convert(coder: Crosscoder, target: Path) -> None:
+    from crossdiff.crosscoder.checkpoint import save
+
+    target.mkdir(parents=True, exist_ok=True)
+    save(coder, target)
     if coder.origin["layer"] is None:
         print("note: its files do not name the layer; make sure that it reads the residual stream after the layer that you use")
-    print(f"{coder.n_latents:,} latents, width {coder.d_model}, sources {', '.join(coder.sources)}; written to {args.target}")
+    print(f"{coder.n_latents:,} latents, width {coder.d_model}, sources {', '.join(coder.sources)}; written to {target}")
+
+
+def _make_run(args: Namespace, coder: Crosscoder) -> None:
+    """Make a run that analyses a published crosscoder, once it is known to fit the pair."""
+    from crossdiff.cli.options import READINGS
+    from crossdiff.config import RunConfig, validate
+    from crossdiff.corpus import check_texts
+    from crossdiff.models.loading import stored_sizes
+    from crossdiff.models.names import fetch_adapter, identify
+    from crossdiff.published.hub import pinned
+    from crossdiff.published.in_run import check_in_run, settings_of, texts_of
+    from crossdiff.run import Run
+
+    layer = coder.origin["layer"] if args.layer is None else args.layer
+    if layer is None:
+        raise UserError(f"the files of {args.source} do not name the layer that it reads: give it with --layer, counted from 0")
+    read = {"sources": args.sources, "input_scales": args.input_scales}
+    values = {
+        "base": args.base,
+        "chat": args.chat,
+        "layer": layer,
+        "dataset": texts_of([READINGS["dataset"]("dataset", each) for each in args.dataset]),
+        "crosscoders": {args.name: settings_of(coder, pinned(args.source)) | {key: read[key] for key in read if read[key]}},
+    }
+    config = validate(RunConfig, values, "the command line")
+    check_texts(config)
+    for model in (args.base, args.chat):
+        fetch_adapter(model)
+    d_model, n_layers = stored_sizes(args.base)
+    if not 0 <= layer < n_layers:
+        raise UserError(f"layer {layer} does not exist: {args.base} has {n_layers} layers, 0 to {n_layers - 1}")
+    pair = {"base": identify(args.base), "chat": identify(args.chat, args.base)}
+    check_in_run(args.name, coder, config.crosscoders[args.name], pair, d_model, layer)
+    run = Run.open(args.target, create=True)
+    run.write_config(config.model_dump(mode="json"))
+    run.close()
+    texts = ", ".join(
+        f"{dataset.title} (at most {dataset.max_tokens:,} tokens)" for dataset in config.dataset if dataset.max_tokens
+    )
+    print(f"{coder.n_latents:,} latents, width {coder.d_model}, after layer {layer} of {args.base} and {args.chat}")
+    print(f"texts: {texts}" if texts else "texts: as given")
+    print(f"the run is in {args.target}; next: crossdiff plan {args.target}, then crossdiff run {args.target}")
 
 
 def examples(args: Namespace) -> None:

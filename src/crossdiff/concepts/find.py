@@ -118,7 +118,7 @@ def find_concepts(
         names = [training.name for training in trainings]
         agreement = None if described.halves is None else described.halves.results(names, config.seed)
         write_json(folder / SUMMARY_FILE, {
-            "trainings": [{"name": t.name, "kind": t.kind, "seed": t.crosscoder.origin["settings"]["seed"],
+            "trainings": [{"name": t.name, "kind": t.kind, "seed": t.crosscoder.origin["settings"].get("seed"),
                            "batch_seed": _order_seed(t), "n_candidates": len(t.latents)} for t in trainings],
             "correlation": settings.concepts.correlation,
             "needed": needed(len(trainings), settings.concepts.replicated) if len(trainings) > 1 else None,
@@ -129,10 +129,11 @@ def find_concepts(
         })  # fmt: skip
 
 
-def _order_seed(training: Training) -> int:
+def _order_seed(training: Training) -> int | None:
+    """Seed of the order of the batches; that of a published crosscoder is not known."""
     own: dict[str, Any] = training.crosscoder.origin["settings"]
-    found = own.get("batch_seed")
-    return int(own["seed"] if found is None else found)
+    found: int | None = own.get("batch_seed")
+    return own.get("seed") if found is None else found
 
 
 def _grouped(similarity: Similarity, pool: Pool, trainings: list[int], config: ConceptsConfig) -> tuple[Grouping, Any, Any]:

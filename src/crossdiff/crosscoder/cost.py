@@ -51,6 +51,11 @@ class Size:
         """Number of parameters of encoder and decoder."""
         return 2 * self.n_latents * self.columns
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights in float32."""
+        return 4 * self.n_parameters
+
     def work(self, latent_ranks: int = 1) -> tuple[float, float, float]:
         """Work of each rank: multiply-adds of the encoder's product with the selection; multiply-adds of decoding and of the
         three gradients over active pairs; number of parameters updated."""

@@ -136,12 +136,17 @@ def _start(config: CrosscoderConfig, store: Store, n_steps: int) -> Crosscoder:
     crosscoder = new_crosscoder(
         config.latents_for(store.d_model), mean, scale, config.sparsity, config.decoder_norm, config.seed, view
     )
-    crosscoder.origin = {
+    crosscoder.origin = origin_of(store, config, n_steps * config.batch_size)
+    return crosscoder
+
+
+def origin_of(store: Store, config: CrosscoderConfig, training_tokens: int | None) -> dict[str, Any]:
+    """The origin of a crosscoder of these settings on a store; training_tokens is None if nobody knows it."""
+    return {
         "pair": store.pair, "model_dtype": store.manifest.get("model_dtype"), "layer": store.layer, "harvest": store.settings,
         "norm_limits": store.rule.norm_limits,
-        "settings": config.model_dump(mode="json"), "training_tokens": n_steps * config.batch_size,
+        "settings": config.model_dump(mode="json"), "training_tokens": training_tokens,
     }  # fmt: skip
-    return crosscoder
 
 
 def normalisation_of(view: View, store: Store) -> tuple[Float[Tensor, "source d_model"], float]:
@@ -210,6 +215,11 @@ def train_together(
         UserError: settings that do not fit the store or each other, a disk too full, or a loss that is not finite.
         KeyboardInterrupt: after a signal, once the checkpoints are written.
     """
+    for job in jobs:
+        if job.config.published is not None:
+            raise UserError(
+                f"{job.folder.name} is a published crosscoder ({job.config.published}), which cannot be trained again"
+            )
     passes: dict[tuple[int, int], Batches] = {}
     mesh = mesh_of(ranks, latent_ranks, device)
     trainings = []

@@ -235,10 +235,11 @@ def _health_report(crosscoder: Crosscoder, store: Store, measured: Measured, tab
 
 
 def _norm_movement(crosscoder: Crosscoder) -> dict[str, Any]:
-    """Quantiles of the decoder norms and the norm at the start of training: have the norms had time to vanish?"""
+    """Quantiles of the decoder norms and, if it is known, the norm at the start of training: have they had time to vanish?"""
     norms = crosscoder.norms()
     quantiles = torch.tensor([0.01, 0.5, 0.99])
-    moved: dict[str, Any] = {"at_start": float(crosscoder.origin["settings"]["decoder_norm"])}
+    at_start = crosscoder.origin["settings"].get("decoder_norm")  # not known of published crosscoders
+    moved: dict[str, Any] = {} if at_start is None else {"at_start": float(at_start)}
     for index, name in enumerate(crosscoder.sources):
         moved[name] = torch.quantile(norms[:, index], quantiles).tolist()
     smaller = norms.min(1).values / norms.max(1).values.clamp(min=1e-12)

@@ -71,6 +71,14 @@ def stored_dtype(name: str, base: str | None = None) -> torch.dtype | None:
     return found
 
 
+def stored_sizes(name: str, base: str | None = None) -> tuple[int, int]:
+    """Width of a model's residual stream and its number of decoder layers, from its config alone."""
+    if adapter := find_adapter(name, base):
+        return stored_sizes(adapter.model)
+    config = _config(name).get_text_config(decoder=True)
+    return int(config.hidden_size), int(config.num_hidden_layers)
+
+
 def load_tokenizer(name: str, base: str | None = None) -> Any:
     """Load a tokenizer from a folder, an embedded model or the Hub, without running code that comes with it.
 

@@ -219,21 +219,44 @@ def load(name: str | Path, crosscoder: str | None = None) -> Crosscoder:
     """
     from crossdiff.published.formats import read_published
 
-    path = Path(name)
+    return read_published(locate(name, crosscoder))
+
+
+def locate(name: str | Path, crosscoder: str | None = None) -> Path:
+    """The folder or file behind the name of a crosscoder, which is fetched if it is on the Hub; arguments and errors as `load`.
+
+    A name on the Hub may end in `@` and a branch, tag or commit.
+    """
+    path = Path(name).expanduser()
     if path.is_file():
-        return read_published(path)
+        return path
     if path.is_dir():
-        return read_published(path / _choose(_local_files(path), crosscoder, str(path), path.joinpath))
-    if not NAME.fullmatch(str(name)):
-        raise UserError(f"{name} does not exist; give a crosscoder's folder, a run directory, or owner/name on the Hub")
-    with _explained(str(name)):
+        return path / _choose(_local_files(path), crosscoder, str(path), path.joinpath)
+    repository, _, revision = str(name).partition("@")
+    if not NAME.fullmatch(repository):
+        raise UserError(
+            f"{name} does not exist; give the folder of a published coder or its file, a run directory, or owner/name on the "
+            "Hub"
+        )
+    with _explained(repository):
         api = _api()
-        commit = api.model_info(str(name)).sha
-        files = api.list_repo_files(str(name), revision=commit)
-        folder = _choose(files, crosscoder, str(name), lambda file: _fetched(str(name), file, commit))
+        commit = api.model_info(repository, revision=revision or None).sha
+        files = api.list_repo_files(repository, revision=commit)
+        folder = _choose(files, crosscoder, str(name), lambda file: _fetched(repository, file, commit))
         wanted = [str(PurePosixPath(folder, file)) for file in (*WEIGHTS, *SETTINGS)]
-        local = api.snapshot_download(str(name), revision=commit, allow_patterns=wanted)
-    return read_published(Path(local) / folder)
+        local = api.snapshot_download(repository, revision=commit, allow_patterns=wanted)
+    return Path(local) / folder
+
+
+def pinned(name: str) -> str:
+    """The name of a crosscoder by which it is found again: a path is made absolute, and a name on the Hub gets its commit."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path.absolute())
+    repository, _, revision = name.partition("@")
+    _check_name(repository)
+    with _explained(repository):
+        return f"{repository}@{_api().model_info(repository, revision=revision or None).sha}"
 
 
 def _fetched(name: str, file: str, revision: str | None = None) -> Path:

@@ -25,12 +25,15 @@ class Interval(Record):
 
 
 class TrainingRecord(Record):
-    """One training that took part: its kind of sparsity, its seeds, and how many of its latents may belong to a concept."""
+    """One training that took part: its kind of sparsity, its seeds, and how many of its latents may belong to a concept.
+
+    The seeds of a published crosscoder are not known.
+    """
 
     name: str
     kind: str
-    seed: int
-    batch_seed: int
+    seed: int | None
+    batch_seed: int | None
     n_candidates: int
 
 

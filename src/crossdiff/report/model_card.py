@@ -122,6 +122,6 @@ def _rows(coders: tuple[CrosscoderReport, ...]) -> list[tuple[str, list[str]]]:
         ("L0", [wording.number(coder.health.heldout.l0) for coder in coders]),
         ("never active on the held-out tokens", [wording.share(coder.health.heldout.dead_share) for coder in coders]),
         ("held-out tokens", [wording.whole(coder.health.heldout.n_tokens) for coder in coders]),
-        ("tokens trained on", [wording.whole(coder.health.training_tokens) for coder in coders]),
+        ("tokens trained on", [wording.trained_on(coder.health.training_tokens) for coder in coders]),
     ]
     return rows + [(name, [wording.count(coder, key) for coder in coders]) for key, name in VERDICT_ROWS.items()]

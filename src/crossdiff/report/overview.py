@@ -94,7 +94,7 @@ def health_rows(report: RunReport) -> list[Row]:
         Row("never active on held-out tokens", [_dead_words(heldout) for heldout in heldouts], "latents, as a share of all"),
         Row("held-out tokens", [wording.whole(heldout.n_tokens) for heldout in heldouts]),
         Row("tokens of massive norm", [_massive_words(report, heldout.massive) for heldout in heldouts], massive),
-        Row("tokens trained on", [wording.whole(coder.health.training_tokens) for coder in coders]),
+        Row("tokens trained on", [wording.trained_on(coder.health.training_tokens) for coder in coders]),
         Row("tokens analysed", [wording.whole(coder.health.analysed_tokens) for coder in coders]),
     ]
     never = "latents; these tokens are the ones that the verdicts rest on, so they get the verdict dead"

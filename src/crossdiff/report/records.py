@@ -83,7 +83,7 @@ class Health(Record):
     architecture: str
     sources: tuple[str, ...]
     k: int | None
-    training_tokens: int
+    training_tokens: int | None
     analysed_tokens: int
     heldout: HeldOut
     frequency_histogram: FrequencyHistogram

@@ -96,6 +96,11 @@ def whole(value: int | None) -> str:
     return UNDEFINED if value is None else f"{value:,}"
 
 
+def trained_on(n_tokens: int | None) -> str:
+    """The number of tokens that a crosscoder was trained on; published files do not tell it."""
+    return "not known" if n_tokens is None else whole(n_tokens)
+
+
 def latents(count: int) -> str:
     """A number of latents."""
     return f"{count:,} {'latent' if count == 1 else 'latents'}"

@@ -40,6 +40,17 @@ def check_settings(session: Session, last: str) -> None:
         raise UserError(
             "every dataset has a heldout_share of 0, so nothing would be held out to measure on: set it above 0 for one of them"
         )
+    if "compare" in stages and (read := [name for name in session.names if name in config.published]):
+        raise UserError(
+            f"compare trains crosscoders on the same batches, and {', '.join(read)} is published: it cannot be trained again. "
+            "Name the others with --only; the report of `crossdiff run` shows published ones beside them"
+        )
+    trained = [name for name in needed_trainings(session, last) if name not in config.published]
+    if trained and all(dataset.heldout_share == 1 for dataset in config.dataset):
+        raise UserError(
+            f"every dataset has a heldout_share of 1, so nothing would be left to train {', '.join(trained)} on: set it "
+            "below 1 for one of them"
+        )
     if session.changes("device"):
         from crossdiff.models.loading import choose_device
 
@@ -89,9 +100,13 @@ def check_with_store(session: Session, last: str, was_harvested: bool) -> None:
     config, is_done = session.config, session.run_directory.is_done
     to_train = [name for name in needed_trainings(session, last) if not is_done(train_stage(config, name))]
     analyses = "analyze" in STAGES[last] and not all(is_done(analyze_stage(config, name)) for name in session.trainings)
+    if was_harvested and any(name in config.published for name in to_train):
+        store = session.columns()
+        session.check_published(store.pair, store.d_model, store.layer)
+    to_train = [name for name in to_train if name not in config.published]
     coders = {name: config.trainings[name] for name in to_train}
     if was_harvested and session.changes("crosscoders"):
-        coders = config.trainings
+        coders = {name: coder for name, coder in config.trainings.items() if coder.published is None}
     if coders:
         from crossdiff.crosscoder.cost import check_memory
         from crossdiff.crosscoder.mesh import number_of_latent_ranks

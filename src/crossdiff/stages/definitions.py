@@ -74,10 +74,18 @@ def harvest_stage(config: RunConfig) -> Stage:
 
 
 def train_stage(config: RunConfig, name: str) -> Stage:
-    """Depends on the store and on this crosscoder's settings."""
-    settings = config.trainings[name].model_dump(exclude={"checkpoint_seconds", "seeds"})
-    value = {"code": TRAINING_FORMAT, "harvest": harvest_stage(config).fingerprint, "settings": settings}
-    return _stage("train", name, value, ("config.json", "model.safetensors", "train.jsonl"), ("harvest",))
+    """Depends on the store and on this crosscoder's settings; for a published one, on the content of its files."""
+    coder = config.trainings[name]
+    value = {"code": TRAINING_FORMAT, "harvest": harvest_stage(config).fingerprint}
+    files: tuple[str, ...] = ("config.json", "model.safetensors")
+    if coder.published is None:
+        value["settings"] = coder.model_dump(exclude={"checkpoint_seconds", "seeds"})
+        files = (*files, "train.jsonl")
+    else:
+        from crossdiff.published.in_run import identify
+
+        value |= {"settings": coder.model_dump(exclude={"published"}), "published": identify(coder)}
+    return _stage("train", name, value, files, ("harvest",))
 
 
 def analyze_stage(config: RunConfig, name: str) -> Stage:

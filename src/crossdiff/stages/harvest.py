@@ -82,6 +82,12 @@ def harvest_layers(sessions: Sequence[Session]) -> None:
     layers = [pair.check_layer(session.config.layer) for session in waiting]
     for crosscoder in config.crosscoders.values():
         check_sizes(crosscoder, pair.d_model, SOURCES)
+    if config.published and len(layers) > 1:
+        raise UserError(
+            f"{', '.join(config.published)}: a published crosscoder reads one layer, so it cannot be in the runs of several "
+            "layers; harvest its layer alone"
+        )
+    waiting[0].check_published(pair.identity, pair.d_model, layers[0])
     for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
         waiting[0].remark(remark)
     _look_at_texts(waiting[0], pair, datasets)

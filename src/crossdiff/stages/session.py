@@ -186,6 +186,13 @@ class Session:
             "everything that depends on it is computed again. Pass --force to do it, or choose another run directory"
         )
 
+    def check_published(self, pair: Mapping[str, Any], d_model: int, layer: int) -> None:
+        """Check that the published crosscoders of this run can be read and belong to its models and its layer."""
+        for name in self.config.published if self.ranks.is_first else ():
+            from crossdiff.published.in_run import read_in_run
+
+            read_in_run(name, self.config.crosscoders[name], pair, d_model, layer)
+
     def differences(self, stage: Stage, known: Mapping[str, Any]) -> str:
         """The settings of a stage that differ from those that its present result was made with, one per line.
 

@@ -1,4 +1,4 @@
-"""The stage `train`: one for each crosscoder; those with the same batches share one pass over the store."""
+"""The stage `train`: one for each crosscoder; those with the same batches share one pass. Published ones are only read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crossdiff.run import Stage
 from crossdiff.stages.definitions import train_stage
 from crossdiff.stages.session import Session, run_together
 
 
 def train(session: Session, names: Sequence[str]) -> None:
-    """Train the crosscoders that are not trained yet, each into its folder."""
+    """Train the crosscoders that are not trained yet, each into its folder, and read the published ones."""
     stages = {name: train_stage(session.config, name) for name in dict.fromkeys(names)}
     wanted = {name: stage for name, stage in stages.items() if not session.skips(stage)}
+    for name in [name for name in wanted if name in session.config.published]:
+        _adopt(session, name, wanted.pop(name))
     if not wanted:
         return
     from crossdiff.crosscoder.train import Job, train_together
@@ -39,6 +42,23 @@ def train(session: Session, names: Sequence[str]) -> None:
             train_together(jobs, store, device, config.trackers, report, session.ranks, config.latent_ranks)
 
     run_together([(session, stage) for stage in wanted.values()], work)
+
+
+def _adopt(session: Session, name: str, stage: Stage) -> None:
+    """Write a published crosscoder into its folder, as if it had been trained on the store."""
+    from crossdiff.crosscoder.checkpoint import save
+    from crossdiff.crosscoder.train import origin_of
+    from crossdiff.published.in_run import read_in_run
+
+    def work(folder: Path) -> None:
+        config, store = session.config.crosscoders[name], session.columns()
+        if session.ranks.is_first:
+            coder = read_in_run(name, config, store.pair, store.d_model, store.layer)
+            coder.origin = coder.origin | origin_of(store, config, coder.origin["training_tokens"])
+            (folder / name).mkdir(exist_ok=True)
+            save(coder, folder / name)
+
+    run_together([(session, stage)], lambda folders: work(folders[0]))
 
 
 def _note(records: dict[str, Any]) -> str:
