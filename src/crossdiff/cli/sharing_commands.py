@@ -47,6 +47,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="names of the sources in the file's order [base chat]")
     text = "one number per source that the activations were multiplied by in training, where the file does not hold it"
     parser.add_argument("--input-scales", nargs="+", type=float, metavar="NUMBER", help=text)
+    text = "a store of its models, or a run with one, to set the threshold from if a BatchTopK's training never set it"
+    parser.add_argument("--estimate-threshold", type=Path, metavar="STORE", help=text)
 
     parser = commands.add(
         "examples", "convert an example database to or from the layout of the published examples.db", examples
@@ -109,15 +111,19 @@ def import_published(args: Namespace) -> None:
         raise UserError(f"{args.target} is a file; name the folder to write the crosscoder into")
     if taken := [name for name in ("model.safetensors", "config.json", "config.yaml") if (args.target / name).exists()]:
         raise UserError(f"{args.target} already holds a crosscoder, a model or a run (found {taken[0]}); choose another folder")
+    from crossdiff.activations.store import Store
     from crossdiff.crosscoder.checkpoint import save
-    from crossdiff.published.formats import read_published
+    from crossdiff.published.formats import find_store, notes_on, read_published
 
     sources, scales = (tuple(given) if given else None for given in (args.sources, args.input_scales))
-    coder = read_published(args.source, sources, scales)
+    store = Store(find_store(args.estimate_threshold)) if args.estimate_threshold is not None else None
+    coder = read_published(args.source, sources, scales, store)
     args.target.mkdir(parents=True, exist_ok=True)
     save(coder, args.target)
     found = coder.origin.get("published") or {"format": "crossdiff", "architecture": coder.sparsity.kind}
     print(f"{found['format']}: {found['architecture']}, read as {coder.sparsity.kind}")
+    for note in notes_on(found):
+        print(f"note: {note}")
     if coder.origin["layer"] is None:
         print("note: its files do not name the layer; make sure that it reads the residual stream after the layer that you use")
     print(f"{coder.n_latents:,} latents, width {coder.d_model}, sources {', '.join(coder.sources)}; written to {args.target}")
