@@ -44,7 +44,7 @@ ALLOWED = {
     "corpus": {"config", "errors", "files", "pairs"},
     "text_activations": FOUNDATION | {"models", "text", "activations", "crosscoder", "report"},
     "diff": FOUNDATION | {"models", "activations", "crosscoder", "report", "text_activations"},
-    "published": FOUNDATION | {"text", "crosscoder", "latents", "report", "diff"},
+    "published": FOUNDATION | {"text", "activations", "crosscoder", "latents", "report", "diff"},
     "dashboard": FOUNDATION | {"models", "text", "activations", "latents", "causal", "report", "text_activations", "diff"},
     "stages": FOUNDATION
     | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "concepts", "compare", "truth"}

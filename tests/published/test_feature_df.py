@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from crossdiff.errors import UserError
-from crossdiff.published.feature_df import TABLE_COLUMNS, read_published_table
+from crossdiff.published.feature_df import TABLE_COLUMNS, read_published_table, to_normalised_space
+from crossdiff.published.hub import load_table
 
 HEADER = ",tag,dec_norm_diff,dec_base_norm,dec_instruct_norm,dec_cos_sim,freq,dead,beta_error_base,beta_error_chat"
 HEADER += ",beta_ratio_error,beta_ratio_reconstruction,beta_activation_ratio,beta_activation_no_bias_base"
@@ -70,3 +72,63 @@ def test_wrong_files(tmp_path: Path, header: str, rows: list[str], message: str)
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*none\.csv as CSV"):
         read_published_table(tmp_path / "none.csv")
+
+
+def test_the_table_of_an_sae(tmp_path: Path) -> None:
+    header = ",dec_norm,enc_norm,freq_validation,beta_activation_base,beta_activation_ft,beta_ratio_activation"
+    (tmp_path / "sae").mkdir()
+    write(tmp_path / "sae" / "latent_df.csv", header, ["0,1.0,0.5,0.02,0.3,0.6,0.5", "1,1.0,0.4,0.01,,,"])
+    table = load_table(tmp_path / "sae")  # the folder
+    assert tuple(table.columns) == TABLE_COLUMNS
+    first = table.row(0, named=True)
+    assert (first["frequency"], first["beta_activation_chat"], first["nu_activation"]) == (0.02, 0.6, 0.5)
+    assert table["delta_norm"].is_nan().all() and table["delta_norm_class"].to_list() == ["undefined"] * 2
+    assert not table["chat_specific_paper"].any()
+
+
+def scaled(seed: int, s: tuple[float, float]) -> dict[str, float]:
+    """One latent of a crosscoder with a scale per source: norms and betas in its normalised space, from tensors by hand."""
+    generator = torch.Generator().manual_seed(seed)
+    f = torch.rand(50, generator=generator).double()
+    h, xhat = (torch.randn(50, 2, 4, generator=generator).double() for _ in range(2))
+    d = torch.randn(2, 4, generator=generator).double() * torch.tensor([[0.4], [1.0]])
+    scale = torch.tensor(s, dtype=torch.float64)
+    found: dict[str, float] = {}
+    y = (h - xhat) * scale[:, None] + f[:, None, None] * d * scale[:, None]
+    for index, name in enumerate(("base", "chat")):
+        along = d[1] * scale[1]
+        found[f"beta_error_{name}"] = float((f * (y[:, index] @ along)).sum() / (along @ along * f.square().sum()))
+        found[f"norm_{name}"] = float((d[index] * scale[index]).norm())
+    norms = found["norm_base"], found["norm_chat"]
+    found["delta_norm"] = ((norms[1] - norms[0]) / max(norms) + 1) / 2
+    return found | {"nu_error": found["beta_error_base"] / found["beta_error_chat"]}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scales", [(0.3, 0.4), (2.0, 0.1)])
+def test_a_scale_per_source_is_converted_both_ways(tmp_path: Path, seed: int, scales: tuple[float, float]) -> None:
+    theirs, ours = scaled(seed, scales), scaled(seed, (1.0, 1.0))
+    header = "dec_norm_diff,dec_base_norm,dec_instruct_norm,beta_error_base,beta_error_chat,beta_ratio_error"
+    names = ("norm_base", "norm_chat", "beta_error_base", "beta_error_chat", "nu_error")
+    row = ",".join(repr(value) for value in (1 - theirs["delta_norm"], *(theirs[name] for name in names)))
+    path = write(tmp_path / "feature_df.csv", header, [row])
+    converted = load_table(path, scales=scales)
+    for name, value in ours.items():
+        assert converted[name][0] == pytest.approx(value, rel=1e-10), name
+    published = read_published_table(path)
+    assert converted["nu_error"][0] == pytest.approx(published["nu_error"][0] * scales[1] / scales[0])
+    back = to_normalised_space(converted, scales)
+    for name, value in theirs.items():
+        assert published[name][0] == pytest.approx(value, rel=1e-12) and back[name][0] == pytest.approx(value, rel=1e-10), name
+    with pytest.raises(UserError, match="must be two positive numbers"):
+        load_table(path, scales=(0.0, 1.0))
+    published.write_parquet(tmp_path / "latents.parquet")
+    with pytest.raises(UserError, match="is in the models' space; omit the scales"):
+        load_table(tmp_path / "latents.parquet", scales=scales)
+
+
+@pytest.mark.parametrize(("difference", "expected"), [("0.0", 1.0), ("1.0", 0.0), ("", math.nan)])
+def test_one_sided_latents_stay_one_sided(tmp_path: Path, difference: str, expected: float) -> None:
+    table = read_published_table(write(tmp_path / "t.csv", ",dec_norm_diff", [f"0,{difference}"]), (0.3, 0.4))
+    assert table["delta_norm"][0] == pytest.approx(expected, nan_ok=True)
+    assert not table["chat_specific_paper"].any()

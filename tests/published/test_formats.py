@@ -104,7 +104,7 @@ def fork_measure(tensors: dict[str, Tensor], number: int, alphas: tuple[float, f
 
 
 def fork_output(tensors: dict[str, Tensor], h: Tensor, alphas: tuple[float, float] = (1.0, 0.1)) -> tuple[Tensor, Tensor]:
-    """Activations and reconstruction as the fork computes them at inference; the k largest of each token without threshold."""
+    """Activations and reconstruction as the fork computes them at inference, where a missing threshold is -1."""
     t = {name: tensor.double() for name, tensor in tensors.items()}
     normalised = "activation_mean" in t and not bool(t["activation_mean"].isnan().any())
     x = h
@@ -113,11 +113,7 @@ def fork_output(tensors: dict[str, Tensor], h: Tensor, alphas: tuple[float, floa
     f = (torch.einsum("bsd,sdf->bf", x, t["encoder.weight"]) + t["encoder.bias"]).relu()
     if "k" in t:
         v = f * fork_measure(tensors, int(t.get("code_normalization_id", torch.tensor(1))), alphas)
-        if float(t.get("threshold", torch.tensor(-1.0))) >= 0:
-            f = f * (v > t["threshold"])
-        else:
-            smallest = v.sort(dim=1, descending=True).values[:, int(t["k"]) - 1]
-            f = f * (v >= smallest[:, None])
+        f = f * (v > t.get("threshold", torch.tensor(-1.0)))
     out = torch.einsum("bf,sfd->bsd", f, t["decoder.weight"]) + t["decoder.bias"]
     if normalised:
         out = out / (t["activation_global_scale"][:, None] + 1e-8) + t["activation_mean"]
@@ -139,8 +135,8 @@ FORK_CASES: dict[str, tuple[dict[str, Tensor], str]] = {
     "batchtopk, SAE": ({"code_normalization_id": torch.tensor(2)} | batch_topk(3, 1.1), "jumprelu"),
     "batchtopk, MIXED": ({"code_normalization_id": torch.tensor(3)} | batch_topk(3, 1.1), "jumprelu"),
     "batchtopk, NONE": ({"code_normalization_id": torch.tensor(4)} | batch_topk(3, 0.7), "jumprelu"),
-    "threshold not set yet": (IDENTIFIER | batch_topk(3, -1.0), "topk"),
-    "no threshold": ({"k": torch.tensor(2)}, "topk"),
+    "threshold not set yet": (IDENTIFIER | batch_topk(3, -1.0), "l1"),
+    "no threshold": ({"k": torch.tensor(2)}, "l1"),
 }
 
 
@@ -155,8 +151,10 @@ def test_the_forks_crosscoders(tmp_path: Path, case: str, suffix: str) -> None:
     else:
         save_file(tensors, path)
     read = check(path, inputs(2), *fork_output(tensors, inputs(2)), kind)
-    if kind in ("batchtopk", "topk"):
+    if kind == "batchtopk":
         assert read.sparsity.k == int(tensors["k"])
+    unset = "k" in tensors and float(tensors.get("threshold", torch.tensor(-1.0))) < 0
+    assert read.origin["published"].get("threshold") == ("never set" if unset else None)
 
 
 def test_one_and_three_sources(tmp_path: Path) -> None:
@@ -184,10 +182,10 @@ def test_settings_beside_the_weights_count(tmp_path: Path) -> None:
     assert read_published(tmp_path).sources == ("base", "chat")
 
 
-def test_a_topk_that_lost_its_k_is_not_read_as_relu(tmp_path: Path) -> None:
+def test_a_topk_that_lost_its_k_is_refused(tmp_path: Path) -> None:
     save_file(fork_tensors(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"k": 4}))
-    assert read_published(tmp_path).sparsity == TopKConfig(k=4)
+    assert read_published(tmp_path).origin["published"]["k"] == 4
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "BatchTopKCrossCoder"}}))
     with pytest.raises(UserError, match="BatchTopK crosscoder and has no k"):
         read_published(tmp_path)
@@ -269,7 +267,7 @@ def test_round_trip_of_our_own(tmp_path: Path, sparsity: Any) -> None:
         assert torch.equal(again.mean, coder.mean)
         assert (again.scale, again.threshold, again.sparsity) == (coder.scale, coder.threshold, coder.sparsity)
         assert (again.origin, again.sources) == (coder.origin, coder.sources)
-    with pytest.raises(UserError, match="omit both options"):
+    with pytest.raises(UserError, match="omit the options"):
         read_published(tmp_path, sources=("a", "b"))
 
 
@@ -444,17 +442,17 @@ FORK_ERRORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "unknown normalisation": (
         fork_tensors(), {"code_normalization": "ODD"}, "have code_normalization ODD, expected one of CROSSCODER",
     ),
-    "topk of another measure": (
-        fork_tensors() | {"code_normalization_id": torch.tensor(4)} | batch_topk(3, -1.0), {}, "is a TopK coder",
-    ),
     "threshold without k": (fork_tensors() | {"threshold": torch.tensor(1.0)}, {}, "has no k"),
     "k too large": (fork_tensors() | batch_topk(11, 1.0), {}, "k is 11, more than its 10 latents"),
     "k not whole": (fork_tensors(), {"k": 2.5}, r"k is 2\.5, expected a whole number"),
-    "half a normalisation": (fork_tensors() | {"activation_mean": NAN}, {}, "has activation_mean but no target_rms"),
-    "a scale for all": (
-        fork_tensors() | unset_normalisation(2) | {"activation_global_scale": torch.tensor(1.0)}, {},
-        r"activation_global_scale has the shape \(\), expected \[source=2\]",
+    "half a normalisation": (fork_tensors() | {"activation_mean": NAN}, {}, "has activation_mean alone, which is no normal"),
+    "a deviation without a mean": (fork_tensors() | {"activation_std": NAN}, {}, "has activation_std alone, which is no norm"),
+    "a target alone": (fork_tensors() | {"target_rms": torch.tensor(1.0)}, {}, "has target_rms alone, which is no normal"),
+    "a scale per neuron": (
+        fork_tensors() | unset_normalisation(2) | {"activation_global_scale": torch.ones(2, D)}, {},
+        r"activation_global_scale has the shape \(2, 6\), expected \[\]",
     ),
+    "a negative scale": (fork_tensors() | {"activation_global_scale": torch.tensor(-1.0)}, {}, "scale of -1"),
     "partly NaN": (
         fork_tensors() | fork_normalisation((0.3, 0.3)) | {"activation_mean": torch.cat([NAN[:1], torch.zeros(1, D)])}, {},
         "must be NaN throughout or finite",

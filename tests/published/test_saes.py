@@ -101,7 +101,7 @@ def write_dictionary(folder: Path, kind: str, more: dict[str, Tensor], **trainer
         ("AutoEncoder", None, "l1"),
         ("AutoEncoderTopK", 0.4, "topk"),
         ("BatchTopKSAE", 0.4, "batchtopk"),
-        ("BatchTopKSAE", -1.0, "topk"),
+        ("BatchTopKSAE", -1.0, "l1"),
     ],
 )
 def test_dictionary_learning(tmp_path: Path, kind: str, threshold: float | None, expected: str) -> None:

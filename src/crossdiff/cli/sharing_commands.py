@@ -60,6 +60,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="names of the sources in the file's order [base chat]")
     text = "one number per source that the activations were multiplied by in training, where the file does not hold it"
     parser.add_argument("--input-scales", nargs="+", type=float, metavar="NUMBER", help=text)
+    text = "a store of its models, or a run with one, to set the threshold from if a BatchTopK's training never set it"
+    parser.add_argument("--estimate-threshold", type=Path, metavar="STORE", help=text)
 
     parser = commands.add(
         "examples", "convert an example database to or from the layout of the published examples.db", examples
@@ -129,13 +131,22 @@ def import_published(args: Namespace) -> None:
         raise UserError(
             "--layer and --dataset are for a run of the crosscoder and a pair of models: give --base and --chat too"
         )
-    from crossdiff.published.formats import read_published
+    if any(pair) and args.estimate_threshold is not None:
+        raise UserError(
+            "--estimate-threshold is for converting: import the crosscoder into a folder with it, and then that folder with "
+            "--base and --chat"
+        )
+    from crossdiff.activations.store import Store
+    from crossdiff.published.formats import find_store, notes_on, read_published
     from crossdiff.published.hub import locate
 
     sources, scales = (tuple(given) if given else None for given in (args.sources, args.input_scales))
-    coder = read_published(locate(args.source), sources, scales)
+    store = Store(find_store(args.estimate_threshold)) if args.estimate_threshold is not None else None
+    coder = read_published(locate(args.source), sources, scales, store)
     found = coder.origin.get("published") or {"format": "crossdiff", "architecture": coder.sparsity.kind}
     print(f"{found['format']}: {found['architecture']}, read as {coder.sparsity.kind}")
+    for note in notes_on(found):
+        print(f"note: {note}")
     if args.base:
         _make_run(args, coder)
     else:

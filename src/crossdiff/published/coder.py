@@ -37,19 +37,66 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class UnsetThreshold:
+    """f = ReLU(pre): a BatchTopK whose threshold, on f * weight, was never set, so that every positive f passes it."""
+
+    k: int
+    weight: Float64[Tensor, " latent"]
+
+
+@dataclass(frozen=True)
 class JumpReLU:
     """f = pre where pre > threshold >= 0."""
 
     thresholds: Float64[Tensor, " latent"]
 
 
+Activation = ReLU | TopK | UnsetThreshold | JumpReLU
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """x = (h - mean) * scale_in on the way in, and h = x * scale_out + mean on the way out.
+
+    Attributes:
+        scale_in, scale_out: one number per source, or one per source and neuron; the second is the inverse of the first, up
+            to a format's rounding.
+    """
+
+    mean: Float64[Tensor, "source d_model"]
+    scale_in: Float64[Tensor, "source width"]
+    scale_out: Float64[Tensor, "source width"]
+
+    @property
+    def is_none(self) -> bool:
+        return bool((self.scale_in == 1).all() and (self.mean == 0).all())
+
+    @property
+    def one_scale(self) -> bool:
+        return bool((self.scale_in == self.scale_in[0, 0]).all())
+
+    def describe(self) -> dict[str, Any]:
+        """What `origin["published"]` says about it: in words, and the scales if there is one per source."""
+        if self.is_none:
+            return {"normalisation": "none"}
+        kind = "one scale" if self.one_scale else "a scale per source"
+        if not bool((self.scale_in == self.scale_in[:, :1]).all()):
+            return {"normalisation": "a scale per source and neuron"}
+        return {"normalisation": kind, "scales": self.scale_in[:, 0].tolist()}
+
+
+def no_normalisation(n_sources: int, d_model: int) -> Normalisation:
+    """x = h."""
+    ones = torch.ones(n_sources, 1, dtype=torch.float64)
+    return Normalisation(torch.zeros(n_sources, d_model, dtype=torch.float64), ones, ones)
+
+
 @dataclass(frozen=True)
 class PublishedCoder:
-    """A coder as it was published: x = (h - mean) * scale_in, hhat = (sum_j f_j d_j + b) * scale_out + mean.
+    """A coder as it was published.
 
     Attributes:
         path: its file, for messages.
-        scale_in, scale_out: one number per source; the second is the inverse of the first, up to a format's rounding.
         origin: the `origin` of the crosscoder.
         needs_scales: the coder needs a scale_in that is not in the file.
     """
@@ -59,37 +106,52 @@ class PublishedCoder:
     encoder_bias: Float64[Tensor, " latent"]
     decoder: Float64[Tensor, "source latent d_model"]
     decoder_bias: Float64[Tensor, "source d_model"]
-    mean: Float64[Tensor, "source d_model"]
-    scale_in: Float64[Tensor, " source"]
-    scale_out: Float64[Tensor, " source"]
-    activation: ReLU | TopK | JumpReLU
+    normalisation: Normalisation
+    activation: Activation
     origin: dict[str, Any]
     needs_scales: bool = False
 
+    @property
+    def n_sources(self) -> int:
+        return len(self.decoder_bias)
+
     def with_input_scales(self, scales: tuple[float, ...]) -> PublishedCoder:
         """The same coder on activations that are first multiplied by one number per source."""
-        n_sources = len(self.scale_in)
-        if len(scales) != n_sources or not all(math.isfinite(scale) and scale > 0 for scale in scales):
-            raise UserError(f"input_scales {scales} must be {n_sources} positive numbers, one per source of {self.path}")
-        if not bool((self.scale_in == 1).all() and (self.mean == 0).all()):
+        if len(scales) != self.n_sources or not all(math.isfinite(scale) and scale > 0 for scale in scales):
+            raise UserError(f"input_scales {scales} must be {self.n_sources} positive numbers, one per source of {self.path}")
+        if not self.normalisation.is_none:
             raise UserError(f"{self.path} holds its own normalisation; omit input_scales")
-        factor = torch.tensor(scales, dtype=torch.float64)
+        factor = torch.tensor(scales, dtype=torch.float64)[:, None]
+        normalisation = Normalisation(self.normalisation.mean, factor, 1 / factor)
         origin = self.origin | {"published": self.origin["published"] | {"input_scales": list(scales)}}
-        return replace(self, scale_in=factor, scale_out=1 / factor, origin=origin, needs_scales=False)
+        return replace(self, normalisation=normalisation, origin=origin, needs_scales=False)
+
+    def with_threshold(self, threshold: float) -> PublishedCoder:
+        """The same coder with a threshold that its training never set; it applies to f * weight, the file's own measure."""
+        assert isinstance(self.activation, UnsetThreshold)
+        activation = TopK(self.activation.k, threshold, self.activation.weight)
+        said = {"threshold": "estimated from a store's held-out tokens", "estimated_threshold": threshold}
+        origin = self.origin | {"published": self.origin["published"] | said}
+        return replace(self, activation=activation, origin=origin)
 
     def crosscoder(self, sources: tuple[str, ...], dtype: torch.dtype = torch.float32) -> Crosscoder:
-        """The same function with one scale for all sources; `sources` names them in the file's order."""
-        scale = float(self.scale_in[0])
-        encoder = self.encoder * (self.scale_in / scale)[:, None, None]
-        decoder = self.decoder * (self.scale_out * scale)[:, None, None]
-        decoder_bias = self.decoder_bias * (self.scale_out * scale)[:, None]
+        """The same function with at most one scale; `sources` names the sources in the file's order.
+
+        A scale that all sources and neurons share is kept. Any other is folded into encoder and decoder, whose space is then
+        that of the models, so that norms, v and everything derived from them are the models'.
+        """
+        n = self.normalisation
+        scale = float(n.scale_in[0, 0]) if n.one_scale else 1.0
+        encoder = self.encoder * (n.scale_in / scale)[:, :, None]
+        decoder = self.decoder * (n.scale_out * scale)[:, None, :]
+        decoder_bias = self.decoder_bias * (n.scale_out * scale)
         sparsity, threshold, own = self._sparsity(decoder.norm(dim=2).sum(0))
         weights = {
             "encoder": encoder.permute(2, 0, 1).flatten(1),
             "encoder_bias": self.encoder_bias,
             "decoder": decoder.transpose(0, 1).flatten(1),
             "decoder_bias": decoder_bias.flatten(),
-            "mean": self.mean,
+            "mean": n.mean,
         }
         converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
         for name, tensor in converted.items():
@@ -102,13 +164,13 @@ class PublishedCoder:
             view=identity(sources),
             own={name: tensor.to(dtype) for name, tensor in own.items()},
             threshold=threshold,
-            origin=self.origin,
+            origin=self.origin | {"published": self.origin["published"] | n.describe()},
         )
 
     def _sparsity(self, norms: Float64[Tensor, " latent"]) -> tuple[Sparsity, float, dict[str, Tensor]]:
         """Settings, threshold and parameters of the kind of sparsity, given our measure, the sums of the decoder norms."""
         match self.activation:
-            case ReLU():
+            case ReLU() | UnsetThreshold():
                 return L1Config(), 0.0, {}
             case JumpReLU(thresholds):
                 return JumpReLUConfig(), 0.0, {"log_threshold": thresholds.log()}
@@ -192,6 +254,13 @@ class TensorFile:
             raise UserError(f"{self.path}: {key} holds numbers that are not finite; download it again")
         return tensor.double()
 
+    def take_copies(self, key: str, axes: str) -> Float64[Tensor, "..."] | None:
+        """Take a tensor that a file may hold several times, under its name and under modules; None if it has none."""
+        copies = [self.take(name, axes) for name in sorted(self._left) if name == key or name.endswith(f".{key}")]
+        if any(not torch.equal(copy, copies[0]) for copy in copies):
+            raise UserError(f"{self.path} holds {key} several times with different numbers; it is unclear which applies")
+        return copies[0] if copies else None
+
     def scalar(self, key: str) -> float:
         """Take a tensor without axes."""
         return float(self.take(key, ""))
@@ -217,8 +286,9 @@ def origin_of(tensors: TensorFile, format_name: str, architecture: str, layer: i
     return {"pair": None, "layer": layer, "settings": None, "training_tokens": None, "published": published}
 
 
-def batch_topk(tensors: TensorFile, config: dict[str, Any], weight: Tensor | None) -> TopK:
-    """k and threshold; a negative threshold means that the training had not set it yet."""
+def batch_topk(tensors: TensorFile, config: dict[str, Any], weight: Tensor | None) -> TopK | UnsetThreshold:
+    """k and threshold. A negative threshold means that the training had not set it yet, and so does a missing one, which is
+    -1 in the class."""
     if weight is None:
         raise UserError(
             f"{tensors.path} has the code normalisation DECOUPLED: its latents are active in each source separately, "
@@ -226,6 +296,6 @@ def batch_topk(tensors: TensorFile, config: dict[str, Any], weight: Tensor | Non
         )
     if not tensors.has("k") and "k" not in config:
         raise UserError(f"{tensors.path} is a BatchTopK crosscoder and has no k; it cannot be read")
-    k = tensors.scalar("k") if tensors.has("k") else config["k"]
+    k = tensors.whole(tensors.scalar("k") if tensors.has("k") else config["k"], "k")
     threshold = tensors.scalar("threshold") if tensors.has("threshold") else -1.0
-    return TopK(tensors.whole(k, "k"), threshold if threshold >= 0 else None, weight)
+    return TopK(k, threshold, weight) if threshold >= 0 else UnsetThreshold(k, weight)

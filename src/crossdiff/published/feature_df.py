@@ -1,13 +1,23 @@
-"""The latent table that the paper's authors publish (`feature_df.csv`), under our column names.
+"""The latent table that the paper's authors publish (`feature_df.csv`, `latent_df.csv`), under our column names.
 
 Their relative decoder norm is called `dec_norm_diff` and reversed: 0 is chat-only there, so delta_norm is 1 minus it. Their
 `beta_ratio_*` is nu; the first unnamed column is the number of the latent. Their later repositories write `ft` for `chat` and
 `beta_ratio_activation` for `beta_activation_ratio`; both spellings are read. The tables have no intervals, so the only verdict
-that can be derived is the published rule's: `chat_specific_paper`.
+that can be derived is the published rule's: `chat_specific_paper`. Tables of an SAE have no relative norm: their delta_norm is
+NaN.
+
+Norms and betas of a published table are those of the crosscoder's normalised space. With one scale for both sources they are
+ours; with a scale s per source, x_s = (h_s - mean_s) * s_s, they differ by the ratio of the scales:
+
+    ours = published * s_chat / s_base     for beta_*_base and nu_*
+
+The beta of the chat model stays. This is exact for the error and the activation without bias, and for the other targets where
+no mean is subtracted; with a mean they are those of the activation or the reconstruction less that mean.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import polars as pl
@@ -16,14 +26,17 @@ from crossdiff.config import AnalyzeConfig
 from crossdiff.errors import UserError
 from crossdiff.latents.decoder import CHAT_ONLY, delta_norm_class
 
+FILES = ("feature_df.csv", "latent_df.csv")
 DIFFERENCE = "dec_norm_diff"
+SAE_COLUMNS = ("dec_norm", "enc_norm")
+"""What the table of an SAE has in place of the relative norm."""
 INDEX = ("", "column_0", "Unnamed: 0", "index", "latent")
 """Spellings of the column that numbers the latents."""
 NAMES: dict[str, tuple[str, ...]] = {
     "norm_base": ("dec_base_norm",),
     "norm_chat": ("dec_instruct_norm", "dec_chat_norm", "dec_ft_norm"),
     "decoder_cosine": ("dec_cos_sim",),
-    "frequency": ("freq",),
+    "frequency": ("freq", "freq_val", "freq_validation"),
     "nu_error": ("beta_ratio_error",),
     "nu_reconstruction": ("beta_ratio_reconstruction",),
     "nu_activation": ("beta_activation_ratio", "beta_ratio_activation"),
@@ -41,26 +54,65 @@ NAMES: dict[str, tuple[str, ...]] = {
 TABLE_COLUMNS = ("latent", "delta_norm", "delta_norm_class", *NAMES, "rank_sum", "chat_specific_paper", "dead")
 
 
-def read_published_table(path: Path) -> pl.DataFrame:
-    """Read a published latent table; `TABLE_COLUMNS` lists the columns, NaN where the file has no value."""
+def read_published_table(path: Path, scales: tuple[float, float] | None = None) -> pl.DataFrame:
+    """Read a published latent table; `TABLE_COLUMNS` lists the columns, NaN where the file has no value.
+
+    Args:
+        scales: the crosscoder's scales of base and chat, to convert from its normalised space to that of the models.
+    """
     try:
         table = pl.read_csv(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"cannot read {path} as CSV: {error}; expected a published feature_df.csv") from None
+    columns = {"latent": _latents(table, path), "delta_norm": _delta_norm(table, path)}
+    for ours, spellings in NAMES.items():
+        found = next((name for name in spellings if name in table.columns), None)
+        columns[ours] = _numbers(table, found, path) if found else pl.repeat(float("nan"), table.height, eager=True)
+    columns["dead"] = _dead(table)
+    return _derived(pl.DataFrame(columns)) if scales is None else to_models_space(pl.DataFrame(columns), scales)
+
+
+def to_models_space(table: pl.DataFrame, scales: tuple[float, float]) -> pl.DataFrame:
+    """A table of a crosscoder's normalised space in that of the models, given the scales of base and chat."""
+    base, chat = scales
+    if not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise UserError(f"scales {scales} must be two positive numbers, of base and of chat")
+    ratio = pl.when(pl.col("delta_norm") >= 0.5).then(2 - 2 * pl.col("delta_norm")).otherwise(1.0) / base
+    other = pl.when(pl.col("delta_norm") >= 0.5).then(1.0).otherwise(2 * pl.col("delta_norm")) / chat
+    scaled = [name for name in table.columns if name.startswith("nu_") or (name.startswith("beta_") and name.endswith("_base"))]
+    return _derived(
+        table.with_columns(
+            pl.when(pl.col("delta_norm").is_nan()).then(float("nan"))
+            .otherwise(((other - ratio) / pl.max_horizontal(other, ratio) + 1) / 2).alias("delta_norm"),
+            pl.col("norm_base") / base,
+            pl.col("norm_chat") / chat,
+            *(pl.col(name) * (chat / base) for name in scaled),
+        )
+    )  # fmt: skip
+
+
+def to_normalised_space(table: pl.DataFrame, scales: tuple[float, float]) -> pl.DataFrame:
+    """The way back: a table of the models' space in the published convention."""
+    return to_models_space(table, (1 / scales[0], 1 / scales[1]))
+
+
+def _derived(table: pl.DataFrame) -> pl.DataFrame:
+    """Add what follows from the numbers: classes, ranks and the set of the published rule."""
+    classes = pl.Series("delta_norm_class", [delta_norm_class(value) for value in table["delta_norm"]], dtype=pl.String)
+    return table.with_columns(classes, **_paper_rule(AnalyzeConfig())).select(TABLE_COLUMNS).sort("latent")
+
+
+def _delta_norm(table: pl.DataFrame, path: Path) -> pl.Series:
+    """delta_norm from the published difference; NaN in the table of an SAE."""
+    if DIFFERENCE not in table.columns and any(name in table.columns for name in SAE_COLUMNS):
+        return pl.repeat(float("nan"), table.height, eager=True)
     if DIFFERENCE not in table.columns:
         raise UserError(f"{path} lacks the column {DIFFERENCE}; it has {', '.join(table.columns[:20])}")
     difference = _numbers(table, DIFFERENCE, path)
     outside = difference.filter((difference < 0) | (difference > 1) & difference.is_not_nan())
     if len(outside):
         raise UserError(f"{path}: {DIFFERENCE} must lie in [0, 1] (0 = chat-only), found {outside[0]}; download it again")
-    delta = 1 - difference
-    columns = {"latent": _latents(table, path), "delta_norm": delta}
-    columns["delta_norm_class"] = pl.Series([delta_norm_class(value) for value in delta.to_list()], dtype=pl.String)
-    for ours, spellings in NAMES.items():
-        found = next((name for name in spellings if name in table.columns), None)
-        columns[ours] = _numbers(table, found, path) if found else pl.repeat(float("nan"), table.height, eager=True)
-    columns["dead"] = _dead(table)
-    return pl.DataFrame(columns).with_columns(**_paper_rule(AnalyzeConfig())).select(TABLE_COLUMNS).sort("latent")
+    return 1 - difference
 
 
 def _numbers(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
@@ -98,5 +150,5 @@ def _paper_rule(config: AnalyzeConfig) -> dict[str, pl.Expr]:
     below = (pl.col("nu_error") < config.nu_error) & (pl.col("nu_reconstruction") < config.nu_reconstruction)
     return {
         "rank_sum": pl.when(both).then((ranks[0] + ranks[1]).cast(pl.Float64)).otherwise(float("nan")),
-        "chat_specific_paper": both & below & (pl.col("delta_norm") >= CHAT_ONLY[0]),
+        "chat_specific_paper": both & below & pl.col("delta_norm").is_not_nan() & (pl.col("delta_norm") >= CHAT_ONLY[0]),
     }

@@ -294,7 +294,7 @@ def _choose(files: Collection[str], wanted: str | None, where: str, fetch: Calla
     return chosen
 
 
-def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
+def load_table(name: str | Path, crosscoder: str | None = None, scales: tuple[float, float] | None = None) -> pl.DataFrame:
     """Load a latent table: of a local run, of a run on the Hub, or the published table of one of the paper's crosscoders.
 
     Published tables are separate data sets; give the name of the data set or of the crosscoder. Their columns are converted to
@@ -304,16 +304,28 @@ def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
         >>> crossdiff.load_table("runs/demo", "l1").columns[0]
         'latent'
 
+    Args:
+        name: a run, a table's file, a folder with a published table, or a name on the Hub.
+        crosscoder: which one of a run.
+        scales: the scales of base and chat, for the published table of a crosscoder that has one per source: converts its
+            norms, betas and nus to the models' space (`crossdiff.load(name).origin["published"]["scales"]`).
+
     Raises:
         UserError: the table does not exist or cannot be read.
     """
     import polars as pl
 
+    from crossdiff.published.feature_df import FILES as TABLES
     from crossdiff.published.feature_df import read_published_table
 
     path = Path(name)
+    published = next((path / file for file in TABLES if (path / file).is_file()), path)
+    if published.is_file() and published.suffix != ".parquet":
+        return read_published_table(published, scales)
+    if scales is not None and path.exists():
+        raise UserError(f"{path} has a table of crossdiff, which is in the models' space; omit the scales")
     if path.is_file():
-        return pl.read_parquet(path) if path.suffix == ".parquet" else read_published_table(path)
+        return pl.read_parquet(path)
     if path.is_dir():
         table = path / _choose(_local_files(path), crosscoder, str(path), path.joinpath) / "latents.parquet"
         if not table.is_file():
@@ -321,10 +333,10 @@ def load_table(name: str | Path, crosscoder: str | None = None) -> pl.DataFrame:
         return pl.read_parquet(table)
     _check_name(str(name))
     with _explained(str(name)):
-        return _fetch_table(str(name), crosscoder)
+        return _fetch_table(str(name), crosscoder, scales)
 
 
-def _fetch_table(name: str, crosscoder: str | None) -> pl.DataFrame:
+def _fetch_table(name: str, crosscoder: str | None, scales: tuple[float, float] | None) -> pl.DataFrame:
     import polars as pl
 
     from crossdiff.published.feature_df import read_published_table
@@ -332,7 +344,7 @@ def _fetch_table(name: str, crosscoder: str | None) -> pl.DataFrame:
     api = _api()
     repository = _table_repository(name)
     if api.repo_exists(repository, repo_type="dataset") and api.file_exists(repository, TABLE, repo_type="dataset"):
-        return read_published_table(Path(api.hf_hub_download(repository, TABLE, repo_type="dataset")))
+        return read_published_table(Path(api.hf_hub_download(repository, TABLE, repo_type="dataset")), scales)
     if not api.repo_exists(name):
         raise UserError(
             f"{name} does not exist on the Hub, or it is private and no token is set; check the name, or set HF_TOKEN"

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from crossdiff.errors import UserError
-from crossdiff.published.coder import JumpReLU, PublishedCoder, ReLU, TensorFile, TopK, batch_topk, origin_of
+from crossdiff.published.coder import JumpReLU, PublishedCoder, ReLU, TensorFile, TopK, no_normalisation, origin_of
 from crossdiff.published.hookpoints import hookpoint_of_scope, layer_after
-from crossdiff.published.settings import group, layer_of, read_settings
+from crossdiff.published.settings import group, read_settings
+from crossdiff.published.trainer import read_sae as read_trained_sae
 from crossdiff.shapes import Float64, Tensor
 
 
@@ -18,7 +19,7 @@ def read_sae(tensors: TensorFile) -> PublishedCoder:
     """The SAE in its own terms; the names of its weights tell the format."""
     if tensors.has("W_enc"):
         return _read_gemma_scope(tensors) if tensors.path.suffix == ".npz" else read_saelens(tensors)
-    return _read_sparsify(tensors) if tensors.has("W_dec") else _read_dictionary_learning(tensors)
+    return _read_sparsify(tensors) if tensors.has("W_dec") else read_trained_sae(tensors)
 
 
 def _sae(
@@ -32,10 +33,9 @@ def _sae(
     needs_scales: bool = False,
 ) -> PublishedCoder:
     """A coder with one source and without normalisation."""
-    one = torch.ones(1, dtype=torch.float64)
     return PublishedCoder(
-        tensors.path, encoder[None], encoder_bias, decoder[None], decoder_bias[None], torch.zeros_like(decoder_bias[None]),
-        scale_in=one, scale_out=one, activation=activation, origin=origin, needs_scales=needs_scales,
+        tensors.path, encoder[None], encoder_bias, decoder[None], decoder_bias[None], no_normalisation(1, len(decoder_bias)),
+        activation, origin, needs_scales,
     )  # fmt: skip
 
 
@@ -75,31 +75,6 @@ def _read_sparsify(tensors: TensorFile) -> PublishedCoder:
     layer = layer_after(tensors.path, folder if re.match(r"(layers|h)\.\d", folder) else None)
     encoder_bias = encoder_bias - decoder_bias @ encoder
     origin = origin_of(tensors, "sparsify", "topk", layer)
-    return _sae(tensors, encoder, encoder_bias, decoder, decoder_bias, activation, origin)
-
-
-def _read_dictionary_learning(tensors: TensorFile) -> PublishedCoder:
-    """AutoEncoder, AutoEncoderTopK and BatchTopKSAE."""
-    config = group(_settings(tensors, "dictionary_learning", "config.json"), "trainer", tensors.path)
-    kind, where = config.get("dict_class"), config.get("submodule_name")
-    if kind not in ("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE"):
-        raise UserError(
-            f"{tensors.path} has the dict_class {kind} in its config.json; only AutoEncoder, AutoEncoderTopK and BatchTopKSAE "
-            "can be read"
-        )
-    encoder = tensors.take("encoder.weight", "latent d_model").T
-    encoder_bias = tensors.take("encoder.bias", "latent")
-    decoder = tensors.take("decoder.weight", "d_model latent").T
-    decoder_bias = tensors.take("bias" if kind == "AutoEncoder" else "b_dec", "d_model")
-    activation = ReLU() if kind == "AutoEncoder" else batch_topk(tensors, config, torch.ones_like(encoder_bias))
-    if isinstance(activation, TopK) and kind == "AutoEncoderTopK":
-        activation = TopK(activation.k, None, activation.weight)  # its forward pass uses no threshold
-    tensors.finish()
-    layer = layer_after(tensors.path, where)
-    if where is None:
-        layer = layer_of(config)
-    encoder_bias = encoder_bias - decoder_bias @ encoder
-    origin = origin_of(tensors, "dictionary_learning", kind, layer)
     return _sae(tensors, encoder, encoder_bias, decoder, decoder_bias, activation, origin)
 
 
