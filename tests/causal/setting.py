@@ -76,6 +76,8 @@ def make_table(n: int = N_LATENTS, seed: int = 0) -> pl.DataFrame:
     """The columns of a latent table that selections read, with random values."""
     generator = torch.Generator().manual_seed(seed)
     columns: dict[str, Any] = {name: torch.rand(n, generator=generator).double().numpy() for name in ("delta_norm", "nu_error")}
+    for name in ("nu_reconstruction_nobias", "nu_activation"):
+        columns[name] = torch.rand(n, generator=generator).double().numpy()
     columns["nu_reconstruction"] = torch.rand(n, generator=generator).double().numpy()
     table = pl.DataFrame({"latent": range(n), **columns})
     return table.with_columns(

@@ -25,6 +25,8 @@ def table() -> pl.DataFrame:
             "delta_norm": [0.5, 0.9, 0.8, 0.7, 0.95, 1.0],
             "nu_error": [0.9, 0.1, 0.5, 0.3, 0.2, float("nan")],
             "nu_reconstruction": [0.9, 0.6, 0.2, 0.1, 0.4, 0.1],
+            "nu_reconstruction_nobias": [0.9, 0.5, 0.3, 0.2, 0.6, 0.1],
+            "nu_activation": [-0.5, 0.2, -0.05, 3.0, 0.1, 0.1],
             "rank_sum": [10.0, 5.0, 6.0, 4.0, 4.0, float("nan")],
             "verdict": ["shared", "rotated", "chat_specific", "shared", "chat_specific", "undecided"],
             "n_active": [9, 9, 9, 9, 9, 0],
@@ -70,6 +72,40 @@ def test_the_pool_is_those_of_the_largest_delta_norm_that_are_ranked() -> None:
 )
 def test_sets_by_hand(selection: dict[str, Any], expected: tuple[int, ...] | None) -> None:
     assert latents(selection) == {"": expected}
+
+
+NEGATIVE = pl.col("latent").is_in([1, 3])
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected", "outside"),
+    [
+        # Of the pool 1, 2, 3, 4, the latents 1 and 3 have a nu_reconstruction of -1.
+        ({"kind": "ranked", "ranking": "rank_sum"}, (3, 4), None),
+        ({"kind": "ranked", "ranking": "rank_sum", "within": [-0.1, 2]}, (4,), 2),
+        ({"kind": "ranked", "ranking": "delta_norm", "within": [-0.1, 2], "part": "worst"}, (2,), 2),
+        ({"kind": "ranked", "ranking": "nu_error", "within": [-0.1, 2], "share": 1.0}, (2, 4), 2),
+        ({"kind": "ranked", "ranking": "nu_reconstruction", "within": [-2, 2], "share": 0.5}, (1, 3), 0),
+        # Without the bias they are as good as others: it is that variant that counts for its own ranking.
+        ({"kind": "ranked", "ranking": "nu_reconstruction_nobias", "within": [-0.1, 2]}, (2, 3), 0),
+        ({"kind": "threshold", "ranking": "nu_error", "at": 0.4, "within": [-0.1, 2]}, (4,), 2),
+        # |nu_activation| below 0.3, as published: the threshold and the range are about the same number.
+        ({"kind": "threshold", "ranking": "nu_activation", "at": 0.3, "within": [-0.3, 0.3], "among": "all"}, (1, 2, 4, 5), 2),
+        ({"kind": "random", "like": {"kind": "list", "latents": [0, 1]}, "seeds": 1, "within": [-0.1, 2]}, (2, 4), 2),
+    ],
+)
+def test_latents_with_a_nu_out_of_range_are_left_out_of_a_ranking(
+    selection: dict[str, Any], expected: tuple[int, ...], outside: int | None
+) -> None:
+    changed = table().with_columns(nu_reconstruction=pl.when(NEGATIVE).then(-1.0).otherwise("nu_reconstruction"))
+    found = resolve(TypeAdapter(Selection).validate_python(selection), changed, 4, seed=0)
+    assert list(found.sets.values()) == [expected]
+    assert found.outside == outside
+
+
+def test_a_range_that_holds_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"within \[2.0, -0.1\] holds no nu"):
+        TypeAdapter(Selection).validate_python({"kind": "ranked", "ranking": "rank_sum", "within": [2, -0.1]})
 
 
 def test_halves_of_an_odd_pool_share_no_latent() -> None:
@@ -141,7 +177,8 @@ def test_the_list_of_the_package_covers_what_it_promises() -> None:
     arms = make_arms(read_experiment(DEFAULT), table, 20, 0)
     names = [arm.name for arm in arms.arms]
     assert len(names) == len(set(names))
-    for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "rank_sum"):
+    for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "rank_sum"):
+        assert {f"best_half_{ranking}_unfiltered", f"worst_half_{ranking}_unfiltered"} <= set(names)
         assert {f"best_half_{ranking}", f"worst_half_{ranking}"} <= set(names)
     assert {"none", "full_swap", "all_latents", "template_tokens", "mean_difference", "random_half_4"} <= set(names)
     assert sum(arm.intervention == "single" for arm in arms.arms) == 20

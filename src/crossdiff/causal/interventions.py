@@ -111,6 +111,7 @@ class Arm:
         latents: numbers of the latents that contribute; None for all, empty for none.
         latent: the latent that is measured alone, if the arm is one of single latents.
         others: kinds of the parts other than latents.
+        outside: number of latents that the ranking left out because of their nu; None if it leaves none out.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Arm:
     others: tuple[str, ...]
     tokens: PatchedTokens
     continues: Literal["chat", "base"]
+    outside: int | None = None
 
 
 class Arms(NamedTuple):
@@ -157,5 +159,7 @@ def make_arms(experiment: Experiment, table: pl.DataFrame, pool: int, seed: int)
                 continue
             single = latents[0] if sets.single and latents else None
             name = f"{intervention.name}_{suffix}" if suffix else intervention.name
-            arms.append(Arm(name, intervention.name, latents, single, others, intervention.tokens, intervention.continues))
+            arms.append(
+                Arm(name, intervention.name, latents, single, others, intervention.tokens, intervention.continues, sets.outside)
+            )
     return Arms(tuple(arms), left_out)

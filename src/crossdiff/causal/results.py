@@ -27,6 +27,7 @@ class ArmResult:
         kl: mean over conversations of the mean KL over the conversation's tokens in the span, in nats.
         closed: share of the gap between `none` and the chat model that is closed, 1 - kl / kl of none.
         reason: why `closed` is undefined.
+        n_outside: number of latents that its ranking left out because of their nu; None for one that leaves none out.
         n_arms: number of arms averaged.
         spread: smallest and largest kl among them.
     """
@@ -34,6 +35,7 @@ class ArmResult:
     intervention: str
     span: str
     n_latents: int | None
+    n_outside: int | None
     n_conversations: int
     kl: Estimate[float]
     closed: Estimate[float]
@@ -124,6 +126,7 @@ def arm_results(sample: Bootstrap, arms: Sequence[Arm]) -> list[ArmResult]:
                     intervention=name,
                     span=span,
                     n_latents=n_latents,
+                    n_outside=first.outside,
                     n_conversations=int((sample.n[:, index] > 0).sum()),
                     kl=_estimate(kl),
                     closed=closed,

@@ -33,9 +33,10 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
     skipped = f" ({report['n_without_assistant']} without an assistant's turn skipped)" if report["n_without_assistant"] else ""
     table = Table(
         title=f"{name}: KL to the chat model in nats, {report['n_conversations']} {report['split']} conversations{skipped}",
-        caption="closed: share of the gap between `none` and the chat model; [95% bootstrap interval over conversations]",
+        caption="closed: share of the gap between `none` and the chat model; [95% bootstrap interval over conversations]; "
+        "left out: latents that the ranking leaves out because of their nu (`within`)",
     )
-    for column in ("intervention", "latents", *(f"KL {span}" for span in SHOWN), f"closed, {RESPONSE}"):
+    for column in ("intervention", "latents", "left out", *(f"KL {span}" for span in SHOWN), f"closed, {RESPONSE}"):
         table.add_column(column, justify="left" if column == "intervention" else "right")
     results = {(result["intervention"], result["span"]): result for result in report["results"]}
     for intervention in dict.fromkeys(intervention for intervention, _ in results):
@@ -43,7 +44,8 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
         title = intervention if row["n_arms"] == 1 else f"{intervention} (mean of {row['n_arms']})"
         latents = "all" if row["n_latents"] is None else str(row["n_latents"] or "")
         cells = [_estimate(results[intervention, span]["kl"]) for span in SHOWN]
-        table.add_row(title, latents, *cells, _estimate(row["closed"], percent=True))
+        outside = "" if row["n_outside"] is None else str(row["n_outside"])
+        table.add_row(title, latents, outside, *cells, _estimate(row["closed"], percent=True))
     console.print(table)
     for intervention, reason in report["left_out"].items():
         console.print(f"[dim]{intervention}: skipped, {reason}[/dim]")
