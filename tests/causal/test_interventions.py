@@ -11,7 +11,16 @@ import yaml
 from pydantic import TypeAdapter
 from setting import make_table
 
-from crossdiff.causal.interventions import DEFAULT, Arms, Experiment, make_arms, read_experiment
+from crossdiff.causal.causal_test import LISTS
+from crossdiff.causal.interventions import (
+    DEFAULT,
+    ONE_DECODER,
+    Arms,
+    DifferencePart,
+    Experiment,
+    make_arms,
+    read_experiment,
+)
 from crossdiff.causal.latent_sets import Selection, Verdict, pool_of, resolve
 from crossdiff.errors import UserError
 from crossdiff.latents.verdict import VERDICTS
@@ -152,7 +161,7 @@ def test_arms_of_a_list() -> None:
     )
     arms = make_arms(experiment, table(), 4, 0)
     assert [(arm.name, arm.latents, arm.latent, arm.others) for arm in arms.arms] == [
-        ("none", (), None, ()), ("one_2", (2,), 2, ()), ("sum", None, None, ("bias",)),
+        ("none", (), None, ()), ("one_2", (2,), 2, ()), ("sum", None, None, (DifferencePart(kind="bias"),)),
     ]  # fmt: skip
     assert arms.left_out == {"empty": "no latent of this crosscoder is in the set"}
     assert arms.arms[-1].tokens == "content"
@@ -166,6 +175,26 @@ def test_a_coder_without_a_latent_table_has_the_arms_that_need_none() -> None:
     assert arms.left_out["best_half_nu_error"] == "the latents of this coder have no rank_sum"
     assert arms.left_out["verdict_chat_specific"] == "the latents of this coder have no verdict"
     assert set(arms.left_out).isdisjoint(names)
+
+
+def test_a_coder_of_the_difference_lacks_the_arms_that_need_both_models() -> None:
+    size = table().select("latent", "n_active", "contribution")
+    arms = make_arms(read_experiment(LISTS["published"]), size, 4, 0, n_decoders=1)
+    names = {arm.intervention for arm in arms.arms}
+    assert {"none", "all_latents", "chat_to_base", "first_9", "principal_first_3"} <= names
+    for name in ("chat_reconstruction", "best_half_rank_sum_chat", "projection_best_half_rank_sum"):
+        assert arms.left_out[name] == ONE_DECODER
+
+
+def test_the_published_list_selects_what_it_says() -> None:
+    arms = make_arms(read_experiment(LISTS["published"]), table(), 4, 0)
+    assert not arms.left_out.keys() - {"nu_activation_within_0.1_chat"}
+    named = {arm.name: arm for arm in arms.arms}
+    assert (named["chat_to_base"].start, named["chat_to_base"].continues) == ("chat", "base")
+    assert named["nu_activation_within_0.3_chat"].latents == (1, 2, 4, 5)  # |nu_activation| below 0.3, whatever its sign
+    assert named["nu_activation_within_0.3_chat"].use == "chat"
+    assert named["delta_norm_at_least_0.7_chat"].latents == (1, 2, 3, 4, 5)
+    assert named["chat_without_best_half_rank_sum"].latents == named["best_half_rank_sum"].latents == (3, 4)
 
 
 def test_every_verdict_of_the_latent_table_can_be_asked_for() -> None:

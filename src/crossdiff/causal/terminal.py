@@ -47,6 +47,8 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
         outside = "" if row["n_outside"] is None else str(row["n_outside"])
         table.add_row(title, latents, outside, *cells, _estimate(row["closed"], percent=True))
     console.print(table)
+    if report["measures"]:
+        console.print(_other_measures(report, name))
     for intervention, reason in report["left_out"].items():
         console.print(f"[dim]{intervention}: skipped, {reason}[/dim]")
     differences = Table(title=f"{name}: KL(worse) - KL(better) in nats, paired over conversations")
@@ -58,6 +60,21 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
             cells = [_estimate(comparisons[entry["comparison"], span]) for span in SHOWN]
             differences.add_row(entry["comparison"], entry["better"], entry["worse"], *cells)
     console.print(differences)
+
+
+def _other_measures(report: dict[str, Any], name: str) -> Table:
+    """The measures beside KL to the chat model, over the response."""
+    table = Table(
+        title=f"{name}: other measures, {RESPONSE}, in nats",
+        caption="nll: of the answer's tokens; kl_base: KL from the base model's distributions; cross_entropy: to the chat "
+        "model's likeliest token; [95% bootstrap interval over conversations]",
+    )
+    for column in ("intervention", *report["measures"]):
+        table.add_column(column, justify="left" if column == "intervention" else "right")
+    for result in report["results"]:
+        if result["span"] == RESPONSE:
+            table.add_row(result["intervention"], *(_estimate(result["measures"][key]) for key in report["measures"]))
+    return table
 
 
 def print_side_by_side(steerer: Steerer, name: str, config: SteerConfig, console: Console) -> None:
