@@ -10,7 +10,7 @@ import polars as pl
 import torch
 
 from conftest import WORDS, make_model, make_tokenizer
-from crossdiff.causal.interventions import Arm
+from crossdiff.causal.interventions import Arm, DifferencePart, MeanDifferencePart, OtherPart
 from crossdiff.config import DifferenceConfig, L1Config
 from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
 from crossdiff.crosscoder.view import view_of
@@ -76,6 +76,8 @@ def make_table(n: int = N_LATENTS, seed: int = 0) -> pl.DataFrame:
     """The columns of a latent table that selections read, with random values."""
     generator = torch.Generator().manual_seed(seed)
     columns: dict[str, Any] = {name: torch.rand(n, generator=generator).double().numpy() for name in ("delta_norm", "nu_error")}
+    for name in ("nu_reconstruction_nobias", "nu_activation"):
+        columns[name] = torch.rand(n, generator=generator).double().numpy()
     columns["nu_reconstruction"] = torch.rand(n, generator=generator).double().numpy()
     table = pl.DataFrame({"latent": range(n), **columns})
     return table.with_columns(
@@ -88,6 +90,16 @@ def make_table(n: int = N_LATENTS, seed: int = 0) -> pl.DataFrame:
     )
 
 
-def arm(name: str = "arm", latents: tuple[int, ...] | None = (), others: tuple[str, ...] = (), **options: Any) -> Arm:
+def part(kind: str) -> OtherPart:
+    """A part by its kind; a mean difference by its kind and what it is over."""
+    if kind.startswith("mean_difference_"):
+        return MeanDifferencePart.model_validate({"kind": "mean_difference", "over": kind.removeprefix("mean_difference_")})
+    return DifferencePart.model_validate({"kind": kind})
+
+
+def arm(
+    name: str = "arm", latents: tuple[int, ...] | None = (), others: tuple[str | OtherPart, ...] = (), **options: Any
+) -> Arm:
     """An arm with everything but the given fields at its default."""
-    return Arm(name, name, latents, None, others, options.get("tokens", "all"), options.get("continues", "chat"))
+    parts = tuple(part(each) if isinstance(each, str) else each for each in others)
+    return Arm(name, name, latents, None, parts, options.pop("tokens", "all"), options.pop("continues", "chat"), **options)

@@ -82,6 +82,29 @@ def test_the_causal_test_writes_its_tables_and_runs_once(run: Path, capsys: pyte
     assert "causal/l1: already done" in capsys.readouterr().out
 
 
+def test_the_published_list_by_its_name_with_every_measure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(["causal", str(run), "--causal.interventions", "published", *CAUSAL])
+    assert "other measures" in capsys.readouterr().out
+    report = json.loads((run / "l1" / "causal.json").read_text())
+    assert report["measures"] == ["nll", "kl_base", "cross_entropy"]
+    found = {entry["intervention"]: entry for entry in report["results"] if entry["span"] == "response"}
+    assert found["chat_model"]["kl"]["value"] == pytest.approx(0, abs=1e-5)
+    assert found["base_model"]["measures"]["kl_base"]["value"] == pytest.approx(0, abs=1e-5)
+    assert found["base_model"]["kl"]["value"] > 1e-4 and found["chat_model"]["measures"]["kl_base"]["value"] > 1e-4
+    assert all(entry["measures"]["nll"]["value"] > 0 for entry in found.values())
+    table = pl.read_parquet(run / "l1" / "causal_conversations.parquet")
+    none = table.filter((pl.col("arm") == "none") & (pl.col("span") == "response"))
+    assert none["nll"].mean() == pytest.approx(found["none"]["measures"]["nll"]["value"])
+    assert {row["n_outside"] for row in found.values() if row["intervention"].startswith("best_half")} != {None}
+
+
+def test_a_principal_direction_that_does_not_exist_is_named(run: Path) -> None:
+    wrong = {"name": "x", "add": [{"kind": "principal", "components": [999]}]}
+    (run.parent / "list.yaml").write_text(yaml.safe_dump({"interventions": [{"name": "none"}, wrong]}))
+    with pytest.raises(UserError, match=r"there is no principal direction 999: the activations have \d+ dimensions"):
+        causal(run)
+
+
 def test_a_killed_test_resumes_after_the_last_batch(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     measure, calls = Patcher.measure, []
 

@@ -12,7 +12,14 @@ import torch
 
 from crossdiff.activations.store import Store
 from crossdiff.causal.contribution import contributions
-from crossdiff.causal.conversations import SPANS, mean_differences, read_conversations, span_of
+from crossdiff.causal.conversations import (
+    SPANS,
+    mean_differences,
+    number_in_message,
+    principal_directions,
+    read_conversations,
+    span_of,
+)
 from crossdiff.config import DifferenceConfig, L1Config
 from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.crosscoder.view import identity, view_of
@@ -36,6 +43,7 @@ def test_spans_by_hand() -> None:
 def test_each_message_is_counted_from_1() -> None:
     flags = np.array([B, T, U, T, A, A | T, T, U, T, A, A, A | T], dtype=np.uint8)
     assert span_of(flags).tolist() == [-1, -1, -1, 0, 1, -1, -1, -1, 0, 1, 1, -1]
+    assert number_in_message(flags).tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 0, 1, 2, 3]
 
 
 def test_an_assistant_that_opens_the_text_is_not_predicted() -> None:
@@ -100,6 +108,16 @@ def test_mean_differences_against_a_loop(tmp_path: Path) -> None:
     template = [index for index, row in enumerate(rows) if row % 6 in (1, 3)]
     torch.testing.assert_close(got[GROUPS.index("template")], difference[template].mean(0))
     torch.testing.assert_close(got[GROUPS.index("plain")], difference.mean(0))  # no such token: the mean over all
+
+
+def test_principal_directions_against_a_singular_value_decomposition(tmp_path: Path) -> None:
+    store = chat_store(tmp_path, torch.tensor([[B, T, U, T, A, A]] * 4))
+    rows = [row for row in range(24) if row // 6 < 2 and row % 6 >= 1]  # two training sequences without their BOS
+    h = store.gather(np.array(rows)).double()
+    difference = h[:, 1] - h[:, 0]
+    expected = torch.linalg.svd(difference - difference.mean(0)).Vh
+    got = principal_directions(store, batch_tokens=3)
+    torch.testing.assert_close((got * expected).sum(1).abs(), torch.ones(4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -11,7 +11,16 @@ import yaml
 from pydantic import TypeAdapter
 from setting import make_table
 
-from crossdiff.causal.interventions import DEFAULT, Arms, Experiment, make_arms, read_experiment
+from crossdiff.causal.causal_test import LISTS
+from crossdiff.causal.interventions import (
+    DEFAULT,
+    ONE_DECODER,
+    Arms,
+    DifferencePart,
+    Experiment,
+    make_arms,
+    read_experiment,
+)
 from crossdiff.causal.latent_sets import Selection, Verdict, pool_of, resolve
 from crossdiff.errors import UserError
 from crossdiff.latents.verdict import VERDICTS
@@ -25,6 +34,8 @@ def table() -> pl.DataFrame:
             "delta_norm": [0.5, 0.9, 0.8, 0.7, 0.95, 1.0],
             "nu_error": [0.9, 0.1, 0.5, 0.3, 0.2, float("nan")],
             "nu_reconstruction": [0.9, 0.6, 0.2, 0.1, 0.4, 0.1],
+            "nu_reconstruction_nobias": [0.9, 0.5, 0.3, 0.2, 0.6, 0.1],
+            "nu_activation": [-0.5, 0.2, -0.05, 3.0, 0.1, 0.1],
             "rank_sum": [10.0, 5.0, 6.0, 4.0, 4.0, float("nan")],
             "verdict": ["shared", "rotated", "chat_specific", "shared", "chat_specific", "undecided"],
             "n_active": [9, 9, 9, 9, 9, 0],
@@ -72,6 +83,40 @@ def test_sets_by_hand(selection: dict[str, Any], expected: tuple[int, ...] | Non
     assert latents(selection) == {"": expected}
 
 
+NEGATIVE = pl.col("latent").is_in([1, 3])
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected", "outside"),
+    [
+        # Of the pool 1, 2, 3, 4, the latents 1 and 3 have a nu_reconstruction of -1.
+        ({"kind": "ranked", "ranking": "rank_sum"}, (3, 4), None),
+        ({"kind": "ranked", "ranking": "rank_sum", "within": [-0.1, 2]}, (4,), 2),
+        ({"kind": "ranked", "ranking": "delta_norm", "within": [-0.1, 2], "part": "worst"}, (2,), 2),
+        ({"kind": "ranked", "ranking": "nu_error", "within": [-0.1, 2], "share": 1.0}, (2, 4), 2),
+        ({"kind": "ranked", "ranking": "nu_reconstruction", "within": [-2, 2], "share": 0.5}, (1, 3), 0),
+        # Without the bias they are as good as others: it is that variant that counts for its own ranking.
+        ({"kind": "ranked", "ranking": "nu_reconstruction_nobias", "within": [-0.1, 2]}, (2, 3), 0),
+        ({"kind": "threshold", "ranking": "nu_error", "at": 0.4, "within": [-0.1, 2]}, (4,), 2),
+        # |nu_activation| below 0.3, as published: the threshold and the range are about the same number.
+        ({"kind": "threshold", "ranking": "nu_activation", "at": 0.3, "within": [-0.3, 0.3], "among": "all"}, (1, 2, 4, 5), 2),
+        ({"kind": "random", "like": {"kind": "list", "latents": [0, 1]}, "seeds": 1, "within": [-0.1, 2]}, (2, 4), 2),
+    ],
+)
+def test_latents_with_a_nu_out_of_range_are_left_out_of_a_ranking(
+    selection: dict[str, Any], expected: tuple[int, ...], outside: int | None
+) -> None:
+    changed = table().with_columns(nu_reconstruction=pl.when(NEGATIVE).then(-1.0).otherwise("nu_reconstruction"))
+    found = resolve(TypeAdapter(Selection).validate_python(selection), changed, 4, seed=0)
+    assert list(found.sets.values()) == [expected]
+    assert found.outside == outside
+
+
+def test_a_range_that_holds_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"within \[2.0, -0.1\] holds no nu"):
+        TypeAdapter(Selection).validate_python({"kind": "ranked", "ranking": "rank_sum", "within": [2, -0.1]})
+
+
 def test_halves_of_an_odd_pool_share_no_latent() -> None:
     for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "rank_sum"):
         best, worst = (latents({"kind": "ranked", "ranking": ranking, "part": part}, 3)[""] for part in ("best", "worst"))
@@ -116,7 +161,7 @@ def test_arms_of_a_list() -> None:
     )
     arms = make_arms(experiment, table(), 4, 0)
     assert [(arm.name, arm.latents, arm.latent, arm.others) for arm in arms.arms] == [
-        ("none", (), None, ()), ("one_2", (2,), 2, ()), ("sum", None, None, ("bias",)),
+        ("none", (), None, ()), ("one_2", (2,), 2, ()), ("sum", None, None, (DifferencePart(kind="bias"),)),
     ]  # fmt: skip
     assert arms.left_out == {"empty": "no latent of this crosscoder is in the set"}
     assert arms.arms[-1].tokens == "content"
@@ -132,6 +177,26 @@ def test_a_coder_without_a_latent_table_has_the_arms_that_need_none() -> None:
     assert set(arms.left_out).isdisjoint(names)
 
 
+def test_a_coder_of_the_difference_lacks_the_arms_that_need_both_models() -> None:
+    size = table().select("latent", "n_active", "contribution")
+    arms = make_arms(read_experiment(LISTS["published"]), size, 4, 0, n_decoders=1)
+    names = {arm.intervention for arm in arms.arms}
+    assert {"none", "all_latents", "chat_to_base", "first_9", "principal_first_3"} <= names
+    for name in ("chat_reconstruction", "best_half_rank_sum_chat", "projection_best_half_rank_sum"):
+        assert arms.left_out[name] == ONE_DECODER
+
+
+def test_the_published_list_selects_what_it_says() -> None:
+    arms = make_arms(read_experiment(LISTS["published"]), table(), 4, 0)
+    assert not arms.left_out.keys() - {"nu_activation_within_0.1_chat"}
+    named = {arm.name: arm for arm in arms.arms}
+    assert (named["chat_to_base"].start, named["chat_to_base"].continues) == ("chat", "base")
+    assert named["nu_activation_within_0.3_chat"].latents == (1, 2, 4, 5)  # |nu_activation| below 0.3, whatever its sign
+    assert named["nu_activation_within_0.3_chat"].use == "chat"
+    assert named["delta_norm_at_least_0.7_chat"].latents == (1, 2, 3, 4, 5)
+    assert named["chat_without_best_half_rank_sum"].latents == named["best_half_rank_sum"].latents == (3, 4)
+
+
 def test_every_verdict_of_the_latent_table_can_be_asked_for() -> None:
     assert set(get_args(Verdict)) == set(VERDICTS)
 
@@ -141,7 +206,8 @@ def test_the_list_of_the_package_covers_what_it_promises() -> None:
     arms = make_arms(read_experiment(DEFAULT), table, 20, 0)
     names = [arm.name for arm in arms.arms]
     assert len(names) == len(set(names))
-    for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "rank_sum"):
+    for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "rank_sum"):
+        assert {f"best_half_{ranking}_unfiltered", f"worst_half_{ranking}_unfiltered"} <= set(names)
         assert {f"best_half_{ranking}", f"worst_half_{ranking}"} <= set(names)
     assert {"none", "full_swap", "all_latents", "template_tokens", "mean_difference", "random_half_4"} <= set(names)
     assert sum(arm.intervention == "single" for arm in arms.arms) == 20

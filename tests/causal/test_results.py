@@ -24,7 +24,7 @@ N = np.array([[1, 2, 3], [1, 1, 0]])
 
 def test_means_over_conversations_by_hand() -> None:
     bootstrap = Bootstrap(TOTAL, N, ["none", "half", "single"], 200, 0)
-    results = {(r.intervention, r.span): r for r in arm_results(bootstrap, [arm("none"), arm("half"), arm("single")])}
+    results = {(r.intervention, r.span): r for r in arm_results({"kl": bootstrap}, [arm("none"), arm("half"), arm("single")])}
     assert results["none", "first"].kl.value == pytest.approx((1 + 3) / 2)
     assert results["none", "2_to_10"].kl.value == pytest.approx((4 / 2 + 2 / 1) / 2)
     assert results["none", "from_11"].kl.value == pytest.approx(9 / 3)
@@ -35,12 +35,20 @@ def test_means_over_conversations_by_hand() -> None:
     assert results["none", "first"].closed.value == 0
 
 
+def test_other_measures_stand_beside_kl_with_the_same_draws() -> None:
+    arms = [arm("none"), arm("half"), arm("single")]
+    one, twice = (Bootstrap(TOTAL * factor, N, ["none", "half", "single"], 200, 0) for factor in (1, 2))
+    for result in arm_results({"kl": one, "nll": twice}, arms):
+        ends = (result.measures["nll"].value, result.measures["nll"].low, result.measures["nll"].high)
+        assert ends == pytest.approx((2 * result.kl.value, 2 * result.kl.low, 2 * result.kl.high), nan_ok=True)
+
+
 def test_the_interval_is_the_bootstraps() -> None:
     generator = np.random.default_rng(1)
     kl = generator.exponential(size=(1, 40, 1))
     total = np.concatenate([kl, np.zeros((1, 40, 2))], axis=2)
     n = np.tile([1, 0, 0], (40, 1))
-    got = arm_results(Bootstrap(total, n, ["none"], 4000, 0), [arm("none")])[0].kl
+    got = arm_results({"kl": Bootstrap(total, n, ["none"], 4000, 0)}, [arm("none")])[0].kl
     draws = [kl[0, generator.integers(0, 40, 40), 0].mean() for _ in range(4000)]
     assert (got.low, got.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.04)
 
@@ -59,7 +67,7 @@ def test_the_paired_difference_is_tighter_than_the_two_means() -> None:
 def test_arms_of_one_intervention_are_averaged_and_their_spread_kept() -> None:
     total = np.array([[[4.0, 0, 0]], [[1.0, 0, 0]], [[3.0, 0, 0]]])
     bootstrap = Bootstrap(total, np.array([[1, 0, 0]]), ["none", "random", "random"], 100, 0)
-    found = arm_results(bootstrap, [arm("none"), arm("random"), arm("random")])
+    found = arm_results({"kl": bootstrap}, [arm("none"), arm("random"), arm("random")])
     random = next(entry for entry in found if (entry.intervention, entry.span) == ("random", "first"))
     assert (random.kl.value, random.n_arms, random.spread) == (2.0, 2, (1.0, 3.0))
 
@@ -77,7 +85,7 @@ def test_latents_alone() -> None:
 
 def test_no_gap_is_nan_and_not_a_number() -> None:
     total = np.zeros((2, 3, 3))
-    found = arm_results(Bootstrap(total, np.ones((3, 3), dtype=int), ["none", "b"], 100, 0), [arm("none"), arm("b")])
+    found = arm_results({"kl": Bootstrap(total, np.ones((3, 3), dtype=int), ["none", "b"], 100, 0)}, [arm("none"), arm("b")])
     assert all(np.isnan(entry.closed.value) for entry in found)
     assert all(entry.kl.value == 0 for entry in found)
 

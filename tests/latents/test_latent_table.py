@@ -6,8 +6,11 @@ import numpy as np
 import polars as pl
 import torch
 
+from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.decoder import cosine, delta_norm, delta_norm_class
-from crossdiff.latents.latent_table import _rank_sum, pools
+from crossdiff.latents.latent_table import _rank_sum, pools, scaling_columns
+from crossdiff.latents.scaling import TARGETS, Beta, Scaling
+from crossdiff.statistics import Estimate
 
 
 def test_delta_norm() -> None:
@@ -32,12 +35,28 @@ def test_rank_sum() -> None:
     assert np.isnan(ranks[2:]).all()
 
 
+def test_a_nu_far_from_0_to_1_is_flagged() -> None:
+    error = torch.tensor([0.1, -0.2, 0.1, 2.0, 0.1, torch.nan], dtype=torch.float64)
+    reconstruction = torch.tensor([-0.1, 0.1, 2.1, 0.1, -47.8, torch.nan], dtype=torch.float64)
+    nobias = torch.tensor([-9.0, 0.1, 0.1, 0.1, 0.1, torch.nan], dtype=torch.float64)  # not the one that ranks
+    nothing = Beta(torch.zeros(6), torch.zeros(6))
+    values = {"error": error, "reconstruction": reconstruction, "reconstruction_nobias": nobias}
+    result = Scaling(
+        {(target, model): nothing for target in TARGETS for model in (0, 1)},
+        {target: Estimate(value, value, value) for target, value in values.items()},
+    )
+    columns = scaling_columns(torch.full((20, 6), 100), result, result, AnalyzeConfig())
+    assert columns["nu_outside"].tolist() == [False, True, True, False, True, False]
+    assert columns["nu_reconstruction_nobias"][0] == columns["nu_reconstruction_nobias_mirrored"][0] == -9.0
+
+
 def test_pools_are_equally_large_and_chosen_by_rank() -> None:
-    rows = [(i, 0.95, float(10 - i), "chat_specific") for i in range(4)]
-    rows += [(10 + i, 0.5, 20.0, "shared") for i in range(3)]
-    rows += [(20, 0.95, float("nan"), "undecided"), (21, 0.7, 30.0, "shared")]  # no rank, and norms that are not alike
-    table = pl.DataFrame(rows, schema=["latent", "delta_norm", "rank_sum", "verdict"], orient="row")
+    rows = [(i, 0.95, float(10 - i), "chat_specific", i == 3) for i in range(5)]  # 3 has a nu that is not ranked
+    rows += [(10 + i, 0.5, 20.0, "shared", False) for i in range(3)]
+    # No rank, and norms that are not alike.
+    rows += [(20, 0.95, float("nan"), "undecided", False), (21, 0.7, 30.0, "shared", False)]
+    table = pl.DataFrame(rows, schema=["latent", "delta_norm", "rank_sum", "verdict", "nu_outside"], orient="row")
     chosen = pools(table, 50, seed=0)
-    assert chosen["chat_specific"] == [3, 2, 1]  # lowest rank sums first, no more than there are shared ones
+    assert chosen["chat_specific"] == [4, 2, 1]  # lowest rank sums first, no more than there are shared ones
     assert chosen["shared"] == [10, 11, 12]
-    assert pools(table, 1, seed=0)["chat_specific"] == [3]
+    assert pools(table, 1, seed=0)["chat_specific"] == [4]

@@ -39,6 +39,14 @@ UNDEFINED = {
     [
         ({}, "chat_specific", "nu_error 0.05 [0.00, 0.10] and nu_reconstruction 0.05 [0.00, 0.10] are below 0.2 and 0.5"),
         ({"delta_norm": 0.75}, "chat_specific", "delta_norm 0.75"),
+        (
+            nus("reconstruction", -3.0), "chat_specific",
+            "nu_reconstruction below 0: the base model has the chat direction with the opposite sign",
+        ),
+        (
+            {"delta_norm": 0.1} | nus("error_mirrored", -0.4), "base_specific",
+            "nu_error_mirrored below 0: the chat model has the base direction with the opposite sign",
+        ),
         # The point value is under the limit, the interval's end is not.
         (nus("error", 0.16), "undecided", "the interval of nu_error 0.16 [0.11, 0.21] includes its limit 0.2"),
         (nus("reconstruction", 0.48), "undecided", "nu_reconstruction 0.48 [0.43, 0.53] includes its limit 0.5"),

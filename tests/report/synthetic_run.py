@@ -44,6 +44,7 @@ def latent_table(seed: int, n_specific: int = N_SPECIFIC, dead_only: bool = Fals
         delta = float(np.clip(delta + rng.normal(0, 0.02), 0, 1))
         nu = {"chat_specific": 0.05, "rotated": 0.1, "shared": 1.0}.get(kind, math.nan)
         nus = {name: nu + rng.normal(0, 0.03) for name in ("nu_error", "nu_reconstruction", "nu_activation")}
+        nus["nu_reconstruction_nobias"] = nus["nu_reconstruction"]
         if latent == 20:
             nus["nu_error"] = 7.5
         name = "chat_only" if delta >= 0.9 else "shared" if 0.4 <= delta <= 0.6 else "other"
@@ -53,7 +54,7 @@ def latent_table(seed: int, n_specific: int = N_SPECIFIC, dead_only: bool = Fals
             "n_active": 0 if kind == "dead" else 100 + latent, "frequency": 0.0 if kind == "dead" else 0.01,
             "mean_activation": math.nan if kind == "dead" else 1.0, "max_activation": 0.0 if kind == "dead" else 4.0,
             "undefined_reason": {"dead": "never active", "undecided": "beta_error_chat may be 0"}.get(kind),
-            "rank_sum": math.nan if math.isnan(nu) else float(2 * latent + 2),
+            "nu_outside": latent == 20, "rank_sum": math.nan if math.isnan(nu) else float(2 * latent + 2),
             "verdict": kind, "verdict_reason": f"by the rule of {kind}", "template_only": False,
             "chat_specific": kind == "chat_specific", "chat_specific_paper": kind == "chat_specific",
         }  # fmt: skip

@@ -129,7 +129,10 @@ def test_the_whole_of_it_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "Which latents and concepts stand for planted chat-only concepts?" in shown and "batchtopk: L0" in shown
     record = json.loads((tmp_path / "truth" / "truth.json").read_text())["crosscoders"]
     for name, result in record.items():
-        every = {"delta_norm", "nu_error", "nu_reconstruction", "nu_activation_nobias", "rank_sum", "verdict"}
+        every = {
+                "delta_norm", "nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "nu_activation_nobias", "rank_sum",
+                "verdict",
+            }  # fmt: skip
         assert set(result["scores"]) == ({"nu_activation_nobias"} if name == "diff_sae" else every)
         table = pl.read_parquet(tmp_path / "truth" / name / "latents.parquet")
         live = table.filter(pl.col("n_active") > 0)

@@ -15,7 +15,7 @@ from crossdiff.activations.store import Store
 from crossdiff.causal.causal_test import measure_arms
 from crossdiff.causal.conversations import RESPONSE, read_conversations
 from crossdiff.causal.interventions import Arm
-from crossdiff.causal.patching import Patcher
+from crossdiff.causal.patching import KL, Patcher
 from crossdiff.causal.results import NO_CHANGE, arm_results, latent_results
 from crossdiff.config import CausalConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder
@@ -98,10 +98,10 @@ def concept_test(
     for name, (crosscoder, others) in trainings.items():
         arms = arms_of(members.filter(pl.col("training") == name), replicated, others, config.seed)
         patcher = Patcher(pair, crosscoder, store.layer, arms, means, store.rule)
-        sample = measure_arms(patcher, sequences, parts / name, config, count, ranks)
+        samples = measure_arms(patcher, sequences, parts / name, config, count, ranks)
         if ranks.is_first:
-            tables.append(_alone(latent_results(sample, arms), name))
-            results += [{"training": name} | asdict(found) for found in arm_results(sample, arms) if found.span == RESPONSE]
+            tables.append(_alone(latent_results(samples[KL], arms), name))
+            results += [{"training": name} | asdict(found) for found in arm_results(samples, arms) if found.span == RESPONSE]
     if ranks.is_first:
         pl.concat(tables).sort("concept", maintain_order=True).write_parquet(folder / TABLE_FILE)
         facts = {"split": config.split, "n_conversations": len(sequences), "layer": store.layer}

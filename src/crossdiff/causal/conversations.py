@@ -37,13 +37,18 @@ class MeasuredConversations(NamedTuple):
     n_without_assistant: int
 
 
-def span_of(flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """For each token, the index in `SPANS` of the next token; -1 if the next token is not the assistant's."""
+def number_in_message(flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """The number of each token in its message of the assistant's, from 1; 0 for other tokens."""
     assistant = (flags & Flag.ASSISTANT) != 0
     at = np.arange(len(flags))
     starts = assistant & ~np.concatenate([[False], assistant[:-1]])
-    number_in_message = at - np.maximum.accumulate(np.where(starts, at, -1)) + 1
-    span = np.where(assistant, np.searchsorted([2, 11], number_in_message, side="right"), -1)
+    return np.where(assistant, at - np.maximum.accumulate(np.where(starts, at, -1)) + 1, 0)
+
+
+def span_of(flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """For each token, the index in `SPANS` of the next token; -1 if the next token is not the assistant's."""
+    number = number_in_message(flags)
+    span = np.where(number > 0, np.searchsorted([2, 11], number, side="right"), -1)
     return np.concatenate([span[1:], [-1]])
 
 
@@ -98,8 +103,9 @@ def training_rows(store: Store) -> npt.NDArray[np.int64]:
     rows = np.flatnonzero(np.isin(store.column("document"), documents) & store.counted)
     if not len(rows):
         raise UserError(
-            f"{store.folder} has no training conversations, which mean differences and contributions are computed from; "
-            "harvest some, or omit the interventions with mean_difference or the ranking contribution"
+            f"{store.folder} has no training conversations, which mean differences, principal directions and contributions are "
+            "computed from; harvest some, or omit the interventions with mean_difference or principal and the ranking "
+            "contribution"
         )
     return rows
 
@@ -120,3 +126,19 @@ def mean_differences(store: Store, batch_tokens: int) -> Float64[Tensor, "group 
     counts = torch.from_numpy(np.bincount(group, minlength=len(GROUPS))).unsqueeze(1)
     overall = total.sum(0, keepdim=True) / counts.sum()
     return torch.cat([torch.where(counts > 0, total / counts.clamp(min=1), overall), overall])
+
+
+def principal_directions(store: Store, batch_tokens: int) -> Float64[Tensor, "component d_model"]:
+    """Unit eigenvectors of the covariance of h^chat - h^base over the training conversations, the largest variance first."""
+    rows = training_rows(store)
+    base, chat = store.sources.index(BASE), store.sources.index(CHAT)
+    total = torch.zeros(store.d_model, dtype=torch.float64)
+    squares = torch.zeros(store.d_model, store.d_model, dtype=torch.float64)
+    for first in range(0, len(rows), batch_tokens):
+        h = store.gather(rows[first : first + batch_tokens]).double()
+        difference = h[:, chat] - h[:, base]
+        total += difference.sum(0)
+        squares += difference.T @ difference
+    mean = total / len(rows)
+    vectors = torch.linalg.eigh(squares / len(rows) - torch.outer(mean, mean)).eigenvectors
+    return vectors.T.flip(0).contiguous()

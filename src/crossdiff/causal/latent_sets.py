@@ -10,12 +10,16 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, model_validator
 
 from crossdiff.config import Config
 from crossdiff.errors import UserError, check_latents
+from crossdiff.latents.ranking import RANKED
 
-Ranking = Literal["delta_norm", "nu_error", "nu_reconstruction", "rank_sum", "contribution"]
+Ranking = Literal[
+    "delta_norm", "nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "nu_activation", "nu_activation_nobias",
+    "rank_sum", "contribution",
+]  # fmt: skip
 HIGH_IS_BEST = {"delta_norm", "contribution"}
 """Rankings whose best latent has the largest value: the most chat-specific, or the largest share of the models' difference.
 In the other rankings, smaller values are more chat-specific."""
@@ -39,7 +43,25 @@ class ListedLatents(Config):
     latents: tuple[int, ...] = Field(min_length=1)
 
 
-class RankedLatents(Config):
+class Chosen(Config):
+    """Latents that are chosen by a measure.
+
+    `within` leaves out those whose nu is not in the range. A ranking by a nu_activation looks at that nu, any other at nu_error
+    and nu_reconstruction (without bias, if the ranking is). Published analyses use [-0.1, 2], since a nu far from 0 to 1 says
+    little about how specific a latent is.
+    """
+
+    within: tuple[FiniteFloat, FiniteFloat] | None = Field(None, description="smallest and largest nu of a latent that counts")
+    among: Among = "pool"
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Chosen:
+        if self.within is not None and self.within[0] >= self.within[1]:
+            raise ValueError(f"within {list(self.within)} holds no nu; give the smaller number first")
+        return self
+
+
+class RankedLatents(Chosen):
     """The best or the worst latents of a ranking: a share of the pool, or `size` latents.
 
     With `among: all`, the same number is taken from all latents.
@@ -50,16 +72,14 @@ class RankedLatents(Config):
     part: Literal["best", "worst"] = "best"
     share: float = Field(0.5, gt=0, le=1)
     size: int | None = Field(None, ge=1, description="number of latents; overrides the share")
-    among: Among = "pool"
 
 
-class ThresholdLatents(Config):
+class ThresholdLatents(Chosen):
     """Latents on the chat-specific side of a threshold: below it for nu and rank_sum, at or above it for the others."""
 
     kind: Literal["threshold"]
     ranking: Ranking
     at: FiniteFloat
-    among: Among = "pool"
 
 
 class VerdictLatents(Config):
@@ -70,13 +90,12 @@ class VerdictLatents(Config):
     among: Among = "all"
 
 
-class RandomLatents(Config):
+class RandomLatents(Chosen):
     """Random sets of the same size as another set, drawn without replacement, one per seed."""
 
     kind: Literal["random"]
     like: Selection
     seeds: int = Field(5, ge=1)
-    among: Among = "pool"
 
 
 class EachLatent(Config):
@@ -103,10 +122,16 @@ class Unavailable(Exception):
 
 
 class LatentSets(NamedTuple):
-    """One or several sets by suffix; None means all latents. `single`: every set is a single latent."""
+    """One or several sets by suffix; None means all latents.
+
+    Attributes:
+        single: every set is a single latent.
+        outside: number of latents that `within` left out; None for a selection without it.
+    """
 
     sets: dict[str, tuple[int, ...] | None]
     single: bool = False
+    outside: int | None = None
 
 
 def pool_of(table: pl.DataFrame, size: int) -> pl.DataFrame:
@@ -133,6 +158,31 @@ def _candidates(table: pl.DataFrame, pool: int, among: Among, *columns: str) -> 
     return _with_columns(pool_of(table, pool) if among == "pool" else table, *columns)
 
 
+class Candidates(NamedTuple):
+    """The latents from which a set is chosen, and how many of them were left out because of their nu."""
+
+    table: pl.DataFrame
+    outside: int | None
+
+
+def _chosen_from(selection: Chosen, table: pl.DataFrame, pool: int, *columns: str) -> Candidates:
+    """The candidates of a selection whose `columns` are defined, without those outside of `within`."""
+    defined = [pl.col(column).is_not_nan() for column in columns]
+    candidates = _candidates(table, pool, selection.among, *columns).filter(*defined)
+    if selection.within is None:
+        return Candidates(candidates, None)
+    nus = _nus_of(*columns)
+    inside = _with_columns(candidates, *nus).filter(pl.all_horizontal(pl.col(nus).is_between(*selection.within)))
+    return Candidates(inside, candidates.height - inside.height)
+
+
+def _nus_of(*rankings: str) -> list[str]:
+    """The nus that `within` looks at: a ranking's own where it is one of the activation, else that of the error and of the
+    reconstruction, in the variant that the ranking names."""
+    activation = [ranking for ranking in rankings if ranking.startswith("nu_activation")]
+    return activation or [RANKED[0], next((name for name in rankings if name.startswith("nu_reconstruction")), RANKED[1])]
+
+
 def rankings_of(selection: Selection) -> set[str]:
     """The rankings that a selection needs."""
     match selection:
@@ -154,33 +204,43 @@ def resolve(selection: Selection, table: pl.DataFrame, pool: int, seed: int) -> 
         case RandomLatents():
             return _random_sets(selection, table, pool, seed)
         case EachLatent():
-            chosen = _one_set(selection.of, table, pool)
-            return LatentSets({str(latent): (latent,) for latent in chosen}, single=True)
+            each = _one_set(selection.of, table, pool)
+            return LatentSets({str(latent): (latent,) for latent in each.latents}, single=True, outside=each.outside)
         case _:
-            return LatentSets({"": tuple(sorted(_one_set(selection, table, pool)))})
+            one = _one_set(selection, table, pool)
+            return LatentSets({"": tuple(sorted(one.latents))}, outside=one.outside)
 
 
 def _random_sets(selection: RandomLatents, table: pl.DataFrame, pool: int, seed: int) -> LatentSets:
-    size = len(_one_set(selection.like, table, pool))
-    candidates = _candidates(table, pool, selection.among).filter(pl.col("n_active") > 0)["latent"].sort().to_numpy()
+    size = len(_one_set(selection.like, table, pool).latents)
+    found = _chosen_from(selection, table, pool)
+    candidates = found.table.filter(pl.col("n_active") > 0)["latent"].sort().to_numpy()
     if size > len(candidates):
         raise Unavailable(f"{size} random latents are more than the {len(candidates)} to draw from; `among: all` has more")
     sets: dict[str, tuple[int, ...] | None] = {}
     for draw in range(selection.seeds):
         drawn = np.random.default_rng([seed, draw]).choice(candidates, size, replace=False)
         sets[str(draw)] = tuple(sorted(drawn.tolist()))
-    return LatentSets(sets)
+    return LatentSets(sets, outside=found.outside)
 
 
-def _one_set(selection: Selection, table: pl.DataFrame, pool: int) -> list[int]:
-    """A set in the order of its ranking, if it has one."""
+class OneSet(NamedTuple):
+    """Latents in the order of their ranking, if they have one; `outside` as in `LatentSets`."""
+
+    latents: list[int]
+    outside: int | None = None
+
+
+def _one_set(selection: Selection, table: pl.DataFrame, pool: int) -> OneSet:
+    """The latents of a selection that is one set."""
+    outside = None
     match selection:
         case ListedLatents():
             check_latents(selection.latents, table.height)
-            return sorted(set(selection.latents))
+            return OneSet(sorted(set(selection.latents)))
         case RankedLatents():
             ranking = selection.ranking
-            candidates = _candidates(table, pool, selection.among, ranking).filter(pl.col(ranking).is_not_nan())
+            candidates, outside = _chosen_from(selection, table, pool, ranking)
             ranked = candidates.sort(ranking, "latent", descending=[ranking in HIGH_IS_BEST, False])
             # Rounded down, so that the best and the worst half of an odd pool share no latent.
             size = int(selection.share * min(pool, ranked.height)) if selection.size is None else selection.size
@@ -188,12 +248,11 @@ def _one_set(selection: Selection, table: pl.DataFrame, pool: int) -> list[int]:
         case ThresholdLatents():
             value = pl.col(selection.ranking)
             is_best = value >= selection.at if selection.ranking in HIGH_IS_BEST else value < selection.at
-            candidates = _candidates(table, pool, selection.among, selection.ranking)
-            chosen = candidates.filter(value.is_not_nan() & is_best)
+            candidates, outside = _chosen_from(selection, table, pool, selection.ranking)
+            chosen = candidates.filter(is_best)
         case VerdictLatents():
             candidates = _candidates(table, pool, selection.among, "verdict")
             chosen = candidates.filter(pl.col("verdict").is_in(selection.verdicts))
         case AllLatents() | RandomLatents() | EachLatent():
             raise UserError(f"{selection.kind!r} is not a single set of known size, which `like` and `of` need")
-    latents: list[int] = chosen["latent"].to_list()
-    return latents
+    return OneSet(chosen["latent"].to_list(), outside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ class ArmResult:
 
     Attributes:
         kl: mean over conversations of the mean KL over the conversation's tokens in the span, in nats.
+        measures: the means of the other measures that were asked for (see `interventions.Experiment`).
         closed: share of the gap between `none` and the chat model that is closed, 1 - kl / kl of none.
         reason: why `closed` is undefined.
+        n_outside: number of latents that its ranking left out because of their nu; None for one that leaves none out.
         n_arms: number of arms averaged.
         spread: smallest and largest kl among them.
     """
@@ -34,8 +36,10 @@ class ArmResult:
     intervention: str
     span: str
     n_latents: int | None
+    n_outside: int | None
     n_conversations: int
     kl: Estimate[float]
+    measures: dict[str, Estimate[float]]
     closed: Estimate[float]
     n_arms: int
     spread: tuple[float, float]
@@ -54,10 +58,10 @@ class ComparisonResult:
 
 
 class Bootstrap:
-    """Mean KL over conversations, for the sample and for its resamples.
+    """Mean KL, or another measure, over conversations, for the sample and for its resamples.
 
     Args:
-        total: KL summed over the tokens of each span.
+        total: the measure summed over the tokens of each span.
         n: number of tokens in each span; a conversation without any does not count in that span.
         names: the intervention of each arm.
     """
@@ -107,9 +111,10 @@ def closed_share(kl: npt.NDArray[np.float64], none: npt.NDArray[np.float64]) -> 
         return np.where(none > 0, 1 - kl / none, np.nan)
 
 
-def arm_results(sample: Bootstrap, arms: Sequence[Arm]) -> list[ArmResult]:
+def arm_results(samples: Mapping[str, Bootstrap], arms: Sequence[Arm]) -> list[ArmResult]:
     """Results of every intervention except those that measure latents one at a time, on every span."""
     results = []
+    sample = samples["kl"]
     for name, rows in sample.arms_of.items():
         first = arms[rows[0]]
         if first.latent is not None:
@@ -124,8 +129,10 @@ def arm_results(sample: Bootstrap, arms: Sequence[Arm]) -> list[ArmResult]:
                     intervention=name,
                     span=span,
                     n_latents=n_latents,
+                    n_outside=first.outside,
                     n_conversations=int((sample.n[:, index] > 0).sum()),
                     kl=_estimate(kl),
+                    measures={key: _estimate(other.mean(name, span)) for key, other in samples.items() if other is not sample},
                     closed=closed,
                     n_arms=len(rows),
                     spread=(float(kl_of_arms[0].min()), float(kl_of_arms[0].max())),

@@ -33,9 +33,10 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
     skipped = f" ({report['n_without_assistant']} without an assistant's turn skipped)" if report["n_without_assistant"] else ""
     table = Table(
         title=f"{name}: KL to the chat model in nats, {report['n_conversations']} {report['split']} conversations{skipped}",
-        caption="closed: share of the gap between `none` and the chat model; [95% bootstrap interval over conversations]",
+        caption="closed: share of the gap between `none` and the chat model; [95% bootstrap interval over conversations]; "
+        "left out: latents that the ranking leaves out because of their nu (`within`)",
     )
-    for column in ("intervention", "latents", *(f"KL {span}" for span in SHOWN), f"closed, {RESPONSE}"):
+    for column in ("intervention", "latents", "left out", *(f"KL {span}" for span in SHOWN), f"closed, {RESPONSE}"):
         table.add_column(column, justify="left" if column == "intervention" else "right")
     results = {(result["intervention"], result["span"]): result for result in report["results"]}
     for intervention in dict.fromkeys(intervention for intervention, _ in results):
@@ -43,8 +44,11 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
         title = intervention if row["n_arms"] == 1 else f"{intervention} (mean of {row['n_arms']})"
         latents = "all" if row["n_latents"] is None else str(row["n_latents"] or "")
         cells = [_estimate(results[intervention, span]["kl"]) for span in SHOWN]
-        table.add_row(title, latents, *cells, _estimate(row["closed"], percent=True))
+        outside = "" if row["n_outside"] is None else str(row["n_outside"])
+        table.add_row(title, latents, outside, *cells, _estimate(row["closed"], percent=True))
     console.print(table)
+    if report["measures"]:
+        console.print(_other_measures(report, name))
     for intervention, reason in report["left_out"].items():
         console.print(f"[dim]{intervention}: skipped, {reason}[/dim]")
     differences = Table(title=f"{name}: KL(worse) - KL(better) in nats, paired over conversations")
@@ -56,6 +60,21 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
             cells = [_estimate(comparisons[entry["comparison"], span]) for span in SHOWN]
             differences.add_row(entry["comparison"], entry["better"], entry["worse"], *cells)
     console.print(differences)
+
+
+def _other_measures(report: dict[str, Any], name: str) -> Table:
+    """The measures beside KL to the chat model, over the response."""
+    table = Table(
+        title=f"{name}: other measures, {RESPONSE}, in nats",
+        caption="nll: of the answer's tokens; kl_base: KL from the base model's distributions; cross_entropy: to the chat "
+        "model's likeliest token; [95% bootstrap interval over conversations]",
+    )
+    for column in ("intervention", *report["measures"]):
+        table.add_column(column, justify="left" if column == "intervention" else "right")
+    for result in report["results"]:
+        if result["span"] == RESPONSE:
+            table.add_row(result["intervention"], *(_estimate(result["measures"][key]) for key in report["measures"]))
+    return table
 
 
 def print_side_by_side(steerer: Steerer, name: str, config: SteerConfig, console: Console) -> None:

@@ -23,7 +23,7 @@ from crossdiff.concepts.clustering import Grouping
 from crossdiff.concepts.similarity import Matrix
 from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, delta_norm, delta_norm_class
-from crossdiff.latents.latent_table import REASONS, scaling_columns
+from crossdiff.latents.latent_table import MIRRORED, REASONS, scaling_columns
 from crossdiff.latents.scaling import TARGETS, estimates, numerators
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float64, Int64, Tensor
@@ -151,7 +151,7 @@ def group_table(sums: GroupSums, config: AnalyzeConfig) -> pl.DataFrame:
     along_chat = estimates(
         {target: sums.found[CHAT_INDEX, target] for target in TARGETS}, sums.norms[1], BASE_INDEX, CHAT_INDEX
     )
-    mirrored = {target: sums.found[BASE_INDEX, target] for target in ("error", "reconstruction")}
+    mirrored = {target: sums.found[BASE_INDEX, target] for target in MIRRORED}
     along_base = estimates(mirrored, sums.norms[0], CHAT_INDEX, BASE_INDEX)
     delta = delta_norm(torch.stack([base, chat], 1))
     columns = {

@@ -19,13 +19,14 @@ from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.activity import Activity
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, SHARED, cosine, delta_norm, delta_norm_class
 from crossdiff.latents.groups import GROUPS
+from crossdiff.latents.ranking import PLAUSIBLE, RANKED
 from crossdiff.latents.scaling import TARGETS, Beta, Scaling, Sums, scaling
 from crossdiff.latents.verdict import SETS, VERDICTS
 from crossdiff.shapes import Bool, Int64, Tensor
 from crossdiff.sources import BASE, CHAT, SOURCES
 from crossdiff.statistics import Estimate
 
-MIRRORED = ("error", "reconstruction")
+MIRRORED = ("error", "reconstruction", "reconstruction_nobias")
 ONE_DECODER = "the coder has one decoder, so no error or reconstruction of each model"
 REASONS = {"undefined_reason": pl.String, "undefined_reason_mirrored": pl.String}
 COLUMNS = {
@@ -40,12 +41,14 @@ COLUMNS = {
     "delta_norm_class": "base_only [0, 0.1], shared [0.4, 0.6], chat_only [0.9, 1], other; undefined without a delta_norm",
     "decoder_cosine": "cosine of its two decoder directions",
     "beta_*": "latent scaling of a target along the chat direction, with its jackknife standard error (_se)",
-    "nu_*": "beta of the base model over beta of the chat model: near 0 specific to the chat model, near 1 shared",
+    "nu_*": "beta of the base model over beta of the chat model: near 0 specific to the chat model, near 1 shared, negative "
+    "where the base model has the chat direction with the opposite sign",
     "nu_*_low, nu_*_high": "ends of its 95% interval",
     "nu_*_mirrored": "the same along the base direction, chat over base: near 0 specific to the base model",
+    "nu_outside": f"{' or '.join(RANKED)} is not between {PLAUSIBLE[0]:g} and {PLAUSIBLE[1]:g}; lists by rank leave it out",
     "undefined_reason": "why a nu is NaN: too few activations (then every nu is), one decoder, or a denominator that may be 0",
     "undefined_reason_mirrored": "the same for the mirrored nus",
-    "rank_sum": "rank of nu_error + rank of nu_reconstruction, small = specific; NaN unless both are defined",
+    "rank_sum": f"{' + '.join(f'rank of {nu}' for nu in RANKED)}, small = specific; NaN unless both are defined",
     "verdict": "which model has the concept: " + ", ".join(VERDICTS),
     "verdict_reason": "why, in words and numbers",
     **SETS,
@@ -94,7 +97,9 @@ def scaling_columns(
     columns |= _nu_columns(along_chat, few, "") | _nu_columns(along_base, few, "_mirrored", MIRRORED)
     columns["undefined_reason"] = _reasons(n, along_chat, CHAT, config)
     columns["undefined_reason_mirrored"] = _reasons(n, along_base, BASE, config)
-    columns["rank_sum"] = _rank_sum(columns["nu_error"], columns["nu_reconstruction"])
+    ranked = [columns[nu] for nu in RANKED]
+    columns["nu_outside"] = np.any([(nu < PLAUSIBLE[0]) | (nu > PLAUSIBLE[1]) for nu in ranked], axis=0)
+    columns["rank_sum"] = _rank_sum(*ranked)
     return columns
 
 
@@ -133,11 +138,11 @@ def _nu_columns(
     return columns
 
 
-def _rank_sum(nu_error: npt.NDArray[Any], nu_reconstruction: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _rank_sum(error: npt.NDArray[Any], reconstruction: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Sum of the two ranks (1 = smallest) among the latents with both nus defined; NaN for the others."""
-    sums = np.full(len(nu_error), np.nan)
-    both = np.isfinite(nu_error) & np.isfinite(nu_reconstruction)
-    sums[both] = rankdata(nu_error[both], "ordinal") + rankdata(nu_reconstruction[both], "ordinal")
+    sums = np.full(len(error), np.nan)
+    both = np.isfinite(error) & np.isfinite(reconstruction)
+    sums[both] = rankdata(error[both], "ordinal") + rankdata(reconstruction[both], "ordinal")
     return sums
 
 
@@ -166,10 +171,11 @@ def _reasons(
 def pools(table: pl.DataFrame, size: int, seed: int) -> dict[str, list[int]]:
     """Two equally large sets of latents, chosen without labels: the most chat-specific ones and random shared ones.
 
-    `chat_specific` holds the latents of lowest rank_sum among those whose decoder norm leans to the chat model; `shared` is a
-    seeded sample of those with verdict `shared` and similar norms.
+    `chat_specific` holds the latents of lowest rank_sum among those whose decoder norm leans to the chat model and whose nu may
+    be ranked; `shared` is a seeded sample of those with verdict `shared` and similar norms.
     """
-    specific = table.filter(pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") > 0.6)).sort("rank_sum")
+    ranked = pl.col("rank_sum").is_not_nan() & ~pl.col("nu_outside")
+    specific = table.filter(ranked & (pl.col("delta_norm") > 0.6)).sort("rank_sum")
     shared = table.filter((pl.col("verdict") == "shared") & pl.col("delta_norm").is_between(*SHARED))
     size = min(size, specific.height, shared.height)
     chosen = np.random.default_rng(seed).permutation(shared["latent"].to_numpy())[:size]

@@ -18,6 +18,7 @@ import polars as pl
 
 from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.decoder import CHAT_ONLY
+from crossdiff.latents.ranking import PLAUSIBLE, RANKED
 
 VERDICTS = {
     "chat_specific": "the base model has its chat direction neither in its error nor in its reconstruction, and its base "
@@ -80,8 +81,8 @@ def judge(row: Mapping[str, Any], twins: tuple[int, ...], config: AnalyzeConfig)
         one_decoder = math.isnan(row["norm_base"]) or math.isnan(row["norm_chat"])
         return Verdict("undecided", row["undefined_reason"] if one_decoder else "both of its decoder directions vanish")
     suffix = "_mirrored" if row["delta_norm"] <= 1 - config.delta_norm else ""
-    error = _nu(row, f"nu_error{suffix}", config.nu_error)
-    reconstruction = _nu(row, f"nu_reconstruction{suffix}", config.nu_reconstruction)
+    error = _nu(row, f"{RANKED[0]}{suffix}", config.nu_error)
+    reconstruction = _nu(row, f"{RANKED[1]}{suffix}", config.nu_reconstruction)
     if math.isnan(error.value) or math.isnan(reconstruction.value):
         return Verdict("undecided", row[f"undefined_reason{suffix}"])
     if error.below and reconstruction.below:
@@ -96,12 +97,15 @@ def _absent(row: Mapping[str, Any], error: Nu, reconstruction: Nu, config: Analy
     """The direction is in one model alone. By the norms it is specific, or each model has its own direction."""
     delta, cosine = row["delta_norm"], row["decoder_cosine"]
     found = f"{error} and {reconstruction} are below {error.limit:g} and {reconstruction.limit:g}"
+    opposite = " and ".join(nu.name for nu in (error, reconstruction) if nu.value < PLAUSIBLE[0])
+    own, other = ("base", "chat") if delta <= 1 - config.delta_norm else ("chat", "base")
+    sign = f"; {opposite} below 0: the {other} model has the {own} direction with the opposite sign" if opposite else ""
     if delta >= config.delta_norm:
         share = row["share_template"]
         where = f"; {share:.0%} of its active tokens are template tokens" if share >= config.template_share else ""
-        return Verdict("chat_specific", f"{found}, delta_norm {delta:.2f}{where}")
+        return Verdict("chat_specific", f"{found}, delta_norm {delta:.2f}{sign}{where}")
     if delta <= 1 - config.delta_norm:
-        return Verdict("base_specific", f"{found}, delta_norm {delta:.2f}")
+        return Verdict("base_specific", f"{found}, delta_norm {delta:.2f}{sign}")
     found = f"{found}, but delta_norm {delta:.2f} and decoder cosine {cosine:.2f}"
     if cosine < config.rotated_cosine:
         return Verdict("rotated", f"{found} show a different direction in each model")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from crossdiff.latents.ranking import RANKED
 from crossdiff.report import wording
 from crossdiff.report.examples import Context, Example, Token, context_of, role_of, visible
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
@@ -85,11 +86,19 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
 
 def _measures(latent: Latent) -> tuple[Measure, ...]:
     interval, fixed, number = wording.interval, wording.fixed, wording.number
-    scale = "0: nothing of the latent's chat direction, 1: as much as in the chat model; 95% interval"
+    scale = (
+        "0: nothing of the latent's chat direction, 1: as much as in the chat model, negative: it is there with the opposite "
+        "sign; 95% interval"
+    )
     rank_sum = wording.whole(None if math.isnan(latent.rank_sum) else round(latent.rank_sum))
     found = (
         Measure("nu_error", interval(latent.nu_error), f"share in what the crosscoder misses of the base model. {scale}"),
         Measure("nu_reconstruction", interval(latent.nu_reconstruction), f"share in the base model's reconstruction. {scale}"),
+        Measure(
+            "nu_reconstruction, no bias",
+            interval(latent.nu_reconstruction_nobias),
+            f"the same without the reconstructions' biases and the models' means, which cause most negative values. {scale}",
+        ),
         Measure("nu_activation", interval(latent.nu_activation), f"share in the base model's activation. {scale}"),
         Measure(
             "delta_norm",
@@ -99,7 +108,7 @@ def _measures(latent: Latent) -> tuple[Measure, ...]:
         Measure("decoder cosine", fixed(latent.decoder_cosine), "cosine of the base and the chat direction"),
         Measure("active on", f"{wording.share(latent.frequency)} of tokens", f"{latent.n_active:,} of the analysed tokens"),
         Measure("largest activation", number(latent.max_activation), "v, the activation times the sum of the decoder norms"),
-        Measure("rank sum", rank_sum, "rank by nu_error plus rank by nu_reconstruction; the lowest is the most chat-specific"),
+        Measure("rank sum", rank_sum, f"rank by {' plus rank by '.join(RANKED)}; the lowest is the most chat-specific"),
     )
     if math.isnan(latent.alone.value):
         return found

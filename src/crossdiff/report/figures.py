@@ -15,13 +15,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from crossdiff.latents.ranking import PLAUSIBLE, RANKED
 from crossdiff.report.marks import BLUE, VERDICT_MARKS, VERMILLION, Mark, pool_mark
 from crossdiff.report.records import CrosscoderReport, Limits
 from crossdiff.report.tables import estimate
 from crossdiff.report.wording import POOLS, VERDICTS, fixed, interval, latents, number, share, words
 
 NU_RANGE = (-0.2, 1.5)
-NUS = ("nu_error", "nu_reconstruction")
+NUS = RANKED
+NEGATIVE = ("nu_reconstruction", "nu_reconstruction_nobias")
 CLASS_BORDERS = (0.1, 0.4, 0.6, 0.9)
 """Borders of the delta_norm classes base-only, shared and chat-only; what lies between is other."""
 DELTA_NORM_EDGES = np.linspace(0, 1, 51)
@@ -146,7 +148,7 @@ def _delta_norm_counts(coder: CrosscoderReport, dead: bool) -> NDArray[np.intp]:
 
 
 def with_both_nus(table: pl.DataFrame) -> pl.DataFrame:
-    """The latents whose nu_error and nu_reconstruction are both defined."""
+    """The latents whose two ranked nu are defined."""
     return table.filter(*(pl.col(nu).is_not_null() & pl.col(nu).is_not_nan() for nu in NUS))
 
 
@@ -182,11 +184,17 @@ def scaling_plot(limits: Limits, series: tuple[Series, ...] = (), description: s
 
 
 def scaling_note(table: pl.DataFrame) -> str:
-    """How many latents the scatter moves to its edge, and how many it cannot show."""
+    """How many latents the scatter moves to its edge, how many have a negative nu, and how many it cannot show."""
     defined = with_both_nus(table)
     low, high = NU_RANGE
     outside = defined.filter(pl.any_horizontal(~pl.col(nu).is_between(low, high) for nu in NUS)).height
     note = f"Values outside {fixed(low, 1)} to {fixed(high, 1)} are drawn at the edge ({latents(outside)})."
+    with_bias, without = (defined.filter(pl.col(nu) < PLAUSIBLE[0]).height for nu in NEGATIVE)
+    if with_bias or without:
+        note += (
+            f" nu_reconstruction is below {fixed(PLAUSIBLE[0], 1)} for {latents(with_bias)}, without the biases for "
+            f"{without:,}: there the base model has the chat direction with the opposite sign."
+        )
     absent = table.height - defined.height
     return f"{note} Not drawn: {latents(absent)} with an undefined nu, which includes dead latents." if absent else note
 
@@ -196,6 +204,7 @@ def _points(rows: pl.DataFrame, verdict: str, mark: Mark) -> Series:
         f"latent {row['latent']}, {VERDICTS[verdict]}<br>delta_norm {number(row['delta_norm'])}"
         f"<br>nu_error {interval(estimate(row, 'nu_error'))}"
         f"<br>nu_reconstruction {interval(estimate(row, 'nu_reconstruction'))}"
+        f"<br>... without the biases {interval(estimate(row, 'nu_reconstruction_nobias'))}"
         f"<br>active on {share(row['frequency'])} of tokens"
         for row in rows.iter_rows(named=True)
     ]

@@ -14,6 +14,7 @@ from crossdiff.config import RunConfig, validate
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation, with_interpretation
 from crossdiff.interp.summary import summarise
+from crossdiff.latents.ranking import PLAUSIBLE, RANKED
 from crossdiff.latents.settings import analysis_settings, verdict_settings
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
@@ -40,11 +41,11 @@ N_TOP_LATENTS = 12
 FEW_SPECIFIC = 5
 """With fewer chat-specific latents than this, the list is filled up with candidates that missed a condition."""
 CANDIDATE_DELTA_NORM = 0.6
-RANKED_NU = (-0.1, 2.0)
-"""Latents are ranked by nu only if both lie in this range, as in the published analyses (docs/latent-scaling.md): a strongly
-negative nu_reconstruction comes from the bias and the mean, and does not mean that a latent is more specific."""
+RANKED_NU = PLAUSIBLE
+"""Latents are ranked by nu only if both lie in this range, as in the published analyses
+(docs/latent-scaling.md#negative-ratios)."""
 
-_NUS = ("nu_error", "nu_reconstruction", "nu_activation")
+_NUS = ("nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "nu_activation")
 _LATENT_COLUMNS = (
     "latent", "n_active", "frequency", "mean_activation", "max_activation", "norm_base", "norm_chat", "delta_norm",
     "delta_norm_class", "decoder_cosine", *(f"{nu}{end}" for nu in _NUS for end in ("", "_low", "_high")),
@@ -148,7 +149,7 @@ def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
 
     Those whose nu is outside `RANKED_NU`, or undefined, are not ranked.
     """
-    inside = pl.all_horizontal(pl.col("nu_error", "nu_reconstruction").is_between(*RANKED_NU))
+    inside = pl.all_horizontal(pl.col(RANKED).is_between(*RANKED_NU))
     ranked = latents.filter(inside & pl.col("rank_sum").is_not_nan()).sort("rank_sum", "latent")
     is_specific = pl.col("verdict") == "chat_specific"
     specific = ranked.filter(is_specific).head(N_TOP_LATENTS)
@@ -191,6 +192,7 @@ def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         max_activation=as_float(row["max_activation"]),
         nu_error=estimate(row, "nu_error"),
         nu_reconstruction=estimate(row, "nu_reconstruction"),
+        nu_reconstruction_nobias=estimate(row, "nu_reconstruction_nobias"),
         nu_activation=estimate(row, "nu_activation"),
         alone=estimate(row, _ALONE),
         rank_sum=as_float(row["rank_sum"]),

@@ -239,6 +239,7 @@ class Latent:
     max_activation: float
     nu_error: Estimate[float]
     nu_reconstruction: Estimate[float]
+    nu_reconstruction_nobias: Estimate[float]
     nu_activation: Estimate[float]
     alone: Estimate[float]
     rank_sum: float

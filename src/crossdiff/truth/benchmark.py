@@ -50,6 +50,7 @@ RANKINGS = {
     "delta_norm": "delta_norm >= 0.9",
     "nu_error": "nu_error below its limit",
     "nu_reconstruction": "nu_reconstruction below its limit",
+    "nu_reconstruction_nobias": "nu_reconstruction_nobias below the limit of nu_reconstruction",
     "nu_activation_nobias": "nu_activation_nobias below the limit of nu_reconstruction",
     "rank_sum": "the same number of latents as there are chat-only ones, lowest first",
     "verdict": "verdict chat_specific",
@@ -157,6 +158,7 @@ def _called(table: pl.DataFrame, name: str, n_positive: int, config: AnalyzeConf
         "delta_norm": CHAT_ONLY[0],
         "nu_error": -config.nu_error,
         "nu_reconstruction": -config.nu_reconstruction,
+        "nu_reconstruction_nobias": -config.nu_reconstruction,
         "nu_activation_nobias": -config.nu_reconstruction,
         "verdict": 1.0,
     }
