@@ -91,8 +91,8 @@ def measures(path: Path) -> dict[str, Any]:
 def test_a_published_crosscoder_gives_the_results_of_the_run_it_came_from(
     swapped: bool, analysed_run: Path, tiny_pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to what the layout cannot carry: scale and threshold are float32 there, with an epsilon of 1e-8 on the way out, and how
-    it was trained (its tokens, its seed and the decoder norm at the start) is not known."""
+    """Up to what the layout cannot carry: scale and threshold are float32 there, with an epsilon of 1e-8 on the way out. How
+    the crosscoder was trained (its tokens, its seed and the decoder norm at the start) is not known."""
     source, run = write_fork(tmp_path / "hub" / "coder", crossdiff.open(analysed_run).crosscoder, swapped), tmp_path / "run"
     order = ["--sources", "chat", "base"] if swapped else []
     run_command(import_command(source, run, tiny_pair, texts(analysed_run), *order))
