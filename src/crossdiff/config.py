@@ -280,7 +280,11 @@ class CrosscoderConfig(Config):
     inputs: Inputs = PairedConfig()
     expansion: int | None = Field(8, ge=1, description="latents per dimension of the residual stream")
     n_latents: int | None = Field(None, ge=1, description="number of latents; overrides the expansion")
-    reconstruction: Literal["squared", "norm"] = Field("squared", description="squared error, or the norm of the error")
+    reconstruction: Literal["squared", "norm"] = Field(
+        "squared",
+        description="squared error, summed over the sources, or the norm of the error, averaged over them; the authors' "
+        "use_mse_loss averages the squared error over the sources, so its mu times the number of sources is the mu here",
+    )
     decoder_norm: float = Field(1.0, gt=0, description="initial norm of each decoder direction")
     epochs: float = Field(2.0, gt=0, description="passes over the training tokens")
     batch_size: int = Field(1024, ge=2, description="tokens per step")

@@ -141,4 +141,5 @@ def principal_directions(store: Store, batch_tokens: int) -> Float64[Tensor, "co
         squares += difference.T @ difference
     mean = total / len(rows)
     vectors = torch.linalg.eigh(squares / len(rows) - torch.outer(mean, mean)).eigenvectors
-    return vectors.T.flip(0).contiguous()
+    largest_first: Tensor = vectors.T.flip(0).contiguous()
+    return largest_first
