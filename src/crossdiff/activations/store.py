@@ -4,7 +4,8 @@
     shard-00000.safetensors  activations [token, source, d_model], the columns of `COLUMNS` with one entry per token, and
                              the moments of the shard's training tokens; int8 adds activation_scale [token, source]
     documents.parquet        document, dataset, split, label, sub_label, prompt, n_messages, n_tokens, left_out
-    statistics.safetensors   over the training tokens (all, if every document is held out), float64: mean [source, d_model], gram [source, source]
+    statistics.safetensors   float64: mean [source, d_model], gram [source, source], over the training tokens, or over all if
+                             every document is held out
 
 The tokens of a sequence are consecutive rows of one shard, in order. There is no padding.
 """
