@@ -231,7 +231,7 @@ class Diff:
         return pl.DataFrame(rows, infer_schema_length=None)
 
     def examples(self, latent: SupportsIndex) -> Examples:
-        """The stored contexts of a latent: the strongest, then one per quantile of its activations.
+        """The stored contexts of a latent: the strongest, then one per quantile of its activations; imported ones by band.
 
         Examples:
             >>> first = crossdiff.open("runs/demo").examples(3)[0]

@@ -64,11 +64,13 @@ def add(commands: Commands) -> None:
     parser.add_argument("--estimate-threshold", type=Path, metavar="STORE", help=text)
 
     parser = commands.add(
-        "examples", "convert an example database to or from the layout of the published examples.db", examples
+        "examples", "convert an example database to the layout of the published examples.db, or from others' layouts", examples
     )
     parser.add_argument("action", choices=["export", "import"])
-    parser.add_argument("source", type=Path, help="export: the examples.sqlite of a crosscoder; import: an examples.db")
+    parser.add_argument("source", type=Path, help="export: the examples.sqlite of a crosscoder; import: a published file")
     parser.add_argument("target", type=Path, help="the file to write")
+    text = "import: examples.db, json ({latent: [[value, tokens, values], ...]}), notebook (the same as .pt) or toolkit"
+    parser.add_argument("--layout", default="examples.db", metavar="NAME", help=f"{text} [examples.db]")
     parser.add_argument("--tokenizer", help="import: the model whose tokenizer made the tokens, a Hub name or folder")
 
 
@@ -214,5 +216,5 @@ def examples(args: Namespace) -> None:
     elif args.tokenizer is None:
         raise UserError("an import needs the tokens as text: name the model with --tokenizer")
     else:
-        n_examples = import_examples(args.source, args.target, load_tokenizer(args.tokenizer))
+        n_examples = import_examples(args.source, args.target, load_tokenizer(args.tokenizer), args.layout)
     print(f"{n_examples} examples written to {args.target}")

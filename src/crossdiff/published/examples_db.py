@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from crossdiff.errors import UserError
 from crossdiff.files import open_sqlite
 from crossdiff.latents.example_database import write_database
 from crossdiff.latents.example_schema import FORMAT
+from crossdiff.published.example_layouts import Found, Row, array, read_layout
 from crossdiff.text.chat import Flag
 
 BANDS = (0.25, 0.5, 0.75, 0.95, 1.0)
@@ -79,77 +79,74 @@ def export_examples(source: Path, target: Path) -> int:
     return len(examples)
 
 
-def import_examples(source: Path, target: Path, tokenizer: Any) -> int:
-    """Write the published examples of `source` as our database `target`; returns their number.
+def import_examples(source: Path, target: Path, tokenizer: Any, layout: str = "examples.db") -> int:
+    """Write published examples as our database `target`; returns their number. `example_layouts` lists the layouts.
 
-    Each becomes an example of kind 'band'. Documents and datasets stay NULL and flags 0, except for the BOS token. The number
-    of latents is set to the largest latent's number plus one.
+    Each becomes an example of kind 'band'; a layout without bands has them by the largest activation of a latent in the file.
+    Documents stay NULL, data sets too unless the layout names them, and flags 0, except for the BOS token. The number of
+    latents is set to the largest latent's number plus one.
     """
     _check_paths(source, target)
-    try:
-        with closing(open_sqlite(source)) as published:
-            sequences = {
-                number: _array(source, f"the tokens of sequence {number}", blob, "<i4")
-                for number, blob in published.execute("SELECT sequence_idx, token_ids FROM sequences ORDER BY sequence_idx")
-            }
-            rows = published.execute(
-                "SELECT feature_idx, quantile_idx, activation, sequence_idx, positions, activation_values "
-                "FROM quantile_examples LEFT JOIN activation_details USING (feature_idx, sequence_idx) "
-                "ORDER BY feature_idx, quantile_idx DESC, activation DESC, sequence_idx"
-            ).fetchall()
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{source} does not have the published layout: {error}; expected an examples.db") from error
-    if not rows:
-        raise UserError(f"{source} has no examples: its table quantile_examples is empty; download it again")
-    largest_id = max((int(ids.max()) for ids in sequences.values() if len(ids)), default=-1)
+    found = read_layout(source, layout, tokenizer)
+    if not found.rows:
+        raise UserError(f"{source} has no examples; download it again")
+    largest_id = max((int(ids.max()) for ids in found.sequences.values() if len(ids)), default=-1)
     if largest_id >= len(tokenizer):
         raise UserError(
             f"{source} has the token id {largest_id}, but the tokenizer has only {len(tokenizer)} tokens; "
             "name the tokenizer of the published models"
         )
     kept = [
-        (number, None, None, None, ids.tobytes(), ((ids == tokenizer.bos_token_id) * Flag.BOS.value).astype(np.uint8).tobytes())
-        for number, ids in sequences.items()
-    ]
-    write_database(target, kept, _imported_rows(source, rows, sequences), tokenizer, rows[-1][0] + 1)
+        (
+            number, None, found.datasets.get(number), None, ids.tobytes(),
+            ((ids == tokenizer.bos_token_id) * Flag.BOS.value).astype(np.uint8).tobytes(),
+        )
+        for number, ids in found.sequences.items()
+    ]  # fmt: skip
+    rows = _banded(found.rows)
+    write_database(target, kept, _imported_rows(source, rows, found), tokenizer, rows[-1].latent + 1)
     return len(rows)
 
 
-def _imported_rows(
-    source: Path, rows: list[tuple[Any, ...]], sequences: dict[int, npt.NDArray[np.int32]]
-) -> Iterator[tuple[Any, ...]]:
-    """Rows of our table of examples from the joined rows, which are sorted by latent, then from the strongest down."""
+def _banded(rows: list[Row]) -> list[Row]:
+    """The rows with a band each, sorted by latent, then from the strongest band and example down."""
+    largest: dict[int, float] = {}
+    for row in rows:
+        largest[row.latent] = max(row.activation, largest.get(row.latent, 0.0))
+    banded = [
+        row._replace(band=band_of(row.activation, largest[row.latent] or 1.0)) if row.band is None else row for row in rows
+    ]
+    return sorted(banded, key=lambda row: (row.latent, -(row.band or 0), -row.activation, row.sequence))
+
+
+def _imported_rows(source: Path, rows: list[Row], found: Found) -> Iterator[tuple[Any, ...]]:
+    """Rows of our table of examples."""
     previous, rank = None, 0
-    for latent, band, activation, sequence, *blobs in rows:
-        what = f"latent {latent} on sequence {sequence}"
-        rank = rank + 1 if latent == previous else 0
-        previous = latent
-        positions = _array(source, f"the positions of {what}", blobs[0], "<i4")
-        values = _array(source, f"the activations of {what}", blobs[1], "<f4")
-        if sequence not in sequences or not 0 <= band <= len(BANDS):
+    for row in rows:
+        what = f"latent {row.latent} on sequence {row.sequence}"
+        rank = rank + 1 if row.latent == previous else 0
+        previous = row.latent
+        positions = array(source, f"the positions of {what}", row.positions, "<i4")
+        values = array(source, f"the activations of {what}", row.values, "<f4")
+        band = row.band if row.band is not None else -1
+        if row.sequence not in found.sequences or not 0 <= band <= len(BANDS):
             raise UserError(
                 f"{source}: {what} is in band {band}; expected a sequence of the table sequences and a band from 0 to "
                 f"{len(BANDS)}"
             )
-        n_tokens = len(sequences[sequence])
+        n_tokens = len(found.sequences[row.sequence])
         if not len(positions) or len(positions) != len(values) or positions.min() < 0 or positions.max() >= n_tokens:
             raise UserError(
                 f"{source}: {what} has {len(positions)} positions and {len(values)} activations in {n_tokens} tokens; expected "
                 "the same number of both, at least one, and positions within the tokens"
             )
         peak = int(positions[values.argmax()])
-        yield latent, "band", BANDS[min(band, len(BANDS) - 1)], rank, sequence, peak, activation, blobs[0], blobs[1]
-
-
-def _array(source: Path, what: str, blob: object, dtype: str) -> npt.NDArray[Any]:
-    if not isinstance(blob, bytes) or len(blob) % 4:
-        found = f"{len(blob)} bytes" if isinstance(blob, bytes) else type(blob).__name__
-        raise UserError(f"{source}: {what} are {found}; expected an array of 4-byte numbers")
-    return np.frombuffer(blob, dtype=dtype)
+        upper_end = BANDS[min(band, len(BANDS) - 1)]
+        yield row.latent, "band", upper_end, rank, row.sequence, peak, row.activation, row.positions, row.values
 
 
 def _check_paths(source: Path, target: Path) -> None:
     if target.exists():
         raise UserError(f"{target} already exists; name another file, or delete it")
     if not source.is_file():
-        raise UserError(f"{source} is missing; expected an SQLite database of examples")
+        raise UserError(f"{source} is missing; expected a file of examples")

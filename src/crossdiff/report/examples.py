@@ -21,6 +21,8 @@ from crossdiff.latents.example_schema import FORMAT
 from crossdiff.text.chat import Flag
 
 TOP_EXAMPLES = 5
+PER_BAND = 20
+"""Imported examples shown of each band of a latent's range; published databases hold as many."""
 TOKENS_BEFORE = 26
 TOKENS_AFTER = 14
 
@@ -147,26 +149,34 @@ class ExampleDatabase:
             self._own.database.close()
             del self._own.database
 
-    def examples(self, latent: int, top: int = TOP_EXAMPLES, per_quantile: int = 1) -> tuple[Example, ...]:
+    def examples(
+        self, latent: int, top: int = TOP_EXAMPLES, per_quantile: int = 1, per_band: int = PER_BAND
+    ) -> tuple[Example, ...]:
         """The top examples of a latent, then `per_quantile` of each quantile from high to low, without repeating a sequence
-        that is among the top ones."""
+        that is among the top ones; of imported examples, `per_band` of each band from high to low."""
         check_latents([latent], self.n_latents, f"the crosscoder of {self.path}")
         with self._reading() as database:
             strongest = database.execute(f"{_SELECT} AND kind = 'top' ORDER BY rank LIMIT ?", (latent, top))
             shown = {row[-1]: row for row in strongest}
             lower = database.execute(f"{_SELECT} AND kind <> 'top' ORDER BY quantile DESC, rank", (latent,))
-            by_quantile: dict[float, list[tuple[Any, ...]]] = {}
+            groups: dict[tuple[str, float], list[tuple[Any, ...]]] = {}
             for row in lower:
                 if row[-1] not in shown:
-                    by_quantile.setdefault(row[1], []).append(row)
-        rows = [*shown.values(), *(row for rows in by_quantile.values() for row in rows[:per_quantile])]
+                    groups.setdefault(row[:2], []).append(row)
+        most = {"quantile": per_quantile, "band": per_band}
+        rows = [*shown.values(), *(row for group, rows in groups.items() for row in rows[: most[group[0]]])]
         return tuple(_example(self, row) for row in rows)
 
 
-def read_examples(path: Path, latents: Sequence[int], command: str = "crossdiff analyze") -> dict[int, tuple[Example, ...]]:
-    """The top examples of each latent or concept, then one per quantile; `command` writes the database."""
+def read_examples(
+    path: Path, latents: Sequence[int], command: str = "crossdiff analyze", per_band: int = PER_BAND
+) -> dict[int, tuple[Example, ...]]:
+    """The top examples of each latent or concept, then one per quantile or `per_band` per band.
+
+    `command` writes the database.
+    """
     with closing(ExampleDatabase(path, command)) as database:
-        return {latent: database.examples(latent) for latent in latents}
+        return {latent: database.examples(latent, per_band=per_band) for latent in latents}
 
 
 def _example(database: ExampleDatabase, row: tuple[Any, ...]) -> Example:

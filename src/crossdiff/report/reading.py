@@ -18,7 +18,7 @@ from crossdiff.latents.ranking import PLAUSIBLE, RANKED
 from crossdiff.latents.settings import analysis_settings, verdict_settings
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
-from crossdiff.report.examples import Example, read_examples
+from crossdiff.report.examples import TOP_EXAMPLES, Example, read_examples
 from crossdiff.report.records import (
     TOKEN_GROUPS,
     BehaviourResult,
@@ -135,7 +135,7 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     shown = top_rows["latent"].to_list()
     best = [latent for latent in _best_specific(behaviours) if latent not in shown]
     wanted = pl.concat([top_rows, latents.filter(pl.col("latent").is_in(best))])
-    examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list())
+    examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list(), per_band=TOP_EXAMPLES)
     records = tuple(latent_of(row, examples[row["latent"]]) for row in wanted.iter_rows(named=True))
     top = TopLatents(records[: len(shown)], n_specific)
     settings = analysis_settings(folder)
