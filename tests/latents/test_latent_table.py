@@ -51,12 +51,12 @@ def test_a_nu_far_from_0_to_1_is_flagged() -> None:
 
 
 def test_pools_are_equally_large_and_chosen_by_rank() -> None:
-    rows = [(i, 0.95, float(10 - i), "chat_specific", i == 3) for i in range(5)]  # 3 has a nu that is not ranked
-    rows += [(10 + i, 0.5, 20.0, "shared", False) for i in range(3)]
+    rows = [(i, 0.95, float(10 - i), "chat_specific") for i in range(5)]
+    rows += [(10 + i, 0.5, 20.0, "shared") for i in range(3)]
     # No rank, and norms that are not alike.
-    rows += [(20, 0.95, float("nan"), "undecided", False), (21, 0.7, 30.0, "shared", False)]
-    table = pl.DataFrame(rows, schema=["latent", "delta_norm", "rank_sum", "verdict", "nu_outside"], orient="row")
+    rows += [(20, 0.95, float("nan"), "undecided"), (21, 0.7, 30.0, "shared")]
+    table = pl.DataFrame(rows, schema=["latent", "delta_norm", "rank_sum", "verdict"], orient="row")
     chosen = pools(table, 50, seed=0)
-    assert chosen["chat_specific"] == [4, 2, 1]  # lowest rank sums first, no more than there are shared ones
+    assert chosen["chat_specific"] == [4, 3, 2]  # lowest rank sums first, no more than there are shared ones
     assert chosen["shared"] == [10, 11, 12]
     assert pools(table, 1, seed=0)["chat_specific"] == [4]

@@ -171,11 +171,10 @@ def _reasons(
 def pools(table: pl.DataFrame, size: int, seed: int) -> dict[str, list[int]]:
     """Two equally large sets of latents, chosen without labels: the most chat-specific ones and random shared ones.
 
-    `chat_specific` holds the latents of lowest rank_sum among those whose decoder norm leans to the chat model and whose nu may
-    be ranked; `shared` is a seeded sample of those with verdict `shared` and similar norms.
+    `chat_specific` holds the latents of lowest rank_sum among those whose decoder norm leans to the chat model; `shared` is a
+    seeded sample of those with verdict `shared` and similar norms.
     """
-    ranked = pl.col("rank_sum").is_not_nan() & ~pl.col("nu_outside")
-    specific = table.filter(ranked & (pl.col("delta_norm") > 0.6)).sort("rank_sum")
+    specific = table.filter(pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") > 0.6)).sort("rank_sum")
     shared = table.filter((pl.col("verdict") == "shared") & pl.col("delta_norm").is_between(*SHARED))
     size = min(size, specific.height, shared.height)
     chosen = np.random.default_rng(seed).permutation(shared["latent"].to_numpy())[:size]

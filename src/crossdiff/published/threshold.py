@@ -20,7 +20,7 @@ MOST_BATCHES = 200
 def estimate_threshold(coder: PublishedCoder, sources: tuple[str, ...], store: Store) -> float:
     """theta: the mean over batches of held-out tokens of the smallest selected f * weight.
 
-    A batch selects its k * tokens largest positive ones, as the training did (docs/method.md#batchtopk). Tokens come in random
+    A batch selects its k * tokens largest positive ones, as the training did (docs/method.md#crosscoder). Tokens come in random
     order, at most `MOST_BATCHES` batches of them.
 
     Raises:
