@@ -77,7 +77,8 @@ class Run:
                 before that, nothing of it is left.
 
         Raises:
-            UserError: there is no run at the path, another process works on it, or its manifest is damaged or leads out of it.
+            UserError: there is no run at the path, another process works on it, or its manifest is damaged or
+                names a path outside the run.
         """
         run = cls._hold(path, ranks, create) if ranks.is_first else None
         manifest = ranks.agree(run.manifest if run is not None else RunManifest())

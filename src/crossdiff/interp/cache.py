@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crossdiff.errors import UserError
+from crossdiff.files import explain_disk_error
 
 SCHEMA = """CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY, text TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, answer_tokens INTEGER NOT NULL
@@ -79,8 +80,8 @@ class Cache:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without what the extended codes add
             if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
                 problem = f"is locked by another process, for more than {self.patience:g} s; wait for it"
-            elif code == sqlite3.SQLITE_FULL:
-                problem = "cannot be written, because its disk is full; free some space"
+            elif (full := explain_disk_error(error, self.path.parent)) is not None:
+                raise full from None
             elif code in DAMAGED:
                 problem = (
                     f"is damaged ({error}); move it aside and keep it, because `sqlite3 FILE .recover` may get its answers "

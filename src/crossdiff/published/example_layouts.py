@@ -92,7 +92,7 @@ def _read_toolkit(source: Path, tokenizer: Any) -> Found:
             "activation_values FROM examples LEFT JOIN activation_details USING (example_id)"
         ).fetchall()
     if any(row[0] is None for row in rows):
-        raise UserError(f"{source} holds examples without a latent_idx, which are no examples of latents; name another file")
+        raise UserError(f"{source} holds examples without a latent_idx, which are not examples of latents; name another file")
     arrays = _arrays(source, {number: ids for number, ids, _ in sequences})
     found = Found(arrays, {number: dataset for number, _, dataset in sequences})
     for row in map(Row._make, rows):

@@ -204,8 +204,8 @@ def _normalisation_of(tensors: TensorFile, mean: Tensor | None, std: Tensor | No
         parts = (("activation_mean", mean), ("activation_std", std), ("activation_global_scale", scale))
         found = ", ".join(name for name, part in parts if part is not None) or "target_rms"
         raise UserError(
-            f"{tensors.path} has {found} alone, which is no normalisation; expected activation_global_scale, with or without "
-            "activation_mean, or activation_mean and activation_std"
+            f"{tensors.path} has {found} alone, which does not define a normalisation; expected activation_global_scale, with "
+            "or without activation_mean, or activation_mean and activation_std"
         )
     if any(part is not None and bool(part.isnan().all()) for part in (mean, std)):
         return no_normalisation(n_sources, d_model)
