@@ -445,9 +445,9 @@ FORK_ERRORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "threshold without k": (fork_tensors() | {"threshold": torch.tensor(1.0)}, {}, "has no k"),
     "k too large": (fork_tensors() | batch_topk(11, 1.0), {}, "k is 11, more than its 10 latents"),
     "k not whole": (fork_tensors(), {"k": 2.5}, r"k is 2\.5, expected a whole number"),
-    "half a normalisation": (fork_tensors() | {"activation_mean": NAN}, {}, "has activation_mean alone, which is no normal"),
-    "a deviation without a mean": (fork_tensors() | {"activation_std": NAN}, {}, "has activation_std alone, which is no norm"),
-    "a target alone": (fork_tensors() | {"target_rms": torch.tensor(1.0)}, {}, "has target_rms alone, which is no normal"),
+    "half a normalisation": (fork_tensors() | {"activation_mean": NAN}, {}, "has activation_mean alone, which does not"),
+    "a deviation without a mean": (fork_tensors() | {"activation_std": NAN}, {}, "has activation_std alone, which does not"),
+    "a target alone": (fork_tensors() | {"target_rms": torch.tensor(1.0)}, {}, "has target_rms alone, which does not"),
     "a scale per neuron": (
         fork_tensors() | unset_normalisation(2) | {"activation_global_scale": torch.ones(2, D)}, {},
         r"activation_global_scale has the shape \(2, 6\), expected \[\]",
