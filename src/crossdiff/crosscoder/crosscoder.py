@@ -12,7 +12,7 @@ import torch
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.config import Kind
-from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode
+from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode, matmul
 from crossdiff.crosscoder.sparsity import DENSE_ABOVE, Rule, rule_of
 from crossdiff.crosscoder.view import View, identity
 from crossdiff.shapes import Float, Int64, Tensor
@@ -132,20 +132,14 @@ class Crosscoder:
         """Map activations from the models' space to the crosscoder's; `h` has the sources that the view reads, in its order."""
         return (self.view.apply(h) - self.mean.to(h)) * self.scale
 
-    def encode(
-        self,
-        x: Float[Tensor, "batch source d_model"],
-        norms: Float[Tensor, " latent"],
-        guess: float = 0.0,
-        out: Float[Tensor, "batch latent"] | None = None,
-    ) -> Encoded:
-        """The encoder's product: in bfloat16 on an accelerator, into `out` on the CPU. `norms` are those of `norm_sums`."""
-        if x.device.type == "cpu":
-            raw = torch.mm(x.flatten(1), self.encoder.T, out=out)
-        else:
-            with torch.autocast(x.device.type, dtype=torch.bfloat16):
-                raw = torch.mm(x.flatten(1), self.encoder.T).float()
+    def encoded(self, raw: Float[Tensor, "batch latent"], norms: Float[Tensor, " latent"], guess: float = 0.0) -> Encoded:
+        """The encoder's product `raw` with what the selection needs. `norms` are those of `norm_sums`."""
         return Encoded(raw, self.encoder_bias, norms, self.threshold, self.own, guess)
+
+    def encode(self, x: Float[Tensor, "batch source d_model"], norms: Float[Tensor, " latent"]) -> Encoded:
+        """The encoder's product, on a GPU from inputs and weights in bfloat16."""
+        columns, encoder = x.flatten(1), self.encoder
+        return self.encoded(matmul(columns, (encoder.bfloat16() if encoder.is_cuda else encoder).T), norms)
 
     def pre_activations(self, x: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch latent"]:
         """sum_s <x_s, e_j^s> + b_j."""

@@ -85,8 +85,9 @@ class _Training:
             result = trainer.train_step(trainer.crosscoder.normalise(mine))
             self.record = self.log.add(result) or self.record
             if due or trainer.is_done:
-                trainer.check_weights()
+                trainer.check()
         except Diverged as found:
+            number = found.step or number
             raise UserError(
                 f"{self.job.folder.name} has diverged: {found} at step {number} of {trainer.schedule.n_steps}, {place}; "
                 f"lower lr (now {trainer.config.lr}) or lengthen warmup_steps (now {trainer.config.warmup_steps}); "
@@ -101,11 +102,11 @@ class _Training:
         return f"the last good checkpoint is {self.checkpoints.last}"
 
     def save(self) -> None:
-        """Write a checkpoint, unless a weight is not finite, so that the last one stays good."""
+        """Write a checkpoint, unless something is not finite, so that the last one stays good."""
         if self.trainer.step == self._saved_step:
             return
         try:
-            self.trainer.check_weights()
+            self.trainer.check()
         except Diverged:
             return
         self._check_folder()
