@@ -138,7 +138,8 @@ class Trainer:
         """Norm of the gradient of all parameters."""
         squares = {name: torch.linalg.vector_norm(gradients[name]).double().square() for name in self.crosscoder.parameters()}
         on_bias = squares.pop(EVERYWHERE)
-        return (self.mesh.latent.sum(torch.stack(list(squares.values())).sum()) + on_bias).sqrt()
+        total: Tensor = self.mesh.latent.sum(torch.stack(list(squares.values())).sum()) + on_bias
+        return total.sqrt()
 
     def _note(self, loss: Float64[Tensor, ""], norm: Float64[Tensor, ""]) -> None:
         """Note on the device if a step is the first whose loss or gradient is not finite."""
