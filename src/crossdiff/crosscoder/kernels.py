@@ -180,6 +180,19 @@ class SparseCode:
         order, bounds = self.by_latent
         return _sum_of_rows(table, self._tokens_by_latent, bounds, values[order])
 
+    def accumulate_along(
+        self, table: Float[Tensor, "batch model_column"], directions: Float[Tensor, "latent direction column"]
+    ) -> Float[Tensor, "direction model latent"]:
+        """<sum_i f_ij table_i^m, D_jt> for each model m and direction t; a GPU keeps no sum per latent and column."""
+        order, bounds = self.by_latent
+        if gpu.has_kernels(table):
+            found: Tensor = gpu.kernels().sum_of_rows_along(
+                table, self._tokens_by_latent, bounds, self.values[order], directions
+            )
+            return found
+        vectors = self.accumulate(self.values, table).view(self.n_latents, -1, directions.shape[2])
+        return torch.einsum("jtd,jsd->tsj", directions, vectors)
+
     def sum_tokens(self, values: Float[Tensor, " pair"]) -> Float[Tensor, " latent"]:
         """sum_i values_ij, in the dtype of `values`."""
         if gpu.has_kernels(values):  # torch adds in an order that changes from run to run

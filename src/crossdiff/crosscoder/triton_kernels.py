@@ -76,6 +76,34 @@ def _bag_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + bag * n_columns + column, tl.sum(total, 0), mask=inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _along_kernel(  # type: ignore[no-untyped-def]
+    table, rows, amounts, bounds, directions, out, n_bags, n_columns, n_models, n_directions,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    bag = tl.program_id(0).to(tl.int64)
+    model = tl.program_id(1) % n_models
+    block = tl.program_id(1) // n_models
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < n_columns
+    first = tl.load(bounds + bag)
+    last = tl.load(bounds + bag + 1)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(first, last, ROWS):
+        pair = start + tl.arange(0, ROWS)
+        real = pair < last
+        row = tl.load(rows + pair, mask=real, other=0).to(tl.int64)
+        tile = tl.load(
+            table + (row[:, None] * n_models + model) * n_columns + column[None, :], mask=real[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)  # fmt: skip
+        total += tl.load(amounts + pair, mask=real, other=0.0)[:, None] * tile
+    vector = tl.sum(total, 0)
+    for direction in range(n_directions):
+        along = tl.load(directions + (bag * n_directions + direction) * n_columns + column, mask=inside, other=0.0)
+        place = (block * n_directions + direction) * n_models + model
+        tl.store(out + place.to(tl.int64) * n_bags + bag, tl.sum(vector * along, 0))
+
+
 @triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
 def _adam_kernel(  # type: ignore[no-untyped-def]
     parameter, gradient, first, second, copy, scale, n, rate, correction1, correction2, seed,
@@ -179,6 +207,25 @@ def _bags(
             table, rows, amounts, bounds, partial if out is None else out,
             table if weights is None else weights.contiguous(), partial, table.shape[1], len(rows),
             SUM=out is not None, DOT=weights is not None, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=WARPS,
+        )  # fmt: skip
+    return partial.sum(0)
+
+
+def sum_of_rows_along(
+    table: Float[Tensor, "row model_column"],
+    rows: Int64[Tensor, " pair"],
+    bounds: Int64[Tensor, " bag_and_end"],
+    amounts: Float[Tensor, " pair"],
+    directions: Float[Tensor, "bag direction column"],
+) -> Float[Tensor, "direction model bag"]:
+    """The products of each bag's sum of rows, model by model, with the bag's directions; the sums themselves are not kept."""
+    n_bags, n_directions, n_columns = directions.shape
+    n_models, n_blocks = table.shape[1] // n_columns, triton.cdiv(n_columns, COLUMNS)
+    partial = torch.empty(n_blocks, n_directions, n_models, n_bags, dtype=torch.float32, device=table.device)
+    if n_bags:
+        _along_kernel[(n_bags, n_blocks * n_models)](
+            table.contiguous(), rows.contiguous(), amounts.contiguous(), bounds, directions.contiguous(), partial,
+            n_bags, n_columns, n_models, n_directions, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=WARPS,
         )  # fmt: skip
     return partial.sum(0)
 

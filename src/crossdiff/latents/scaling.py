@@ -125,8 +125,7 @@ class ScalingAccumulator:
         self.sums.f[block] += code.sum_tokens(wide)
         self.sums.f2[block] += code.sum_tokens(wide.square())
         for target, y in self._targets(chunk).items():
-            vectors = code.accumulate(code.values, y).view(code.n_latents, self._n_models, -1)
-            self.sums.products[target][:, :, block] += torch.einsum("jtd,jsd->tsj", self._by_latent, vectors)
+            self.sums.products[target][:, :, block] += code.accumulate_along(y, self._by_latent)
 
     def _targets(self, chunk: Chunk) -> dict[str, Float[Tensor, "token column"]]:
         """The vectors that are summed per latent and model."""

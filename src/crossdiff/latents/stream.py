@@ -18,8 +18,8 @@ from crossdiff.errors import UserError
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Int64, Tensor
 
-PIECE_BYTES = 1 << 24
-"""Size of the pre-activations that are computed and selected from at a time."""
+PIECE_BYTES, PIECE_BYTES_ON_GPU = 1 << 24, 1 << 31
+"""Size of the pre-activations that are computed and selected from at a time: what a CPU's cache holds, and what fills a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,17 @@ class Coder(Encoder, Protocol):
     def v(self, code: Any, /) -> Tensor: ...
 
 
+def piece_tokens(n_latents: int, x: Tensor) -> int:
+    """How many of the tokens `x` are encoded at a time."""
+    return max(1, (PIECE_BYTES if x.device.type == "cpu" else PIECE_BYTES_ON_GPU) // (n_latents * x.element_size()))
+
+
 def encode(crosscoder: Encoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
     """Active pairs of many tokens, computed in pieces whose pre-activations stay in the cache and reuse the same memory."""
     if not crosscoder.n_latents:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return SparseCode(nothing, nothing, torch.zeros(0), len(x), 0)
-    size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
+        nothing = torch.zeros(0, dtype=torch.int64, device=x.device)
+        return SparseCode(nothing, nothing, x.new_zeros(0), len(x), 0)
+    size = piece_tokens(crosscoder.n_latents, x)
     parts = [crosscoder.sparse_code(piece) for piece in torch.split(x, size)]
     return SparseCode(
         token=torch.cat([part.token + index * size for index, part in enumerate(parts)]),

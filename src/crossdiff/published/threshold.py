@@ -8,7 +8,7 @@ import torch
 from crossdiff.activations.store import Store
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
-from crossdiff.latents.stream import PIECE_BYTES
+from crossdiff.latents.stream import piece_tokens
 from crossdiff.published.coder import PublishedCoder, UnsetThreshold
 from crossdiff.shapes import Float, Tensor
 
@@ -45,7 +45,7 @@ def estimate_threshold(coder: PublishedCoder, sources: tuple[str, ...], store: S
 def _smallest(relu: Crosscoder, x: Float[Tensor, "token source d_model"], weight: Float[Tensor, " latent"], n: int) -> float:
     """The smallest of the n largest positive f * weight; 0 if nothing is active."""
     kept = torch.zeros(0)
-    for piece in torch.split(x, max(1, PIECE_BYTES // (relu.n_latents * x.element_size()))):
+    for piece in torch.split(x, piece_tokens(relu.n_latents, x)):
         v = relu.pre_activations(piece).relu() * weight
         kept = torch.cat([kept, v[v > 0]])
         kept = kept.topk(min(n, len(kept)), sorted=False).values
