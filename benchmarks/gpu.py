@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -27,7 +30,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import torch
+from latent_scaling import make
 from train_step import N_SOURCES, Case, Dense, Ours, inputs
 
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig
@@ -37,6 +43,8 @@ from crossdiff.crosscoder.kernels import SparseCode, above, matmul
 from crossdiff.crosscoder.losses import Loss, TokensSinceFired
 from crossdiff.crosscoder.structure import constraint_of
 from crossdiff.crosscoder.trainer import Trainer
+from crossdiff.latents.scaling import ScalingAccumulator
+from crossdiff.latents.stream import Read, coded, encode
 
 PAPER = Case(2304, 73_728, 2048, 100)
 TINY = Case(24, 96, 32, 3)
@@ -316,12 +324,79 @@ def dense(machine: Machine) -> dict[str, Any]:
     return rows
 
 
+def training(machine: Machine) -> dict[str, Any]:
+    """A small diff of the embedded pair whose crosscoder is trained and analysed on the CPU, and one on the device.
+
+    Both read the same store. The trainings differ by rounding alone, which moves single latents, not what is found.
+    """
+    few, many = (20, 120) if machine.tiny else (400, 3000)
+    settings = {
+        "base": "demo:base", "chat": "demo:chat", "layer": 2,
+        "dataset": [
+            {"path": "demo:plain", "max_documents": few, "heldout_share": 0.2},
+            {"path": "demo:chat_train", "max_documents": many, "heldout_share": 0.2},
+        ],
+        "crosscoders": {"batchtopk": {
+            "sparsity": {"kind": "batchtopk", "k": 32}, "n_latents": 256 if machine.tiny else 1024, "epochs": 1, "seeds": 1,
+            "warmup_steps": 5 if machine.tiny else 100,
+        }},
+        "analyze": {"blocks": 5},
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "settings.yaml").write_text(json.dumps(settings))
+        crossdiff = [sys.executable, "-m", "crossdiff"]
+        harvest = [*crossdiff, "harvest", "cpu", "--config", "settings.yaml", "--device", "cpu"]
+        subprocess.run(harvest, cwd=folder, check=True, capture_output=True)
+        shutil.copytree(folder / "cpu", folder / "device")
+        for run, device in (("cpu", "cpu"), ("device", machine.device.type)):
+            started = time.perf_counter()
+            command = [*crossdiff, "analyze", run, "--device", device]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stdout[-2000:] + done.stderr[-4000:])
+            heldout = json.loads((folder / run / "batchtopk" / "health.json").read_text())["heldout"]
+            verdicts = pl.read_parquet(folder / run / "batchtopk" / "latents.parquet")["verdict"].value_counts()
+            found[run] = {
+                "seconds": time.perf_counter() - started, "fve": heldout["fve"]["total"],
+                "fve_interval": heldout["fve_interval"]["total"], "l0": heldout["l0"], "verdicts": dict(verdicts.iter_rows()),
+            }  # fmt: skip
+    return found
+
+
+def scaling(machine: Machine) -> dict[str, Any]:
+    """Latent scaling of all latents, all targets along both directions, in encodes of the same tokens on the device."""
+    d_model, n_latents, l0, batch, n_chunks = (24, 96, 3, 64, 2) if machine.tiny else (2304, 73_728, 100, 8192, 4)
+    coder, store = make(batch * n_chunks, d_model, n_latents, l0, machine.device)
+    chosen = [store.gather(rows).to(machine.device) for rows in np.array_split(store.rows(), n_chunks)]
+    accumulator = ScalingAccumulator(coder, 1)
+
+    def encoding() -> None:
+        for h in chosen:
+            encode(coder, coder.normalise(h))
+
+    def measuring() -> None:
+        for h in chosen:
+            rows = np.arange(len(h))
+            accumulator.add(coded(coder, store, Read(0, rows, torch.zeros(len(h), dtype=torch.int64), rows[:1], h)))
+
+    alone, both = machine.milliseconds(encoding, 5), machine.milliseconds(measuring, 5)
+    n_tokens = sum(map(len, chosen))
+    return {
+        "encode_ms": alone, "scaling_ms": both, "encodes": both / alone, "tokens_per_s": 1e3 * n_tokens / both,
+        "l0": len(encode(coder, coder.normalise(chosen[0])).values) / len(chosen[0]),
+    }  # fmt: skip
+
+
 PARTS: dict[str, Callable[[Machine, dict[str, Any]], Any]] = {
     "correct": lambda machine, found: correct(machine),
     "peaks": lambda machine, found: peaks(machine),
     "step": lambda machine, found: step(machine, found["peaks"]),
     "kernels": lambda machine, found: kernels_alone(machine, found["peaks"]),
     "dense": lambda machine, found: dense(machine),
+    "training": lambda machine, found: training(machine),
+    "scaling": lambda machine, found: scaling(machine),
 }
 
 

@@ -79,7 +79,7 @@ def _bag_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _along_kernel(  # type: ignore[no-untyped-def]
     table, rows, amounts, bounds, directions, out, n_bags, n_columns, n_models, n_directions,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     bag = tl.program_id(0).to(tl.int64)
     model = tl.program_id(1) % n_models
@@ -93,15 +93,14 @@ def _along_kernel(  # type: ignore[no-untyped-def]
         pair = start + tl.arange(0, ROWS)
         real = pair < last
         row = tl.load(rows + pair, mask=real, other=0).to(tl.int64)
-        tile = tl.load(
-            table + (row[:, None] * n_models + model) * n_columns + column[None, :], mask=real[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)  # fmt: skip
+        place = (row[:, None] * n_models + model) * n_columns + column[None, :]
+        tile = tl.load(table + place, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
         total += tl.load(amounts + pair, mask=real, other=0.0)[:, None] * tile
     vector = tl.sum(total, 0)
     for direction in range(n_directions):
         along = tl.load(directions + (bag * n_directions + direction) * n_columns + column, mask=inside, other=0.0)
-        place = (block * n_directions + direction) * n_models + model
-        tl.store(out + place.to(tl.int64) * n_bags + bag, tl.sum(vector * along, 0))
+        number = (block * n_directions + direction) * n_models + model
+        tl.store(out + number.to(tl.int64) * n_bags + bag, tl.sum(vector * along, 0))
 
 
 @triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
