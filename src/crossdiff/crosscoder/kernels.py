@@ -290,8 +290,8 @@ class Encoded:
             The code (with fewer pairs when fewer are positive), and the smallest kept v (0 when there is none).
         """
         guess, safe = self.guess, self.norms.clamp(min=torch.finfo(self.norms.dtype).tiny)
-        if guess == 0.0 and ranks.size == 1:
-            guess = self._guess_from_a_sample(n_keep)
+        if guess == 0.0:
+            guess = self._guess_from_a_sample(n_keep, ranks)
         while True:
             found = above(self.raw, guess / safe - self.bias)
             if guess == 0.0 or ranks.total(found.number) >= n_keep:
@@ -304,12 +304,13 @@ class Encoded:
             token, latent, f = token[kept], latent[kept], f[kept]
         return SparseCode(token, latent, f, *self.raw.shape), smallest
 
-    def _guess_from_a_sample(self, n_keep: int) -> float:
-        """The v above which some 1.5 times as many pairs are as are to be kept, judging from a few tokens; 0 without tokens."""
+    def _guess_from_a_sample(self, n_keep: int, ranks: Ranks) -> float:
+        """The v above which, judging from a few tokens, some 1.5 times as many pairs are as are to be kept; the same on all ranks."""
         sample = self.raw[:: max(1, len(self.raw) // SAMPLED)]
         v = (sample + self.bias).mul_(self.norms).flatten()
-        n = min(len(v), math.ceil(1.5 * n_keep * len(sample) / max(1, len(self.raw))))
-        return max(0.0, float(v.topk(n, sorted=False).values.min())) if n else 0.0
+        n = min(len(v), math.ceil(1.5 * n_keep / ranks.size * len(sample) / max(1, len(self.raw))))
+        smallest = v.topk(n, sorted=False).values.min() if n else v.new_zeros(())
+        return max(0.0, float(-ranks.maximum(-smallest)))
 
     def largest_of_each_token(self, k: int, ranks: Ranks = ALONE) -> SparseCode:
         """TopK: keep the k largest positive v of each token, among all ranks, each of which has other latents."""
