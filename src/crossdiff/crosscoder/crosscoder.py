@@ -139,12 +139,15 @@ class Crosscoder:
         guess: float = 0.0,
         out: Float[Tensor, "batch latent"] | None = None,
     ) -> Encoded:
-        """The encoder's product: in bfloat16 on an accelerator, into `out` on the CPU. `norms` are those of `norm_sums`."""
-        if x.device.type == "cpu":
-            raw = torch.mm(x.flatten(1), self.encoder.T, out=out)
+        """The encoder's product, into `out` where it is given. `norms` are those of `norm_sums`.
+
+        CUDA multiplies in bfloat16 and adds up in float32. The sums stay float32: rounded to bfloat16, many would be equal,
+        and a selection of the largest would be left to chance.
+        """
+        if x.device.type == "cuda":
+            raw = torch.mm(x.flatten(1).bfloat16(), self.encoder.bfloat16().T, out_dtype=torch.float32)
         else:
-            with torch.autocast(x.device.type, dtype=torch.bfloat16):
-                raw = torch.mm(x.flatten(1), self.encoder.T).float()
+            raw = torch.mm(x.flatten(1), self.encoder.T, out=out)
         return Encoded(raw, self.encoder_bias, norms, self.threshold, self.own, guess)
 
     def pre_activations(self, x: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch latent"]:
@@ -176,13 +179,14 @@ class Part:
     Only these latents are encoded, unless the rule makes them compete with the rest (TopK).
 
     Attributes:
-        crosscoder: a copy with these latents alone, in the order given.
+        crosscoder: a copy with these latents alone, in the order given, on the device of the whole.
     """
 
     def __init__(self, whole: Crosscoder, latents: Int64[Tensor, " chosen"]) -> None:
         self.crosscoder = whole.of_latents(latents)
         self._whole = whole if whole.rule.compares_latents else None
-        self._place = torch.full((whole.n_latents,), -1).index_copy_(0, latents, torch.arange(len(latents)))
+        place = torch.full((whole.n_latents,), -1).index_copy_(0, latents, torch.arange(len(latents)))
+        self._place = place.to(whole.encoder.device)
 
     @property
     def n_latents(self) -> int:
