@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ from crossdiff.published.coder import PublishedCoder, UnsetThreshold, no_normali
 from crossdiff.published.threshold import estimate_threshold
 from crossdiff.run import Run
 from crossdiff.stages.session import Session
+from crossdiff.truth.benchmark import benchmark
+from crossdiff.truth.truth_config import PlantedConfig, TruthConfig
 from crossdiff.yaml_files import read_yaml
 from planted import planted_activations
 from pretend import accelerator
@@ -160,7 +163,7 @@ def test_a_stage_gives_on_the_device_what_it_gives_on_the_cpu(runs: tuple[Path, 
 @pytest.mark.slow
 def test_what_a_stage_loads_is_on_the_device_of_the_run(runs: tuple[Path, Path]) -> None:
     with accelerator() as device:
-        session = Session(Run(runs[1]), validate(RunConfig, read_yaml(runs[1] / "config.yaml"), ""), Console(quiet=True))
+        session = Session(Run.open(runs[1]), validate(RunConfig, read_yaml(runs[1] / "config.yaml"), ""), Console(quiet=True))
         assert session.device == session.crosscoder("diff").encoder.device == session.load_pair().device == device
         assert read_training(runs[1], "batchtopk", session.device).crosscoder.mean.device == device
         assert all(coder.decoder.device == device for coder in ConceptCoder.load(runs[1], session.device).crosscoders)
@@ -288,3 +291,18 @@ def test_a_threshold_is_estimated_on_the_device(tmp_path: Path) -> None:
     with accelerator() as device:
         assert estimate_threshold(coder, ("base", "chat"), store, device) == pytest.approx(expected, rel=1e-5)
     assert expected > 0
+
+
+@pytest.mark.slow
+def test_planted_concepts_are_found_on_the_device(tmp_path: Path) -> None:
+    sizes = {"d_model": 12, "documents": 40, "document_tokens": 20, "topics": 4}
+    planted = PlantedConfig(shared=6, chat_only=3, base_only=2, weaker=1, rotated=1, decoupled=1, **sizes)
+    training = {"n_latents": 32, "epochs": 2, "batch_size": 64, "warmup_steps": 5, "seeds": 2}
+    coders = {"batchtopk": CrosscoderConfig(sparsity=BatchTopKConfig(k=3), **training)}
+    analyze = AnalyzeConfig(blocks=5, batch_tokens=200, min_active=10)
+    config = TruthConfig(planted=planted, crosscoders=coders, analyze=analyze)
+    (tmp_path / "host").mkdir(), (tmp_path / "device").mkdir()
+    expected = asdict(benchmark(tmp_path / "host", config)["batchtopk"])
+    with accelerator() as device:
+        found = asdict(benchmark(tmp_path / "device", config, device=device)["batchtopk"])
+    assert_close(found, expected, "truth")

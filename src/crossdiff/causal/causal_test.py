@@ -72,11 +72,10 @@ def _make_arms(
         table = table.join(contribution, on="latent", how="left", maintain_order="left")
     arms = make_arms(experiment, table, pool, config.seed, crosscoder.n_sources)
     others = [part for arm in arms.arms for part in arm.others]
-    means = torch.zeros(len(GROUPS) + 1, store.d_model)
+    means, device = torch.zeros(len(GROUPS) + 1, store.d_model), crosscoder.encoder.device
     if any(isinstance(part, MeanDifferencePart) for part in others):
-        means = mean_differences(store, config.batch_tokens).float()
+        means = mean_differences(store, config.batch_tokens, device).float()
     numbers = [number for part in others if isinstance(part, PrincipalPart) for number in part.components]
-    device = crosscoder.encoder.device
     return Prepared(arms, means, _principal(store, max(numbers), config.batch_tokens, device) if numbers else None)
 
 
