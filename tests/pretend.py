@@ -1,4 +1,5 @@
 """A pretend accelerator: tensors on a device of their own whose numbers are in ordinary memory, for machines without a GPU.
+Where there is one, the same tests use it.
 
 Within `accelerator()`, factories and `.to(device)` make such tensors. They compute what the CPU computes, and refuse what CUDA
 refuses: to meet a tensor of the CPU other than a single number, to become an array of numpy, or to index a tensor of the CPU.
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -118,7 +120,12 @@ def _module() -> _Module:
 
 @contextmanager
 def accelerator() -> Iterator[torch.device]:
-    """Within the block, there is one accelerator, the device that this yields."""
+    """Within the block, there is one accelerator, the device that this yields: a GPU if there is one, else the pretend one."""
+    if torch.cuda.is_available():
+        # The encoder multiplies in float32, so that results can be compared with those of the CPU.
+        with patch.object(torch.Tensor, "bfloat16", lambda tensor: tensor):
+            yield torch.device("cuda", 0)
+        return
     module = _module()
     before = torch._C._only_lift_cpu_tensors()
     module.found = True
