@@ -16,10 +16,14 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+    pytest.skip("this torch cannot have a device that is written in Python", allow_module_level=True)
 
 NAME = "pretend"
 aten = torch.ops.aten
@@ -29,7 +33,7 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 """Operations `op(self, indices, ...)` whose indices may be on the CPU while `self` is on the device."""
 
 
-class _Module(_DummyBackendModule):  # type: ignore[no-untyped-call]
+class _Module(backend_registration._DummyBackendModule):  # type: ignore[no-untyped-call]
     """What torch asks about the device; it is found by `auto` only within `accelerator()`."""
 
     found = False
@@ -114,7 +118,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _module() -> _Module:
     """Make the device known to torch, which cannot forget it again."""
     module = _Module()
-    _setup_privateuseone_for_python_backend(NAME, module)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, module)
     return module
 
 
