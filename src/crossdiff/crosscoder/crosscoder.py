@@ -12,7 +12,7 @@ import torch
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.config import Kind
-from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode, matmul
+from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode, matmul, product_dtype
 from crossdiff.crosscoder.sparsity import DENSE_ABOVE, Rule, rule_of
 from crossdiff.crosscoder.view import View, identity
 from crossdiff.shapes import Float, Int64, Tensor
@@ -136,10 +136,18 @@ class Crosscoder:
         """The encoder's product `raw` with what the selection needs. `norms` are those of `norm_sums`."""
         return Encoded(raw, self.encoder_bias, norms, self.threshold, self.own, guess)
 
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype of the inputs of the encoder's product: as in training (`matmul`) on a GPU, that of the weights on a CPU."""
+        settings = self.origin.get("settings") or {}
+        return product_dtype(settings.get("matmul", "bfloat16"), self.encoder)
+
     def encode(self, x: Float[Tensor, "batch source d_model"], norms: Float[Tensor, " latent"]) -> Encoded:
-        """The encoder's product, on a GPU from inputs and weights in bfloat16."""
-        columns, encoder = x.flatten(1), self.encoder
-        return self.encoded(matmul(columns, (encoder.bfloat16() if encoder.is_cuda else encoder).T), norms)
+        """The encoder's product, added up in float32. `norms` are those of `norm_sums`.
+
+        Sums rounded to bfloat16 would often be equal, and a selection of the largest would be left to chance.
+        """
+        return self.encoded(matmul(x.flatten(1), self.encoder.to(self.products).T), norms)
 
     def pre_activations(self, x: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch latent"]:
         """sum_s <x_s, e_j^s> + b_j."""
@@ -170,13 +178,14 @@ class Part:
     Only these latents are encoded, unless the rule makes them compete with the rest (TopK).
 
     Attributes:
-        crosscoder: a copy with these latents alone, in the order given.
+        crosscoder: a copy with these latents alone, in the order given, on the device of the whole.
     """
 
     def __init__(self, whole: Crosscoder, latents: Int64[Tensor, " chosen"]) -> None:
         self.crosscoder = whole.of_latents(latents)
         self._whole = whole if whole.rule.compares_latents else None
-        self._place = torch.full((whole.n_latents,), -1).index_copy_(0, latents, torch.arange(len(latents)))
+        place = torch.full((whole.n_latents,), -1).index_copy_(0, latents, torch.arange(len(latents)))
+        self._place = place.to(whole.encoder.device)
 
     @property
     def n_latents(self) -> int:

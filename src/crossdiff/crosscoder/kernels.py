@@ -31,6 +31,11 @@ SAMPLED = 64
 """Number of tokens that suggest where the selection starts to look in the first step."""
 
 
+def product_dtype(matmul: str, weights: Tensor) -> torch.dtype:
+    """The dtype of the inputs of products with these weights, by the setting `matmul`; a CPU has none faster than its own."""
+    return torch.bfloat16 if weights.is_cuda and matmul == "bfloat16" else weights.dtype
+
+
 def matmul(a: Float[Tensor, "row inner"], b: Float[Tensor, "inner column"], out: Tensor | None = None) -> Tensor:
     """a @ b in the dtype of `b`, with sums and result in float32 if that is bfloat16."""
     if b.dtype != torch.bfloat16:
@@ -305,7 +310,7 @@ class Encoded:
         return SparseCode(token, latent, f, *self.raw.shape), smallest
 
     def _guess_from_a_sample(self, n_keep: int, ranks: Ranks) -> float:
-        """The v above which, judging from a few tokens, some 1.5 times as many pairs are as are to be kept; the same on all ranks."""
+        """The v that some 1.5 times as many pairs exceed as are to be kept, judging from a few tokens; the same on all ranks."""
         sample = self.raw[:: max(1, len(self.raw) // SAMPLED)]
         v = (sample + self.bias).mul_(self.norms).flatten()
         n = min(len(v), math.ceil(1.5 * n_keep / ranks.size * len(sample) / max(1, len(self.raw))))

@@ -7,6 +7,7 @@ means, since all have equally many; a sum over latents is the sum of theirs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,7 +135,8 @@ class Loss:
             )  # fmt: skip
             reconstruction = reconstruction_loss(error, squares, self.reconstruction)
             sparsity = rule.penalty(batch)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=read.dtype == torch.bfloat16):
+            in_products = torch.autocast(x.device.type, read.dtype) if read.dtype == torch.bfloat16 else nullcontext()
+            with in_products:
                 aux = rule.auxiliary_loss(batch)
             found = torch.autograd.grad(reconstruction + sparsity + aux, list(weights.values()))
 

@@ -13,6 +13,7 @@ from crossdiff.config import BatchTopKConfig, CrosscoderConfig, L1Config
 from crossdiff.crosscoder.adam import Adam
 from crossdiff.crosscoder.checkpoint import TrainingState
 from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.kernels import product_dtype
 from crossdiff.crosscoder.losses import Loss, StepResult, TokensSinceFired
 from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.structure import constraint_of
@@ -102,11 +103,13 @@ class Trainer:
             crosscoder.encoder.new_zeros(crosscoder.n_latents, dtype=torch.int64), self.schedule.dead_after
         )
         self.adam = Adam.of(
-            crosscoder.parameters(), getattr(torch, config.optimizer_state), products_of(config, crosscoder), config.seed
+            crosscoder.parameters(),
+            getattr(torch, config.optimizer_state),
+            product_dtype(config.matmul, crosscoder.encoder),
+            config.seed,
         )
-        self._wrong = crosscoder.encoder.new_zeros(
-            3, dtype=torch.float64
-        )  # step, loss and norm of the first that is not finite
+        # The first step that is not finite, its loss and its gradient's norm; 0 until there is one.
+        self._wrong = crosscoder.encoder.new_zeros(3, dtype=torch.float64)
         self._raw: Tensor | None = None
 
     @property
@@ -244,11 +247,6 @@ class Trainer:
     def _n_rows(self, name: str) -> int | None:
         """Number of rows of the full parameter; None for the one that does not belong to a latent."""
         return None if name == EVERYWHERE else self.n_latents
-
-
-def products_of(config: CrosscoderConfig, crosscoder: Crosscoder) -> torch.dtype:
-    """The dtype of the inputs of the products: a CPU has none faster than the crosscoder's own."""
-    return torch.bfloat16 if crosscoder.encoder.is_cuda and config.matmul == "bfloat16" else crosscoder.encoder.dtype
 
 
 def _check_split(batch_size: int, n_latents: int, mesh: Mesh) -> None:
