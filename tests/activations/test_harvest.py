@@ -154,7 +154,7 @@ def test_padding_is_below_five_percent(store: Store, pair: Pair, datasets: tuple
 def test_a_stopped_harvest_resumes_to_the_same_store(
     tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], layers: list[int]
 ) -> None:
-    original, calls = module.paired_residuals, 0
+    original, calls = module.ForwardPass, 0
 
     def counted(*arguments: object) -> object:
         nonlocal calls
@@ -167,7 +167,7 @@ def test_a_stopped_harvest_resumes_to_the_same_store(
     for folder in folders.values():
         folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "paired_residuals", counted)
+        patch.setattr(module, "ForwardPass", counted)
         with pytest.raises(Killed):
             harvest(folders, pair, datasets, SETTINGS)
     assert not (folders[1] / "manifest.json").exists()
@@ -181,7 +181,7 @@ def test_a_stopped_harvest_resumes_to_the_same_store(
         log.write_text("".join(whole) + '{"file": "shard-00')
     calls = -100
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "paired_residuals", counted)
+        patch.setattr(module, "ForwardPass", counted)
         harvest(folders, pair, datasets, SETTINGS)
     assert shards(folders[1]) == shards(store.folder)
     assert Store(folders[1]).manifest["shards"] == store.manifest["shards"]
