@@ -92,6 +92,8 @@ def harvest(
     settings = {layer: _settings(pair, layer, datasets, config) for layer in sorted(folders)}
     logs = {layer: ProgressLog(folders[layer], each, ranks.rank) for layer, each in settings.items()}
     ranks.wait()
+    if config.compile:
+        pair.compile()
     n_shards, rules = _write_shards(logs, pair, texts, config, ranks)
     if not one_sided:
         texts.check_sides()  # the shards stay, so a repetition with one_sided finishes at once

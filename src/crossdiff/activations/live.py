@@ -124,6 +124,8 @@ def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
     dtype = store.manifest.get("model_dtype", pair.dtype)  # earlier versions did not record it
     if pair.dtype != dtype:
         raise UserError(f"the live store {folder} was harvested in {dtype}, not in {pair.dtype}; set model_dtype to {dtype}")
+    if store.manifest.get("compile"):
+        pair.compile()
     return LiveStore(folder, pair)
 
 
