@@ -135,12 +135,13 @@ def random_pair(kind: str, sizes: Sizes, device: torch.device, tokenizer: Any) -
     return Pair(models[0], models[1], tokenizer, {source: {"name": f"random {kind}"} for source in ("base", "chat")})
 
 
-def write_words(path: Path, tokenizer: Any, n_tokens: int) -> DatasetConfig:
-    """A file with one text of about `n_tokens` tokens or more."""
-    generator = random.Random(0)
-    words = " ".join(generator.choices(["the", "sea", "is", "cold", "and", "birds", "cry", "over", "grey", "stones"], k=100))
-    times = -(-n_tokens // len(tokenizer(words, add_special_tokens=False)["input_ids"]))
-    path.write_text(json.dumps({"text": " ".join([words] * times)}) + "\n")
+def write_words(path: Path, tokenizer: Any, n_tokens: int, length: int) -> DatasetConfig:
+    """A file of texts of about eight sequences of `length` tokens each, with `n_tokens` tokens or a little more."""
+    words = random.Random(0).choices(["the", "sea", "is", "cold", "and", "birds", "cry", "over", "grey", "stones"], k=100)
+    times = -(-8 * length // len(tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]))
+    with path.open("w") as file:
+        for _ in range(-(-n_tokens // (8 * length))):
+            file.write(json.dumps({"text": " ".join(words * times)}) + "\n")
     return DatasetConfig(path=str(path), heldout_share=0, max_tokens=n_tokens)
 
 
@@ -163,24 +164,25 @@ def synchronised_seconds(work: Callable[[], None], device: torch.device) -> floa
 def measure_variant(
     pair: Pair, sizes: Sizes, device: torch.device, config: HarvestConfig, n_batches: int, folder: Path
 ) -> dict[str, float]:
-    """Measure the forward passes alone and the harvest, on the same batches, after a short warm-up of both."""
+    """Measure the forward passes alone and the harvest on the same batches, of a short and of a long corpus, once warm."""
     layer = sizes.num_hidden_layers - 1
-    short = (write_words(folder / "short.jsonl", pair.tokenizer, 3 * config.batch_tokens),)
-    long = (write_words(folder / "long.jsonl", pair.tokenizer, n_batches * config.batch_tokens),)
-    batches = [
-        right_padded([sequence.token_ids for sequence in batch])[0]
-        for batch in bucketed(Texts(long, pair.tokenizer, config, lambda: None).sequences(), config.batch_tokens, POOL)
-    ]
-    n_tokens = sum(ids.numel() for ids in batches)
-    one_after_the_other(pair, [*batches[:2], *batches[-1:]], layer)
-    full_harvest(pair, short, config, layer, folder)
-    alone = synchronised_seconds(partial(one_after_the_other, pair, batches, layer), device)
-    whole = synchronised_seconds(partial(full_harvest, pair, long, config, layer, folder), device)
+    found = []
+    for name, n in (("warm-up", 2), ("short", 4), ("long", 4 + n_batches)):
+        texts = (write_words(folder / f"{name}.jsonl", pair.tokenizer, n * config.batch_tokens, config.max_length),)
+        batches = [
+            right_padded([sequence.token_ids for sequence in batch])[0]
+            for batch in bucketed(Texts(texts, pair.tokenizer, config, lambda: None).sequences(), config.batch_tokens, POOL)
+        ]
+        alone = synchronised_seconds(partial(one_after_the_other, pair, batches, layer), device)
+        whole = synchronised_seconds(partial(full_harvest, pair, texts, config, layer, folder), device)
+        found.append((sum(ids.numel() for ids in batches), alone, whole))
+    _, short, (n_tokens, alone, whole) = found
     return {
         "tokens": n_tokens,
         "forward_seconds": alone,
         "harvest_seconds": whole,
         "ratio": whole / alone,
+        "marginal_ratio": (whole - short[2]) / (alone - short[1]),
         "tokens_per_second": n_tokens / whole,
         "forward_tokens_per_second": n_tokens / alone,
         "forward_flops_per_second": flops_per_token(pair, sizes, config.max_length) * n_tokens / alone,
@@ -206,8 +208,9 @@ def measure_on_device(
 
     Returns:
         For each of "gemma2", "gemma2 compiled", "llama" and "llama compiled" that there was time for: tokens (with padding),
-        seconds of the forward passes of both models alone and of the harvest, their ratio, tokens/s of both, and FLOP/s of
-        the forward passes. Compiled: also the seconds that compiling took.
+        seconds of the forward passes of both models alone and of the harvest, their ratio, the ratio of what `n_batches` more
+        batches take (without the texts read before the first pass, and the shard written after the last one), tokens/s of
+        both, and FLOP/s of the forward passes. Compiled: also the seconds that compiling took.
     """
     started, found = time.perf_counter(), dict[str, dict[str, float]]()
     tokenizer = load_tokenizer("demo:chat")

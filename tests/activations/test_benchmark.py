@@ -41,7 +41,7 @@ def test_measures_random_pairs_as_they_are_and_compiled(
     assert list(found) == ["gemma2", "gemma2 compiled", "llama", "llama compiled"]
     assert compiled == ["random gemma2", "random gemma2", "random llama", "random llama"]
     for numbers in found.values():
-        assert 5 * 256 <= numbers["tokens"] < 8 * 256
+        assert 9 * 256 <= numbers["tokens"] < 12 * 256
         assert numbers["ratio"] == pytest.approx(numbers["harvest_seconds"] / numbers["forward_seconds"])
         assert numbers["tokens_per_second"] == pytest.approx(numbers["tokens"] / numbers["harvest_seconds"])
     # Of each Llama and token: q and o 32 x 32, k and v 32 x 16, three of 32 x 64 and two norms; 2 x 64 keys of 32 dimensions.

@@ -99,6 +99,14 @@ def test_layers_of_one_pass_are_the_stores_of_a_pass_each(
     torch.testing.assert_close(other.gather(np.arange(ids.shape[1]))[:, 1], expected[0], rtol=0, atol=1e-5)
 
 
+def test_a_batch_in_flight_changes_nothing(
+    tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
+    harvest({1: tmp_path}, pair, datasets, SETTINGS)
+    assert shards(tmp_path) == shards(store.folder)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 0.5 / 127)])
 def test_narrow_dtypes_are_close_to_float32(
     tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], dtype: str, tolerance: float

@@ -33,7 +33,7 @@ from crossdiff.activations.shards import (
 )
 from crossdiff.activations.store import COLUMNS, DTYPES, FORMAT, Store
 from crossdiff.activations.texts import Texts
-from crossdiff.activations.transfer import ToHost, send
+from crossdiff.activations.transfer import ToHost, is_asynchronous, send
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
@@ -143,8 +143,9 @@ def _write_shards(
             elif ranks.has(number):
                 firsts = (n_before + np.cumsum([0, *map(len, batches)])).tolist()
                 started = (_Batch(batch, first, pair, layers, dtype) for batch, first in zip(batches, firsts, strict=False))
-                for added in after_next(started):
-                    added.add(writers.buffers, [rules[layer] for layer in layers], texts.in_statistics)
+                # On the CPU, another batch in progress would only take memory.
+                for running in after_next(started) if is_asynchronous(pair.device) else started:
+                    running.add(writers.buffers, [rules[layer] for layer in layers], texts.in_statistics)
                 writers.flush(number, n_sequences, (time.time() - since) / ranks.size)
                 since = time.time()
             n_before += n_sequences
@@ -261,6 +262,7 @@ class _Batch:
             counted = torch.from_numpy(training) & (columns["position"] >= rule.leave_out) & ordinary
             chosen = send(counted.nonzero().squeeze(1), streams[0].device)
             buffer.moments.add([stream.index_select(0, chosen) for stream in streams])
+        del self._forward, self._stored, self._arriving  # the memory, before the next batch needs it
 
     def _check_fits(self, stream: Tensor, norms: Tensor, dtype: torch.dtype) -> None:
         try:
