@@ -193,7 +193,7 @@ def measure_on_device(
     device: torch.device,
     seconds_limit: float,
     batch_tokens: int = 16_384,
-    n_batches: int = 20,
+    n_batches: int = 16,
     max_length: int = 1024,
     dtype: str = "float16",
     sizes: Sizes = Sizes(),
