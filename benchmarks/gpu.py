@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from harvest import Sizes, measure_on_device
 from latent_scaling import make
 from train_step import N_SOURCES, Case, Dense, Ours, inputs
 
@@ -365,6 +366,15 @@ def training(machine: Machine) -> dict[str, Any]:
     return found
 
 
+def harvests(machine: Machine) -> dict[str, Any]:
+    """Harvests of random pairs of Gemma 2 2B's size, in times of their forward passes."""
+    if machine.tiny:
+        sizes = Sizes(32, 2, 64, 2, 1, 16, 4096)
+        return dict(measure_on_device(machine.device, 60, batch_tokens=256, n_batches=3, max_length=64, sizes=sizes))
+    machine.reset()
+    return dict(measure_on_device(machine.device, 45))
+
+
 def scaling(machine: Machine) -> dict[str, Any]:
     """Latent scaling of all latents, all targets along both directions, in encodes of the same tokens on the device."""
     d_model, n_latents, l0, batch, n_chunks = (24, 96, 3, 64, 2) if machine.tiny else (2304, 73_728, 100, 8192, 4)
@@ -396,6 +406,7 @@ PARTS: dict[str, Callable[[Machine, dict[str, Any]], Any]] = {
     "kernels": lambda machine, found: kernels_alone(machine, found["peaks"]),
     "dense": lambda machine, found: dense(machine),
     "training": lambda machine, found: training(machine),
+    "harvest": lambda machine, found: harvests(machine),
     "scaling": lambda machine, found: scaling(machine),
 }
 

@@ -138,7 +138,7 @@ class Crosscoder:
 
     @property
     def products(self) -> torch.dtype:
-        """The dtype of the inputs of the encoder's product: as in training (`matmul`) on a GPU, that of the weights on a CPU."""
+        """The dtype that the encoder's product reads: as in training (`matmul`) on a GPU, that of the weights on a CPU."""
         settings = self.origin.get("settings") or {}
         return product_dtype(settings.get("matmul", "bfloat16"), self.encoder)
 

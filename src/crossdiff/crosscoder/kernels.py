@@ -310,7 +310,7 @@ class Encoded:
         return SparseCode(token, latent, f, *self.raw.shape), smallest
 
     def _guess_from_a_sample(self, n_keep: int, ranks: Ranks) -> float:
-        """The v that some 1.5 times as many pairs exceed as are to be kept, judging from a few tokens; the same on all ranks."""
+        """The v that about 1.5 times as many pairs exceed as are to be kept, judging from a few tokens; equal on all ranks."""
         sample = self.raw[:: max(1, len(self.raw) // SAMPLED)]
         v = (sample + self.bias).mul_(self.norms).flatten()
         n = min(len(v), math.ceil(1.5 * n_keep / ranks.size * len(sample) / max(1, len(self.raw))))
