@@ -102,9 +102,7 @@ def export(args: Namespace) -> None:
         if args.concepts or args.latents:
             raise UserError("--concepts and --latents choose the cards of a page; omit them, or --format")
         if is_page:
-            raise UserError(
-                f"--format writes a folder, but {args.output} is the name of a page; omit --format, or name a folder"
-            )
+            raise UserError(f"--format writes a folder, but {args.output} names a page; name a folder, or omit --format")
         _export_weights(args)
         return
     if not is_page:
