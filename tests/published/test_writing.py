@@ -57,7 +57,7 @@ def write_run(folder: Path, **coders: Crosscoder) -> Path:
         settings["crosscoders"][name]["inputs"] = {"kind": kind} | ({"source": "chat"} if kind == "single" else {})
         if hasattr(each.sparsity, "k"):
             settings["crosscoders"][name]["sparsity"]["k"] = each.sparsity.k
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return folder
 
 
