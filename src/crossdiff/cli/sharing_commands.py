@@ -103,7 +103,10 @@ def export(args: Namespace) -> None:
             raise UserError("--concepts and --latents choose the cards of a page; omit them, or --format")
         if is_page:
             raise UserError(f"--format writes a folder, but {args.output} names a page; name a folder, or omit --format")
-        _export_weights(args)
+        from crossdiff.published.writing import export_crosscoder
+
+        name, reading = export_crosscoder(args.directory, args.crosscoder, args.format, args.output)
+        print(f"{name} written to {args.output}; {args.format} reads it with {reading}")
         return
     if not is_page:
         raise UserError(
@@ -115,15 +118,6 @@ def export(args: Namespace) -> None:
     n_concepts, n_latents = export_page(args.directory, args.crosscoder, args.latents, args.concepts, args.output)
     parts = [f"{n} {what}" for n, what in ((n_concepts, "concepts"), (n_latents, "latents")) if n]
     print(f"{' and '.join(parts) or 'nothing'} written to {args.output}")
-
-
-def _export_weights(args: Namespace) -> None:
-    from crossdiff.diff import open as open_run
-    from crossdiff.published.writing import export_crosscoder
-
-    opened = open_run(args.directory, args.crosscoder)
-    reading = export_crosscoder(opened.crosscoder, opened.name, args.format, args.output)
-    print(f"{opened.name} written to {args.output}; {args.format} reads it with {reading}")
 
 
 def push(args: Namespace) -> None:

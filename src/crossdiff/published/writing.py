@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from crossdiff.config import BatchTopKConfig, JumpReLUConfig, L1Config, TopKConfig
 from crossdiff.crosscoder.checkpoint import save
 from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.diff import open as open_run
 from crossdiff.errors import UserError
 from crossdiff.files import explain_disk_error, replacing, write_json
 from crossdiff.published.coder import constant_factor
@@ -34,20 +35,22 @@ LARGEST = torch.finfo(torch.float32).max
 INSTEAD = "`crossdiff push` publishes it in crossdiff's own format"
 
 
-def export_crosscoder(crosscoder: Crosscoder, name: str, layout: str, folder: Path) -> str:
+def export_crosscoder(run: Path, name: str | None, layout: str, folder: Path) -> tuple[str, str]:
     """Write a crosscoder of a run into a new or empty folder, which appears when it is complete.
 
     Args:
-        name: the crosscoder's name, for messages.
+        name: which crosscoder; default: as for `crossdiff.open`.
         layout: one of `published.LAYOUTS`.
 
     Returns:
-        The Python expression that reads it with the other library.
+        The crosscoder's name, and the Python expression that reads the folder with the other library.
 
     Raises:
         UserError: the layout cannot hold the crosscoder, or the folder is in use or cannot be written.
     """
     _check_folder(folder)
+    opened = open_run(run, name)
+    crosscoder, name = opened.crosscoder, opened.name
     _check_fits(crosscoder, name, layout)
     batch = "BatchTopK" if isinstance(crosscoder.sparsity, BatchTopKConfig) else ""
     files, reading = None, f"{batch}CrossCoder.from_pretrained({str(folder)!r}, from_hub=True)"
@@ -63,7 +66,7 @@ def export_crosscoder(crosscoder: Crosscoder, name: str, layout: str, folder: Pa
         raise explain_disk_error(error, folder) or UserError(
             f"cannot write {folder}: {error}; choose another folder with -o"
         ) from None
-    return reading
+    return name, reading
 
 
 def _check_folder(folder: Path) -> None:
