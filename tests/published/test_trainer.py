@@ -14,7 +14,10 @@ from test_formats import IDENTIFIER, D, F, N, batch_topk, check, dense, fork_out
 from torch import Tensor
 
 from crossdiff.cli import run_command
+from crossdiff.config import FreeConfig
 from crossdiff.crosscoder.checkpoint import load
+from crossdiff.crosscoder.losses import Loss, TokensSinceFired
+from crossdiff.crosscoder.structure import constraint_of
 from crossdiff.errors import UserError
 from crossdiff.latents.decoder import delta_norm
 from crossdiff.published.formats import read_published
@@ -161,6 +164,62 @@ def test_the_type_of_the_sparsity_loss_is_the_code_normalisation(
 def test_a_code_normalisation_that_is_unclear_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     save_file(fork_tensors() | batch_topk(3, 1.1), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        read_published(tmp_path)
+
+
+@pytest.mark.parametrize(("squared", "kind", "mu"), [(True, "squared", 0.2), (False, "norm", 0.1)])
+def test_the_mu_of_a_training_is_stated_in_our_terms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], squared: bool, kind: Any, mu: float
+) -> None:
+    """The trainer's loss by hand is ours of the stated mu, or with `use_mse_loss` half of ours for two sources."""
+    tensors = fork_tensors()
+    save_file(tensors, tmp_path / "model.safetensors")
+    trainer = {"l1_penalty": 0.1, "use_mse_loss": squared, "code_normalization": "CROSSCODER"}
+    (tmp_path / "trainer_config.json").write_text(json.dumps({"trainer": trainer}))
+    run_command(["import", str(tmp_path), str(tmp_path / "ours")])
+    read = load(tmp_path / "ours")
+    said = read.origin["published"]
+    assert (said["reconstruction"], said["l1_penalty"], said["use_mse_loss"]) == (kind, 0.1, squared)
+    assert said["mu"] == pytest.approx(mu)
+    words = f"l1_penalty 0.1 {'and' if squared else 'without'} use_mse_loss; on the same inputs, that is mu {mu:g} with"
+    assert f"{words} reconstruction {kind} here" in capsys.readouterr().out
+    f, xhat = fork_output(tensors, inputs(2))
+    squares = (inputs(2) - xhat).pow(2).sum(2)  # [token, source]
+    error = squares.mean() if squared else squares.sqrt().mean()
+    theirs = error + 0.1 * (f * tensors["decoder.weight"].double().norm(dim=2).sum(0)).sum(1).mean()
+    constraint = constraint_of(FreeConfig(), F, 2)
+    since = TokensSinceFired(torch.zeros(F, dtype=torch.int64), 10**9)
+    ours = Loss(read, kind, constraint).gradients(inputs(2).float(), since, weight=said["mu"])
+    assert ours.loss == pytest.approx(float(theirs) * (2 if squared else 1), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "more"),
+    [
+        ({"l1_penalty": 0.1}, {}),
+        ({"use_mse_loss": True}, {}),
+        ({"l1_penalty": 0.1, "use_mse_loss": True}, {"code_normalization_id": torch.tensor(2)}),
+        ({"l1_penalty": 0.1, "use_mse_loss": True}, batch_topk(3, 1.0)),
+    ],
+    ids=["of an unknown loss", "without a weight", "of another measure", "of BatchTopK"],
+)
+def test_no_mu_is_stated(tmp_path: Path, trainer: dict[str, Any], more: dict[str, Tensor]) -> None:
+    save_file(fork_tensors() | more, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(trainer))
+    assert "mu" not in read_published(tmp_path).origin["published"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"l1_penalty": "much", "use_mse_loss": True}, "have l1_penalty 'much', expected a number"),
+        ({"l1_penalty": 0.1, "use_mse_loss": "yes"}, "have use_mse_loss 'yes', expected true or false"),
+    ],
+)
+def test_a_loss_of_another_shape_is_refused(tmp_path: Path, trainer: dict[str, Any], message: str) -> None:
+    save_file(fork_tensors(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(trainer))
     with pytest.raises(UserError, match=message):
         read_published(tmp_path)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from crossdiff.cli.options import Commands
 from crossdiff.errors import UserError
+from crossdiff.published import LAYOUTS
 
 if TYPE_CHECKING:
     from crossdiff.crosscoder.crosscoder import Crosscoder
@@ -23,14 +24,19 @@ def add(commands: Commands) -> None:
     parser.add_argument("--no-live", action="store_true", help="load no models: tables and examples only")
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="write pictures of every page there instead of serving")
 
-    parser = commands.add("export", "write concepts or latents as one self-contained page", export, abbreviations=False)
-    parser.add_argument("directory", type=Path, metavar="RUN", help="run directory with an analysed crosscoder")
+    summary = "write concepts or latents as one self-contained page, or with --format a crosscoder for others' tools"
+    parser = commands.add("export", summary, export, abbreviations=False)
+    parser.add_argument("directory", type=Path, metavar="RUN", help="run directory; a page needs an analysed crosscoder")
     text = "numbers, ranges such as 3-9, or verdicts such as chat_specific"
     which = f"{text}; also `replicated` [replicated, unless --latents is given]"
     parser.add_argument("--concepts", nargs="+", default=[], metavar="CONCEPT", help=which)
     parser.add_argument("--latents", nargs="+", default=[], metavar="LATENT", help=text)
     parser.add_argument("--crosscoder", help="which crosscoder of the run [the first BatchTopK one]")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE", help="the page to write, such as page.html")
+    text = "write the crosscoder's weights for a library instead: dictionary_learning (the paper's fork) takes crosscoders and "
+    text += "SAEs of the kinds l1 and batchtopk, saelens takes SAEs of every kind; an SAE reads one model"
+    parser.add_argument("--format", choices=LAYOUTS, help=text)
+    text = "the page to write, such as page.html; with --format, the folder"
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help=text)
 
     parser = commands.add("push", "publish a run on the Hugging Face Hub, with a generated model card", push)
     parser.add_argument("run", type=Path, help="run directory; it is only read")
@@ -91,10 +97,24 @@ def dashboard(args: Namespace) -> None:
 
 
 def export(args: Namespace) -> None:
+    is_page = args.output.suffix.lower() in (".html", ".htm")
+    if args.format is not None:
+        if args.concepts or args.latents:
+            raise UserError("--concepts and --latents choose the cards of a page; omit them, or --format")
+        if is_page:
+            raise UserError(f"--format writes a folder, but {args.output} names a page; name a folder, or omit --format")
+        from crossdiff.published.writing import export_crosscoder
+
+        name, reading = export_crosscoder(args.directory, args.crosscoder, args.format, args.output)
+        print(f"{name} written to {args.output}; {args.format} reads it with {reading}")
+        return
+    if not is_page:
+        raise UserError(
+            f"the page {args.output} has no name that ends in .html; choose another one with -o, such as page.html, or write "
+            "the crosscoder into a folder with --format"
+        )
     from crossdiff.dashboard.export import export_page
 
-    if args.output.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"the page {args.output} has no name that ends in .html; choose another one with -o, such as page.html")
     n_concepts, n_latents = export_page(args.directory, args.crosscoder, args.latents, args.concepts, args.output)
     parts = [f"{n} {what}" for n, what in ((n_concepts, "concepts"), (n_latents, "latents")) if n]
     print(f"{' and '.join(parts) or 'nothing'} written to {args.output}")

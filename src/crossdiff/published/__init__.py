@@ -11,3 +11,6 @@ WEIGHTS = (
 )
 """File of the weights in a coder's folder: ours and the fork's of `dictionary_learning`, Kissane's, SAELens', sparsify's,
 `dictionary_learning`'s and its fork's local one, and Gemma Scope's."""
+
+LAYOUTS = ("dictionary_learning", "saelens")
+"""Layouts of others that crosscoders trained here can be written in, see `writing`."""

@@ -175,7 +175,7 @@ class PublishedCoder:
             case JumpReLU(thresholds):
                 return JumpReLUConfig(), 0.0, {"log_threshold": thresholds.log()}
             case TopK(k, threshold, weight):
-                factor = _constant_factor(norms, weight)
+                factor = constant_factor(norms, weight)
                 if threshold is None and factor is None:
                     raise UserError(
                         f"{self.path} is a TopK coder ({self.origin['published']['format']}) that ranks a token's latents by "
@@ -191,7 +191,7 @@ class PublishedCoder:
                 return BatchTopKConfig(k=k), threshold * factor, {}
 
 
-def _constant_factor(norms: Float64[Tensor, " latent"], weight: Float64[Tensor, " latent"]) -> float | None:
+def constant_factor(norms: Float64[Tensor, " latent"], weight: Float64[Tensor, " latent"]) -> float | None:
     """The c of norms = c * weight, or None. A latent for which both are 0 is never active and fits any c."""
     counts = (norms > 0) | (weight > 0)
     if not bool(counts.any()):

@@ -100,6 +100,12 @@ def notes_on(published: dict[str, Any]) -> list[str]:
         )
     if "estimated_threshold" in published:
         notes.append(f"its threshold was never set; {published['estimated_threshold']:.6g} was estimated in its own measure")
+    if "mu" in published:
+        notes.append(
+            f"it was trained with l1_penalty {published['l1_penalty']:g} {'and' if published['use_mse_loss'] else 'without'} "
+            f"use_mse_loss; on the same inputs, that is mu {published['mu']:g} with reconstruction "
+            f"{published['reconstruction']} here"
+        )
     if str(published.get("normalisation")).startswith("a scale per"):
         notes.append(
             f"it normalises with {published['normalisation']}, which is folded into its weights: v, directions, delta_norm and "

@@ -62,6 +62,8 @@ def read_crosscoder(tensors: TensorFile) -> PublishedCoder:
     tensors.finish()
     architecture = f"{'BatchTopKCrossCoder' if has_k else 'CrossCoder'}, code normalisation {measure}"
     origin = _origin(tensors, architecture, layer_of(config), activation)
+    if not has_k and measure == "CROSSCODER":
+        origin["published"] |= _training(tensors, config)
     return PublishedCoder(tensors.path, encoder, encoder_bias, decoder, decoder_bias, normalisation, activation, origin)
 
 
@@ -95,6 +97,23 @@ def _origin(tensors: TensorFile, architecture: str, layer: int | None, activatio
     if isinstance(activation, UnsetThreshold):
         origin["published"] |= {"threshold": "never set", "k": activation.k}
     return origin
+
+
+def _training(tensors: TensorFile, config: dict[str, Any]) -> dict[str, Any]:
+    """The loss of an L1 training in our terms, on inputs that are normalised as in the file; empty if the settings lack it.
+
+    `use_mse_loss` averages the squared error over tokens and sources, of which `squared` takes the sum over sources: its
+    l1_penalty weighs as much as a mu that is larger by their number. Without it, the loss is our `norm`.
+    """
+    squared = config.get("use_mse_loss")
+    if config.get("l1_penalty") is None or squared is None:
+        return {}
+    if not isinstance(squared, bool):
+        raise UserError(f"the settings beside {tensors.path} have use_mse_loss {squared!r}, expected true or false")
+    penalty = number(config, "l1_penalty", 0.0, tensors.path)
+    mu = penalty * tensors.sizes["source"] if squared else penalty
+    kind = "squared" if squared else "norm"
+    return {"l1_penalty": penalty, "use_mse_loss": squared, "reconstruction": kind, "mu": mu}
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
