@@ -30,7 +30,8 @@ COUNTS = {
     ),
     "chat_specific_paper": (
         "chat-specific, paper's rule",
-        "both nu under their limits without regard to their intervals, and chat-only by delta_norm",
+        "nu_error and nu_reconstruction (with bias) under their limits without regard to their intervals, and chat-only by "
+        "delta_norm",
     ),
     "template_only": ("chat-specific, template tokens only", "almost all of its active tokens belong to the chat template"),
     "complete_shrinkage": (

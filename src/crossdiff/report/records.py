@@ -153,9 +153,7 @@ class NullDiff(Record):
     def split(self, directory: Path) -> tuple[dict[str, NullRates], tuple[str, ...]]:
         """The rates that belong to the present verdicts of a run, and the crosscoders that were analysed otherwise since."""
         outdated = tuple(
-            name
-            for name, rates in self.crosscoders.items()
-            if rates.analysis is not None and rates.analysis != verdict_settings(directory / name)
+            name for name, rates in self.crosscoders.items() if rates.analysis != verdict_settings(directory / name)
         )
         return {name: rates for name, rates in self.crosscoders.items() if name not in outdated}, outdated
 
