@@ -157,7 +157,12 @@ def test_a_latents_card_shows_its_measures_and_escapes_the_text(run_path: Path) 
     # The page's own rules for the root and the body would restyle the notebook.
     sheet = page[page.index("<style>") : page.index("</style>")]
     assert "@scope (.crossdiff)" in sheet and ":root" not in sheet and "\nbody" not in sheet
-    assert "chat-specific" in repr(view) and "nu_error" in repr(view)
+    lines = {line[:36].strip(): line[36:] for line in repr(view).splitlines()[1:]}
+    nu = crossdiff.open(run_path).latents["nu_reconstruction_nobias"][3]
+    assert "chat-specific" in repr(view) and "nu_error" in lines
+    assert lines["nu_reconstruction (without bias)"].startswith(f"{nu:.2f} [".replace("-", "\N{MINUS SIGN}"))
+    assert lines["nu_reconstruction (with bias)"].startswith(f"{nu - 2:.2f} [".replace("-", "\N{MINUS SIGN}"))
+    assert lines["rank sum"] == "8" and "rank by nu_error plus rank by nu_reconstruction (without bias)" in page
     examples = crossdiff.open(run_path).examples(3)
     assert len(examples) == 7 and repr(examples).startswith("<7 examples of latent 3, maxima 4, 3.75")
     assert examples._repr_html_().count('class="example"') == 7

@@ -25,13 +25,14 @@ from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SCHEMA
 from crossdiff.latents.settings import verdict_settings
-from crossdiff.report import concept_wording
+from crossdiff.report import concept_wording, wording
 from crossdiff.report.concept_cards import concept_card, groups
 from crossdiff.report.concept_reading import check_concept, read_concepts
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.html import render_html
 from crossdiff.report.model_card import markdown, model_card
 from crossdiff.report.reading import read_run
+from crossdiff.report.tables import estimate
 
 
 @pytest.fixture
@@ -162,6 +163,10 @@ def test_no_candidate_at_all_is_said(run: Path) -> None:
 def test_few_words_say_the_verdict(run: Path) -> None:
     cards = {card.number: card for group in groups(concepts_of(run)) for card in group.cards}
     assert cards[0].verdict.startswith("New in the chat model. Of its chat direction, the base model has ")
+    row = pl.read_parquet(run / "concepts" / "concepts.parquet").row(0, named=True)
+    judges, other = (wording.interval(estimate(row, nu)) for nu in ("nu_reconstruction_nobias", "nu_reconstruction"))
+    assert judges != other
+    assert f"and {judges} in what other latents explain (nu_reconstruction without bias; {other} with bias)" in cards[0].verdict
     assert cards[1].verdict.startswith("Changed (rotated): both models have it, in another direction (cosine of the two 0.90)")
     assert cards[0].chips == (
         "replicated 3 of 4 trainings",
@@ -201,9 +206,11 @@ def test_damage_is_named(run: Path, file: str, text: str, message: str) -> None:
 
 def test_a_table_of_an_earlier_version_is_refused(run: Path) -> None:
     path = run / "concepts" / "concepts.parquet"
-    pl.read_parquet(path).drop("words").write_parquet(path)
-    with pytest.raises(UserError, match="lacks the columns words; run `crossdiff concepts` again with this version"):
-        read_run(run)
+    table = pl.read_parquet(path)
+    for column in ("words", "rank_sum_paper"):  # verdicts of a table without the latter rest on another nu
+        table.drop(column).write_parquet(path)
+        with pytest.raises(UserError, match=f"lacks the columns {column}; run `crossdiff concepts` again with this version"):
+            read_run(run)
 
 
 def test_latents_with_a_nu_out_of_range_are_not_ranked(run: Path) -> None:

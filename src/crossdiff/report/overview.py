@@ -168,7 +168,8 @@ def caveats(report: RunReport) -> list[str]:
     if (massive := wording.massive(report)) is not None:
         found.append(massive)
     found += [
-        f"{name} was analysed with other limits since its null diff, which is left out; run `crossdiff null` again."
+        f"{name} was analysed with other limits or by other nus since its null diff, which is left out; run `crossdiff null` "
+        "again."
         for name in report.null_outdated
     ]
     found += [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]
