@@ -91,7 +91,7 @@ def test_latents_of_a_token_and_the_most_specific(coder: Coder, live: Live) -> N
 def test_a_latent_with_a_nu_out_of_range_is_not_among_the_most_specific(
     coder: Coder, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All active latents lean to the chat model and have a rank. The nu of the even ones is -9 without bias, of the others with."""
+    """All active latents lean to the chat model and have a rank. The nu of the even ones is -9 without bias."""
     active = np.unique(live.read(coder, QUESTION).latent).tolist()
     even = pl.col("latent") % 2 == 0
     changed = coder.table.with_columns(
