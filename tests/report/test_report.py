@@ -272,10 +272,8 @@ def test_scatter_clips_and_says_what_it_leaves_out(report: RunReport) -> None:
     ]
     without, with_bias = (float(found[2]) * (-1 if found[1] else 1) for found in nus if found)
     assert without == pytest.approx(1, abs=0.15) and with_bias == pytest.approx(without - 2, abs=0.011)
-    said = (
-        "nu_reconstruction (without bias) for 0 latents and nu_reconstruction (with bias) for 54 latents: there the base model"
-    )
-    assert said in figure.note
+    below = "below \N{MINUS SIGN}0.1 for 0 latents, nu_reconstruction (with bias) for 54: there the base model has the chat"
+    assert f"nu_reconstruction (without bias) is {below} direction" in figure.note
     assert (figure.x.title, figure.y.title) == ("nu_error", "nu_reconstruction (without bias)")
     assert len({trace["marker"]["symbol"] for trace in found["data"]}) == len(found["data"]) == 3
 
@@ -286,6 +284,12 @@ def test_histogram_holds_every_latent_once(report: RunReport) -> None:
     counts = {series.name: int(sum(series.y)) for series in found.series}
     assert counts == {"active": 57, "dead": 3}
     assert sorted(rule.at for rule in found.rules) == [0.1, 0.4, 0.6, 0.9]
+
+
+def test_names_say_which_nu_they_mean() -> None:
+    assert wording.words("best_half_nu_reconstruction_unfiltered") == "best half nu reconstruction (with bias) unfiltered"
+    assert wording.words("median_nu_reconstruction_nobias") == "median nu reconstruction (without bias)"
+    assert wording.words("base_reconstruction") == "base reconstruction"
 
 
 def test_terminal_summary(report: RunReport) -> None:

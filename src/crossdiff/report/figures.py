@@ -190,11 +190,12 @@ def scaling_note(table: pl.DataFrame) -> str:
     low, high = NU_RANGE
     outside = defined.filter(pl.any_horizontal(~pl.col(nu).is_between(low, high) for nu in NUS)).height
     note = f"Values outside {fixed(low, 1)} to {fixed(high, 1)} are drawn at the edge ({latents(outside)})."
-    negative = {nu: defined.filter(pl.col(nu) < PLAUSIBLE[0]).height for nu in RECONSTRUCTIONS}
-    if any(negative.values()):
-        counts = " and ".join(f"{title(nu)} for {latents(count)}" for nu, count in negative.items())
+    negative, published = (defined.filter(pl.col(nu) < PLAUSIBLE[0]).height for nu in RECONSTRUCTIONS)
+    if negative or published:
+        shown, beside = map(title, RECONSTRUCTIONS)
         note += (
-            f" Below {fixed(PLAUSIBLE[0], 1)} are {counts}: there the base model has the chat direction with the opposite sign."
+            f" {shown} is below {fixed(PLAUSIBLE[0], 1)} for {latents(negative)}, {beside} for {published:,}: there the base "
+            "model has the chat direction with the opposite sign."
         )
     absent = table.height - defined.height
     return f"{note} Not drawn: {latents(absent)} with an undefined nu, which includes dead latents." if absent else note

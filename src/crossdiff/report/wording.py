@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from crossdiff.latents.ranking import PLAUSIBLE, RANKED, title
@@ -48,8 +49,9 @@ VERDICTS = {
 
 
 def words(name: str) -> str:
-    """A name from a file as words."""
-    return VERDICTS.get(name) or name.replace("_", " ")
+    """A name from a file as words; a nu_reconstruction in it says which variant it is."""
+    said = re.sub("nu_reconstruction(?!_nobias)", "nu_reconstruction_(with_bias)", name).replace("_nobias", "_(without_bias)")
+    return VERDICTS.get(name) or said.replace("_", " ")
 
 
 def pool(name: str) -> str:
