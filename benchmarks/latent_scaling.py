@@ -46,6 +46,7 @@ from crossdiff.latents.scaling import ScalingAccumulator, scaling
 from crossdiff.latents.stream import Chunk, accumulate, encode
 
 LENGTH, GROUP, SAMPLE = 256, 128, 512
+CPU = torch.device("cpu")
 PAIR = {"base": "synthetic", "chat": "synthetic"}
 
 
@@ -88,25 +89,26 @@ def frequencies(n_latents: int, l0: float) -> torch.Tensor:
     return (spread * l0 / spread.sum()).clamp(max=0.5)
 
 
-def make(n_tokens: int, d_model: int, n_latents: int, l0: int) -> tuple[Crosscoder, SyntheticStore]:
+def make(n_tokens: int, d_model: int, n_latents: int, l0: int, device: torch.device = CPU) -> tuple[Crosscoder, SyntheticStore]:
     """Sparse mixtures of random directions with noise, and a crosscoder of these directions with a threshold for this L0."""
     torch.manual_seed(0)
-    decoder = torch.randn(n_latents, 2 * d_model)
-    decoder *= 2**0.5 / decoder.norm(dim=1, keepdim=True)
-    often = frequencies(n_latents, l0)
-    parts = []
-    for first in range(0, n_tokens, 4096):
-        n = min(4096, n_tokens - first)
-        f = (torch.rand(n, n_latents) < often) * (1 + torch.rand(n, n_latents))
-        parts.append((f @ decoder + 0.05 * torch.randn(n, 2 * d_model)).view(n, 2, d_model).half())
-    crosscoder = Crosscoder(
-        encoder=decoder / 2, encoder_bias=torch.full((n_latents,), -0.2), decoder=decoder,
-        decoder_bias=torch.zeros(2 * d_model), mean=torch.zeros(2, d_model), scale=1.0, sparsity=BatchTopKConfig(k=l0),
-        origin={"pair": PAIR, "layer": 0},
-    )  # fmt: skip
-    v = crosscoder.pre_activations(parts[0].float()[:1024]) * crosscoder.norm_sums()
+    with device:
+        decoder = torch.randn(n_latents, 2 * d_model)
+        decoder *= 2**0.5 / decoder.norm(dim=1, keepdim=True)
+        often = frequencies(n_latents, l0)
+        parts = []
+        for first in range(0, n_tokens, 4096):
+            n = min(4096, n_tokens - first)
+            f = (torch.rand(n, n_latents) < often) * (1 + torch.rand(n, n_latents))
+            parts.append((f @ decoder + 0.05 * torch.randn(n, 2 * d_model)).view(n, 2, d_model).half())
+        crosscoder = Crosscoder(
+            encoder=decoder / 2, encoder_bias=torch.full((n_latents,), -0.2), decoder=decoder,
+            decoder_bias=torch.zeros(2 * d_model), mean=torch.zeros(2, d_model), scale=1.0, sparsity=BatchTopKConfig(k=l0),
+            origin={"pair": PAIR, "layer": 0},
+        )  # fmt: skip
+        v = crosscoder.pre_activations(parts[0].float()[:1024]) * crosscoder.norm_sums()
     crosscoder.threshold = float(v.flatten().topk(1024 * l0).values.min())
-    return crosscoder, SyntheticStore(torch.cat(parts))
+    return crosscoder, SyntheticStore(torch.cat([part.cpu() for part in parts]))
 
 
 def timed(work: Callable[[], object]) -> float:

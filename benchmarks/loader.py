@@ -50,7 +50,7 @@ def make(folder: Path, gigabytes: float) -> None:
         columns = {name: torch.zeros(SHARD, dtype=dtype) for name, dtype in COLUMNS.items()}
         columns["document"] = columns["sequence"] = (number // LENGTH + index * per_shard).int()
         columns["position"] = (number % LENGTH).int()
-        buffer.add(streams, columns, slice(None))
+        buffer.add(columns, [{"activations": stream.half()} for stream in streams])
         path = folder / f"shard-{index:05d}.safetensors"
         size, digest = buffer.write(path)
         shards.append({"file": path.name, "n_tokens": SHARD, "bytes": size, "sha256": digest})

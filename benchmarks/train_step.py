@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,22 +56,34 @@ CASES = {
 }
 
 
-def inputs(case: Case, n_batches: int) -> list[torch.Tensor]:
+CPU = torch.device("cpu")
+
+
+def inputs(case: Case, n_batches: int, device: torch.device = CPU) -> list[torch.Tensor]:
     """Sparse mixtures of 4 d directions, scaled to a mean square of d. A direction occurs on 1% of the tokens."""
-    generator = torch.Generator().manual_seed(1)
-    directions = torch.randn(4 * case.d_model, N_SOURCES * case.d_model, generator=generator)
+    generator = torch.Generator(device).manual_seed(1)
+    random = {"generator": generator, "device": device}
+    directions = torch.randn(4 * case.d_model, N_SOURCES * case.d_model, **random)
     batches = []
     for _ in range(n_batches):
-        amount = torch.rand(case.batch, len(directions), generator=generator)
-        x = (amount * (torch.rand(amount.shape, generator=generator) < 0.01)) @ directions
+        amount = torch.rand(case.batch, len(directions), **random)
+        x = (amount * (torch.rand(amount.shape, **random) < 0.01)) @ directions
         x *= (case.d_model * N_SOURCES / x.square().sum(1).mean()) ** 0.5
         batches.append(x.view(case.batch, N_SOURCES, case.d_model))
     return batches
 
 
-def new_coder(case: Case) -> Crosscoder:
-    sparsity = BatchTopKConfig(k=case.k) if case.k else L1Config(mu=0.1, resamplings=0)
-    coder = new_crosscoder(case.n_latents, torch.zeros(N_SOURCES, case.d_model), 1.0, sparsity, 1.0, seed=0)
+@cache
+def _start(d_model: int, n_latents: int, device: torch.device) -> Crosscoder:
+    return new_crosscoder(n_latents, torch.zeros(N_SOURCES, d_model), 1.0, L1Config(mu=0.1, resamplings=0), 1.0, seed=0).to(
+        device
+    )
+
+
+def new_coder(case: Case, device: torch.device = CPU) -> Crosscoder:
+    coder = _start(case.d_model, case.n_latents, device).of_latents(slice(None))
+    bias = torch.zeros_like(coder.decoder_bias)
+    coder = replace(coder, sparsity=BatchTopKConfig(k=case.k) if case.k else coder.sparsity, decoder_bias=bias)
     coder.encoder_bias += case.bias
     return coder
 
@@ -77,14 +91,14 @@ def new_coder(case: Case) -> Crosscoder:
 class Ours:
     """The step of crossdiff's trainer."""
 
-    def __init__(self, case: Case) -> None:
-        coder = new_coder(case)
-        config = CrosscoderConfig(sparsity=coder.sparsity, n_latents=case.n_latents, batch_size=case.batch, lr=1e-5)
+    def __init__(self, case: Case, device: torch.device = CPU, **settings: Any) -> None:
+        coder = new_coder(case, device)
+        config = CrosscoderConfig(sparsity=coder.sparsity, n_latents=case.n_latents, batch_size=case.batch, lr=1e-5, **settings)
         self.trainer = Trainer(config, coder, 10_000)
         n_dead = round(case.dead_share * case.n_latents)
         self.trainer.since_fired.tokens[:n_dead] = 10**12
         coder.encoder_bias[:n_dead] = -1e3
-        self.l0 = 0.0
+        self.l0 = torch.zeros(())
 
     def step(self, x: torch.Tensor) -> None:
         self.l0 = self.trainer.train_step(x).l0
@@ -93,19 +107,19 @@ class Ours:
 class Dense:
     """The step of plain dense autograd."""
 
-    def __init__(self, case: Case) -> None:
-        coder, self.case = new_coder(case), case
+    def __init__(self, case: Case, device: torch.device = CPU) -> None:
+        coder, self.case = new_coder(case, device), case
         shape = (case.n_latents, N_SOURCES, case.d_model)
         self.encoder = coder.encoder.view(shape).permute(1, 2, 0).contiguous().requires_grad_()
         self.decoder = coder.decoder.view(shape).permute(1, 0, 2).contiguous().requires_grad_()
         self.bias, self.decoder_bias = (
             coder.encoder_bias.requires_grad_(),
-            torch.zeros(N_SOURCES, case.d_model).requires_grad_(),
+            torch.zeros(N_SOURCES, case.d_model, device=device).requires_grad_(),
         )
-        self.dead = torch.zeros(case.n_latents, dtype=torch.bool)
+        self.dead = torch.zeros(case.n_latents, dtype=torch.bool, device=device)
         self.dead[: round(case.dead_share * case.n_latents)] = True
         self.optimiser = torch.optim.Adam([self.encoder, self.decoder, self.bias, self.decoder_bias], lr=1e-5)
-        self.l0 = 0.0
+        self.l0 = torch.zeros(())
 
     def step(self, x: torch.Tensor) -> None:
         f = torch.relu(torch.einsum("bsd,sdf->bsf", x, self.encoder).sum(1) + self.bias)
@@ -113,13 +127,13 @@ class Dense:
         code = f
         if self.case.k:
             kept = v.flatten().topk(self.case.k * len(x), sorted=False).indices
-            mask = torch.zeros(v.numel()).scatter_(0, kept, 1.0).view_as(v)
+            mask = torch.zeros_like(v).view(-1).scatter_(0, kept, 1.0).view_as(v)
             code = f * mask
         error = torch.einsum("bf,sfd->bsd", code, self.decoder) + self.decoder_bias - x
         loss = error.square().sum((1, 2)).mean()
         if not self.case.k:
             loss = loss + 0.1 * v.sum(1).mean()
-        elif self.dead.any():
+        elif self.case.dead_share:
             residual, k_aux = -error.detach(), self.case.d_model // 2
             chosen = v[:, self.dead].topk(min(k_aux, int(self.dead.sum())), dim=1, sorted=False).indices
             auxiliary = torch.zeros_like(v[:, self.dead]).scatter(1, chosen, 1.0) * f[:, self.dead]
@@ -130,7 +144,7 @@ class Dense:
         loss.backward()
         torch.nn.utils.clip_grad_norm_([self.encoder, self.decoder, self.bias, self.decoder_bias], 1.0)
         self.optimiser.step()
-        self.l0 = float((code > 0).sum()) / len(x)
+        self.l0 = (code > 0).sum() / len(x)
 
 
 clock = time.perf_counter
@@ -171,7 +185,7 @@ def measure(name: str, case: Case, rounds: int, peak: float) -> dict[str, float]
     encoder = 2 * case.batch * case.n_latents * case.d_model * N_SOURCES
     return {
         "ours_ms": 1e3 * mine, "dense_ms": 1e3 * theirs, "ratio": statistics.median(d / o for o, d in times),
-        "tokens_per_s": case.batch / mine, "encoder_share_of_peak": encoder / mine / peak, "l0": ours.l0,
+        "tokens_per_s": case.batch / mine, "encoder_share_of_peak": encoder / mine / peak, "l0": float(ours.l0),
         "ours_mb": peak_memory(name, "ours"), "dense_mb": peak_memory(name, "dense"),
     }  # fmt: skip
 

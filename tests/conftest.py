@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import yaml
 from jaxtyping import install_import_hook
 
 install_import_hook("crossdiff", "beartype.beartype")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the GPU's kernels run on the CPU; read when Triton is imported
 
 WORDS = [
     "the",

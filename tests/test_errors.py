@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from conftest import forget_digests, make_model, make_tokenizer
-from crossdiff.cli import run_command
+from crossdiff.cli import _explained, run_command
 from crossdiff.errors import UserError
 
 COMMAND = [sys.executable, "-m", "crossdiff"]
@@ -206,3 +207,11 @@ def test_an_unknown_crosscoder_is_refused_before_anything_is_written(tmp_path: P
     with pytest.raises(UserError, match="there is no crosscoder 'bogus' in this run"):
         run_command(["harvest", str(tmp_path / "run"), "--only", "bogus"])
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_full_device_is_not_a_bug_and_the_message_says_what_to_lower() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB.")
+    message, status = _explained(error)
+    assert status == 2 and message.startswith("crossdiff: CUDA out of memory. Tried to allocate 2.00 GiB. The device has too")
+    assert "lower the batch_tokens" in message and "--device cpu" in message
+    assert _explained(RuntimeError("CUDA error"))[1] != 2

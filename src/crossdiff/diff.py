@@ -286,13 +286,13 @@ class Diff:
         """
         from crossdiff.text_activations import activations_on, check_text, read_text
 
-        crosscoder, settings = self.crosscoder, self.harvest
+        settings = self.harvest
         check_text(text)
-        check_latents(() if latents is None else latents, crosscoder.n_latents)
+        check_latents(() if latents is None else latents, self.crosscoder.n_latents)
         sequence = read_text(self.pair.tokenizer, text, settings.max_length)
         known = (self.folder / "latents.parquet").is_file()
         largest = dict(self.latents.select("latent", "max_activation").iter_rows()) if known else {}
-        return activations_on(sequence, self.pair, crosscoder, self.rule, latents, largest)
+        return activations_on(sequence, self.pair, self.crosscoder_at_pair, self.rule, latents, largest)
 
     @cached_property
     def pair(self) -> Pair:
@@ -323,6 +323,11 @@ class Diff:
                     f"expected {theirs}; restore the original files, or make a new run"
                 )
         return pair
+
+    @cached_property
+    def crosscoder_at_pair(self) -> Crosscoder:
+        """The trained crosscoder, on the device of the models."""
+        return self.crosscoder.to(self.pair.device)
 
     def _record(self, latent: Any) -> Latent:
         table = self.latents

@@ -52,10 +52,15 @@ class Ranks:
 
     def wait(self) -> None:
         """Wait until every rank has arrived."""
-        if self.size > 1:
-            import torch.distributed as dist
+        if self.group is None:
+            return
+        import torch
+        from torch.distributed.distributed_c10d import BarrierOptions
 
-            dist.barrier(self.group, timeout=PATIENCE)
+        options = BarrierOptions()  # torch.distributed.barrier takes no timeout before torch 2.13
+        options.device = torch.device("cpu")
+        options.timeout = PATIENCE
+        self.group.barrier(options).wait()
 
     def agree(self, value: T) -> T:
         """The first rank's value, on every rank."""

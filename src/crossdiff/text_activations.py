@@ -124,12 +124,13 @@ class Pairs:
 @torch.no_grad()
 def active_pairs(pair: Pair, crosscoder: Crosscoder, sequence: TokenSequence, rule: Counted) -> Pairs:
     """Run both models and the crosscoder on a text, without the tokens that do not count in training."""
-    layer = crosscoder.origin["layer"]
-    streams = dict(zip(SOURCES, paired_residuals(pair, [sequence.token_ids], [layer])[0], strict=True))
-    h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1).to(crosscoder.encoder.device)
+    layer, device = crosscoder.origin["layer"], crosscoder.encoder.device
+    found = (stream.to(device) for stream in paired_residuals(pair, [sequence.token_ids], [layer])[0])
+    streams = dict(zip(SOURCES, found, strict=True))
+    h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1)
     code = crosscoder.sparse_code(crosscoder.normalise(h))
     v = crosscoder.v(code)
-    counted = rule(torch.arange(len(h), device=h.device), list(streams.values()))
+    counted = rule(torch.arange(len(h), device=device), list(streams.values()))
     kept = counted[code.token] & (v > 0)
     return Pairs(*(values[kept].cpu().numpy() for values in (code.token, code.latent, v.float())))
 

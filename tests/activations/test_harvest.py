@@ -99,6 +99,14 @@ def test_layers_of_one_pass_are_the_stores_of_a_pass_each(
     torch.testing.assert_close(other.gather(np.arange(ids.shape[1]))[:, 1], expected[0], rtol=0, atol=1e-5)
 
 
+def test_a_batch_in_flight_changes_nothing(
+    tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
+    harvest({1: tmp_path}, pair, datasets, SETTINGS)
+    assert shards(tmp_path) == shards(store.folder)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 0.5 / 127)])
 def test_narrow_dtypes_are_close_to_float32(
     tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], dtype: str, tolerance: float
@@ -154,7 +162,7 @@ def test_padding_is_below_five_percent(store: Store, pair: Pair, datasets: tuple
 def test_a_stopped_harvest_resumes_to_the_same_store(
     tmp_path: Path, store: Store, pair: Pair, datasets: tuple[DatasetConfig, ...], layers: list[int]
 ) -> None:
-    original, calls = module.paired_residuals, 0
+    original, calls = module.ForwardPass, 0
 
     def counted(*arguments: object) -> object:
         nonlocal calls
@@ -167,7 +175,7 @@ def test_a_stopped_harvest_resumes_to_the_same_store(
     for folder in folders.values():
         folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "paired_residuals", counted)
+        patch.setattr(module, "ForwardPass", counted)
         with pytest.raises(Killed):
             harvest(folders, pair, datasets, SETTINGS)
     assert not (folders[1] / "manifest.json").exists()
@@ -181,7 +189,7 @@ def test_a_stopped_harvest_resumes_to_the_same_store(
         log.write_text("".join(whole) + '{"file": "shard-00')
     calls = -100
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "paired_residuals", counted)
+        patch.setattr(module, "ForwardPass", counted)
         harvest(folders, pair, datasets, SETTINGS)
     assert shards(folders[1]) == shards(store.folder)
     assert Store(folders[1]).manifest["shards"] == store.manifest["shards"]

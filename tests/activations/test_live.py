@@ -50,13 +50,13 @@ class Counter:
 
     def __init__(self, store: Store, patch: pytest.MonkeyPatch) -> None:
         assert isinstance(store, LiveStore)
-        self.n, original = 0, store._passes.streams
+        self.n, original = 0, store._passes.run
 
         def counted(index: int) -> Any:
             self.n += 1
             return original(index)
 
-        patch.setattr(store._passes, "streams", counted)
+        patch.setattr(store._passes, "run", counted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

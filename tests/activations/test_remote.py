@@ -177,7 +177,7 @@ def test_a_run_with_its_store_in_the_bucket(
     assert capsys.readouterr().out.endswith(f"{url} is intact\n")
     # Moving the store changes no later stage, and another run with the same settings reuses it.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("crossdiff.activations.harvest.paired_residuals", None)
+        patch.setattr("crossdiff.activations.harvest.ForwardPass", None)
         run_command(["harvest", str(run), "--harvest.store", "null"])
         run_command(["harvest", str(tmp_path / "other"), "--config", str(tmp_path / "settings.yaml")])
     pointer = Path("activations/store.json")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
 from scipy import sparse
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
@@ -21,6 +22,7 @@ from conftest import make_model, make_tokenizer
 from crossdiff.concepts.agreement import Halves, Pool, halves
 from crossdiff.concepts.candidates import CANDIDATES, Codes, Training, read_training
 from crossdiff.concepts.clustering import clusters, group, needed
+from crossdiff.concepts.coder import ConceptCoder
 from crossdiff.concepts.find import OUTPUTS, Settings, find_concepts
 from crossdiff.concepts.group_scaling import GroupProducts, group_table
 from crossdiff.concepts.labels import shown, typical_words
@@ -39,6 +41,7 @@ from crossdiff.latents.analyze import Analysis, analyze
 from crossdiff.latents.scaling import Sums
 from crossdiff.latents.stream import chunks, read_blocks
 from crossdiff.models.pair import Pair
+from pretend import accelerator
 from stores import make_store
 
 CONFIG = AnalyzeConfig(batch_tokens=300, blocks=5, min_active=20)
@@ -183,6 +186,28 @@ def test_planted_concepts_are_found_once_each_in_every_training(three: tuple[lis
     found = {(row["training"], row["set"]): row["explained"]["value"] for row in summary["completeness"]}
     assert found["t0", "replicated"] > 0.8 and abs(found["t0", "random"]) < 0.05
     assert tables["promoted"].height == concepts.height * 3 * 2 * 10
+
+
+def test_concepts_are_found_on_an_accelerator(three: tuple[list[Training], Any], tmp_path: Path) -> None:
+    trainings, store = three
+    expected = run(tmp_path / "host", trainings, store)
+    members, rows = expected["members"], store.rows()[:200]
+    crosscoders = {training.name: training.crosscoder for training in trainings}
+    coder = ConceptCoder(crosscoders, members)
+    code = coder.sparse_code(coder.inputs(store, rows))
+    with accelerator() as device:
+        moved = [replace(training, crosscoder=training.crosscoder.to(device)) for training in trainings]
+        found = run(tmp_path / "device", moved, store)
+        placed = ConceptCoder({training.name: training.crosscoder for training in moved}, members)
+        on_device = placed.sparse_code(placed.inputs(store, rows))
+    assert found.keys() == expected.keys() and found["concepts"].filter("replicated").height > 0
+    for name, table in expected.items():
+        assert_frame_equal(found[name], table, rel_tol=1e-4, abs_tol=1e-5)
+    summaries = [json.loads((tmp_path / place / "concepts.json").read_text()) for place in ("device", "host")]
+    for one, other in zip(*(summary["completeness"] for summary in summaries), strict=True):
+        assert one["explained"] == pytest.approx(other["explained"], rel=1e-4, abs=1e-5, nan_ok=True)
+    assert len(code.token) > 50 and torch.equal(on_device.token, code.token) and torch.equal(on_device.latent, code.latent)
+    torch.testing.assert_close(on_device.values, code.values)
 
 
 def test_permuted_documents_leave_no_concept_that_spans_trainings(three: tuple[list[Training], Any]) -> None:

@@ -203,7 +203,7 @@ def test_the_aux_term_is_back_propagated() -> None:
     crosscoder.encoder[3], crosscoder.encoder_bias[3] = 1e-3 * crosscoder.encoder[3], 1e-3  # positive, never selected
     without, with_aux = step(crosscoder, inputs(16, 2)), step(crosscoder, inputs(16, 2), dead=(3,))
     assert with_aux.aux > 0
-    assert with_aux.loss == pytest.approx(without.loss + with_aux.aux)
+    assert float(with_aux.loss) == pytest.approx(float(without.loss + with_aux.aux))
     assert not torch.equal(with_aux.gradients["decoder"][3], without.gradients["decoder"][3])
     assert torch.equal(with_aux.gradients["decoder"][4], without.gradients["decoder"][4])
 
@@ -214,7 +214,7 @@ def test_rescaling_a_latent_changes_f_but_not_v_and_not_the_loss() -> None:
     scaled.encoder[4] *= 2
     scaled.encoder_bias[4] *= 2
     scaled.decoder[4] /= 2
-    assert step(plain, inputs(16, 2)).loss == pytest.approx(step(scaled, inputs(16, 2)).loss, rel=1e-5)
+    assert float(step(plain, inputs(16, 2)).loss) == pytest.approx(float(step(scaled, inputs(16, 2)).loss), rel=1e-5)
 
 
 def test_inference_threshold_is_on_v_not_on_f() -> None:

@@ -254,7 +254,7 @@ def test_resampled_latents_come_to_life(tmp_path: Path, store: Store) -> None:
     coder = trainer.crosscoder
     assert not trainer.since_fired.dead().tolist()
     alive = torch.arange(10, 32)
-    assert not trainer.first_moments["encoder"][:10].any()
+    assert not trainer.adam.first["encoder"][:10].any()
     assert float(coder.decoder[:10].norm(dim=1).mean()) == pytest.approx(
         float(coder.decoder[alive].norm(dim=1).mean()), rel=0.3
     )
@@ -315,7 +315,7 @@ def test_what_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(
         calls += 1
         result = original(loss, *rest)
         if calls == 100 and where == "loss":
-            result.loss = float("nan")
+            result.loss = torch.tensor(float("nan"), dtype=torch.float64)
         if calls == 100 and where == "gradient":
             result.gradients["decoder"][3, 3] = torch.inf
         if calls == 100 and where == "weights":

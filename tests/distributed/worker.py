@@ -86,12 +86,12 @@ def gradients(ranks: Ranks, out: Path) -> None:
                 errors[name] = float((gathered - expected).norm() / expected.norm().clamp(min=1e-6))
             for name in ("loss", "reconstruction", "sparsity", "aux", "l0"):
                 expected = getattr(whole, name)
-                errors[name] = abs(getattr(mine, name) - expected) / max(abs(expected), 1e-6)
+                errors[name] = abs(float(getattr(mine, name) - expected)) / max(abs(float(expected)), 1e-6)
             silent = whole_of(mesh, mine.since_fired.tokens, N_LATENTS)
             errors["since_fired"] = float((silent != whole.since_fired.tokens).sum())
             errors["smallest_kept"] = abs((mine.smallest_kept or 0.0) - (whole.smallest_kept or 0.0))
             title = f"{sparsity.kind} {structure.kind} {'equal ' if equal else ''}{ranks.size // n_latent}x{n_latent}"
-            found[title] = errors | {"aux_loss": whole.aux}
+            found[title] = errors | {"aux_loss": float(whole.aux)}
     if ranks.is_first:
         out.write_text(json.dumps(found))
 

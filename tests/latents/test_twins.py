@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 
 from crossdiff.config import L1Config
 from crossdiff.crosscoder.crosscoder import Crosscoder
@@ -13,6 +14,8 @@ from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.latents import decoder, twins
 from crossdiff.latents.stream import Chunk
 from crossdiff.latents.twins import NEIGHBOUR_COLUMNS, TWIN_COLUMNS, CoActivation, neighbour_table, twin_candidates, twin_table
+from crossdiff.ranks import ALONE
+from pretend import accelerator
 
 D, LATENTS, TOKENS = 5, 40, 300
 
@@ -121,3 +124,19 @@ def test_neighbours_are_the_nearest_active_latents() -> None:
     assert table.filter(latent=3, rank=0)["neighbour"].item() == 4
     assert neighbour_table(coder, torch.arange(LATENTS) < 1).height == 0
     assert neighbour_table(coder, torch.zeros(LATENTS, dtype=torch.bool)).height == 0
+
+
+def test_twins_and_neighbours_are_found_on_an_accelerator() -> None:
+    coder = crosscoder()
+    f = torch.rand(TOKENS, LATENTS, generator=torch.Generator().manual_seed(1))
+    f[f < 0.8] = 0
+    expected = CoActivation(twin_candidates(coder, 0.95), LATENTS)
+    expected.add(chunk_of(f))
+    with accelerator() as device:
+        found = CoActivation(twin_candidates(coder.to(device), 0.95), LATENTS, device)
+        found.add(chunk_of(f.to(device)))
+        found.over(ALONE)
+        neighbours = neighbour_table(coder.to(device), torch.ones(LATENTS, dtype=torch.bool))
+    assert expected.n_both.sum() > 0 and torch.equal(found.n_both, expected.n_both)
+    assert torch.equal(found.pairs.twin, expected.pairs.twin)
+    assert_frame_equal(neighbours, neighbour_table(coder, torch.ones(LATENTS, dtype=torch.bool)))

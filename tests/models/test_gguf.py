@@ -42,13 +42,13 @@ def write_gguf(path: Path, model: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     special = {*tokenizer.all_special_tokens, "<|endoftext|>"}
-    vocabulary += ["th", "<|endoftext|>"]  # the format wants a merge, and the reader adds the other where it is missing
+    vocabulary += ["th", "an", "<|endoftext|>"]  # the reader wants two merges or more, and adds the last where it is missing
     padding = [f"<|unused_{i}|>" for i in range(config.vocab_size - len(vocabulary))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*vocabulary, *padding])
     writer.add_token_types([3 if token in special else 1 for token in vocabulary] + [3] * len(padding))
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "a n"])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_chat_template(CHAT_TEMPLATE)

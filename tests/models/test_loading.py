@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_model, make_tokenizer, save_pair
 from crossdiff.errors import UserError
+from crossdiff.models.access import residuals_after
 from crossdiff.models.loading import choose_dtype, load_model
 from crossdiff.models.pair import load_pair
 
@@ -130,3 +131,17 @@ def test_the_same_model_twice_is_remarked(tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "copy")
     (remark,) = load_pair(str(base), str(tmp_path / "copy"), CPU).remarks
     assert remark.endswith("are the same model: their files are equal, so there is nothing to compare")
+
+
+def test_gemma_2_caps_its_attention_scores(tmp_path: Path) -> None:
+    """sdpa leaves the cap out, so the model must not be loaded with it."""
+    ids = torch.arange(5, 25).unsqueeze(0)
+    model = make_model("gemma2", query_pre_attn_scalar=8, attn_logit_softcapping=1e-3, initializer_range=0.5)
+    model.set_attn_implementation("eager")
+    (expected,) = residuals_after(model, ids, [1])
+    model.save_pretrained(tmp_path)
+    (found,) = residuals_after(load_model(str(tmp_path), CPU), ids, [1])
+    torch.testing.assert_close(found, expected)
+    set_config(tmp_path, attn_logit_softcapping=None)
+    (uncapped,) = residuals_after(load_model(str(tmp_path), CPU), ids, [1])
+    assert float((uncapped - expected).abs().max()) > 0.1, "the cap matters here"

@@ -33,7 +33,11 @@ class Counted:
 
     def ordinary(self, streams: Sequence[Float[Tensor, "*token d_model"]]) -> Bool[Tensor, "*token"]:
         """Whether the norm of each token is within the limit of every source."""
-        found = torch.ones(streams[0].shape[:-1], dtype=torch.bool, device=streams[0].device)
-        for stream, limit in zip(streams, self.norm_limits, strict=False):
-            found &= torch.linalg.vector_norm(stream, dim=-1).to(found.device) <= limit
+        return self.within([torch.linalg.vector_norm(stream, dim=-1) for stream in streams])
+
+    def within(self, norms: Sequence[Float[Tensor, "*token"]]) -> Bool[Tensor, "*token"]:
+        """The same, from the norms of the tokens in each source."""
+        found = torch.ones(norms[0].shape, dtype=torch.bool, device=norms[0].device)
+        for norm, limit in zip(norms, self.norm_limits, strict=False):
+            found &= norm.to(found.device) <= limit
         return found

@@ -16,13 +16,24 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from crossdiff.activations.ahead import after_next, read_ahead
 from crossdiff.activations.counted import Counted
 from crossdiff.activations.folder import MANIFEST, Folder
 from crossdiff.activations.live import sampled_moments
-from crossdiff.activations.passes import NotFiniteError, paired_residuals
-from crossdiff.activations.shards import ProgressLog, ShardEntry, ShardWriters, log_names, shard_name
-from crossdiff.activations.store import COLUMNS, FORMAT, Store
+from crossdiff.activations.passes import ForwardPass, NotFiniteError
+from crossdiff.activations.shards import (
+    ProgressLog,
+    ShardBuffer,
+    ShardEntry,
+    ShardWriters,
+    check_finite,
+    log_names,
+    shard_name,
+    to_stored,
+)
+from crossdiff.activations.store import COLUMNS, DTYPES, FORMAT, Store
 from crossdiff.activations.texts import Texts
+from crossdiff.activations.transfer import ToHost, is_asynchronous, send
 from crossdiff.activations.writer import Origin, finish_store, summed_moments
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
@@ -81,6 +92,8 @@ def harvest(
     settings = {layer: _settings(pair, layer, datasets, config) for layer in sorted(folders)}
     logs = {layer: ProgressLog(folders[layer], each, ranks.rank) for layer, each in settings.items()}
     ranks.wait()
+    if config.compile:
+        pair.compile()
     n_shards, rules = _write_shards(logs, pair, texts, config, ranks)
     if not one_sided:
         texts.check_sides()  # the shards stay, so a repetition with one_sided finishes at once
@@ -114,22 +127,25 @@ def _write_shards(
     """Write this rank's missing shards of every layer. Returns the number of shards of all ranks, and the layers' rules."""
     done = set.intersection(*({entry.file for entry in log.entries()} for log in logs.values()))
     ranks.wait()  # all ranks must read the logs before any of them writes
-    dtype = None if config.storage == "live" else config.dtype
-    writers = ShardWriters(list(logs.values()), config.shard_tokens + config.batch_tokens, len(SOURCES), pair.d_model, dtype)
+    dtype = None if config.storage == "live" else DTYPES[config.dtype]
+    capacity, layers = config.shard_tokens + config.batch_tokens, list(logs)
+    writers = ShardWriters(list(logs.values()), capacity, len(SOURCES), pair.d_model, dtype, pair.device)
     number, n_before, since = -1, 0, time.time()
     rules = {layer: Counted(config.leave_out) for layer in logs}
     try:
-        for number, batches in enumerate(_shards(texts.sequences(), config)):
+        sequences = read_ahead(texts.sequences(), POOL)
+        for number, batches in enumerate(_shards(sequences, config)):
             n_sequences = sum(map(len, batches))
             if number == 0 and config.max_norm_multiple is not None and config.storage != "live":
-                rules = _rules(batches, pair, config.leave_out, config.max_norm_multiple, list(logs))
+                rules = _rules(batches, pair, config.leave_out, config.max_norm_multiple, layers)
             if ranks.has(number) and shard_name(number) in done:
                 _check_stored(logs.values(), number, batches, n_before)
             elif ranks.has(number):
-                first = n_before
-                for batch in batches:
-                    _add(writers, batch, first, pair, rules, texts.in_statistics, config)
-                    first += len(batch)
+                firsts = (n_before + np.cumsum([0, *map(len, batches)])).tolist()
+                started = (_Batch(batch, first, pair, layers, dtype) for batch, first in zip(batches, firsts, strict=False))
+                # On the CPU, another batch in progress would only take memory.
+                for running in after_next(started) if is_asynchronous(pair.device) else started:
+                    running.add(writers.buffers, [rules[layer] for layer in layers], texts.in_statistics)
                 writers.flush(number, n_sequences, (time.time() - since) / ranks.size)
                 since = time.time()
             n_before += n_sequences
@@ -146,19 +162,21 @@ def _rules(
 
     All ranks make the same rules, and so does a harvest that is resumed.
     """
-    norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    n_tokens = 0
+    found, n_tokens = [], 0
     for batch in batches:
         kept = torch.from_numpy(np.concatenate([np.arange(len(sequence.token_ids)) for sequence in batch]) >= leave_out)
-        for layer, streams in zip(layers, _streams(pair, batch, layers), strict=True):
-            norms[layer].append(torch.stack([torch.linalg.vector_norm(stream, dim=1).cpu()[kept] for stream in streams]))
+        forward = _forward(pair, batch, layers)
+        norms = forward.norms.cpu()
+        _check(forward, norms, batch)
+        found.append(norms[:, :, kept])
         n_tokens += int(kept.sum())
         if n_tokens >= MEDIAN_TOKENS:
             break
     if not n_tokens:
         return {layer: Counted(leave_out) for layer in layers}
-    medians = {layer: torch.cat(found, dim=1).median(dim=1).values for layer, found in norms.items()}
-    return {layer: Counted(leave_out, tuple((multiple * median).tolist())) for layer, median in medians.items()}
+    medians = torch.cat(found, dim=2).median(dim=2).values
+    limits = {layer: tuple((multiple * median).tolist()) for layer, median in zip(layers, medians, strict=True)}
+    return {layer: Counted(leave_out, limit) for layer, limit in limits.items()}
 
 
 def _check_stored(logs: Iterable[ProgressLog], number: int, batches: list[list[TokenSequence]], first: int) -> None:
@@ -200,39 +218,68 @@ def _shards(sequences: Iterable[TokenSequence], config: HarvestConfig) -> Iterat
         yield shard
 
 
-def _add(
-    writers: ShardWriters,
-    batch: list[TokenSequence],
-    first_sequence: int,
-    pair: Pair,
-    rules: Mapping[int, Counted],
-    in_statistics: Sequence[bool],
-    config: HarvestConfig,
-) -> None:
-    """Run the models over a batch and append the activations to the layers' buffers. The moments are over the training tokens
-    that count."""
-    columns = _token_columns(batch, first_sequence)
-    lengths = [len(sequence.token_ids) for sequence in batch]
-    in_counted_document = torch.from_numpy(np.repeat([in_statistics[sequence.document] for sequence in batch], lengths))
-    computed: list[list[Tensor]] = [[] for _ in rules]
-    if config.storage != "live":
-        computed = _streams(pair, batch, list(rules))
-    for buffer, streams, rule in zip(writers.buffers, computed, rules.values(), strict=True):
-        flags, counted = columns["flags"], in_counted_document & (columns["position"] >= rule.leave_out)
-        if streams:
-            ordinary = rule.ordinary(streams).cpu()
-            flags, counted = flags.where(ordinary, flags | Flag.MASSIVE), counted & ordinary
+class _Batch:
+    """A batch on its way into the store: both models start on it when it is created, and an accelerator sends their activations
+    to the CPU when they are done.
+
+    Without a dtype, the store holds only the tokens, and the models do not run.
+    """
+
+    def __init__(
+        self, sequences: list[TokenSequence], first_sequence: int, pair: Pair, layers: list[int], dtype: torch.dtype | None
+    ) -> None:
+        self._sequences, self._dtype = sequences, dtype
+        if dtype is not None:
+            self._forward = _forward(pair, sequences, layers)
+            self._stored = [[to_stored(stream, dtype) for stream in streams] for streams in self._forward.streams]
+            tensors = [tensor for layer in self._stored for each in layer for tensor in each.values()]
+            self._arriving = ToHost([self._forward.norms, *tensors])
+        self._columns = _token_columns(sequences, first_sequence)
+
+    def add(self, buffers: Sequence[ShardBuffer], rules: Sequence[Counted], in_statistics: Sequence[bool]) -> None:
+        """Append the batch to the buffer of each layer. The moments are over the training tokens that count.
+
+        Raises:
+            UserError: a model gives activations that the store cannot hold.
+        """
+        if self._dtype is None:
+            for buffer in buffers:
+                buffer.add(self._columns)
+            return
+        norms, *tensors = self._arriving.wait()
+        _check(self._forward, norms, self._sequences)
+        arrived = iter(tensors)
+        training = np.concatenate([np.full(len(each.token_ids), in_statistics[each.document]) for each in self._sequences])
+        columns = self._columns
+        for layer, (buffer, rule) in enumerate(zip(buffers, rules, strict=True)):
+            streams, of_sources = self._forward.streams[layer], norms[layer].unbind()
+            ordinary = rule.within(of_sources)
+            for stream, norm in zip(streams, of_sources, strict=True):
+                self._check_fits(stream, norm, self._dtype)
+            flags = columns["flags"].where(ordinary, columns["flags"] | Flag.MASSIVE)
+            stored = [{name: next(arrived) for name in each} for each in self._stored[layer]]
+            buffer.add(columns | {"flags": flags}, stored)
+            counted = torch.from_numpy(training) & (columns["position"] >= rule.leave_out) & ordinary
+            chosen = send(counted.nonzero().squeeze(1), streams[0].device)
+            buffer.moments.add([stream.index_select(0, chosen) for stream in streams])
+        del self._forward, self._stored, self._arriving  # the memory, before the next batch needs it
+
+    def _check_fits(self, stream: Tensor, norms: Tensor, dtype: torch.dtype) -> None:
         try:
-            buffer.add(streams, columns | {"flags": flags}, counted.nonzero().squeeze(1))
+            check_finite(stream, norms, dtype)
         except UserError as error:
-            numbers = [sequence.document for sequence in batch]
+            numbers = [sequence.document for sequence in self._sequences]
             raise UserError(f"{error} (in documents {min(numbers)} to {max(numbers)})") from error
 
 
-def _streams(pair: Pair, batch: list[TokenSequence], layers: list[int]) -> list[list[Tensor]]:
-    """`paired_residuals` of a batch; an error names the document."""
+def _forward(pair: Pair, batch: list[TokenSequence], layers: list[int]) -> ForwardPass:
+    return ForwardPass(pair, [sequence.token_ids for sequence in batch], layers)
+
+
+def _check(forward: ForwardPass, norms: Tensor, batch: list[TokenSequence]) -> None:
+    """`ForwardPass.check`, with an error that names the document."""
     try:
-        return paired_residuals(pair, [sequence.token_ids for sequence in batch], layers)
+        forward.check(norms)
     except NotFiniteError as error:
         documents = np.repeat([sequence.document for sequence in batch], [len(sequence.token_ids) for sequence in batch])
         raise error.in_document(int(documents[error.row])) from None

@@ -18,9 +18,10 @@ from safetensors import safe_open
 
 from crossdiff.activations.folder import Folder
 from crossdiff.activations.normalisation import Moments
-from crossdiff.activations.passes import NotFiniteError, paired_residuals
-from crossdiff.activations.shards import ShardEntry, as_stored
+from crossdiff.activations.passes import ForwardPass, NotFiniteError
+from crossdiff.activations.shards import ShardEntry, as_stored, check_finite
 from crossdiff.activations.store import DTYPES, Store, pass_bounds, sequence_bounds
+from crossdiff.activations.transfer import CPU, send
 from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.models.pair import Pair
@@ -52,15 +53,18 @@ class Passes:
         )
         self.bounds = pass_bounds(sequences, batch_tokens)
 
-    def streams(self, index: int) -> list[Float32[Tensor, "token d_model"]]:
-        """The residual streams of one pass, one tensor per source."""
+    def run(self, index: int) -> tuple[list[Float32[Tensor, "token d_model"]], Float32[Tensor, "source token"]]:
+        """Run one pass. Returns the residual streams of the sources on the models' device, and their rows' norms on the CPU."""
         first, last = np.searchsorted(self._sequences, self.bounds[index : index + 2])
         cuts = self._sequences[first : last + 1]
         batch = [self._token_ids[start:stop] for start, stop in pairwise(cuts)]
+        forward = ForwardPass(self._pair, batch, [self._layer])
+        norms = forward.norms.cpu()
         try:
-            return paired_residuals(self._pair, batch, [self._layer])[0]
+            forward.check(norms)
         except NotFiniteError as error:
             raise error.in_document(int(self._documents[self.bounds[index] + error.row])) from None
+        return forward.streams[0], norms[0]
 
 
 class LiveStore(Store):
@@ -68,32 +72,41 @@ class LiveStore(Store):
 
     def __init__(self, folder: str | Path, pair: Pair) -> None:
         super().__init__(folder)
-        batch_tokens = int(self.manifest["batch_tokens"])
+        self._pair, batch_tokens = pair, int(self.manifest["batch_tokens"])
         token_ids, documents = self.column("token_id"), self.column("document")
         self._passes = Passes(pair, self.layer, token_ids, documents, self.sequences(), batch_tokens)
         self._last: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def gather(self, rows: npt.NDArray[np.int64]) -> Float32[Tensor, "batch source d_model"]:
+    def home(self, device: torch.device) -> torch.device:
+        return device if device == self._pair.device else CPU
+
+    def gather(self, rows: npt.NDArray[np.int64], device: torch.device = CPU) -> Float32[Tensor, "batch source d_model"]:
         """Activations of the given rows, in the order given, as a store on disk of the same dtype returns them."""
-        out = torch.empty(len(rows), len(self.sources), self.d_model)
+        out = torch.empty(len(rows), len(self.sources), self.d_model, device=device)
         order = np.argsort(rows, kind="stable")
         bounds = self._passes.bounds
         cuts = np.searchsorted(rows[order], bounds)
         for index in np.flatnonzero(np.diff(cuts)):
             part = order[cuts[index] : cuts[index + 1]]
-            out[torch.from_numpy(part)] = self._computed(int(index))[torch.from_numpy(rows[part] - bounds[index])]
+            h = self._computed(int(index))
+            chosen = h.index_select(0, send(torch.from_numpy(rows[part] - bounds[index]), h.device))
+            out.index_copy_(0, send(torch.from_numpy(part), device), chosen.to(device))
         return out
 
     def _computed(self, index: int) -> Float32[Tensor, "token source d_model"]:
-        """Activations of a pass. The last pass is kept: readers go through the rows in order, but may stop within a pass."""
+        """Activations of a pass on the models' device. The last pass is kept: readers go through the rows in order, but may
+        stop within a pass."""
         number, h = self._last
         if number != index:
             dtype = DTYPES[self.manifest["dtype"]]
+            streams, norms = self._passes.run(index)
             try:
-                h = torch.stack([as_stored(stream, dtype).cpu() for stream in self._passes.streams(index)], dim=1)
+                for stream, norm in zip(streams, norms, strict=True):
+                    check_finite(stream, norm, dtype)
             except UserError as error:
                 first, last = self._passes.bounds[index : index + 2]
                 raise UserError(f"{error} (in rows {first} to {last - 1} of {self.folder})") from error
+            h = torch.stack([as_stored(stream, dtype) for stream in streams], dim=1)
             self._last = (index, h)
         return h
 
@@ -111,6 +124,8 @@ def open_store(folder: str | Path, load_pair: Callable[[], Pair]) -> Store:
     dtype = store.manifest.get("model_dtype", pair.dtype)  # earlier versions did not record it
     if pair.dtype != dtype:
         raise UserError(f"the live store {folder} was harvested in {dtype}, not in {pair.dtype}; set model_dtype to {dtype}")
+    if store.manifest.get("compile"):
+        pair.compile()
     return LiveStore(folder, pair)
 
 
@@ -134,13 +149,14 @@ def sampled_moments(
     per_pass = np.add.reduceat(counted.astype(np.int64), passes.bounds[:-1])
     order = np.random.default_rng(0).permutation(len(per_pass))
     n_chosen = int(np.searchsorted(np.cumsum(per_pass[order]), STATISTICS_TOKENS)) + 1
-    moments = Moments.zero(len(SOURCES), pair.d_model)
+    moments = Moments.zero(len(SOURCES), pair.d_model, pair.device)
     norms = []
     for index in np.sort(order[:n_chosen]):
         chosen = torch.from_numpy(counted[passes.bounds[index] : passes.bounds[index + 1]])
-        streams = [stream[chosen.to(stream.device)] for stream in passes.streams(int(index))]
-        norms.append(torch.stack([torch.linalg.vector_norm(stream, dim=1).cpu() for stream in streams]))
-        moments.add(streams)
+        streams, of_sources = passes.run(int(index))
+        norms.append(of_sources[:, chosen])
+        rows = send(chosen.nonzero().squeeze(1), pair.device)
+        moments.add([stream.index_select(0, rows) for stream in streams])
     if config.max_norm_multiple is not None and moments.n_tokens:
         relative = torch.cat(norms, dim=1)
         n_massive = int((relative > config.max_norm_multiple * relative.median(dim=1, keepdim=True).values).any(0).sum())
@@ -150,4 +166,4 @@ def sampled_moments(
                 f"{config.max_norm_multiple:g} times the median norm, which a live store cannot leave out; set harvest.storage "
                 "to blocks or passes, or harvest.max_norm_multiple to null to train on them"
             )
-    return moments
+    return moments.cpu()

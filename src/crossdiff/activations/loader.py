@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU, ToDevice, is_asynchronous, send
 from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Tensor
 
@@ -35,10 +36,17 @@ class Batches:
     The batch of a step depends only on the step and the seed, so a resumed run sees the same batches as an uninterrupted one.
     An epoch is a random order of blocks of neighbouring rows, or of the harvest's forward passes (`harvest.storage`). As many
     of them as fit into memory are shuffled row by row. A store that fits entirely is read once and shuffled completely.
+
+    The batches are on `device`. Those of a live store whose models are there never leave it. The others are sent there ahead:
+    while one is used, a thread makes the next one.
     """
 
-    def __init__(self, store: Store, batch_size: int, seed: int, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(
+        self, store: Store, batch_size: int, seed: int, buffer_bytes: int = BUFFER_BYTES, device: torch.device = CPU
+    ) -> None:
         self.store, self.batch_size, self.seed = store, batch_size, seed
+        self.device = torch.empty(0, device=device).device  # with the index of an accelerator, as tensors there have it
+        self._home = store.home(self.device)
         self.rows = store.rows("train")
         check_batch_size(batch_size, len(self.rows), store)
         self._cuts = _block_bounds(store, self.rows)
@@ -52,8 +60,22 @@ class Batches:
         self._epoch_rows: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._shuffled_key = (-1, -1)
         self._shuffled: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._sender = ThreadPoolExecutor(1)
+        self._sent: tuple[int, Future[ToDevice]] | None = None
 
     def __getitem__(self, step: int) -> Float[Tensor, "batch source d_model"]:
+        if self._home == self.device or not is_asynchronous(self.device):
+            return self._chosen(step).to(self.device).float()
+        sent = self._sent if self._sent is not None and self._sent[0] == step else (step, self._sender.submit(self._send, step))
+        batch = sent[1].result().wait().float()
+        self._sent = (step + 1, self._sender.submit(self._send, step + 1))
+        return batch
+
+    def _send(self, step: int) -> ToDevice:
+        return ToDevice(self._chosen(step), self.device)
+
+    def _chosen(self, step: int) -> Float[Tensor, "batch source d_model"]:
+        """The rows of a step's batch, as they are in the buffer."""
         epoch, index = divmod(step, self.per_epoch)
         number, offset = divmod(index, self._per_buffer)
         buffer = self._buffers.get(self._key(epoch, number), self._key(*self._after(epoch, number)))
@@ -61,7 +83,7 @@ class Batches:
             self._shuffled = np.random.default_rng([self.seed, epoch, number]).permutation(len(buffer.rows))
             self._shuffled_key = (epoch, number)
         chosen = self._shuffled[offset * self.batch_size : (offset + 1) * self.batch_size]
-        return buffer.activations[torch.from_numpy(chosen)].float()
+        return buffer.activations.index_select(0, send(torch.from_numpy(chosen), self._home))
 
     def describe(self, step: int) -> str:
         """Position of a step's batch in the data, in words."""
@@ -70,6 +92,8 @@ class Batches:
 
     def close(self) -> None:
         """Release the memory of the buffers and stop reading ahead."""
+        self._sender.shutdown(cancel_futures=True)
+        self._sent = None
         self._buffers.close()
 
     @property
@@ -91,9 +115,10 @@ class Batches:
         else:
             first = number * self._per_buffer * self.batch_size
             rows = np.sort(self._order_of(epoch)[first : first + self._per_buffer * self.batch_size])
-        activations = torch.empty(len(rows), len(self.store.sources), self.store.d_model, dtype=self._dtype)
+        shape = (len(rows), len(self.store.sources), self.store.d_model)
+        activations = torch.empty(shape, dtype=self._dtype, device=self._home)
         for start in range(0, len(rows), SLICE):
-            activations[start : start + SLICE] = self.store.gather(rows[start : start + SLICE])
+            activations[start : start + SLICE] = self.store.gather(rows[start : start + SLICE], self._home)
         return _Buffer(rows, activations)
 
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:

@@ -54,16 +54,22 @@ class Normalisation:
 
 @dataclass
 class Moments:
-    """Sums over training tokens: `total` of h_s, `products` of <h_s, h_t>, and the number of tokens."""
+    """Sums over training tokens: `total` of h_s, `products` of <h_s, h_t>, and the number of tokens.
+
+    The first two are on the device of the streams, so that adding a batch does not wait for an accelerator.
+    """
 
     total: Float64[Tensor, "source d_model"]
     products: Float64[Tensor, "source source"]
     n_tokens: Int64[Tensor, ""]
 
     @classmethod
-    def zero(cls, n_sources: int, d_model: int) -> Moments:
-        total = torch.zeros(n_sources, d_model, dtype=torch.float64)
-        return cls(total, torch.zeros(n_sources, n_sources, dtype=torch.float64), torch.tensor(0))
+    def zero(cls, n_sources: int, d_model: int, device: torch.device | None = None) -> Moments:
+        total = torch.zeros(n_sources, d_model, dtype=torch.float64, device=device)
+        return cls(total, torch.zeros(n_sources, n_sources, dtype=torch.float64, device=device), torch.tensor(0))
+
+    def cpu(self) -> Moments:
+        return Moments(self.total.cpu(), self.products.cpu(), self.n_tokens)
 
     def add(self, streams: list[Float[Tensor, "token d_model"]]) -> None:
         """Add the tokens of a batch, one tensor per source.
@@ -73,9 +79,9 @@ class Moments:
         """
         self.n_tokens += len(streams[0])
         for s, stream in enumerate(streams):
-            self.total[s] += stream.sum(0).double().cpu()
+            self.total[s] += stream.sum(0).double()
             for t in range(s + 1):
-                product = (stream * streams[t]).sum(1).double().sum().cpu()
+                product = (stream * streams[t]).sum(1).double().sum()
                 self.products[s, t] += product
                 if t < s:
                     self.products[t, s] += product

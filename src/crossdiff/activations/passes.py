@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from crossdiff.activations.transfer import send
 from crossdiff.errors import UserError
 from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair
@@ -41,6 +42,69 @@ def right_padded(batch: Sequence[TokenIds]) -> tuple[Int[Tensor, "sequence posit
     return torch.from_numpy(ids), None if is_token.all() else torch.from_numpy(np.flatnonzero(is_token))
 
 
+class ForwardPass:
+    """One pass of both models over a batch of sequences, which an accelerator may still be computing.
+
+    Attributes:
+        streams: residual streams `[layer][source]` of the same tokens, without padding, on the models' device.
+        norms: the norm of every row of `streams`, on that device. What is not finite in a stream is not finite in its norms.
+
+    Raises:
+        UserError: a sequence is longer than a model can read.
+    """
+
+    streams: list[list[Float32[Tensor, "token d_model"]]]
+    norms: Float32[Tensor, "layer source token"]
+
+    def __init__(self, pair: Pair, batch: Sequence[TokenIds], layers: Sequence[int]) -> None:
+        ids, self._kept = right_padded(batch)
+        pair.check_length(ids.shape[1], f"a sequence of {ids.shape[1]} tokens", "shorten it")
+        self._pair, self._read, self._lengths = pair, (pair.base_ids(ids), ids), [len(token_ids) for token_ids in batch]
+        kept = None if self._kept is None else send(self._kept, pair.device)
+        by_source = []
+        for model, read in zip(pair.models, self._read, strict=True):
+            with _ONE_PASS:
+                streams = [stream.flatten(0, 1) for stream in residuals_after(model, send(read, pair.device), layers)]
+            if kept is not None:
+                streams = [stream.index_select(0, kept) for stream in streams]
+            by_source.append([stream.float() for stream in streams])
+        self.streams = [list(streams) for streams in zip(*by_source, strict=True)]
+        norms = [[torch.linalg.vector_norm(stream, dim=1) for stream in streams] for streams in self.streams]
+        self.norms = torch.stack([torch.stack(of_sources) for of_sources in norms])
+
+    def check(self, norms: Float32[Tensor, "layer source token"]) -> None:
+        """Raise `NotFiniteError` if a model gives NaN or infinite activations; `norms` is a copy of its own on the CPU."""
+        if bool(norms.isfinite().all()):
+            return
+        for source in range(len(SOURCES)):
+            for streams in self.streams:
+                # The squares in a norm may overflow although the values do not.
+                wrong = torch.nonzero(~streams[source].isfinite().all(1)).flatten()
+                if len(wrong):
+                    raise self._not_finite(source, int(wrong[0]))
+
+    def _not_finite(self, source: int, row: int) -> NotFiniteError:
+        """The error for the first row that is not finite; it names the token if its embedding is damaged."""
+        pair, model, read = self._pair, self._pair.models[source], self._read[source].flatten()
+        read = read if self._kept is None else read[self._kept]
+        name = SOURCES[source]
+        message = f"the {name} model ({pair.identity[name]['name']}) gives NaN or infinite activations"
+        # Attention spreads a NaN over the whole sequence, so the token with the damaged embedding need not be the first.
+        ends = np.cumsum(self._lengths)
+        last = int(ends[np.searchsorted(ends, row, side="right")])
+        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+        for index in range(row, last):
+            if not bool(weight[int(read[index])].isfinite().all()):
+                token = pair.tokenizer.convert_ids_to_tokens(int(read[index]))
+                return NotFiniteError(
+                    f"{message}: its embedding of the token {token!r} is not finite; repair it, or remove the text", row
+                )
+        return NotFiniteError(
+            f"{message}: set model_dtype to float32 if they overflow, otherwise check the model's weights, or remove the text",
+            row,
+        )
+
+
 def paired_residuals(
     pair: Pair, batch: Sequence[TokenIds], layers: Sequence[int]
 ) -> list[list[Float32[Tensor, "token d_model"]]]:
@@ -49,44 +113,6 @@ def paired_residuals(
     Raises:
         UserError: a sequence is longer than a model can read, or a model gives NaN or infinite activations (`NotFiniteError`).
     """
-    ids, kept = right_padded(batch)
-    pair.check_length(ids.shape[1], f"a sequence of {ids.shape[1]} tokens", "shorten it")
-    lengths = [len(token_ids) for token_ids in batch]
-    by_source = []
-    for source, model, read in zip(SOURCES, pair.models, (pair.base_ids(ids), ids), strict=True):
-        device = next(model.parameters()).device
-        with _ONE_PASS:
-            streams = [stream.flatten(0, 1) for stream in residuals_after(model, read.to(device), layers)]
-        if kept is not None:
-            streams = [stream.index_select(0, kept.to(device)) for stream in streams]
-        by_source.append([stream.float() for stream in streams])
-        for stream in by_source[-1]:
-            _check_finite(pair, source, read.flatten() if kept is None else read.flatten()[kept], lengths, stream)
-    return [list(streams) for streams in zip(*by_source, strict=True)]
-
-
-def _check_finite(
-    pair: Pair, source: str, read: Int[Tensor, " token"], lengths: Sequence[int], stream: Float32[Tensor, "token d_model"]
-) -> None:
-    """Check the activations of one source. `read` holds the ids that its model has read, `lengths` those of the sequences."""
-    if bool(torch.linalg.vector_norm(stream, dim=1).isfinite().all()):
-        return
-    wrong = torch.nonzero(~stream.isfinite().all(1)).flatten()
-    if not len(wrong):
-        return  # the squares in the norm overflow, and the values do not
-    row = int(wrong[0])
-    message = f"the {source} model ({pair.identity[source]['name']}) gives NaN or infinite activations"
-    # Attention spreads a NaN over the whole sequence, so the token with the damaged embedding need not be the first.
-    ends = np.cumsum(lengths)
-    last = int(ends[np.searchsorted(ends, row, side="right")])
-    model = pair.base if source == SOURCES[0] else pair.chat
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    for index in range(row, last):
-        if not bool(weight[int(read[index])].isfinite().all()):
-            token = pair.tokenizer.convert_ids_to_tokens(int(read[index]))
-            raise NotFiniteError(
-                f"{message}: its embedding of the token {token!r} is not finite; repair it, or remove the text", row
-            )
-    raise NotFiniteError(
-        f"{message}: set model_dtype to float32 if they overflow, otherwise check the model's weights, or remove the text", row
-    )
+    forward = ForwardPass(pair, batch, layers)
+    forward.check(forward.norms.cpu())
+    return forward.streams

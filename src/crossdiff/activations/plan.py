@@ -105,6 +105,8 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
     sizes = [_size(*each) for each in zip(datasets, counts, texts.records, strict=True)]
     n_tokens = round(_mixed(sizes, datasets))
     batches = [[sequence.token_ids for sequence in batch] for batch in bucketed(sequences, config.batch_tokens, POOL)]
+    if config.compile:
+        pair.compile()
     paired_residuals(pair, batches[-1], [layer])  # the first pass is slower than the others
     started, measured = time.perf_counter(), 0
     for batch in batches:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from crossdiff.activations.folder import Folder
 from crossdiff.activations.locations import open_folder
 from crossdiff.activations.normalisation import Moments
 from crossdiff.activations.ranges import SAFETENSORS_NAMES
-from crossdiff.activations.store import COLUMNS, DTYPES
+from crossdiff.activations.store import COLUMNS
+from crossdiff.activations.transfer import CPU
 from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Float32, Int8, Tensor
 
-BLOCK = 1 << 20
-"""Number of bytes that are hashed and written together, so that they stay in the cache in between."""
+BLOCK = 1 << 22
+"""Number of bytes that are hashed and written at the same time."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,26 @@ def quantise(h: Float32[Tensor, "token d_model"]) -> tuple[Int8[Tensor, "token d
     return (h / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_().to(torch.int8), scale
 
 
+def to_stored(stream: Float[Tensor, "token d_model"], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Activations of one source in a store's dtype, by the name of their tensor in a shard; int8 has a scale per token too."""
+    if dtype != torch.int8:
+        return {"activations": stream.to(dtype)}
+    values, scale = quantise(stream)
+    return {"activations": values, "activation_scale": scale}
+
+
 def as_stored(stream: Float[Tensor, "token d_model"], dtype: torch.dtype) -> Float32[Tensor, "token d_model"]:
     """Activations as they would be read back from a store of this dtype."""
-    check_finite(stream, dtype)
-    if dtype != torch.int8:
-        return stream.to(dtype).float()
-    values, scale = quantise(stream)
-    return values.float() * scale.unsqueeze(1)
+    stored = to_stored(stream, dtype)
+    values = stored["activations"].float()
+    return values * stored["activation_scale"].unsqueeze(1) if "activation_scale" in stored else values
 
 
-def check_finite(h: Float[Tensor, "token d_model"], dtype: torch.dtype) -> None:
-    """Refuse activations that are not finite or too large for the dtype of the store."""
+def check_finite(h: Float[Tensor, "token d_model"], norms: Float[Tensor, " token"], dtype: torch.dtype) -> None:
+    """Refuse activations that are not finite or too large for the dtype of the store. `norms` are those of the rows."""
     limit = float("inf") if dtype == torch.int8 else torch.finfo(dtype).max
     # The norm of a row bounds its entries, so this cheaper test accepts almost every batch.
-    if float(torch.linalg.vector_norm(h, dim=1).max()) < limit:
+    if float(norms.max()) < limit:
         return
     if not torch.isfinite(h).all():
         raise UserError("a model gives NaN or infinite activations")
@@ -98,10 +106,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="digest") as thread:
         for block in _blocks(len(text).to_bytes(8, "little") + text, ordered.values()):
-            digest.update(block)
+            digested = thread.submit(digest.update, block)
             _write_all(file.fileno(), block)
+            digested.result()
     return 8 + len(text) + offset, digest.hexdigest()
 
 
@@ -120,46 +129,39 @@ def _write_all(descriptor: int, block: memoryview) -> None:
 class ShardBuffer:
     """Memory for one shard of one layer. It is reused for all shards, so that its pages are allocated only once.
 
-    Without a dtype it holds only the tokens.
+    Without a dtype it holds only the tokens. The moments are summed on `device`, and fetched when the shard is written.
     """
 
-    def __init__(self, capacity: int, n_sources: int, d_model: int, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, capacity: int, n_sources: int, d_model: int, dtype: torch.dtype | None, device: torch.device = CPU
+    ) -> None:
         self.tensors: dict[str, Tensor] = {}
         if dtype is not None:
             self.tensors["activations"] = torch.empty(capacity, n_sources, d_model, dtype=dtype)
         if dtype == torch.int8:
             self.tensors["activation_scale"] = torch.empty(capacity, n_sources)
         self.tensors |= {name: torch.empty(capacity, dtype=column) for name, column in COLUMNS.items()}
-        self.moments = Moments.zero(n_sources, d_model)
+        self._empty = partial(Moments.zero, n_sources, d_model, device)
+        self.moments = self._empty()
         self.n_tokens = 0
 
-    def add(self, streams: list[Float[Tensor, "token d_model"]], columns: dict[str, Tensor], counted: Tensor | slice) -> None:
-        """Append the tokens of a batch.
-
-        Args:
-            streams: one tensor per source; empty if activations are not stored.
-            counted: the training tokens among them, which the moments count.
-        """
+    def add(self, columns: Mapping[str, Tensor], stored: Sequence[Mapping[str, Tensor]] = ()) -> None:
+        """Append the tokens of a batch. `stored` has `to_stored` of each source on the CPU, if activations are stored."""
         rows = slice(self.n_tokens, self.n_tokens + len(columns["token_id"]))
-        for source, stream in enumerate(streams):
-            stored = self.tensors["activations"]
-            check_finite(stream, stored.dtype)
-            if stored.dtype == torch.int8:
-                stored[rows, source], self.tensors["activation_scale"][rows, source] = quantise(stream)
-            else:
-                stored[rows, source] = stream.to(stored.dtype)  # converted on the model's device, then moved
+        for source, tensors in enumerate(stored):
+            for name, tensor in tensors.items():
+                self.tensors[name][rows, source] = tensor
         for name, column in columns.items():
             self.tensors[name][rows] = column
-        if streams:
-            self.moments.add([stream[counted] for stream in streams])
         self.n_tokens = rows.stop
 
     def write(self, path: Path) -> tuple[int, str]:
         """Write the tokens and their moments, and empty the buffer. Returns the size and the SHA-256 of the file."""
         tensors = {name: tensor[: self.n_tokens] for name, tensor in self.tensors.items()}
-        tensors |= {"total": self.moments.total, "products": self.moments.products, "n_training": self.moments.n_tokens}
+        moments = self.moments.cpu()
+        tensors |= {"total": moments.total, "products": moments.products, "n_training": moments.n_tokens}
         written = write_tensors(path, tensors)
-        self.moments = Moments.zero(*self.moments.total.shape)
+        self.moments = self._empty()
         self.n_tokens = 0
         return written
 
@@ -213,10 +215,17 @@ class ShardWriters:
     One set of buffers is filled while a thread writes the other, so memory is bounded by the two sets.
     """
 
-    def __init__(self, logs: list[ProgressLog], capacity: int, n_sources: int, d_model: int, dtype: str | None) -> None:
+    def __init__(
+        self,
+        logs: list[ProgressLog],
+        capacity: int,
+        n_sources: int,
+        d_model: int,
+        dtype: torch.dtype | None,
+        device: torch.device = CPU,
+    ) -> None:
         self.logs = logs
-        stored = None if dtype is None else DTYPES[dtype]
-        self._sets = [[ShardBuffer(capacity, n_sources, d_model, stored) for _ in logs] for _ in range(2)]
+        self._sets = [[ShardBuffer(capacity, n_sources, d_model, dtype, device) for _ in logs] for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._writing: Future[None] | None = None
 

@@ -29,6 +29,7 @@ from crossdiff.activations.folder import DOCUMENTS, MANIFEST, Folder
 from crossdiff.activations.locations import open_folder, read_pointer
 from crossdiff.activations.normalisation import Normalisation
 from crossdiff.activations.ranges import StoredRows
+from crossdiff.activations.transfer import CPU
 from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, sha256
@@ -285,8 +286,8 @@ class Store:
             )
         return rows
 
-    def gather(self, rows: npt.NDArray[np.int64]) -> Float[Tensor, "batch source d_model"]:
-        """Activations of the given rows as float32, in the order given.
+    def gather(self, rows: npt.NDArray[np.int64], device: torch.device = CPU) -> Float[Tensor, "batch source d_model"]:
+        """Activations of the given rows as float32, in the order given, on a device.
 
         Raises:
             UserError: one of them is NaN or infinite.
@@ -307,7 +308,11 @@ class Store:
         # A NaN or infinity makes the sum non-finite, and a sum is cheaper than checking every number.
         if not torch.isfinite(out.sum()):
             self._refuse_non_finite(rows, out)
-        return out
+        return out.to(device)
+
+    def home(self, device: torch.device) -> torch.device:
+        """The device where activations that are needed on `device` are best kept until then: where they come from."""
+        return CPU
 
     def _refuse_non_finite(self, rows: npt.NDArray[np.int64], h: Float[Tensor, "batch source d_model"]) -> None:
         wrong = (~torch.isfinite(h).flatten(1).all(1)).numpy()

@@ -81,6 +81,7 @@ def finish_store(
         "dtype": config.dtype,
         "storage": config.storage,
         "batch_tokens": config.batch_tokens,
+        **({"compile": True} if config.compile else {}),
         "max_length": config.max_length,
         "leave_out": config.leave_out,
         "max_norm_multiple": config.max_norm_multiple,

@@ -72,20 +72,20 @@ def _make_arms(
         table = table.join(contribution, on="latent", how="left", maintain_order="left")
     arms = make_arms(experiment, table, pool, config.seed, crosscoder.n_sources)
     others = [part for arm in arms.arms for part in arm.others]
-    means = torch.zeros(len(GROUPS) + 1, store.d_model)
+    means, device = torch.zeros(len(GROUPS) + 1, store.d_model), crosscoder.encoder.device
     if any(isinstance(part, MeanDifferencePart) for part in others):
-        means = mean_differences(store, config.batch_tokens).float()
+        means = mean_differences(store, config.batch_tokens, device).float()
     numbers = [number for part in others if isinstance(part, PrincipalPart) for number in part.components]
-    return Prepared(arms, means, _principal(store, max(numbers), config.batch_tokens) if numbers else None)
+    return Prepared(arms, means, _principal(store, max(numbers), config.batch_tokens, device) if numbers else None)
 
 
-def _principal(store: Store, last: int, batch_tokens: int) -> Float[Tensor, "component d_model"]:
+def _principal(store: Store, last: int, batch_tokens: int, device: torch.device) -> Float[Tensor, "component d_model"]:
     """The principal directions up to the number `last`."""
     if last >= store.d_model:
         raise UserError(
             f"there is no principal direction {last}: the activations have {store.d_model} dimensions; count from 0"
         )
-    return principal_directions(store, batch_tokens)[: last + 1].float()
+    return principal_directions(store, batch_tokens, device)[: last + 1].float()
 
 
 def _measure(path: Path, patcher: Patcher, batch: list[TokenSequence]) -> Divergences:

@@ -26,19 +26,20 @@ def contributions(store: Store, crosscoder: Crosscoder, batch_tokens: int) -> pl
     """
     rows = training_rows(store)
     rows = rows[:: -(-len(rows) // MAX_TOKENS)]
-    squares = torch.zeros(crosscoder.n_latents, dtype=torch.float64)
-    n_active = torch.zeros(crosscoder.n_latents, dtype=torch.int64)
+    device = crosscoder.encoder.device
+    squares = torch.zeros(crosscoder.n_latents, dtype=torch.float64, device=device)
+    n_active = torch.zeros(crosscoder.n_latents, dtype=torch.int64, device=device)
     for first in range(0, len(rows), batch_tokens):
         code = encode(crosscoder, crosscoder.inputs(store, rows[first : first + batch_tokens]))
-        squares.index_add_(0, code.latent.cpu(), code.values.double().square().cpu())
-        n_active += code.counts().cpu()
+        squares.index_add_(0, code.latent, code.values.double().square())
+        n_active += code.counts()
     no_means = torch.zeros(len(GROUPS) + 1, crosscoder.d_model)
     directions = DecoderDifference.from_crosscoder(crosscoder, no_means).directions
-    squared_norms = directions.double().square().sum(1).cpu()
+    squared_norms = directions.double().square().sum(1)
     return pl.DataFrame(
         {
             "latent": np.arange(crosscoder.n_latents),
-            "n_active": n_active.numpy(),
-            "contribution": (squares * squared_norms / len(rows)).numpy(),
+            "n_active": n_active.cpu().numpy(),
+            "contribution": (squares * squared_norms / len(rows)).cpu().numpy(),
         }
     )

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from crossdiff.activations.store import Store
 from crossdiff.errors import UserError
 from crossdiff.latents.groups import GROUPS, group_of
+from crossdiff.latents.stream import CPU
 from crossdiff.shapes import Float64, Int, Tensor
 from crossdiff.sources import BASE, CHAT
 from crossdiff.text.chat import Flag
@@ -110,36 +111,40 @@ def training_rows(store: Store) -> npt.NDArray[np.int64]:
     return rows
 
 
-def mean_differences(store: Store, batch_tokens: int) -> Float64[Tensor, "group d_model"]:
+def mean_differences(store: Store, batch_tokens: int, device: torch.device = CPU) -> Float64[Tensor, "group d_model"]:
     """Mean of h^chat - h^base over the training conversations: one row per group in `GROUPS`, then one over all tokens.
 
-    A group that does not occur gets the mean over all tokens.
+    A group that does not occur gets the mean over all tokens. They are computed on `device`, and come to the host.
     """
     rows = training_rows(store)
     group = group_of(store.column("flags")[rows])
     base, chat = store.sources.index(BASE), store.sources.index(CHAT)
-    total = torch.zeros(len(GROUPS), store.d_model, dtype=torch.float64)
+    total = torch.zeros(len(GROUPS), store.d_model, dtype=torch.float64, device=device)
     for first in range(0, len(rows), batch_tokens):
         part = slice(first, first + batch_tokens)
-        h = store.gather(rows[part]).double()
-        total.index_add_(0, torch.from_numpy(group[part]), h[:, chat] - h[:, base])
+        h = store.gather(rows[part]).to(device).double()
+        total.index_add_(0, torch.from_numpy(group[part]).to(device), h[:, chat] - h[:, base])
+    total = total.cpu()
     counts = torch.from_numpy(np.bincount(group, minlength=len(GROUPS))).unsqueeze(1)
     overall = total.sum(0, keepdim=True) / counts.sum()
     return torch.cat([torch.where(counts > 0, total / counts.clamp(min=1), overall), overall])
 
 
-def principal_directions(store: Store, batch_tokens: int) -> Float64[Tensor, "component d_model"]:
-    """Unit eigenvectors of the covariance of h^chat - h^base over the training conversations, the largest variance first."""
+def principal_directions(store: Store, batch_tokens: int, device: torch.device = CPU) -> Float64[Tensor, "component d_model"]:
+    """Unit eigenvectors of the covariance of h^chat - h^base over the training conversations, the largest variance first.
+
+    They are computed on `device`, and come to the host.
+    """
     rows = training_rows(store)
     base, chat = store.sources.index(BASE), store.sources.index(CHAT)
-    total = torch.zeros(store.d_model, dtype=torch.float64)
-    squares = torch.zeros(store.d_model, store.d_model, dtype=torch.float64)
+    total = torch.zeros(store.d_model, dtype=torch.float64, device=device)
+    squares = torch.zeros(store.d_model, store.d_model, dtype=torch.float64, device=device)
     for first in range(0, len(rows), batch_tokens):
-        h = store.gather(rows[first : first + batch_tokens]).double()
+        h = store.gather(rows[first : first + batch_tokens]).to(device).double()
         difference = h[:, chat] - h[:, base]
         total += difference.sum(0)
         squares += difference.T @ difference
     mean = total / len(rows)
     vectors = torch.linalg.eigh(squares / len(rows) - torch.outer(mean, mean)).eigenvectors
-    largest_first: Tensor = vectors.T.flip(0).contiguous()
+    largest_first: Tensor = vectors.T.flip(0).cpu().contiguous()
     return largest_first

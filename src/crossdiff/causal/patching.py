@@ -369,6 +369,7 @@ class Patcher:
             changed = (edited != unedited[key]).flatten(1).any(1)
             if changed.any():
                 values[:, changed[conversation]] = measured(edited, arm.continues, changed)
+            # Summed on the host, in one order: a GPU's atomic adds would give arms with equal logits different sums.
             empty = torch.zeros(len(self.measures), n_cells, dtype=torch.float64)
             totals.append(empty.index_add_(1, cell, values.double().cpu()))
         n = torch.bincount(cell, minlength=n_cells)

@@ -97,4 +97,10 @@ def _explained(error: BaseException) -> tuple[str, int]:
         return f"crossdiff: {error}", EXIT_USER
     if isinstance(error, KeyboardInterrupt):
         return "\ncrossdiff: interrupted; finished work is kept, and the same command resumes from there", EXIT_INTERRUPTED
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by its name, since the command line starts without torch
+        found = ". ".join(str(error).split(". ")[:2])
+        return (
+            f"crossdiff: {found}. The device has too little memory for this: lower the batch_tokens of the stage, or the "
+            "batch_size or n_latents of the training, take fewer crosscoders at a time with --only, or give --device cpu"
+        ), EXIT_USER
     return f"crossdiff: unexpected {type(error).__name__}: {error}; run again with --debug for details", EXIT_BUG

@@ -131,10 +131,12 @@ def null(args: Namespace) -> None:
 def seeds(args: Namespace) -> None:
     from crossdiff.compare.seeds import compare_seeds, read_seeds
     from crossdiff.compare.terminal import print_seeds
+    from crossdiff.models.loading import choose_device
 
     if not -1 <= args.cosine <= 1:
         raise UserError(f"--cosine is {args.cosine:g}; expected a number from -1 to 1")
-    print_seeds(compare_seeds(read_seeds(_run_directory(args.directory), args.names), args.cosine))
+    seeds = read_seeds(_run_directory(args.directory), args.names, choose_device("auto"))
+    print_seeds(compare_seeds(seeds, args.cosine))
 
 
 def truth(args: Namespace) -> None:

@@ -147,7 +147,7 @@ def plan(args: Namespace) -> None:
 
 def _print_analysis(name: str, config: CrosscoderConfig, n_tokens: int, min_active: int, pair: Pair, console: Console) -> None:
     """What the analysis of a published crosscoder, which is not trained, needs and takes."""
-    from crossdiff.latents.duration import analysis_seconds
+    from crossdiff.latents.duration import PER_ENCODING, encoding_seconds
 
     size = _size(config, pair, 1)
     needed = math.ceil(min_active * size.n_latents / size.active)
@@ -158,8 +158,12 @@ def _print_analysis(name: str, config: CrosscoderConfig, n_tokens: int, min_acti
         f"in {n_tokens / min_active:,.0f}",
         soft_wrap=True,
     )
-    console.print(f"  memory  {size.weight_bytes / 1e9:.2f} GB for the weights, in the computer's memory")
-    console.print(f"  time    {analysis_seconds(size, n_tokens) / 60:.1f} min on cpu")
+    console.print(f"  memory  {size.weight_bytes / 1e9:.2f} GB for the weights")
+    minutes = encoding_seconds(size, n_tokens, pair.device) / 60
+    if pair.device.type == "cpu":
+        console.print(f"  time    {PER_ENCODING * minutes:.1f} min on cpu")
+    else:
+        console.print(f"  time    more than {minutes:.1f} min on {pair.device}: the encoding alone takes as long")
 
 
 def _size(config: CrosscoderConfig, pair: Pair, batch: int) -> Size:

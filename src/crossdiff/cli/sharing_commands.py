@@ -139,12 +139,14 @@ def import_published(args: Namespace) -> None:
             "--base and --chat"
         )
     from crossdiff.activations.store import Store
+    from crossdiff.models.loading import choose_device
     from crossdiff.published.formats import find_store, notes_on, read_published
     from crossdiff.published.hub import locate
 
     sources, scales = (tuple(given) if given else None for given in (args.sources, args.input_scales))
     store = Store(find_store(args.estimate_threshold)) if args.estimate_threshold is not None else None
-    coder = read_published(locate(args.source), sources, scales, store)
+    device = choose_device("cpu" if store is None else "auto")
+    coder = read_published(locate(args.source), sources, scales, store, device)
     found = coder.origin.get("published") or {"format": "crossdiff", "architecture": coder.sparsity.kind}
     print(f"{found['format']}: {found['architecture']}, read as {coder.sparsity.kind}")
     for note in notes_on(found):

@@ -32,7 +32,10 @@ AS_IT_IS, MEAN = "as it is", "mean"
 
 @dataclass
 class Sums:
-    """Sums over the predicted tokens of each block of documents, per arm: what the activations are replaced by."""
+    """Sums over the predicted tokens of each block of documents, per arm: what the activations are replaced by.
+
+    They are on the models' device until `on_host`.
+    """
 
     arms: tuple[str, ...]
     n: Float64[Tensor, " block"]
@@ -41,10 +44,14 @@ class Sums:
     answer_kl: Float64[Tensor, "arm block"]
 
     @classmethod
-    def empty(cls, arms: tuple[str, ...]) -> Sums:
-        per_block = torch.zeros(BLOCKS, dtype=torch.float64)
-        per_arm = torch.zeros(len(arms), BLOCKS, dtype=torch.float64)
+    def empty(cls, arms: tuple[str, ...], device: torch.device) -> Sums:
+        per_block = torch.zeros(BLOCKS, dtype=torch.float64, device=device)
+        per_arm = torch.zeros(len(arms), BLOCKS, dtype=torch.float64, device=device)
         return cls(arms, per_block, per_arm, per_block.clone(), per_arm.clone())
+
+    def on_host(self) -> Sums:
+        """The same sums on the host, where they are read."""
+        return Sums(self.arms, self.n.cpu(), self.cross_entropy.cpu(), self.n_answer.cpu(), self.answer_kl.cpu())
 
     def recovered(self, arm: str) -> Estimate[float]:
         """Share of the cross-entropy between the mean and the unchanged model."""
@@ -74,7 +81,8 @@ def _of_means(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Held-out sequences, right-padded. `kept` marks tokens, `counted` those past the left-out positions."""
+    """Held-out sequences, right-padded, on the models' device. `kept` marks tokens, `counted` those past the left-out
+    positions."""
 
     ids: Int64[Tensor, "sequence position"]
     kept: Bool[Tensor, "sequence position"]
@@ -100,7 +108,7 @@ def heldout_sequences(store: Store, max_tokens: int) -> npt.NDArray[np.int64]:
     return numbers[np.linspace(0, len(numbers) - 1, min(n, len(numbers))).astype(np.int64)]
 
 
-def _batches(store: Store, numbers: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
+def _batches(store: Store, numbers: npt.NDArray[np.int64], batch_tokens: int, device: torch.device) -> Iterator[_Batch]:
     ids, flags, document = store.column("token_id"), store.column("flags"), store.column("document")
     counted = store.counted
     lengths = np.diff(store.sequences())[numbers]
@@ -108,15 +116,16 @@ def _batches(store: Store, numbers: npt.NDArray[np.int64], batch_tokens: int) ->
         first = np.flatnonzero(np.diff(batch.sequence, prepend=-1))
 
         def padded(values: npt.NDArray[np.generic], first: npt.NDArray[np.int64] = first) -> Tensor:
-            return pad_sequence([torch.from_numpy(part) for part in np.split(values, first[1:])], batch_first=True)
+            parts = [torch.from_numpy(part) for part in np.split(values, first[1:])]
+            return pad_sequence(parts, batch_first=True).to(device)
 
         yield _Batch(
             ids=padded(ids[batch.rows]).long(),
             kept=padded(np.ones(len(batch.rows), dtype=np.bool_)),
             counted=padded(counted[batch.rows]),
             answer=padded((flags[batch.rows] & Flag.ASSISTANT) != 0),
-            block=torch.from_numpy(document[batch.rows[first]] % BLOCKS).long(),
-            h=store.gather(batch.rows),
+            block=torch.from_numpy(document[batch.rows[first]] % BLOCKS).to(device).long(),
+            h=store.gather(batch.rows).to(device),
         )
 
 
@@ -139,30 +148,31 @@ def run_on_reconstructions(
     """
     index = {source: i for i, source in enumerate(store.sources)}
     models = dict(zip(store.sources, pair.models, strict=True))
-    sums = {
-        source: Sums.empty((AS_IT_IS, MEAN, *(name for name, coder in crosscoders.items() if source in coder.view.writes())))
+    device = pair.device
+    arms = {
+        source: (AS_IT_IS, MEAN, *(name for name, coder in crosscoders.items() if source in coder.view.writes()))
         for source in store.sources
     }
-    device = next(pair.base.parameters()).device
-    mean = store.normalisation.mean.float()
+    sums = {source: Sums.empty(names, device) for source, names in arms.items()}
+    mean = store.normalisation.mean.float().to(device)
     upper = {source: UpperHalf(model, store.layer) for source, model in models.items()}
-    for batch in _batches(store, heldout_sequences(store, max_tokens), batch_tokens):
+    for batch in _batches(store, heldout_sequences(store, max_tokens), batch_tokens, device):
         replaced = {(MEAN, source): mean[index[source]].expand(len(batch.h), -1) for source in store.sources}
         for name, coder in crosscoders.items():
-            h = batch.h[:, [index[source] for source in coder.view.reads]]
+            h = batch.h[:, [index[source] for source in coder.view.reads]].to(coder.encoder.device)
             for source, tensor in coder.view.written(h, coder.reconstruct(h)).items():
                 replaced[name, source] = tensor
         for source, model in models.items():
-            ids = (pair.base_ids(batch.ids) if model is pair.base else batch.ids).to(device)
+            ids = pair.ids_of(source, batch.ids)
             hidden = residuals_after(model, ids, [store.layer])[0]
             unchanged: Tensor | None = None
             for number, arm in enumerate(sums[source].arms):
                 edited = hidden if arm == AS_IT_IS else _replaced(hidden, batch, replaced[arm, source])
-                logits = upper[source].logits(edited, ids, batch.kept.long().to(device), batch.predicts.to(device)).float()
+                logits = upper[source].logits(edited, ids, batch.kept.long(), batch.predicts).float()
                 unchanged = logits if unchanged is None else unchanged
                 _add(sums[source], number, batch, logits, unchanged)
-        advance(int(batch.kept.sum()))
-    return sums
+        advance(len(batch.h))
+    return {source: of_source.on_host() for source, of_source in sums.items()}
 
 
 def _replaced(
@@ -170,8 +180,8 @@ def _replaced(
 ) -> Float[Tensor, "sequence position d_model"]:
     """The activations with those of the counted positions replaced."""
     full = torch.zeros_like(hidden)
-    full[batch.kept.to(hidden.device)] = by.to(hidden)
-    return torch.where(batch.counted.unsqueeze(2).to(hidden.device), full, hidden)
+    full[batch.kept] = by.to(hidden)
+    return torch.where(batch.counted.unsqueeze(2), full, hidden)
 
 
 def _add(
@@ -183,11 +193,11 @@ def _add(
 ) -> None:
     """Add a batch's cross-entropy and KL; a token is predicted at the position before it."""
     kept, answer = batch.kept[:, 1:], batch.answer[:, 1:]
-    ce = cross_entropy(logits, batch.ids[:, 1:][kept].to(logits.device), reduction="none").double().cpu()
-    of_answer = answer[kept].to(logits.device)
+    ce = cross_entropy(logits, batch.ids[:, 1:][kept], reduction="none").double()
+    of_answer = answer[kept]
     log_q = log_softmax(logits[of_answer], 1)
     log_p = log_softmax(unchanged[of_answer], 1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(1).double().cpu()
+    kl = (log_p.exp() * (log_p - log_q)).sum(1).double()
     block, answer_block = (batch.block.unsqueeze(1).expand_as(mask)[mask] for mask in (kept, answer))
     sums.cross_entropy[arm].index_add_(0, block, ce)
     sums.answer_kl[arm].index_add_(0, answer_block, kl)

@@ -16,6 +16,7 @@ from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
 from crossdiff.integrity import read_parquet
 from crossdiff.latents.decoder import CHAT_INDEX, nearest
+from crossdiff.latents.stream import CPU
 from crossdiff.latents.verdict import counts
 from crossdiff.shapes import Float, Tensor
 
@@ -47,8 +48,8 @@ class SeedReport(NamedTuple):
     behaviours: pl.DataFrame
 
 
-def read_seeds(run: Path, names: list[str]) -> list[Seed]:
-    """Read analysed crosscoders of a run directory."""
+def read_seeds(run: Path, names: list[str], device: torch.device = CPU) -> list[Seed]:
+    """Read analysed crosscoders of a run directory to `device`."""
     if len(set(names)) < 2:
         raise UserError(f"seeds are compared with each other: name at least two crosscoders of {run}, found {names}")
     for name in names:
@@ -58,7 +59,7 @@ def read_seeds(run: Path, names: list[str]) -> list[Seed]:
     for name in names:
         path = run / name / "behaviours.parquet"
         behaviours = read_parquet(path) if path.exists() else None
-        seeds.append(Seed(name, read_parquet(run / name / "latents.parquet"), load(run / name), behaviours))
+        seeds.append(Seed(name, read_parquet(run / name / "latents.parquet"), load(run / name).to(device), behaviours))
     widths = {seed.name: seed.crosscoder.d_model for seed in seeds}
     if len(set(widths.values())) > 1:
         raise UserError(f"crosscoders of different widths cannot be compared: {widths}; name those of one width")
@@ -69,7 +70,7 @@ def largest_cosines(rows: Float[Tensor, "row d_model"], others: Float[Tensor, "o
     """The largest cosine of each row with any of the others; -1 if there are no others."""
     if not len(others):
         return torch.full((len(rows),), -1.0)
-    return torch.cat([rows.new_zeros(0), *(cosines.squeeze(1) for _, cosines, _ in nearest(rows, others, 1))])
+    return torch.cat([torch.zeros(0), *(cosines.squeeze(1) for _, cosines, _ in nearest(rows, others, 1))])
 
 
 def _chat_directions(seed: Seed, members: pl.Expr) -> Float[Tensor, "member d_model"]:

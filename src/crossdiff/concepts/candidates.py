@@ -21,7 +21,7 @@ from crossdiff.errors import UserError
 from crossdiff.integrity import read_parquet
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.scaling import Sums
-from crossdiff.latents.stream import Read, check_fits, encode
+from crossdiff.latents.stream import CPU, Read, check_fits, encode
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 SPECIFIC = ("chat_specific", "base_specific", "rotated")
@@ -37,6 +37,7 @@ class Training:
 
     Attributes:
         kind: kind of sparsity.
+        crosscoder: on any device; everything else is on the host.
         table: rows of the candidates in the latent table.
         sums: sums of latent scaling of the candidates.
         others: live latents that are not candidates, for random sets.
@@ -57,7 +58,7 @@ class Training:
     @cached_property
     def energy(self) -> Float64[Tensor, " candidate"]:
         """E_j = sum_i f_ij^2 ||d_j||^2, with the direction of the model that has the latent (docs/concepts.md#energy)."""
-        directions = self.crosscoder.directions()[:, self.latents].double()
+        directions = self.crosscoder.directions()[:, self.latents].cpu().double()
         side = torch.from_numpy((self.table["verdict"] == "base_specific").to_numpy())
         square = torch.where(side, directions[BASE_INDEX].square().sum(1), directions[CHAT_INDEX].square().sum(1))
         return square * self.sums.f2.sum(0)
@@ -72,13 +73,13 @@ def training_of(name: str, crosscoder: Crosscoder, table: pl.DataFrame, sums: Su
     return Training(name, kind, crosscoder, chosen, sums.of_latents(latents), torch.tensor(others, dtype=torch.int64))
 
 
-def read_training(folder: Path, name: str) -> Training:
-    """Read an analysed training of a run.
+def read_training(folder: Path, name: str, device: torch.device = CPU) -> Training:
+    """Read an analysed training of a run, its crosscoder to `device`.
 
     Raises:
         UserError: a file is missing, damaged or of another version.
     """
-    crosscoder = load(folder / name)
+    crosscoder = load(folder / name).to(device)
     path = folder / name / "latents.parquet"
     if not path.is_file():
         raise UserError(f"{path} is missing; run `crossdiff analyze {folder}` first")
@@ -88,7 +89,7 @@ def read_training(folder: Path, name: str) -> Training:
 class Codes:
     """Encodes the candidates of all trainings, and random latents of each, in one pass over a store.
 
-    Candidates are numbered through all trainings, in their order.
+    Candidates are numbered through all trainings, in their order. The crosscoders are on one device.
 
     Attributes:
         first: number of each training's first candidate, and the number of all at the end, `[training + 1]`.
@@ -105,6 +106,11 @@ class Codes:
         self._index = [source_indices(store, training.crosscoder.view.reads) for training in trainings]
         self._like = [_first_with_the_same_input(self.trainings, number) for number in range(len(trainings))]
         self._parts = [Part(training.crosscoder, training.latents) for training in trainings]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches of a store are encoded."""
+        return self.trainings[0].crosscoder.encoder.device
 
     @property
     def n_candidates(self) -> int:

@@ -19,7 +19,7 @@ from crossdiff.concepts.similarity import Matrix, matrix_of
 from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.integrity import read_parquet
-from crossdiff.latents.stream import Coded, Read, encode
+from crossdiff.latents.stream import CPU, Coded, Read, encode
 from crossdiff.shapes import Float, Tensor
 
 
@@ -69,21 +69,22 @@ class ConceptCoder:
         self._first = np.concatenate([[0], np.cumsum([part.n_latents for part in self._parts])]).astype(np.int64)
 
     @classmethod
-    def load(cls, run: Path) -> ConceptCoder:
-        """Load the concepts of a run directory and the crosscoders that they are made of."""
+    def load(cls, run: Path, device: torch.device = CPU) -> ConceptCoder:
+        """Load the concepts of a run directory, and to `device` the crosscoders that they are made of."""
         from crossdiff.crosscoder.checkpoint import load
 
         members = read_parquet(run / "concepts" / "members.parquet")
         names = members["training"].unique(maintain_order=True).to_list()
-        return cls({name: load(run / name) for name in names}, members)
+        return cls({name: load(run / name).to(device) for name in names}, members)
 
     def inputs(self, store: Store, rows: npt.NDArray[np.int64]) -> Float[Tensor, "token source d_model"]:
         """Activations of rows of a store, in the models' own space."""
         return store.gather(rows)[:, source_indices(store, self.crosscoders[0].view.reads)]
 
     def sparse_code(self, h: Float[Tensor, "token source d_model"]) -> SparseCode:
-        """Activations of the concepts, from those of the models in their own space."""
-        codes = [encode(part, part.crosscoder.normalise(h.to(part.crosscoder.encoder))) for part in self._parts]
+        """Activations of the concepts, on the host, from those of the models in their own space."""
+        on_device = h.to(self.crosscoders[0].encoder)
+        codes = [encode(part, part.crosscoder.normalise(on_device)) for part in self._parts]
         v = [part.crosscoder.v(code) for part, code in zip(self._parts, codes, strict=True)]
         return code_of(matrix_of(codes, self._first, v) @ self._weights)
 

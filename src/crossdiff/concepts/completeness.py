@@ -28,7 +28,8 @@ class _OneTraining:
     def __init__(self, training: Training, chosen: dict[str, Bool[Tensor, " candidate"]], n_blocks: int, seed: int) -> None:
         coder = training.crosscoder
         self.n_sources = coder.n_sources
-        self.chosen = chosen
+        device = coder.encoder.device
+        self.chosen = {name: kept.to(device) for name, kept in chosen.items()}
         directions = coder.directions()
         self._difference = directions[-1] - directions[0]
         self._latents = training.latents
@@ -36,8 +37,8 @@ class _OneTraining:
         drawn = np.random.default_rng([seed, 1]).permutation(training.others.numpy())[:n_random]
         self._random_latents = torch.from_numpy(np.sort(drawn))
         self._random = Part(coder, self._random_latents)
-        self.whole = Variance(n_blocks, coder.d_model)
-        self.residuals = {name: Variance(n_blocks, coder.d_model) for name in SETS}
+        self.whole = Variance(n_blocks, coder.d_model, device)
+        self.residuals = {name: Variance(n_blocks, coder.d_model, device) for name in SETS}
         self.sizes = {name: int(kept.sum()) for name, kept in chosen.items()} | {RANDOM: n_random}
 
     def add(self, block: int, x: Float[Tensor, "token source d_model"], code: SparseCode) -> None:

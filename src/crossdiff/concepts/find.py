@@ -86,7 +86,7 @@ def find_concepts(
     config = settings.analyze
     codes = Codes(trainings, store)
     similarity = Similarity(codes, config.seed)
-    for read in read_blocks(store, config.blocks, config.batch_tokens, advance, ranks):
+    for read in read_blocks(store, config.blocks, config.batch_tokens, advance, ranks, codes.device):
         similarity.add(read)
     similarity.over(ranks)
     pool = Pool(
@@ -98,7 +98,7 @@ def find_concepts(
     grouping, r, permuted = ranks.once(lambda: _grouped(similarity, pool, everything, settings.concepts))
     described = _empty(codes, grouping, pool, r, cells_of(store, pair.tokenizer), store, settings)
     weights = grouping.weights(codes.training)
-    for read in read_blocks(store, config.blocks, config.batch_tokens, advance, ranks):
+    for read in read_blocks(store, config.blocks, config.batch_tokens, advance, ranks, codes.device):
         inputs = codes.inputs(read)
         found = codes.of_inputs(inputs)
         f = matrix_of(found, codes.first, [code.values for code in found])
@@ -209,7 +209,7 @@ def mean_contributions(codes: Codes, grouping: Grouping) -> Float64[Tensor, "sou
         concept = torch.from_numpy(grouping.concept[codes.candidates_of(t)])
         f = training.sums.f.sum(0) / training.sums.n.sum(0).clamp(min=1)
         coder = training.crosscoder
-        parts = coder.directions()[:, training.latents].double() * f.unsqueeze(1) / coder.scale
+        parts = coder.directions()[:, training.latents].cpu().double() * f.unsqueeze(1) / coder.scale
         kept = concept >= 0
         total.index_add_(1, concept[kept], parts[:, kept])
     return total / torch.from_numpy(np.maximum(grouping.n_trainings, 1)).unsqueeze(1)

@@ -25,6 +25,7 @@ from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, delta_norm, delta_norm_class
 from crossdiff.latents.latent_table import MIRRORED, REASONS, scaling_columns
 from crossdiff.latents.scaling import TARGETS, estimates, numerators
+from crossdiff.latents.stream import CPU
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float64, Int64, Tensor
 
@@ -86,7 +87,7 @@ class GroupProducts:
         left, right = (torch.from_numpy(side[mine] - first) for side in (self.left, self.right))
         concept = torch.from_numpy(self._grouping.concept[self.left[mine]])
         products = torch.from_numpy(self.products[:, mine])
-        coder = trained.crosscoder.of_latents(trained.latents)
+        coder = trained.crosscoder.of_latents(trained.latents).to(CPU)  # where the sums are
         directions = coder.directions().double()
         member = torch.from_numpy(self._member[first:last].toarray())
 

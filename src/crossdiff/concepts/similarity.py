@@ -26,10 +26,10 @@ Matrix: TypeAlias = sparse.csr_array
 
 
 def matrix_of(codes: Sequence[SparseCode], first: npt.NDArray[np.int64], values: Sequence[Tensor]) -> Matrix:
-    """The codes of all trainings side by side, `[token, candidate]`, in float64."""
-    token = np.concatenate([code.token.numpy() for code in codes])
-    candidate = np.concatenate([code.latent.numpy() + start for code, start in zip(codes, first, strict=False)])
-    entries = np.concatenate([value.double().numpy() for value in values])
+    """The codes of all trainings side by side, `[token, candidate]`, in float64, on the host."""
+    token = np.concatenate([code.token.cpu().numpy() for code in codes])
+    candidate = np.concatenate([code.latent.cpu().numpy() + start for code, start in zip(codes, first, strict=False)])
+    entries = np.concatenate([value.double().cpu().numpy() for value in values])
     return sparse.csr_array((entries, (token, candidate)), shape=(codes[0].n_tokens, int(first[-1])))
 
 

@@ -122,7 +122,7 @@ DEFAULT_SEEDS = 3
 
 OF_TRAINING = (
     "reconstruction", "decoder_norm", "epochs", "batch_size", "lr", "warmup_steps", "decay_share", "gradient_clip",
-    "dead_after_tokens", "checkpoint_seconds", "seed", "batch_seed", "seeds",
+    "dead_after_tokens", "checkpoint_seconds", "seed", "batch_seed", "seeds", "matmul", "optimizer_state",
 )  # fmt: skip
 """Settings of a crosscoder that say how it is trained; a published one has none of them."""
 
@@ -171,6 +171,16 @@ class CrosscoderConfig(Config):
         description="number of trainings that differ only in the seed of the start, to see which concepts replicate; default: "
         f"{DEFAULT_SEEDS} for the first BatchTopK crosscoder of a run, 1 for the others",
         exclude_if=lambda value: value is None,
+    )
+    matmul: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="precision of the products on a GPU; their sums are in float32 either way, and a CPU computes in float32",
+        exclude_if=lambda value: value == "bfloat16",
+    )
+    optimizer_state: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="precision of Adam's moments; bfloat16 saves 4 bytes per parameter",
+        exclude_if=lambda value: value == "float32",
     )
     published: str | None = Field(
         None,

@@ -114,6 +114,11 @@ class HarvestConfig(Config):
         "passes; live: only the tokens on disk, and the models run again for every reading, in the order of passes",
         exclude_if=lambda value: value == "blocks",  # stores from before this setting existed keep their fingerprint
     )
+    compile: bool = Field(
+        False,
+        description="compile the decoder layers; worth it for long harvests on a GPU. Activations change in the last bits",
+        exclude_if=lambda value: not value,  # stores from before this setting existed keep their fingerprint
+    )
     store: Annotated[str, AfterValidator(check_url)] | None = Field(
         None,
         description="URL of a folder such as s3://bucket/stores, to keep the activations there instead of in the run directory "

@@ -12,7 +12,7 @@ import torch
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.config import Kind
-from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode
+from crossdiff.crosscoder.kernels import Code, Encoded, SparseCode, matmul, product_dtype
 from crossdiff.crosscoder.sparsity import DENSE_ABOVE, Rule, rule_of
 from crossdiff.crosscoder.view import View, identity
 from crossdiff.shapes import Float, Int64, Tensor
@@ -132,20 +132,22 @@ class Crosscoder:
         """Map activations from the models' space to the crosscoder's; `h` has the sources that the view reads, in its order."""
         return (self.view.apply(h) - self.mean.to(h)) * self.scale
 
-    def encode(
-        self,
-        x: Float[Tensor, "batch source d_model"],
-        norms: Float[Tensor, " latent"],
-        guess: float = 0.0,
-        out: Float[Tensor, "batch latent"] | None = None,
-    ) -> Encoded:
-        """The encoder's product: in bfloat16 on an accelerator, into `out` on the CPU. `norms` are those of `norm_sums`."""
-        if x.device.type == "cpu":
-            raw = torch.mm(x.flatten(1), self.encoder.T, out=out)
-        else:
-            with torch.autocast(x.device.type, dtype=torch.bfloat16):
-                raw = torch.mm(x.flatten(1), self.encoder.T).float()
+    def encoded(self, raw: Float[Tensor, "batch latent"], norms: Float[Tensor, " latent"], guess: float = 0.0) -> Encoded:
+        """The encoder's product `raw` with what the selection needs. `norms` are those of `norm_sums`."""
         return Encoded(raw, self.encoder_bias, norms, self.threshold, self.own, guess)
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype that the encoder's product reads: as in training (`matmul`) on a GPU, that of the weights on a CPU."""
+        settings = self.origin.get("settings") or {}
+        return product_dtype(settings.get("matmul", "bfloat16"), self.encoder)
+
+    def encode(self, x: Float[Tensor, "batch source d_model"], norms: Float[Tensor, " latent"]) -> Encoded:
+        """The encoder's product, added up in float32. `norms` are those of `norm_sums`.
+
+        Sums rounded to bfloat16 would often be equal, and a selection of the largest would be left to chance.
+        """
+        return self.encoded(matmul(x.flatten(1), self.encoder.to(self.products).T), norms)
 
     def pre_activations(self, x: Float[Tensor, "batch source d_model"]) -> Float[Tensor, "batch latent"]:
         """sum_s <x_s, e_j^s> + b_j."""
@@ -176,13 +178,14 @@ class Part:
     Only these latents are encoded, unless the rule makes them compete with the rest (TopK).
 
     Attributes:
-        crosscoder: a copy with these latents alone, in the order given.
+        crosscoder: a copy with these latents alone, in the order given, on the device of the whole.
     """
 
     def __init__(self, whole: Crosscoder, latents: Int64[Tensor, " chosen"]) -> None:
         self.crosscoder = whole.of_latents(latents)
         self._whole = whole if whole.rule.compares_latents else None
-        self._place = torch.full((whole.n_latents,), -1).index_copy_(0, latents, torch.arange(len(latents)))
+        place = torch.full((whole.n_latents,), -1).index_copy_(0, latents, torch.arange(len(latents)))
+        self._place = place.to(whole.encoder.device)
 
     @property
     def n_latents(self) -> int:

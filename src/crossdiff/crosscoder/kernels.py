@@ -5,24 +5,44 @@ dense autograd gives; the tests compare them with it in float64. Weights are lat
 are source and d_model flattened, so that the weights of a latent are contiguous in memory.
 
 The sparse products are embedding bags: their cost grows only with the number of (token, latent) pairs. It is bounded by reading
-rows of a table in random order, so the table is the smaller one where there is a choice, in slices that stay in the cache.
+rows of a table in random order, so the table is the smaller one where there is a choice, in slices that stay in the cache. On a
+GPU the same products are kernels of our own (`triton_kernels`), and weights and tables may be in bfloat16; sums are in float32.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from crossdiff.crosscoder import gpu
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Bool, Float, Int64, Tensor
 
 CACHED = 10_000_000
 """Bytes of a table whose rows can be read in random order from the CPU's cache (measured: below 5 MB, copying the slices costs
 more than it saves; above 16 MB, they no longer fit the cache)."""
+SAMPLED = 64
+"""Number of tokens that suggest where the selection starts to look in the first step."""
+
+
+def product_dtype(matmul: str, weights: Tensor) -> torch.dtype:
+    """The dtype of the inputs of products with these weights, by the setting `matmul`; a CPU has none faster than its own."""
+    return torch.bfloat16 if weights.is_cuda and matmul == "bfloat16" else weights.dtype
+
+
+def matmul(a: Float[Tensor, "row inner"], b: Float[Tensor, "inner column"], out: Tensor | None = None) -> Tensor:
+    """a @ b in the dtype of `b`, with sums and result in float32 if that is bfloat16."""
+    if b.dtype != torch.bfloat16:
+        return torch.mm(a, b, out=out)
+    if b.is_cuda:
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    return torch.mm(a.to(b.dtype).float(), b.float())  # the CPU has no such product
 
 
 @dataclass(frozen=True)
@@ -54,11 +74,17 @@ class DenseCode:
 
     def decode(self, weights: Float[Tensor, "latent column"]) -> Float[Tensor, "batch column"]:
         """sum_j f_ij W_j."""
-        return self.f @ weights
+        return matmul(self.f, weights)
 
     def dot(self, table: Float[Tensor, "batch column"], weights: Float[Tensor, "latent column"]) -> Tensor:
         """<table_i, W_j> of the code's pairs, 0 elsewhere; shaped as `values`."""
-        return (table @ weights.T).mul_(self.mask)
+        return matmul(table, weights.T).mul_(self.mask)
+
+    def dot_and_accumulate(
+        self, table: Float[Tensor, "batch column"], weights: Float[Tensor, "latent column"]
+    ) -> tuple[Tensor, Float[Tensor, "latent column"]]:
+        """`dot`, and `accumulate` of the code's own values."""
+        return self.dot(table, weights), self.accumulate(self.f, table)
 
     def of_latents(self, per_latent: Float[Tensor, " latent"]) -> Tensor:
         """A per-latent quantity at each pair, 0 elsewhere; shaped as `values`."""
@@ -70,7 +96,7 @@ class DenseCode:
 
     def accumulate(self, values: Tensor, table: Float[Tensor, "batch column"]) -> Float[Tensor, "latent column"]:
         """sum_i values_ij table_i."""
-        return values.T @ table
+        return matmul(values.T, table)
 
     def sum_tokens(self, values: Tensor) -> Float[Tensor, " latent"]:
         """sum_i values_ij."""
@@ -96,21 +122,20 @@ class SparseCode:
         return SparseCode(self.token, self.latent, values, self.n_tokens, self.n_latents)
 
     @cached_property
-    def _token_offsets(self) -> Tensor:
-        counts = torch.bincount(self.token, minlength=self.n_tokens)
-        return torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
+    def _token_bounds(self) -> Int64[Tensor, " token_and_end"]:
+        """Where the pairs of each token start and end."""
+        return _bounds(self.token, self.n_tokens)
 
     @cached_property
-    def by_latent(self) -> tuple[Tensor, Tensor]:
-        """The order of the pairs sorted by latent, and where each latent starts in it."""
+    def by_latent(self) -> tuple[Int64[Tensor, " pair"], Int64[Tensor, " latent_and_end"]]:
+        """The order of the pairs sorted by latent, and where those of each latent start and end in it."""
         if self.latent.device.type == "cpu":
             small = self.n_latents <= np.iinfo(np.uint16).max
             key = self.latent.numpy().astype(np.uint16 if small else np.int64)  # radix sort below 2^16
             order = torch.from_numpy(np.argsort(key, kind="stable"))
-        else:
-            order = torch.argsort(self.latent, stable=True)
-        counts = torch.bincount(self.latent, minlength=self.n_latents)
-        return order, torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
+            return order, _bounds(self.latent[order], self.n_latents)
+        latent, order = torch.sort(self.latent.int(), stable=True)
+        return order, _bounds(latent, self.n_latents)
 
     @cached_property
     def _tokens_by_latent(self) -> Tensor:
@@ -118,15 +143,32 @@ class SparseCode:
 
     def decode(self, weights: Float[Tensor, "latent column"]) -> Float[Tensor, "batch column"]:
         """sum_j f_ij W_j."""
-        return _sum_of_rows(weights, self.latent, self._token_offsets, self.values.to(weights.dtype))
+        return _sum_of_rows(weights, self.latent, self._token_bounds, self.values)
 
     def dot(self, table: Float[Tensor, "batch column"], weights: Float[Tensor, "latent column"]) -> Float[Tensor, " pair"]:
         """<table_i, W_j> of each pair, without gathering rows: the gradient on the sample weights of `accumulate`."""
-        order, offsets = self.by_latent
-        by_latent: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            weights, table, self._tokens_by_latent, offsets, self.latent[order], 0, -1
-        )
-        return torch.empty_like(by_latent).index_copy_(0, order, by_latent)
+        order, bounds = self.by_latent
+        if gpu.has_kernels(table):
+            by_latent = gpu.kernels().dots(table, self._tokens_by_latent, bounds, weights)
+        else:
+            by_latent = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                weights, table, self._tokens_by_latent, bounds[:-1], self.latent[order], 0, -1
+            )
+        return self._in_order(by_latent)
+
+    def dot_and_accumulate(
+        self, table: Float[Tensor, "batch column"], weights: Float[Tensor, "latent column"]
+    ) -> tuple[Float[Tensor, " pair"], Float[Tensor, "latent column"]]:
+        """`dot`, and `accumulate` of the code's own values; a GPU reads the table once for both."""
+        if not gpu.has_kernels(table):
+            return self.dot(table, weights), self.accumulate(self.values, table)
+        order, bounds = self.by_latent
+        total, dots = gpu.kernels().sum_of_rows_and_dots(table, self._tokens_by_latent, bounds, self.values[order], weights)
+        return self._in_order(dots), total
+
+    def _in_order(self, by_latent: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        """Numbers of the pairs sorted by latent, in the code's own order."""
+        return torch.empty_like(by_latent).index_copy_(0, self.by_latent[0], by_latent)
 
     def of_latents(self, per_latent: Float[Tensor, " latent"]) -> Float[Tensor, " pair"]:
         """A per-latent quantity at each pair."""
@@ -140,29 +182,52 @@ class SparseCode:
         self, values: Float[Tensor, " pair"], table: Float[Tensor, "batch column"]
     ) -> Float[Tensor, "latent column"]:
         """sum_i values_ij table_i, as one bag of tokens per latent, so that nothing is scattered."""
-        order, offsets = self.by_latent
-        return _sum_of_rows(table, self._tokens_by_latent, offsets, values[order])
+        order, bounds = self.by_latent
+        return _sum_of_rows(table, self._tokens_by_latent, bounds, values[order])
+
+    def accumulate_along(
+        self, table: Float[Tensor, "batch model_column"], directions: Float[Tensor, "latent direction column"]
+    ) -> Float[Tensor, "direction model latent"]:
+        """<sum_i f_ij table_i^m, D_jt> for each model m and direction t; a GPU keeps no sum per latent and column."""
+        order, bounds = self.by_latent
+        if gpu.has_kernels(table):
+            found: Tensor = gpu.kernels().sum_of_rows_along(
+                table, self._tokens_by_latent, bounds, self.values[order], directions
+            )
+            return found
+        vectors = self.accumulate(self.values, table).view(self.n_latents, -1, directions.shape[2])
+        return torch.einsum("jtd,jsd->tsj", directions, vectors)
 
     def sum_tokens(self, values: Float[Tensor, " pair"]) -> Float[Tensor, " latent"]:
         """sum_i values_ij, in the dtype of `values`."""
+        if gpu.has_kernels(values):  # torch adds in an order that changes from run to run
+            return gpu.kernels().sum_tokens(values, self.latent, *self.by_latent)  # type: ignore[no-any-return]
         return torch.zeros(self.n_latents, dtype=values.dtype, device=values.device).index_add_(0, self.latent, values)
 
     def counts(self) -> Int64[Tensor, " latent"]:
         """Number of tokens on which each latent is active."""
-        return torch.bincount(self.latent[self.values > 0], minlength=self.n_latents)
+        active = (self.values > 0).long()  # on a GPU, to count or to choose would wait for the device
+        return torch.zeros(self.n_latents, dtype=torch.int64, device=active.device).index_add_(0, self.latent, active)
 
 
 Code = DenseCode | SparseCode
 
 
+def _bounds(ascending: Tensor, n: int) -> Int64[Tensor, " bag_and_end"]:
+    """Where each of the numbers 0 to n - 1 starts among ascending ones, and where the last one ends."""
+    return torch.searchsorted(ascending, torch.arange(n + 1, dtype=ascending.dtype, device=ascending.device))
+
+
 def _sum_of_rows(
     table: Float[Tensor, "row column"],
     rows: Int64[Tensor, " pair"],
-    offsets: Int64[Tensor, " bag"],
+    bounds: Int64[Tensor, " bag_and_end"],
     amounts: Float[Tensor, " pair"],
 ) -> Float[Tensor, "bag column"]:
     """The sum of amount * row for each bag; on the CPU, one slice of columns at a time."""
-    n_columns = table.shape[1]
+    if gpu.has_kernels(table):
+        return gpu.kernels().sum_of_rows(table, rows, bounds, amounts)  # type: ignore[no-any-return]
+    n_columns, offsets, amounts = table.shape[1], bounds[:-1], amounts.to(table.dtype)
     width = max(64, CACHED // max(1, len(table) * table.element_size())) if table.device.type == "cpu" else n_columns
     if width >= n_columns:
         return F.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=amounts)
@@ -211,34 +276,46 @@ class Encoded:
 
     def above(self, limit: Float[Tensor, " latent"] | float, dense_above: float = 1.0) -> Code:
         """The pairs whose pre-activation is above the latent's limit (at least 0); dense if they are many."""
-        mask = self.raw > limit - self.bias
-        if dense_above < 1.0 and count_true(mask) > dense_above * mask.numel():
+        found = above(self.raw, limit - self.bias)
+        if dense_above < 1.0 and found.number > dense_above * self.raw.numel():
+            mask = found.mask()
             return DenseCode((self.raw + self.bias).mul_(mask), mask)
-        return self.at(true_positions(mask))
+        return self.at(found.positions())
 
     def largest(self, n_keep: int, ranks: Ranks = ALONE) -> tuple[SparseCode, float]:
         """BatchTopK: keep exactly the `n_keep` largest v_ij = ReLU(pre_ij) * norms_j of the whole batch.
 
         With several ranks, each of which has other tokens or latents, the largest are those among all ranks.
 
-        The search starts at `guess`, ideally a little below the smallest kept v. The guess only affects the cost: with too few
-        candidates it is lowered, down to 0, where every positive v is a candidate.
+        The search starts at `guess`, ideally a little below the smallest kept v; without one, where a sample of the tokens
+        suggests. The guess only affects the cost: with too few candidates it is lowered, down to 0, where every positive v is a
+        candidate.
 
         Returns:
             The code (with fewer pairs when fewer are positive), and the smallest kept v (0 when there is none).
         """
         guess, safe = self.guess, self.norms.clamp(min=torch.finfo(self.norms.dtype).tiny)
+        if guess == 0.0:
+            guess = self._guess_from_a_sample(n_keep, ranks)
         while True:
-            flat = true_positions(self.raw > guess / safe - self.bias)
-            if guess == 0.0 or ranks.total(len(flat)) >= n_keep:
+            found = above(self.raw, guess / safe - self.bias)
+            if guess == 0.0 or ranks.total(found.number) >= n_keep:
                 break
             guess = guess * 0.7 if guess > 1e-6 else 0.0
-        token, latent, f = self._pairs(flat)
+        token, latent, f = self._pairs(found.positions())
         v = f * self.norms[latent]
         kept, smallest = largest_values(v, n_keep, ranks)
         if kept is not None:
             token, latent, f = token[kept], latent[kept], f[kept]
         return SparseCode(token, latent, f, *self.raw.shape), smallest
+
+    def _guess_from_a_sample(self, n_keep: int, ranks: Ranks) -> float:
+        """The v that about 1.5 times as many pairs exceed as are to be kept, judging from a few tokens; equal on all ranks."""
+        sample = self.raw[:: max(1, len(self.raw) // SAMPLED)]
+        v = (sample + self.bias).mul_(self.norms).flatten()
+        n = min(len(v), math.ceil(1.5 * n_keep / ranks.size * len(sample) / max(1, len(self.raw))))
+        smallest = v.topk(n, sorted=False).values.min() if n else v.new_zeros(())
+        return max(0.0, float(-ranks.maximum(-smallest)))
 
     def largest_of_each_token(self, k: int, ranks: Ranks = ALONE) -> SparseCode:
         """TopK: keep the k largest positive v of each token, among all ranks, each of which has other latents."""
@@ -284,9 +361,42 @@ def largest_in_rows(v: Float[Tensor, "row column"], k: int, ranks: Ranks = ALONE
     return (v > smallest) | (ties & (ties.cumsum(1) <= room.unsqueeze(1)))
 
 
-def count_true(mask: Bool[Tensor, "batch latent"]) -> int:
-    """Number of True entries; numpy counts several bytes at a time."""
-    return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask))
+@runtime_checkable
+class Above(Protocol):
+    """The entries of a matrix that are above their column's limit."""
+
+    @property
+    def number(self) -> int: ...
+
+    def mask(self) -> Bool[Tensor, "row column"]: ...
+
+    def positions(self) -> Int64[Tensor, " pair"]:
+        """Their ascending flat positions."""
+
+
+class _Above:
+    """`Above` by torch and numpy."""
+
+    def __init__(self, raw: Float[Tensor, "row column"], limit: Float[Tensor, " column"]) -> None:
+        self._mask = raw > limit
+
+    @cached_property
+    def number(self) -> int:
+        """How many there are; numpy counts several bytes at a time."""
+        mask = self._mask
+        return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask))
+
+    def mask(self) -> Bool[Tensor, "row column"]:
+        return self._mask
+
+    def positions(self) -> Int64[Tensor, " pair"]:
+        """Their ascending flat positions."""
+        return true_positions(self._mask)
+
+
+def above(raw: Float[Tensor, "row column"], limit: Float[Tensor, " column"]) -> Above:
+    """The entries of a matrix that are above their column's limit."""
+    return gpu.kernels().Above(raw, limit) if gpu.has_kernels(raw) else _Above(raw, limit)
 
 
 def true_positions(mask: Tensor) -> Int64[Tensor, " pair"]:

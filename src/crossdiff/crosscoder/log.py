@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crossdiff.crosscoder.losses import StepResult
 from crossdiff.crosscoder.trackers import Tracker
 from crossdiff.crosscoder.trainer import Diverged, Trainer
@@ -15,6 +17,7 @@ from crossdiff.errors import UserError
 from crossdiff.files import explain_disk_error, to_json, write_text
 
 LOG_EVERY = 25
+MEANS = ("loss", "reconstruction", "sparsity", "aux", "l0")
 DIVERGED = 10.0
 """A training has diverged when, after the warm-up, the squared error of a record is this many times the squared input."""
 
@@ -28,26 +31,27 @@ class Log:
     """
 
     def __init__(self, path: Path | None, trainer: Trainer, trackers: Sequence[Tracker], sums: dict[str, float]) -> None:
-        self.path, self.trainer, self.trackers, self.sums = path, trainer, trackers, dict(sums)
+        self.path, self.trainer, self.trackers = path, trainer, trackers
+        names = trainer.crosscoder.sources
+        self._keys = (*MEANS, *(f"error_{name}" for name in names), *(f"square_{name}" for name in names), "n")
+        device = trainer.crosscoder.encoder.device
+        self._sums = torch.tensor([sums.get(key, 0.0) for key in self._keys], dtype=torch.float64, device=device)
         if path is not None:
             _drop_records_after(path, trainer.step)
             self._folder = _identity(path.parent)
 
     def add(self, result: StepResult) -> dict[str, Any] | None:
         """Add a step. Every `LOG_EVERY` steps and at the end, write and return a record."""
-        parts = {key: getattr(result, key) for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
-        for name, error, square in zip(
-            self.trainer.crosscoder.sources, result.squared_error.tolist(), result.squared_input.tolist(), strict=True
-        ):
-            parts |= {f"error_{name}": error, f"square_{name}": square}
-        for key, value in (parts | {"n": 1.0}).items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
+        means = torch.stack([getattr(result, key) for key in MEANS])
+        self._sums = self._sums + torch.cat([means, result.squared_error, result.squared_input, means.new_ones(1)])
         trainer = self.trainer
         if trainer.step % LOG_EVERY and not trainer.is_done:
             return None
-        record = self._record()
-        excess = self._error_over_input()
-        self.sums = {}
+        trainer.check()
+        sums = self.sums
+        record = self._record(sums)
+        excess = self._error_over_input(sums)
+        self._sums = torch.zeros_like(self._sums)
         if (problem := trainer.mesh.all.agree(self._append(record))) is not None:
             raise UserError(problem)
         for tracker in self.trackers:
@@ -55,6 +59,12 @@ class Log:
         if excess > DIVERGED and trainer.step > trainer.config.warmup_steps:
             raise Diverged(f"the squared error is {excess:.3g} times the squared input")
         return record
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Sums over the steps since the last record; empty right after one. They are on the trainer's device until then."""
+        sums = dict(zip(self._keys, self._sums.tolist(), strict=True))
+        return sums if sums["n"] else {}
 
     def _append(self, record: dict[str, Any]) -> str | None:
         """Write a record to the file; returns the problem if there is one."""
@@ -78,14 +88,14 @@ class Log:
             "Give it its name back and run the same command again to resume, or run it without the folder to start over"
         )
 
-    def _error_over_input(self) -> float:
+    def _error_over_input(self, sums: dict[str, float]) -> float:
         names = self.trainer.crosscoder.sources
-        return sum(self.sums[f"error_{name}"] for name in names) / sum(self.sums[f"square_{name}"] for name in names)
+        return sum(sums[f"error_{name}"] for name in names) / sum(sums[f"square_{name}"] for name in names)
 
-    def _record(self) -> dict[str, Any]:
-        sums, trainer = self.sums, self.trainer
+    def _record(self, sums: dict[str, float]) -> dict[str, Any]:
+        trainer = self.trainer
         record: dict[str, Any] = {"step": trainer.step, "tokens": trainer.step * trainer.config.batch_size}
-        record |= {key: sums[key] / sums["n"] for key in ("loss", "reconstruction", "sparsity", "aux", "l0")}
+        record |= {key: sums[key] / sums["n"] for key in MEANS}
         record |= {f"fve_{name}": 1 - sums[f"error_{name}"] / sums[f"square_{name}"] for name in trainer.crosscoder.sources}
         n_dead = trainer.mesh.latent.total(len(trainer.since_fired.dead()))
         record |= {"dead_share": n_dead / trainer.n_latents, "rate": trainer.schedule.rate(trainer.step - 1)}

@@ -6,12 +6,15 @@ means, since all have equally many; a sum over latents is the sum of theirs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.kernels import matmul
 from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.sparse_autograd import Activations, Decode, SumOverRanks, apply
 from crossdiff.crosscoder.sparsity import TrainingBatch
@@ -41,7 +44,8 @@ class StepResult:
 
     Attributes:
         gradients: one tensor per parameter, by name, projected onto the constraint; of this rank's latents.
-        loss: reconstruction + sparsity + aux, exactly what the gradients belong to; of the whole batch, like what follows.
+        loss: reconstruction + sparsity + aux, exactly what the gradients belong to; of the whole batch, like what follows. The
+            numbers are float64 tensors on the crosscoder's device, so that nobody has to wait for it before they are needed.
         squared_error, squared_input: `[source]`, summed over the batch, in float64.
         token_error: squared error of each of this rank's tokens, summed over the sources.
         smallest_kept: smallest v that a selection over the batch kept; None without one.
@@ -49,11 +53,11 @@ class StepResult:
     """
 
     gradients: dict[str, Tensor]
-    loss: float
-    reconstruction: float
-    sparsity: float
-    aux: float
-    l0: float
+    loss: Float64[Tensor, ""]
+    reconstruction: Float64[Tensor, ""]
+    sparsity: Float64[Tensor, ""]
+    aux: Float64[Tensor, ""]
+    l0: Float64[Tensor, ""]
     squared_error: Float64[Tensor, " source"]
     squared_input: Float64[Tensor, " source"]
     token_error: Float[Tensor, " batch"]
@@ -92,6 +96,7 @@ class Loss:
         weight: float = 0.0,
         guess: float = 0.0,
         out: Float[Tensor, "batch latent"] | None = None,
+        copies: Mapping[str, Tensor] | None = None,
     ) -> StepResult:
         """Loss and gradients of one batch.
 
@@ -100,11 +105,16 @@ class Loss:
             weight: weight of the sparsity penalty at this step.
             guess: where the selection starts to look, see `Encoded.largest`.
             out: memory for the encoder's product, so that it need not be requested from the system at each step.
+            copies: encoder and decoder in the dtype of the products; by default the parameters themselves.
         """
         crosscoder, mesh = self.crosscoder, self.mesh
+        copies = copies or crosscoder.parameters()
+        columns = x.flatten(1)
+        read = columns.to(copies["encoder"].dtype)
         rule = crosscoder.rule
         source_norms = crosscoder.norms()
-        encoded = crosscoder.encode(x, source_norms.sum(1), guess, out)
+        raw = matmul(read, copies["encoder"].T, out)
+        encoded = crosscoder.encoded(raw, source_norms.sum(1), guess)
         code, smallest_kept = rule.select(encoded, mesh)
         counts = mesh.data.sum(code.counts())
         n_tokens = len(x) * mesh.data.size
@@ -112,21 +122,22 @@ class Loss:
         dead = since_fired.dead() if rule.revives_dead else counts[:0]
 
         weights = {name: tensor.detach().requires_grad_() for name, tensor in crosscoder.parameters().items()}
-        columns = x.flatten(1)
         with torch.enable_grad():
-            f, pre_dead = apply(Activations, weights["encoder"], weights["encoder_bias"], columns, encoded.raw, code, dead)
+            f, pre_dead = apply(Activations, weights["encoder"], weights["encoder_bias"], read, encoded.raw, code, dead)
             f = rule.with_threshold(f, code, encoded, weights)
-            xhat, norms, decoder_dead = apply(Decode, f, weights["decoder"], source_norms, code, dead)
+            xhat, norms, decoder_dead = apply(Decode, f, weights["decoder"], copies["decoder"], source_norms, code, dead)
             error = (apply(SumOverRanks, xhat, mesh.latent) + weights["decoder_bias"]).view_as(x) - x
             squares = error.square().sum(2)
             batch = TrainingBatch(
-                d_model=x.shape[2], x=columns, encoded=encoded, code=code, f=f, norms=norms.sum(1),
+                d_model=x.shape[2], x=read, encoded=encoded, code=code, f=f, norms=norms.sum(1),
                 error=error.detach().flatten(1), pre_dead=pre_dead, decoder_dead=decoder_dead, norms_dead=encoded.norms[dead],
                 weights=weights, weight=weight, shares=self.constraint.shares.to(x), mesh=mesh,
             )  # fmt: skip
             reconstruction = reconstruction_loss(error, squares, self.reconstruction)
             sparsity = rule.penalty(batch)
-            aux = rule.auxiliary_loss(batch)
+            in_products = torch.autocast(x.device.type, read.dtype) if read.dtype == torch.bfloat16 else nullcontext()
+            with in_products:
+                aux = rule.auxiliary_loss(batch)
             found = torch.autograd.grad(reconstruction + sparsity + aux, list(weights.values()))
 
         l0 = counts.sum().double() / n_tokens
@@ -135,11 +146,11 @@ class Loss:
         squares = squares.detach()
         return StepResult(
             gradients=self._over_ranks(dict(zip(weights, found, strict=True))),
-            loss=float(reconstruction + sparsity + aux),
-            reconstruction=float(reconstruction),
-            sparsity=float(sparsity),
-            aux=float(aux),
-            l0=float(l0),
+            loss=reconstruction + sparsity + aux,
+            reconstruction=reconstruction,
+            sparsity=sparsity,
+            aux=aux,
+            l0=l0,
             squared_error=mesh.data.sum(squares.sum(0).double()),
             squared_input=mesh.data.sum(x.square().sum((0, 2)).double()),
             token_error=squares.sum(1),
@@ -157,4 +168,4 @@ class Loss:
 
 
 def _float64(*numbers: Tensor) -> Float64[Tensor, " number"]:
-    return torch.stack([number.detach().double().cpu() for number in numbers])
+    return torch.stack([number.detach().double() for number in numbers])

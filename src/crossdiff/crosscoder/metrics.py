@@ -14,7 +14,7 @@ from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.config import MASSIVE_NORM
 from crossdiff.crosscoder.crosscoder import Crosscoder
-from crossdiff.ranks import Ranks
+from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 from crossdiff.statistics import jackknife_se, student_t
 
@@ -24,6 +24,8 @@ BLOCKS = 20
 @dataclass
 class HeldoutSums:
     """Sums over held-out tokens in blocks of documents, in float64; `kind` is 0 for ordinary and 1 for massive tokens.
+
+    They are on the crosscoder's device until `over` brings them to the host, where they are read.
 
     Attributes:
         limit: norm above which a token is massive, per source, in the models' own space.
@@ -39,16 +41,17 @@ class HeldoutSums:
     @classmethod
     def empty(cls, crosscoder: Crosscoder, store: Store, rows: npt.NDArray[np.int64]) -> HeldoutSums:
         """Empty sums for the tokens of the given rows; at least one row."""
+        device = crosscoder.encoder.device
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), 4096)).astype(np.int64)]
-        sample = crosscoder.view.apply(store.gather(chosen)[:, source_indices(store, crosscoder.view.reads)])
+        sample = crosscoder.view.apply(store.gather(chosen)[:, source_indices(store, crosscoder.view.reads)].to(device))
         per_source = (2, BLOCKS, crosscoder.n_sources)
         return cls(
             limit=MASSIVE_NORM * sample.norm(dim=2).median(0).values,
-            n=torch.zeros(2, BLOCKS, dtype=torch.int64),
-            squared_error=torch.zeros(per_source, dtype=torch.float64),
-            square=torch.zeros(per_source, dtype=torch.float64),
-            total=torch.zeros(2, BLOCKS, crosscoder.n_sources * crosscoder.d_model, dtype=torch.float64),
-            counts=torch.zeros(crosscoder.n_latents, dtype=torch.int64),
+            n=torch.zeros(2, BLOCKS, dtype=torch.int64, device=device),
+            squared_error=torch.zeros(per_source, dtype=torch.float64, device=device),
+            square=torch.zeros(per_source, dtype=torch.float64, device=device),
+            total=torch.zeros(2, BLOCKS, crosscoder.n_sources * crosscoder.d_model, dtype=torch.float64, device=device),
+            counts=torch.zeros(crosscoder.n_latents, dtype=torch.int64, device=device),
         )
 
     def add(
@@ -61,7 +64,8 @@ class HeldoutSums:
     ) -> None:
         """Add tokens: their documents, normalised activations, reconstruction errors, and the active tokens of each latent."""
         norms = (x / crosscoder.scale + crosscoder.mean).norm(dim=2)
-        cell = (norms > self.limit).any(1).long() * BLOCKS + torch.from_numpy(document % BLOCKS).long()
+        block = torch.from_numpy(document % BLOCKS).to(x.device).long()
+        cell = (norms > self.limit).any(1).long() * BLOCKS + block
         self.n += torch.bincount(cell, minlength=2 * BLOCKS).view(2, BLOCKS)
         self.squared_error.view(2 * BLOCKS, -1).index_add_(0, cell, error.square().sum(2).double())
         self.square.view(2 * BLOCKS, -1).index_add_(0, cell, x.square().sum(2).double())
@@ -69,9 +73,9 @@ class HeldoutSums:
         self.counts += counts
 
     def over(self, ranks: Ranks) -> HeldoutSums:
-        """Sum over the ranks, in place."""
-        for tensor in (self.n, self.squared_error, self.square, self.total, self.counts):
-            ranks.sum(tensor)
+        """Sum over the ranks, in place, and bring the sums to the host."""
+        for name in ("n", "squared_error", "square", "total", "counts"):
+            setattr(self, name, ranks.sum(getattr(self, name)).cpu())
         return self
 
     def fve(self, kind: int, blocks: Tensor | None = None) -> Float64[Tensor, " entry"]:
@@ -100,7 +104,7 @@ def heldout_sums(
         code = crosscoder.code(x)
         sums.add(crosscoder, document[part], x, x - crosscoder.decode(code), code.counts())
         advance(len(part))
-    return sums
+    return sums.over(ALONE)
 
 
 def health(crosscoder: Crosscoder, sums: HeldoutSums) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class PlainReader(FileSystemReader):
     """Reads a checkpoint from a folder, and only what a checkpoint consists of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        contents = read_contents(Path(self._get_metadata_path(kwargs.get("rank"))))
+        contents = read_contents(Path(self.path) / CONTENTS)
         contents.storage_meta = contents.storage_meta or StorageMeta()
         contents.storage_meta.load_id = self.load_id
         return contents

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.autograd import Function
 
-from crossdiff.crosscoder.kernels import Code
+from crossdiff.crosscoder.kernels import Code, matmul
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Tensor
 
@@ -21,8 +21,9 @@ Gradients = tuple[Tensor | None, ...]
 class Activations(Function):
     """f = ReLU(<x_i, e_j> + b_j) at the pairs of a code, and the pre-activations of `some` latents on every token.
 
-    Args: encoder `[latent, column]`, bias `[latent]`, x `[batch, column]`, raw `[batch, latent]` (<x_i, e_j>, computed already
-    for the selection), the code, and the indices `some`. Returns f, shaped as `code.values`, and `[batch, some]`.
+    Args: encoder `[latent, column]`, bias `[latent]`, x `[batch, column]` in the dtype of the products, raw `[batch, latent]`
+    (<x_i, e_j>, computed already for the selection), the code, and the indices `some`. Returns f, shaped as `code.values`, and
+    `[batch, some]`.
     """
 
     @staticmethod
@@ -39,7 +40,7 @@ class Activations(Function):
         on_encoder = code.accumulate(on_pre, x)
         on_bias = code.sum_tokens(on_pre)
         if on_some is not None:
-            on_encoder.index_add_(0, some, on_some.T @ x)
+            on_encoder.index_add_(0, some, matmul(on_some.T, x))
             on_bias.index_add_(0, some, on_some.sum(0))
         return on_encoder, on_bias, None, None, None, None
 
@@ -47,30 +48,29 @@ class Activations(Function):
 class Decode(Function):
     """sum_j f_ij d_j, the norms ||d_j^s||, and the decoder's rows of `some` latents.
 
-    Args: f (the code's values, with their gradient), decoder `[latent, column]`, source_norms `[latent, source]` (||d_j^s||,
-    computed already for the selection), the code, and the indices `some`. Returns `[batch, column]`, `[latent, source]` and
-    `[some, column]`.
+    Args: f (the code's values, with their gradient), decoder `[latent, column]`, its copy in the dtype of the products,
+    source_norms `[latent, source]` (||d_j^s||, computed already for the selection), the code, and the indices `some`. Returns
+    `[batch, column]`, `[latent, source]` and `[some, column]`.
     """
 
     @staticmethod
-    def forward(ctx: Any, f: Tensor, decoder: Tensor, source_norms: Tensor, code: Code, some: Tensor) -> Any:
+    def forward(ctx: Any, f: Tensor, decoder: Tensor, copy: Tensor, source_norms: Tensor, code: Code, some: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(decoder, source_norms)
+        ctx.save_for_backward(decoder, copy, source_norms)
         ctx.code, ctx.some = code, some
-        return code.decode(decoder), source_norms.clone(), decoder[some]
+        return code.decode(copy), source_norms.clone(), decoder[some]
 
     @staticmethod
     def backward(ctx: Any, on_output: Tensor, on_norms: Tensor | None, on_some: Tensor | None) -> Gradients:
-        code, (decoder, source_norms) = ctx.code, ctx.saved_tensors
-        on_f = code.dot(on_output, decoder)
-        on_decoder = code.accumulate(code.values, on_output)
+        code, (decoder, copy, source_norms) = ctx.code, ctx.saved_tensors
+        on_f, on_decoder = code.dot_and_accumulate(on_output.to(copy.dtype), copy)
         if on_norms is not None:
             split = (*source_norms.shape, -1)
             weight = on_norms / source_norms.clamp(min=1e-12)  # the gradient of ||d|| is d / ||d||
             on_decoder.view(split).addcmul_(decoder.view(split), weight.unsqueeze(2))
         if on_some is not None:
             on_decoder.index_add_(0, ctx.some, on_some)
-        return on_f, on_decoder, None, None, None
+        return on_f, on_decoder, None, None, None, None
 
 
 class StraightThroughThreshold(Function):
@@ -101,7 +101,7 @@ class TotalShortfall(Function):
     def backward(ctx: Any, on_total: Tensor) -> Gradients:
         x, below = ctx.saved_tensors
         on_theta = on_total * below.sum(0)
-        return on_total.neg().unsqueeze(1) * (below.T @ x), -on_theta, on_theta, None, None
+        return on_total.neg().unsqueeze(1) * matmul(below.T, x), -on_theta, on_theta, None, None
 
 
 class SumOverRanks(Function):

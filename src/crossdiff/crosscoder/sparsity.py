@@ -34,7 +34,7 @@ class TrainingBatch:
 
     Attributes:
         d_model: width of one source.
-        x: inputs, `[batch, column]`; error: xhat - x, without gradient.
+        x: inputs, `[batch, column]`, in the dtype of the products; error: xhat - x, without gradient.
         f: activations at the pairs of `code`, shaped as `code.values`.
         norms: sum_s ||d_j^s||.
         pre_dead, decoder_dead, norms_dead: pre-activations on every token, decoder rows and norms of the latents that have been
@@ -105,11 +105,11 @@ class Rule(ABC, Generic[S]):
 
     def penalty(self, b: TrainingBatch) -> Tensor:
         """The sparsity penalty."""
-        return b.x.new_zeros(())
+        return b.error.new_zeros(())
 
     def auxiliary_loss(self, b: TrainingBatch) -> Tensor:
         """What revives dead latents."""
-        return b.x.new_zeros(())
+        return b.error.new_zeros(())
 
     def check(self, n_latents: int) -> None:
         """Raises `UserError` for settings that no training of this size can have."""
@@ -229,15 +229,14 @@ def aux_k(b: TrainingBatch, settings: AuxConfig) -> Tensor:
     """
     n_dead = b.mesh.latent.total(len(b.norms_dead))
     if not n_dead:
-        return b.x.new_zeros(())
+        return b.error.new_zeros(())
     n_tokens = len(b.x)
     mean = b.mesh.data.mean(b.error.mean(0))
-    variance = float(b.mesh.data.mean((b.error - mean).square().sum() / n_tokens))
-    if variance == 0.0:
-        return b.x.new_zeros(())
+    variance = b.mesh.data.mean((b.error - mean).square().sum() / n_tokens)
     k = settings.k if settings.k is not None else max(1, b.d_model // 2)
     f = b.pre_dead.relu()
     if k < n_dead:
         f = f * largest_in_rows(f.detach() * b.norms_dead, k, b.mesh.latent)
     error: Tensor = b.error + apply(SumOverRanks, f @ b.decoder_dead, b.mesh.latent)  # the residual is -b.error
-    return error.square().sum() * (settings.weight / (n_tokens * variance))
+    share = settings.weight / (n_tokens * variance.clamp(min=torch.finfo(variance.dtype).tiny))
+    return error.square().sum() * torch.where(variance > 0, share, 0.0)

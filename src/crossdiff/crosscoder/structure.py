@@ -6,6 +6,7 @@ A constraint holds throughout because the parameters satisfy it at the start and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,13 +31,17 @@ class Constraint:
     present: Bool[Tensor, "latent source"]
     shares: Float[Tensor, " latent"]
 
-    @property
+    @cached_property
     def is_free(self) -> bool:
         return not bool(self.tied.any()) and bool(self.present.all())
 
     def of_latents(self, part: slice) -> Constraint:
         """The constraint on some of the latents."""
         return Constraint(self.tied[part], self.present[part], self.shares[part])
+
+    def to(self, device: torch.device) -> Constraint:
+        """The same constraint with its tensors on a device."""
+        return Constraint(self.tied.to(device), self.present.to(device), self.shares.to(device))
 
     def settle(self, parameters: dict[str, Tensor]) -> None:
         """Make parameters satisfy the constraint, in place: a tied direction becomes the mean over the sources."""

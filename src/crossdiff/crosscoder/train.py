@@ -62,8 +62,7 @@ class _Training:
         shown = [Guarded(kind, job.shown_in, job.folder.name, self.trainer.step) for kind in trackers if mesh.all.is_first]
         self.log = Log(job.folder / "train.jsonl" if mesh.all.is_first else None, self.trainer, shown, state.log_sums)
         self.record: dict[str, Any] = {}
-        self._index = source_indices(store, self.trainer.crosscoder.view.reads)
-        self._device = device
+        self._index = source_indices(store, self.trainer.crosscoder.view.reads).to(device)
         self._saved_at = time.monotonic()
         self._saved_step = self.trainer.step
 
@@ -81,12 +80,13 @@ class _Training:
         trainer = self.trainer
         number = trainer.step + 1
         try:
-            mine = h[self.mesh.data.part(len(h))][:, self._index].to(self._device)
+            mine = h[self.mesh.data.part(len(h))][:, self._index]
             result = trainer.train_step(trainer.crosscoder.normalise(mine))
             self.record = self.log.add(result) or self.record
             if due or trainer.is_done:
-                trainer.check_weights()
+                trainer.check()
         except Diverged as found:
+            number = found.step or number
             raise UserError(
                 f"{self.job.folder.name} has diverged: {found} at step {number} of {trainer.schedule.n_steps}, {place}; "
                 f"lower lr (now {trainer.config.lr}) or lengthen warmup_steps (now {trainer.config.warmup_steps}); "
@@ -101,11 +101,11 @@ class _Training:
         return f"the last good checkpoint is {self.checkpoints.last}"
 
     def save(self) -> None:
-        """Write a checkpoint, unless a weight is not finite, so that the last one stays good."""
+        """Write a checkpoint, unless something is not finite, so that the last one stays good."""
         if self.trainer.step == self._saved_step:
             return
         try:
-            self.trainer.check_weights()
+            self.trainer.check()
         except Diverged:
             return
         self._check_folder()
@@ -226,7 +226,7 @@ def train_together(
     for job in jobs:
         key = (job.config.batch_size, job.config.order_seed)
         if key not in passes:
-            passes[key] = Batches(store, *key)
+            passes[key] = Batches(store, *key, device=device)
         n_steps = max(1, round(job.config.epochs * passes[key].per_epoch))
         trainings.append(_Training(job, store, n_steps, device, trackers, mesh))
     for (batch_size, seed), batches in passes.items():

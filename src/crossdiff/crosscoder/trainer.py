@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from crossdiff.config import BatchTopKConfig, CrosscoderConfig, L1Config
+from crossdiff.crosscoder.adam import Adam
 from crossdiff.crosscoder.checkpoint import TrainingState
 from crossdiff.crosscoder.crosscoder import Crosscoder
+from crossdiff.crosscoder.kernels import product_dtype
 from crossdiff.crosscoder.losses import Loss, StepResult, TokensSinceFired
 from crossdiff.crosscoder.mesh import Mesh
 from crossdiff.crosscoder.structure import constraint_of
 from crossdiff.errors import UserError
 from crossdiff.files import fingerprint
-from crossdiff.shapes import Float, Tensor
+from crossdiff.shapes import Float, Float64, Tensor
 
 GUESS_MARGIN = 0.93
 """The k-th largest v moves by a few percent from batch to batch; the search starts a little below the last one."""
@@ -29,7 +31,11 @@ EVERYWHERE = "decoder_bias"
 
 
 class Diverged(Exception):
-    """A training cannot continue; the message says what was found."""
+    """A training cannot continue; the message says what was found. step: number of the step that went wrong, if it is known."""
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class Trainer:
         if device is not None:
             crosscoder = crosscoder.to(device)
         self.config, self.crosscoder = config, crosscoder
-        self.constraint = constraint_of(config.structure, self.n_latents, crosscoder.n_sources).of_latents(part)
+        constraint = constraint_of(config.structure, self.n_latents, crosscoder.n_sources).of_latents(part)
+        self.constraint = constraint.to(crosscoder.encoder.device)
         self.constraint.settle(crosscoder.parameters())
         self.schedule = Schedule(n_steps, config)
         self._loss = Loss(crosscoder, config.reconstruction, self.constraint, mesh)
@@ -95,8 +102,14 @@ class Trainer:
         self.since_fired = TokensSinceFired(
             crosscoder.encoder.new_zeros(crosscoder.n_latents, dtype=torch.int64), self.schedule.dead_after
         )
-        self.first_moments = {name: torch.zeros_like(p) for name, p in crosscoder.parameters().items()}
-        self.second_moments = {name: torch.zeros_like(p) for name, p in crosscoder.parameters().items()}
+        self.adam = Adam.of(
+            crosscoder.parameters(),
+            getattr(torch, config.optimizer_state),
+            product_dtype(config.matmul, crosscoder.encoder),
+            config.seed,
+        )
+        # The first step that is not finite, its loss and its gradient's norm; 0 until there is one.
+        self._wrong = crosscoder.encoder.new_zeros(3, dtype=torch.float64)
         self._raw: Tensor | None = None
 
     @property
@@ -109,26 +122,40 @@ class Trainer:
         if self._raw is None and x.device.type == "cpu":
             self._raw = x.new_empty(len(x), crosscoder.n_latents)
         weight = crosscoder.rule.weight((self.step + 1) / self.schedule.n_steps)
-        result = self._loss.gradients(x, self.since_fired, weight, self.guess, self._raw)
-        if not math.isfinite(result.loss):
-            raise Diverged(f"the loss is {result.loss}")
+        result = self._loss.gradients(x, self.since_fired, weight, self.guess, self._raw, self.adam.copies)
         norm = self._norm(result.gradients)
-        if not math.isfinite(norm):
-            raise Diverged(f"the gradient's norm is {norm}")
+        self._note(result.loss, norm)
+        if x.device.type == "cpu":
+            self._check_noted()
         self.since_fired = result.since_fired
         if result.smallest_kept is not None:
             self._update_threshold(result.smallest_kept)
-        self._adam(result.gradients, norm)
+        scale = (norm / self.config.gradient_clip).clamp(min=1.0).float()
+        self.adam.update(result.gradients, scale, self.schedule.rate(self.step), self.step + 1)
         self.step += 1
         if self.schedule.resamples_after(self.step):
             self._resample(x, result.token_error)
         return result
 
-    def _norm(self, gradients: dict[str, Tensor]) -> float:
+    def _norm(self, gradients: dict[str, Tensor]) -> Float64[Tensor, ""]:
         """Norm of the gradient of all parameters."""
-        squares = {name: float(torch.linalg.vector_norm(gradients[name])) ** 2 for name in self.crosscoder.parameters()}
+        squares = {name: torch.linalg.vector_norm(gradients[name]).double().square() for name in self.crosscoder.parameters()}
         on_bias = squares.pop(EVERYWHERE)
-        return math.sqrt(self.mesh.latent.total(sum(squares.values())) + on_bias)
+        total: Tensor = self.mesh.latent.sum(torch.stack(list(squares.values())).sum()) + on_bias
+        return total.sqrt()
+
+    def _note(self, loss: Float64[Tensor, ""], norm: Float64[Tensor, ""]) -> None:
+        """Note on the device if a step is the first whose loss or gradient is not finite."""
+        found = torch.stack([torch.full_like(norm, self.step + 1), loss, norm])
+        is_first = ~torch.isfinite(found).all() & (self._wrong[0] == 0)
+        self._wrong = torch.where(is_first, found, self._wrong)
+
+    def _check_noted(self) -> None:
+        step, loss, norm = self._wrong.tolist()
+        if step and not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss}", int(step))
+        if step:
+            raise Diverged(f"the gradient's norm is {norm}", int(step))
 
     def _update_threshold(self, smallest: float) -> None:
         """Update theta, the running mean of the smallest kept v, which starts over when the run has settled.
@@ -142,28 +169,17 @@ class Trainer:
         share = max(1 - settings.threshold_beta, 1 / n_values)
         self.crosscoder.threshold += share * (smallest - self.crosscoder.threshold)
 
-    def check_weights(self) -> None:
-        """Raises `Diverged` if a weight is not finite."""
+    def check(self) -> None:
+        """Raises `Diverged` if the loss or the gradient of a step was not finite, or if a weight is not.
+
+        A GPU is not waited for after each step, so there it is found out here; an update from such a gradient is not made.
+        """
+        self._check_noted()
         parameters = self.crosscoder.parameters()
         spoilt = self.mesh.all.any([not torch.isfinite(p.sum()) for p in parameters.values()])  # one NaN makes the sum NaN
         for name, is_spoilt in zip(parameters, spoilt, strict=True):
             if is_spoilt:
                 raise Diverged(f"the update made {name} infinite or NaN")
-
-    def _adam(self, gradients: dict[str, Tensor], norm: float) -> None:
-        """Adam (Kingma & Ba 2015); the gradient is clipped by passing the clipping factor to it as a gradient scale."""
-        parameters = self.crosscoder.parameters()
-        device = self.crosscoder.encoder.device
-        torch._fused_adam_(
-            list(parameters.values()),
-            [gradients[name] for name in parameters],
-            [self.first_moments[name] for name in parameters],
-            [self.second_moments[name] for name in parameters],
-            [],
-            [torch.tensor(float(self.step + 1), device=device) for _ in parameters],
-            lr=self.schedule.rate(self.step), beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8,
-            amsgrad=False, maximize=False, grad_scale=torch.tensor(max(1.0, norm / self.config.gradient_clip), device=device),
-        )  # fmt: skip
 
     def _resample(self, x: Float[Tensor, "batch source d_model"], token_error: Float[Tensor, " batch"]) -> None:
         """Restart dead latents at inputs that are reconstructed badly (Bricken et al. 2023).
@@ -190,16 +206,16 @@ class Trainer:
             weights[dead] = directions * (share * latent.sum(weights[alive].norm(dim=1).sum()) / n_alive)
         coder.encoder_bias[dead] = 0.0
         self.constraint.settle(coder.parameters())
-        for moments in (self.first_moments, self.second_moments):
+        for moments in (self.adam.first, self.adam.second):
             for name in ("encoder", "decoder", "encoder_bias"):
                 moments[name][dead] = 0.0
+        self.adam.refresh()
         self.since_fired.tokens[dead] = 0
 
     def state(self) -> TrainingState:
         """Everything that the next step depends on. The tensors are the trainer's own, so reading into them restores it."""
         groups = {
-            "parameters": self.crosscoder.parameters(), "first_moments": self.first_moments,
-            "second_moments": self.second_moments,
+            "parameters": self.crosscoder.parameters(), "first_moments": self.adam.first, "second_moments": self.adam.second,
         }  # fmt: skip
         tensors = {"silent_tokens": self.mesh.placed(self.since_fired.tokens, self.n_latents)}
         for group, named in groups.items():
@@ -213,6 +229,7 @@ class Trainer:
         self.step = state.step
         self.guess = state.guess
         self.crosscoder.threshold = state.threshold
+        self.adam.refresh()
 
     def assembled(self) -> Crosscoder | None:
         """The crosscoder with all its latents, in host memory, on the first rank; None on the others."""

@@ -189,7 +189,7 @@ class Live:
 
             from crossdiff.activations.passes import paired_residuals
 
-            crosscoder = diff.crosscoder
+            crosscoder = diff.crosscoder_at_pair
             with torch.no_grad():
                 h = torch.stack(paired_residuals(diff.pair, [token_ids], [crosscoder.origin["layer"]])[0], dim=1)
                 x = crosscoder.normalise(h.to(crosscoder.encoder.device))
@@ -233,7 +233,7 @@ def check_length(text: Prompt) -> None:
 def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
     from crossdiff.text_activations import active_pairs
 
-    found = active_pairs(diff.pair, diff.crosscoder, sequence, diff.rule)
+    found = active_pairs(diff.pair, diff.crosscoder_at_pair, sequence, diff.rule)
     return Reading(
         key=secrets.token_urlsafe(12),
         texts=tuple(diff.pair.tokenizer.decode([token]) for token in sequence.token_ids.tolist()),
@@ -247,7 +247,7 @@ def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
 def _steerer(diff: Diff, coder: Coder) -> Steerer:
     from crossdiff.causal.steering import Steerer
 
-    return Steerer(diff.pair, diff.crosscoder, diff.crosscoder.origin["layer"], coder.table, diff.rule)
+    return Steerer(diff.pair, diff.crosscoder_at_pair, diff.crosscoder.origin["layer"], coder.table, diff.rule)
 
 
 def _lens(diff: Diff, latent: int, n: int) -> tuple[Promoted, ...]:

@@ -23,7 +23,7 @@ BATCH = 64
 class Encoder:
     """Encodes texts as unit vectors: the mean of the last layer over the word pieces, as in sentence-transformers."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, device: torch.device | None = None) -> None:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging as messages
 
@@ -34,7 +34,7 @@ class Encoder:
         disable_progress_bar()  # it would break into our own
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-            self._model: Any = AutoModel.from_pretrained(str(folder)).eval()
+            self._model: Any = AutoModel.from_pretrained(str(folder)).eval().to(device)
         except (OSError, ValueError) as error:
             raise UserError(f"--embedding: the model in {folder} cannot be loaded: {error}") from None
 
@@ -49,10 +49,11 @@ class Encoder:
 
     def _batch(self, texts: list[str]) -> npt.NDArray[np.float32]:
         inputs = self._tokenizer(texts, padding=True, truncation=True, max_length=MAX_WORD_PIECES, return_tensors="pt")
+        inputs = inputs.to(self._model.device)
         hidden = self._model(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(2)
         mean = (hidden * mask).sum(1) / mask.sum(1)
-        vectors: npt.NDArray[np.float32] = torch.nn.functional.normalize(mean, dim=1).numpy()
+        vectors: npt.NDArray[np.float32] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
         return vectors
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from crossdiff.activations.store import Store
 from crossdiff.errors import UserError
@@ -138,16 +139,16 @@ def find_activations(
     """Encode the sample and record where the given latents (sorted) are active; tokens that are skipped count as inactive."""
     store = sample.store
     positions = store.column("position")
-    is_wanted = np.zeros(coder.n_latents, dtype=bool)
-    is_wanted[latents] = True
+    is_wanted = torch.zeros(coder.n_latents, dtype=torch.bool)
+    is_wanted[torch.from_numpy(latents)] = True
     parts = []
     for batch in store.batches_of_sequences(np.sort(sample.numbers), batch_tokens):
         code = encode(coder, coder.inputs(store, batch.rows))
-        latent, token = code.latent.numpy(), code.token.numpy()
-        kept = is_wanted[latent] & store.counted[batch.rows[token]]
-        token = token[kept]
-        sequence = batch.numbers[batch.sequence[token]]
-        parts.append((latent[kept], sequence, positions[batch.rows[token]], coder.v(code).float().numpy()[kept]))
+        device = code.latent.device
+        counted = torch.from_numpy(store.counted[batch.rows]).to(device)
+        kept = is_wanted.to(device)[code.latent] & counted[code.token]
+        latent, token, v = (of[kept].cpu().numpy() for of in (code.latent, code.token, coder.v(code).float()))
+        parts.append((latent, batch.numbers[batch.sequence[token]], positions[batch.rows[token]], v))
         advance(len(batch.rows))
     latent, sequence, position, value = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((position, sequence, latent))

@@ -11,7 +11,7 @@ import polars as pl
 import torch
 
 from crossdiff.latents.groups import GROUPS, LAST_INDEX, ROLES, Cells
-from crossdiff.latents.stream import Coded
+from crossdiff.latents.stream import CPU, Coded
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
@@ -35,7 +35,7 @@ ROW_GROUP = 16_384
 
 @dataclass
 class Activity:
-    """Sums over tokens per cell, in v.
+    """Sums over tokens per cell, in v, on one device until `over` brings them to the host.
 
     Attributes:
         tokens: number of tokens; counts: number of active tokens; total: sum of v; maximum: largest v.
@@ -48,20 +48,20 @@ class Activity:
     maximum: Float[Tensor, "cell latent"]
 
     @classmethod
-    def empty(cls, cells: Cells, n_latents: int) -> Activity:
+    def empty(cls, cells: Cells, n_latents: int, device: torch.device = CPU) -> Activity:
         shape = (cells.table.height, n_latents)
         return cls(
             cells,
-            torch.zeros(shape[0], dtype=torch.int64),
-            torch.zeros(shape, dtype=torch.int64),
-            torch.zeros(shape, dtype=torch.float64),
-            torch.zeros(shape),
+            torch.zeros(shape[0], dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.float64, device=device),
+            torch.zeros(shape, device=device),
         )
 
     def add(self, chunk: Coded) -> None:
         """Add a chunk."""
         code = chunk.code
-        cell = torch.from_numpy(self.cells.of_row[chunk.rows])
+        cell = torch.from_numpy(self.cells.of_row[chunk.rows]).to(code.token.device)
         flat = cell[code.token] * code.n_latents + code.latent
         self.tokens += torch.bincount(cell, minlength=len(self.tokens))
         self.counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
@@ -69,10 +69,10 @@ class Activity:
         self.maximum.view(-1).scatter_reduce_(0, flat, chunk.v, "amax")
 
     def over(self, ranks: Ranks) -> Activity:
-        """Merge the passes of several ranks, in place."""
-        for tensor in (self.tokens, self.counts, self.total):
-            ranks.sum(tensor)
-        ranks.maximum(self.maximum)
+        """Merge the passes of several ranks, in place, and bring the sums to the host."""
+        for name in ("tokens", "counts", "total"):
+            setattr(self, name, ranks.sum(getattr(self, name)).cpu())
+        self.maximum = ranks.maximum(self.maximum).cpu()
         return self
 
     def by_group(self) -> tuple[Int64[Tensor, " group"], Int64[Tensor, "group latent"]]:

@@ -29,7 +29,7 @@ from crossdiff.latents.latent_table import latent_table, pools
 from crossdiff.latents.ranking import RANKED
 from crossdiff.latents.scaling import ScalingAccumulator
 from crossdiff.latents.settings import KEY, NUS
-from crossdiff.latents.stream import Chunk, accumulate, blocks_of_sequences, check_fits
+from crossdiff.latents.stream import CPU, Chunk, accumulate, blocks_of_sequences, check_fits
 from crossdiff.latents.twins import CoActivation, neighbour_table, twin_candidates, twin_table
 from crossdiff.latents.verdict import counts, with_verdicts
 from crossdiff.ranks import ALONE, Ranks
@@ -56,7 +56,7 @@ def with_random_directions(crosscoder: Crosscoder, seed: int) -> Float[Tensor, "
     """
     own = crosscoder.directions()
     # Numpy's generator: torch's with the same seed and shape would draw the directions that the decoder started from.
-    random = torch.from_numpy(np.random.default_rng(seed).standard_normal(own[CHAT_INDEX].shape)).float()
+    random = torch.from_numpy(np.random.default_rng(seed).standard_normal(own[CHAT_INDEX].shape)).to(own)
     random *= own[CHAT_INDEX].norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
     return torch.cat([own, random.unsqueeze(0)])
 
@@ -75,7 +75,7 @@ class HeldoutTokens:
     def add(self, chunk: Chunk) -> None:
         code = chunk.code
         heldout = self._is_heldout[chunk.rows]
-        mask = torch.from_numpy(heldout)
+        mask = torch.from_numpy(heldout).to(chunk.x.device)
         shape = (-1, self._crosscoder.n_sources, self._crosscoder.d_model)
         active = torch.bincount(code.latent[mask[code.token]], minlength=code.n_latents)
         x, error = chunk.x[mask].view(shape), chunk.error[mask].view(shape)
@@ -119,11 +119,12 @@ def empty(
 ) -> Measured:
     """The accumulators before the pass."""
     check_fits(crosscoder, store)
+    device = crosscoder.encoder.device
     pairs = ranks.once(lambda: twin_candidates(crosscoder, config.twin_cosine))
     return Measured(
         ScalingAccumulator(crosscoder, config.blocks, directions, store.normalisation.mean),
-        Activity.empty(cells, crosscoder.n_latents),
-        CoActivation(pairs, crosscoder.n_latents),
+        Activity.empty(cells, crosscoder.n_latents, device),
+        CoActivation(pairs, crosscoder.n_latents, device),
         ExampleCollector(store, crosscoder.n_latents, config),
         HeldoutTokens(crosscoder, store),
         DifferenceExplained(crosscoder, config.blocks),
@@ -172,11 +173,13 @@ def analyze(
 
 def _write(analysis: Analysis, measured: Measured, store: Store, tokenizer: Any, config: AnalyzeConfig) -> None:
     folder, crosscoder, reference = analysis
-    table = _write_tables(folder, crosscoder, measured, config)
+    on_host = crosscoder.to(CPU)
+    neighbour_table(crosscoder, measured.scaling.sums.n.sum(0) > 0).write_parquet(folder / "neighbours.parquet")
+    table = _write_tables(folder, on_host, measured, config)
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
     measured.scaling.sums.save(folder / "scaling.safetensors")
     made_with = {KEY: config.model_dump(), NUS: list(RANKED)}
-    write_json(folder / "health.json", _health_report(crosscoder, store, measured, table) | made_with)
+    write_json(folder / "health.json", _health_report(on_host, store, measured, table) | made_with)
     scored = {}
     for name, (coder, latents) in _pools(crosscoder, reference, store, table, config).items():
         conversations = conversation_scores(coder, store, latents, config.batch_tokens)
@@ -199,13 +202,12 @@ def _pools(
 
 
 def _write_tables(folder: Path, crosscoder: Crosscoder, measured: Measured, config: AnalyzeConfig) -> pl.DataFrame:
-    """Write the tables of latents, twins, neighbours and activity; return the latent table."""
+    """Write the tables of latents, twins and activity; return the latent table."""
     sums = measured.scaling.sums
     n_active = sums.n.sum(0)
     twins = twin_table(crosscoder, measured.coactive, n_active)
     twins.write_parquet(folder / "twins.parquet")
     activity_table(measured.activity).write_parquet(folder / "activity.parquet", row_group_size=ROW_GROUP)
-    neighbour_table(crosscoder, n_active > 0).write_parquet(folder / "neighbours.parquet")
     table = latent_table(crosscoder, sums, measured.activity, config)
     table = with_verdicts(table, twins.filter(pl.col("n_both") > 0), config)
     table.write_parquet(folder / "latents.parquet")

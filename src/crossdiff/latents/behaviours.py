@@ -22,7 +22,7 @@ from crossdiff.activations.store import Store
 from crossdiff.config import AnalyzeConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.errors import check_latents
-from crossdiff.latents.stream import Coded, encode
+from crossdiff.latents.stream import CPU, Coded, encode
 from crossdiff.ranks import Ranks
 from crossdiff.statistics import bootstrap
 from crossdiff.text.chat import Flag
@@ -69,14 +69,15 @@ class Pool(NamedTuple):
 class ConversationScores:
     """Collects the largest v of each latent on each labelled conversation of two messages."""
 
-    def __init__(self, store: Store, n_latents: int) -> None:
+    def __init__(self, store: Store, n_latents: int, device: torch.device = CPU) -> None:
         facts = store.documents
         table = facts.filter(pl.col("label").is_not_null() & (pl.col("n_messages") == 2) & (pl.col("n_tokens") > 0))
         self._table = table
         self._document, self._flags = store.column("document"), store.column("flags")
         self._index_of = np.full(int(facts["document"].to_numpy().max(initial=0)) + 1, -1, dtype=np.int64)
         self._index_of[table["document"].to_numpy()] = np.arange(table.height)
-        self._scores = {name: torch.zeros(table.height, n_latents) for name in (BEFORE_ANSWER, WHOLE_CONVERSATION)}
+        shape, names = (table.height, n_latents), (BEFORE_ANSWER, WHOLE_CONVERSATION)
+        self._scores = {name: torch.zeros(shape, device=device) for name in names}
 
     @property
     def found_any(self) -> bool:
@@ -90,9 +91,9 @@ class ConversationScores:
     def add(self, chunk: Coded) -> None:
         """Add a chunk of whole sequences; unlabelled documents are passed over."""
         conversation = self._index_of[self._document[chunk.rows]]
-        before = torch.from_numpy(_before_answer(self._flags[chunk.rows], chunk.sequence.numpy()))
         token, latent, v = chunk.code.token, chunk.code.latent, chunk.v.float()
-        row = torch.from_numpy(conversation)[token]
+        before = torch.from_numpy(_before_answer(self._flags[chunk.rows], chunk.sequence.numpy())).to(token.device)
+        row = torch.from_numpy(conversation).to(token.device)[token]
         for name, kept in ((WHOLE_CONVERSATION, row >= 0), (BEFORE_ANSWER, (row >= 0) & before[token])):
             scores = self._scores[name]
             flat = row[kept] * scores.shape[1] + latent[kept]
@@ -110,14 +111,14 @@ class ConversationScores:
             labels=self._table["label"].to_numpy(),
             prompts=self._table["prompt"].to_numpy(),
             heldout=(self._table["split"] == "heldout").to_numpy(),
-            scores={question: values.numpy() for question, values in self._scores.items()},
+            scores={question: values.cpu().numpy() for question, values in self._scores.items()},
         )
 
 
 def conversation_scores(crosscoder: Crosscoder, store: Store, latents: list[int], batch_tokens: int) -> Conversations | None:
     """Score the labelled conversations by the given latents; None if the store has no labelled conversations."""
     check_latents(latents, crosscoder.n_latents)
-    scores = ConversationScores(store, len(latents))
+    scores = ConversationScores(store, len(latents), crosscoder.encoder.device)
     if not scores.found_any:
         return None
     part = Part(crosscoder, torch.tensor(latents, dtype=torch.int64))
@@ -136,10 +137,10 @@ def live_latents(crosscoder: Crosscoder, store: Store, size: int, config: Analyz
     """A seeded sample of the latents that are active often enough to be judged, measured on a sample of the store's tokens."""
     counted = np.flatnonzero(store.counted)
     rows = np.sort(np.random.default_rng(config.seed).permutation(counted)[:SAMPLE_TOKENS])
-    n_active = torch.zeros(crosscoder.n_latents, dtype=torch.int64)
+    n_active = torch.zeros(crosscoder.n_latents, dtype=torch.int64, device=crosscoder.encoder.device)
     for start in range(0, len(rows), config.batch_tokens):
         n_active += encode(crosscoder, crosscoder.inputs(store, rows[start : start + config.batch_tokens])).counts()
-    live = np.flatnonzero(n_active.numpy() / len(rows) >= config.min_active / len(counted))
+    live = np.flatnonzero(n_active.cpu().numpy() / len(rows) >= config.min_active / len(counted))
     return sorted(np.random.default_rng(config.seed).permutation(live)[:size].tolist())
 
 

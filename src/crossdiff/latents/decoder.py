@@ -55,10 +55,11 @@ def nearest(
     A direction of length 0 has cosine 0 with everything.
 
     Yields:
-        The index of the block's first direction, the cosines from the highest down, and the indices of the others.
+        The index of the block's first direction, the cosines from the highest down, and the indices of the others; both on the
+        host.
     """
     directions = torch.nn.functional.normalize(directions, dim=1)
     others = torch.nn.functional.normalize(others, dim=1)
     for first in range(0, len(directions), BLOCK):
         top = (directions[first : first + BLOCK] @ others.T).topk(min(n, len(others)), dim=1)
-        yield first, top.values, top.indices
+        yield first, top.values.cpu(), top.indices.cpu()

@@ -11,7 +11,7 @@ import torch
 
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
-from crossdiff.latents.stream import Chunk
+from crossdiff.latents.stream import CPU, Chunk
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 from crossdiff.statistics import Estimate, jackknife
@@ -20,10 +20,10 @@ from crossdiff.statistics import Estimate, jackknife
 class Variance:
     """The variance of a vector over tokens, from sums per block of documents in float64."""
 
-    def __init__(self, n_blocks: int, d_model: int) -> None:
-        self.n: Int64[Tensor, " block"] = torch.zeros(n_blocks, dtype=torch.int64)
-        self.total: Float64[Tensor, "block d_model"] = torch.zeros(n_blocks, d_model, dtype=torch.float64)
-        self.square: Float64[Tensor, " block"] = torch.zeros(n_blocks, dtype=torch.float64)
+    def __init__(self, n_blocks: int, d_model: int, device: torch.device = CPU) -> None:
+        self.n: Int64[Tensor, " block"] = torch.zeros(n_blocks, dtype=torch.int64, device=device)
+        self.total: Float64[Tensor, "block d_model"] = torch.zeros(n_blocks, d_model, dtype=torch.float64, device=device)
+        self.square: Float64[Tensor, " block"] = torch.zeros(n_blocks, dtype=torch.float64, device=device)
 
     def add(self, block: int, y: Float[Tensor, "token d_model"]) -> None:
         """Add the tokens of a block."""
@@ -33,9 +33,8 @@ class Variance:
         self.square[block] += wide.square().sum()
 
     def over(self, ranks: Ranks) -> Variance:
-        """Sum over the ranks, in place."""
-        for tensor in (self.n, self.total, self.square):
-            ranks.sum(tensor)
+        """Sum over the ranks, in place, and bring the sums to the host."""
+        self.n, self.total, self.square = (ranks.sum(tensor).cpu() for tensor in (self.n, self.total, self.square))
         return self
 
     def of(self, blocks: Int64[Tensor, " chosen"]) -> float:
@@ -67,8 +66,8 @@ class DifferenceExplained:
 
     def __init__(self, crosscoder: Crosscoder, n_blocks: int) -> None:
         self._n_sources = crosscoder.n_sources
-        self.whole = Variance(n_blocks, crosscoder.d_model)
-        self.residual = Variance(n_blocks, crosscoder.d_model)
+        self.whole = Variance(n_blocks, crosscoder.d_model, crosscoder.encoder.device)
+        self.residual = Variance(n_blocks, crosscoder.d_model, crosscoder.encoder.device)
 
     def add(self, chunk: Chunk) -> None:
         """Add a chunk; a coder with one decoder does not reconstruct both models, so it collects nothing."""

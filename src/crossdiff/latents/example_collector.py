@@ -109,10 +109,8 @@ def candidates_of(chunk: Coded, contexts: Hashes, positions: Integers, seed: int
     """
     code = chunk.code
     # The chunk's tokens follow their sequences, so sorting by latent puts the pairs of a latent and a sequence together.
-    order = code.by_latent[0].numpy()
-    latent = code.latent.numpy()[order]
-    token = code.token.numpy()[order]
-    v = chunk.v.float().numpy()[order]
+    order = code.by_latent[0]
+    latent, token, v = (pairs[order].cpu().numpy() for pairs in (code.latent, code.token, chunk.v.float()))
     sequence = chunk.sequence.numpy()[token]
     changes = (latent[1:] != latent[:-1]) | (sequence[1:] != sequence[:-1])
     bounds = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(latent)]])

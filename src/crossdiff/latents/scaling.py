@@ -84,7 +84,7 @@ class Sums:
 
 
 class ScalingAccumulator:
-    """Collects `sums` from the chunks of a pass.
+    """Collects `sums` from the chunks of a pass, on the device of the directions until `over` brings them to the host.
 
     Args:
         directions: those of `Sums`; by default the crosscoder's own.
@@ -110,10 +110,10 @@ class ScalingAccumulator:
         per_pair = (len(directions), self._n_models, *per_block)
         self.sums = Sums(
             directions=directions,
-            n=torch.zeros(per_block, dtype=torch.int64),
-            f=torch.zeros(per_block, dtype=torch.float64),
-            f2=torch.zeros(per_block, dtype=torch.float64),
-            products={target: torch.zeros(per_pair, dtype=torch.float64) for target in targets},
+            n=torch.zeros(per_block, dtype=torch.int64, device=directions.device),
+            f=torch.zeros(per_block, dtype=torch.float64, device=directions.device),
+            f2=torch.zeros(per_block, dtype=torch.float64, device=directions.device),
+            products={target: torch.zeros(per_pair, dtype=torch.float64, device=directions.device) for target in targets},
         )
 
     def add(self, chunk: Chunk) -> None:
@@ -125,8 +125,7 @@ class ScalingAccumulator:
         self.sums.f[block] += code.sum_tokens(wide)
         self.sums.f2[block] += code.sum_tokens(wide.square())
         for target, y in self._targets(chunk).items():
-            vectors = code.accumulate(code.values, y).view(code.n_latents, self._n_models, -1)
-            self.sums.products[target][:, :, block] += torch.einsum("jtd,jsd->tsj", self._by_latent, vectors)
+            self.sums.products[target][:, :, block] += code.accumulate_along(y, self._by_latent)
 
     def _targets(self, chunk: Chunk) -> dict[str, Float[Tensor, "token column"]]:
         """The vectors that are summed per latent and model."""
@@ -137,9 +136,15 @@ class ScalingAccumulator:
         return {"activation": chunk.h.flatten(1) * scale, "activation_nobias": centred.flatten(1) * scale}
 
     def over(self, ranks: Ranks) -> ScalingAccumulator:
-        """Merge the passes of several ranks, in place."""
-        for tensor in (self.sums.n, self.sums.f, self.sums.f2, *self.sums.products.values()):
-            ranks.sum(tensor)
+        """Merge the passes of several ranks, in place, and bring the sums to the host."""
+        sums = self.sums
+        self.sums = Sums(
+            directions=sums.directions.cpu(),
+            n=ranks.sum(sums.n).cpu(),
+            f=ranks.sum(sums.f).cpu(),
+            f2=ranks.sum(sums.f2).cpu(),
+            products={target: ranks.sum(values).cpu() for target, values in sums.products.items()},
+        )
         return self
 
 

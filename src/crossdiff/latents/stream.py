@@ -18,8 +18,9 @@ from crossdiff.errors import UserError
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Int64, Tensor
 
-PIECE_BYTES = 1 << 24
-"""Size of the pre-activations that are computed and selected from at a time."""
+CPU = torch.device("cpu")
+PIECE_BYTES, PIECE_BYTES_ON_GPU = 1 << 24, 1 << 31
+"""Size of the pre-activations that are computed and selected from at a time: what a CPU's cache holds, and what fills a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Coded:
 
     Attributes:
         rows: rows of the store, `[token]`.
-        sequence: index of each token's sequence within the chunk, `[token]`; numbers: the sequences' indices in the store.
+        sequence: index of each token's sequence within the chunk, `[token]`, on the host like `rows`; numbers: the sequences'
+            indices in the store.
         code: active pairs of a token and a latent (or a concept); v: their activations f * sum of decoder norms.
     """
 
@@ -57,13 +59,13 @@ class Chunk(Coded):
 
 @runtime_checkable
 class Accumulator(Protocol):
-    """Collects what one part of the analysis needs from the chunks of a pass."""
+    """Collects what one part of the analysis needs from the chunks of a pass. Its sums are on the device of the chunks."""
 
     def add(self, chunk: Chunk) -> None:
         """Add a chunk; the order of the chunks does not matter."""
 
     def over(self, ranks: Ranks) -> Any:
-        """Merge the passes of several ranks, in place; at least the first rank has the result."""
+        """Merge the passes of several ranks, in place, on the host; at least the first rank has the result."""
 
 
 @runtime_checkable
@@ -85,12 +87,17 @@ class Coder(Encoder, Protocol):
     def v(self, code: Any, /) -> Tensor: ...
 
 
+def piece_tokens(n_latents: int, x: Tensor) -> int:
+    """How many of the tokens `x` are encoded at a time."""
+    return max(1, (PIECE_BYTES if x.device.type == "cpu" else PIECE_BYTES_ON_GPU) // (n_latents * x.element_size()))
+
+
 def encode(crosscoder: Encoder, x: Float[Tensor, "token source d_model"]) -> SparseCode:
     """Active pairs of many tokens, computed in pieces whose pre-activations stay in the cache and reuse the same memory."""
     if not crosscoder.n_latents:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return SparseCode(nothing, nothing, torch.zeros(0), len(x), 0)
-    size = max(1, PIECE_BYTES // (crosscoder.n_latents * x.element_size()))
+        nothing = torch.zeros(0, dtype=torch.int64, device=x.device)
+        return SparseCode(nothing, nothing, x.new_zeros(0), len(x), 0)
+    size = piece_tokens(crosscoder.n_latents, x)
     parts = [crosscoder.sparse_code(piece) for piece in torch.split(x, size)]
     return SparseCode(
         token=torch.cat([part.token + index * size for index, part in enumerate(parts)]),
@@ -125,7 +132,8 @@ def blocks_of_sequences(store: Store, n_blocks: int) -> list[npt.NDArray[np.int6
 
 
 class Read(NamedTuple):
-    """Whole sequences of one block as they are in the store, without the left-out positions; see `Coded`."""
+    """Whole sequences of one block as they are in the store, without the left-out positions; see `Coded`. Only `h` is on the
+    device that it was read to."""
 
     block: int
     rows: npt.NDArray[np.int64]
@@ -140,10 +148,11 @@ def read_blocks(
     batch_tokens: int,
     advance: Callable[[int], None] = lambda n_tokens: None,
     ranks: Ranks = ALONE,
+    device: torch.device = CPU,
 ) -> Iterator[Read]:
     """Yield every counted token of a store once, block by block, with one batch in memory at a time.
 
-    Several ranks take turns; `advance` counts the tokens of all of them.
+    Several ranks take turns; `advance` counts the tokens of all of them. The activations are moved to `device`.
     """
     counted = store.counted
     batches = (
@@ -156,11 +165,11 @@ def read_blocks(
         keep = counted[batch.rows]
         if ranks.has(number) and keep.any():
             rows = batch.rows[keep]
-            yield Read(block, rows, torch.from_numpy(batch.sequence[keep]), batch.numbers, store.gather(rows))
+            yield Read(block, rows, torch.from_numpy(batch.sequence[keep]), batch.numbers, store.gather(rows).to(device))
 
 
 def coded(crosscoder: Crosscoder, store: Store, read: Read) -> Chunk:
-    """Encode a batch of a store."""
+    """Encode a batch of a store that was read to the crosscoder's device."""
     index = source_indices(store, crosscoder.view.reads)
     reads_all = crosscoder.view.reads == store.sources
     x = crosscoder.normalise(read.h if reads_all else read.h[:, index])
@@ -190,7 +199,7 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Yield every counted token of a store once, encoded; see `read_blocks`."""
     check_fits(crosscoder, store)
-    for read in read_blocks(store, n_blocks, batch_tokens, advance, ranks):
+    for read in read_blocks(store, n_blocks, batch_tokens, advance, ranks, crosscoder.encoder.device):
         yield coded(crosscoder, store, read)
 
 
@@ -204,11 +213,12 @@ def accumulate(
 ) -> None:
     """Feed every counted token of a store to the accumulators of each crosscoder, encoded by it, and merge the ranks.
 
-    Each batch is read once, by one of the ranks.
+    Each batch is read once, by one of the ranks. The crosscoders are on one device.
     """
     for crosscoder, _ in passes:
         check_fits(crosscoder, store)
-    for read in read_blocks(store, n_blocks, batch_tokens, advance, ranks):
+    device = passes[0][0].encoder.device if passes else CPU
+    for read in read_blocks(store, n_blocks, batch_tokens, advance, ranks, device):
         for crosscoder, accumulators in passes:
             chunk = coded(crosscoder, store, read)
             for accumulator in accumulators:

@@ -23,7 +23,7 @@ from crossdiff.latents.decoder import (
     delta_norm_class,
     nearest,
 )
-from crossdiff.latents.stream import Chunk
+from crossdiff.latents.stream import CPU, Chunk
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Bool, Float, Int64, Tensor
 
@@ -52,7 +52,7 @@ NEIGHBOUR_COLUMNS = {
 
 
 class TwinCandidates(NamedTuple):
-    """Pairs of a chat-only latent and a possible twin, sorted by latent, then from the highest cosine down."""
+    """Pairs of a chat-only latent and a possible twin, sorted by latent, then from the highest cosine down; on the host."""
 
     latent: Int64[Tensor, " pair"]
     twin: Int64[Tensor, " pair"]
@@ -64,12 +64,12 @@ def twin_candidates(crosscoder: Crosscoder, smallest_cosine: float) -> TwinCandi
 
     Close means a cosine above the limit; each latent keeps its best `MAX_TWINS`.
     """
-    delta = delta_norm(crosscoder.norms())
+    delta = delta_norm(crosscoder.norms()).cpu()
     chat_only = (delta >= CHAT_ONLY[0]).nonzero().squeeze(1)
     in_base = (delta <= BASE_ONLY[1]) | ((delta >= SHARED[0]) & (delta <= SHARED[1]))
     carriers = in_base.nonzero().squeeze(1)
     directions = crosscoder.directions()
-    latents, twins, cosines = [chat_only[:0]], [carriers[:0]], [directions.new_zeros(0)]
+    latents, twins, cosines = [chat_only[:0]], [carriers[:0]], [torch.zeros(0)]
     for first, values, indices in nearest(directions[CHAT_INDEX][chat_only], directions[BASE_INDEX][carriers], MAX_TWINS):
         row, column = (values > smallest_cosine).nonzero(as_tuple=True)
         latents.append(chat_only[first + row])
@@ -79,15 +79,16 @@ def twin_candidates(crosscoder: Crosscoder, smallest_cosine: float) -> TwinCandi
 
 
 class CoActivation:
-    """Counts the tokens on which both latents of each candidate pair are active."""
+    """Counts the tokens on which both latents of each candidate pair are active, on the device of the chunks."""
 
-    def __init__(self, pairs: TwinCandidates, n_latents: int) -> None:
+    def __init__(self, pairs: TwinCandidates, n_latents: int, device: torch.device = CPU) -> None:
         self.pairs = pairs
-        self.n_both = torch.zeros(len(pairs.latent), dtype=torch.int64)
-        self._degree = torch.bincount(pairs.latent, minlength=n_latents)
+        self.n_both = torch.zeros(len(pairs.latent), dtype=torch.int64, device=device)
+        self._twin = pairs.twin.to(device)
+        self._degree = torch.bincount(pairs.latent, minlength=n_latents).to(device)
         self._first = self._degree.cumsum(0) - self._degree
-        self._is_twin = torch.zeros(n_latents, dtype=torch.bool)
-        self._is_twin[pairs.twin] = True
+        self._is_twin = torch.zeros(n_latents, dtype=torch.bool, device=device)
+        self._is_twin[self._twin] = True
 
     def add(self, chunk: Chunk) -> None:
         """Add a chunk; the cost grows with the active pairs of the latents that have candidates."""
@@ -100,16 +101,17 @@ class CoActivation:
         token, latent = code.token[has_candidates], code.latent[has_candidates]
         degree = self._degree[latent]
         # One row for each active pair and candidate of its latent: pairs first[latent] to first[latent] + degree.
-        event = torch.repeat_interleave(torch.arange(len(latent)), degree)
-        pair = self._first[latent][event] + torch.arange(len(event)) - (degree.cumsum(0) - degree)[event]
-        wanted = token[event] * code.n_latents + self.pairs.twin[pair]
+        event = torch.repeat_interleave(torch.arange(len(latent), device=latent.device), degree)
+        within = torch.arange(len(event), device=latent.device) - (degree.cumsum(0) - degree)[event]
+        pair = self._first[latent][event] + within
+        wanted = token[event] * code.n_latents + self._twin[pair]
         place = torch.searchsorted(keys, wanted).clamp(max=max(0, len(keys) - 1))
         found = keys[place] == wanted if len(keys) else torch.zeros_like(wanted, dtype=torch.bool)
         self.n_both += torch.bincount(pair[found], minlength=len(self.n_both))
 
     def over(self, ranks: Ranks) -> CoActivation:
-        """Merge the passes of several ranks, in place."""
-        ranks.sum(self.n_both)
+        """Merge the passes of several ranks, in place, and bring the counts to the host."""
+        self.n_both = ranks.sum(self.n_both).cpu()
         return self
 
 
@@ -139,7 +141,7 @@ def neighbour_table(crosscoder: Crosscoder, active: Bool[Tensor, " latent"]) -> 
     members = active.nonzero().squeeze(1)
     directions = crosscoder.directions()[CHAT_INDEX][members]
     n = min(N_NEIGHBOURS, max(0, len(members) - 1))
-    neighbours, cosines = [members.new_zeros(0, n)], [directions.new_zeros(0, n)]
+    neighbours, cosines = [members.new_zeros(0, n)], [torch.zeros(0, n)]
     for first, values, indices in nearest(directions, directions, n + 1):
         own = torch.arange(first, first + len(values)).unsqueeze(1)
         # Drop the latent itself. Where copies of it pushed it off the list, drop the last entry instead.

@@ -120,7 +120,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     where, options = source_of(name)
-    method = _quantisation(_config(name))
+    config = _config(name)
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        options["attn_implementation"] = "eager"  # transformers 5.17 would choose one that drops the cap without a word
+    method = _quantisation(config)
     if method is not None:
         options["device_map"] = {"": device}  # quantised weights cannot be moved later
     options |= {"dtype": dtype, "trust_remote_code": False, "ignore_mismatched_sizes": True, "output_loading_info": True}

@@ -15,6 +15,7 @@ from torch import nn
 
 from crossdiff.errors import UserError
 from crossdiff.models.access import d_model, decoder_layers, n_layers
+from crossdiff.models.compiled import compile_layers
 from crossdiff.models.loading import choose_dtype, load_model, load_tokenizer
 from crossdiff.models.names import find_adapter, identify, same_weights
 from crossdiff.models.positions import Positions, check_length, positions
@@ -44,6 +45,11 @@ class Pair:
     @property
     def models(self) -> tuple[nn.Module, nn.Module]:
         return self.base, self.chat
+
+    def compile(self) -> None:
+        """Compile the decoder layers of both models; see `compile_layers`."""
+        for source, model in zip(SOURCES, self.models, strict=True):
+            compile_layers(model, self.identity[source]["name"])
 
     @property
     def device(self) -> torch.device:

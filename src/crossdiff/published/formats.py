@@ -14,10 +14,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crossdiff.activations.store import Store
 from crossdiff.crosscoder.checkpoint import is_own, read
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
+from crossdiff.latents.stream import CPU
 from crossdiff.published import WEIGHTS
 from crossdiff.published.coder import PublishedCoder, ReLU, TensorFile, batch_topk, no_normalisation, origin_of
 from crossdiff.published.hookpoints import layer_after
@@ -33,6 +36,7 @@ def read_published(
     sources: tuple[str, ...] | None = None,
     input_scales: tuple[float, ...] | None = None,
     estimate_threshold_on: Store | None = None,
+    device: torch.device = CPU,
 ) -> Crosscoder:
     """Read a published coder. `sparsity.kind` and `origin["published"]` tell its architecture.
 
@@ -48,6 +52,7 @@ def read_published(
             does not hold (Kissane's; SAELens' `expected_average_only_in`).
         estimate_threshold_on: a store of the coder's models, for a BatchTopK whose threshold was never set. It is read as a
             plain ReLU without this, as its own class reads it, and is much denser than it was in training.
+        device: where the threshold is estimated.
 
     Raises:
         UserError: a missing, damaged or unknown file, a missing or unknown key, a shape that does not fit, or a coder that
@@ -76,7 +81,7 @@ def read_published(
     if len(sources) != n_sources or len(set(sources)) != n_sources:
         raise UserError(f"{file} reads {n_sources} sources, but the names are {sources}; give {n_sources} different names")
     if estimate_threshold_on is not None:
-        coder = coder.with_threshold(estimate_threshold(coder, sources, estimate_threshold_on))
+        coder = coder.with_threshold(estimate_threshold(coder, sources, estimate_threshold_on, device))
     return coder.crosscoder(sources)
 
 

@@ -55,7 +55,7 @@ def _concept_test(session: Session, names: tuple[str, ...]) -> None:
         config, store = session.config, session.store()
         trainings = {}
         for name in names:
-            found = read_training(session.path, name)
+            found = read_training(session.path, name, session.device)
             trainings[name] = (found.crosscoder, found.others.tolist())
         concepts, members = (read_parquet(folder / file) for file in ("concepts.parquet", "members.parquet"))
         (target / "concepts").mkdir(exist_ok=True)

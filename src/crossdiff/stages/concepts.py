@@ -22,7 +22,7 @@ def concepts(session: Session) -> None:
         from crossdiff.concepts.find import Settings, find_concepts
 
         config, store = session.config, session.store()
-        trainings = [read_training(session.path, name) for name in names]
+        trainings = [read_training(session.path, name, session.device) for name in names]
         target = folder / "concepts"
         target.mkdir(exist_ok=True)
         with session.progress("concepts, tokens", 2 * store.n_tokens) as advance:

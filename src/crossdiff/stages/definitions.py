@@ -186,7 +186,7 @@ def steer_stage(config: RunConfig, name: str, settings: SteerConfig, rules: Rule
 
 def truth_stage(config: TruthConfig) -> Stage:
     """Depends on the settings of the benchmark."""
-    value = {"code": TRUTH_FORMAT, "settings": config.model_dump(mode="json")}
+    value = {"code": TRUTH_FORMAT, "settings": config.model_dump(mode="json", exclude={"device"})}
     return Stage("truth", fingerprint(value), ("activations", *config.crosscoders, "truth.json"))
 
 

@@ -80,7 +80,7 @@ def _coder(session: Session, name: str, store: Store) -> Coder:
         crosscoder = session.crosscoder(name)
         check_fits(crosscoder, store)
         return crosscoder
-    coder = ConceptCoder.load(session.path)
+    coder = ConceptCoder.load(session.path, session.device)
     for each in coder.crosscoders:
         check_fits(each, store)
     return coder
@@ -106,7 +106,7 @@ def _interpret(session: Session, name: str, config: InterpretConfig, cache: Cach
         what = "concept" if name == CONCEPTS else "active latent"
         session.console.print(f"{name}: no {what} has {' or '.join(wanted)}", highlight=False)
         return
-    encoder = None if config.embedding == "none" or dry_run else Encoder(config.embedding)
+    encoder = None if config.embedding == "none" or dry_run else Encoder(config.embedding, session.device)
     renderer = Renderer(load_tokenizer(session.config.chat, session.config.base))
     with session.progress(f"interpret {name}, tokens", None) as advance:
         contexts = latent_contexts(coder, store, table, folder, latents, config, advance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from crossdiff.stages.definitions import analyze_stage, differences, harvest_sta
 from crossdiff.yaml_files import read_yaml
 
 if TYPE_CHECKING:
+    import torch
+
     from crossdiff.activations.store import Store
     from crossdiff.crosscoder.crosscoder import Crosscoder
     from crossdiff.models.pair import Pair
@@ -137,9 +140,15 @@ class Session:
         """A progress bar; see `progress_bar`."""
         return progress_bar(self.console, title, total)
 
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the models and the crosscoders."""
+        from crossdiff.models.loading import choose_device
+
+        return choose_device(self.config.device)
+
     def load_pair(self) -> Pair:
         """The two models, checked to be a pair, in the dtype that they had in the harvest if it is done."""
-        from crossdiff.models.loading import choose_device
         from crossdiff.models.pair import load_pair
 
         config = self.config
@@ -147,8 +156,8 @@ class Session:
         dtype: str = config.model_dtype
         if record is not None and record.fingerprint == harvest_stage(config).fingerprint:
             dtype = read_json(intact(self.path / "activations" / "manifest.json")).get("model_dtype", dtype)
-        device, harvest = choose_device(config.device), config.harvest
-        return load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date, dtype)
+        harvest = config.harvest
+        return load_pair(config.base, config.chat, self.device, harvest.base_tokens, harvest.template_date, dtype)
 
     def store(self) -> Store:
         """The finished store of this run."""
@@ -224,14 +233,14 @@ class Session:
                 )
 
     def crosscoder(self, name: str) -> Crosscoder:
-        """A trained crosscoder of this run."""
+        """A trained crosscoder of this run, on the run's device."""
         from crossdiff.crosscoder.checkpoint import load
 
         if not self.run_directory.is_done(train_stage(self.config, name)):
             raise UserError(
                 f"{self.path} has no crosscoder {name!r} for these settings; run `crossdiff train {self.path}` first"
             )
-        return load(self.path / name)
+        return load(self.path / name).to(self.device)
 
     def check_analysed(self, name: str) -> None:
         """Raises `UserError` if a crosscoder is not analysed with these settings."""

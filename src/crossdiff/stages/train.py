@@ -20,7 +20,6 @@ def train(session: Session, names: Sequence[str]) -> None:
     if not wanted:
         return
     from crossdiff.crosscoder.train import Job, train_together
-    from crossdiff.models.loading import choose_device
 
     config, store = session.config, session.store()
 
@@ -38,8 +37,7 @@ def train(session: Session, names: Sequence[str]) -> None:
                 advance(max(0, step - last), _note(records), n_steps)
                 last = step
 
-            device = choose_device(config.device)
-            train_together(jobs, store, device, config.trackers, report, session.ranks, config.latent_ranks)
+            train_together(jobs, store, session.device, config.trackers, report, session.ranks, config.latent_ranks)
 
     run_together([(session, stage) for stage in wanted.values()], work)
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.integrity import intact
+from crossdiff.models.loading import choose_device
 from crossdiff.run import Run
 from crossdiff.stages.definitions import truth_stage
 from crossdiff.truth.benchmark import benchmark
@@ -25,5 +26,5 @@ def run_truth(run: Run, config: TruthConfig, console: Console) -> None:
         with run.working(stage) as folder:
             for left in folder.iterdir():  # by a run that was killed: the benchmark starts over
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            benchmark(folder, config, console.print)
+            benchmark(folder, config, console.print, choose_device(config.device))
     print_truth(read_json(intact(run.path / "truth.json"))["crosscoders"], console)

@@ -32,7 +32,7 @@ from crossdiff.latents.groups import cells_of
 from crossdiff.latents.latent_table import latent_table
 from crossdiff.latents.ranking import RANKS, plausible
 from crossdiff.latents.scaling import ScalingAccumulator, Sums
-from crossdiff.latents.stream import accumulate
+from crossdiff.latents.stream import CPU, accumulate
 from crossdiff.latents.twins import CoActivation, twin_candidates, twin_table
 from crossdiff.latents.verdict import with_verdicts
 from crossdiff.truth.concept_score import ConceptScore, concept_score
@@ -132,12 +132,14 @@ class Analysed(NamedTuple):
 
 def analysed(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> Analysed:
     """Run the pass and accumulators of `latents.analyze` without examples and quality."""
+    device = crosscoder.encoder.device
     scaled = ScalingAccumulator(crosscoder, config.blocks, means=store.normalisation.mean)
-    activity = Activity.empty(cells_of(store, tokenizer=None), crosscoder.n_latents)  # no template tokens to name
-    coactive = CoActivation(twin_candidates(crosscoder, config.twin_cosine), crosscoder.n_latents)
+    activity = Activity.empty(cells_of(store, tokenizer=None), crosscoder.n_latents, device)  # no template tokens to name
+    coactive = CoActivation(twin_candidates(crosscoder, config.twin_cosine), crosscoder.n_latents, device)
     accumulate([(crosscoder, [scaled, activity, coactive])], store, config.blocks, config.batch_tokens)
-    twins = twin_table(crosscoder, coactive, scaled.sums.n.sum(0)).filter(pl.col("n_both") > 0)
-    return Analysed(with_verdicts(latent_table(crosscoder, scaled.sums, activity, config), twins, config), scaled.sums)
+    on_host = crosscoder.to(CPU)
+    twins = twin_table(on_host, coactive, scaled.sums.n.sum(0)).filter(pl.col("n_both") > 0)
+    return Analysed(with_verdicts(latent_table(on_host, scaled.sums, activity, config), twins, config), scaled.sums)
 
 
 def _ranking(table: pl.DataFrame, name: str) -> npt.NDArray[np.float64]:
@@ -193,7 +195,7 @@ def _matched(crosscoder: Crosscoder, store: Store, concepts: Concepts, config: T
     """The analysis; its table also has `concept` (-1 for none), `kind` ("none" for none) and the two measures of the match."""
     planted = config.planted.model_copy(update={"documents": MATCHING_DOCUMENTS})
     fresh = draw(concepts, planted, MATCHING_STREAM)
-    matches = match(crosscoder, concepts, fresh, config.match_cosine, config.match_correlation)
+    matches = match(crosscoder.to(CPU), concepts, fresh, config.match_cosine, config.match_correlation)
     kinds = torch.where(matches.concept >= 0, concepts.kind[matches.concept], -1)
     found = analysed(crosscoder, store, config.analyze)
     table = found.table.with_columns(
@@ -244,7 +246,8 @@ def _concepts(
         again = trained.config.model_copy(
             update={"seed": trained.config.seed + number, "batch_seed": trained.config.order_seed}
         )
-        crosscoder = _train(folder / f"seed{number}", store, again, config.analyze.batch_tokens, 1).crosscoder
+        device = trained.crosscoder.encoder.device
+        crosscoder = _train(folder / f"seed{number}", store, again, config.analyze.batch_tokens, 1, device).crosscoder
         matched.append(_matched(crosscoder, store, concepts, config))
         trainings.append(training_of(f"seed{number}", crosscoder, matched[-1].table, matched[-1].sums))
     if len(trainings) == 1:
@@ -253,10 +256,12 @@ def _concepts(
     return concept_score(trainings, tables, config.planted.chat_only, store, config.analyze, config.concepts)
 
 
-def _train(folder: Path, store: Store, config: CrosscoderConfig, batch_tokens: int, trials: int) -> Trained:
+def _train(
+    folder: Path, store: Store, config: CrosscoderConfig, batch_tokens: int, trials: int, device: torch.device
+) -> Trained:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    crosscoder = train(folder, store, config)
+    crosscoder = train(folder, store, config, device).to(device)
     report = health(crosscoder, heldout_sums(crosscoder, store, "heldout", batch_tokens))
     return Trained(config, crosscoder, report["l0"], report["fve"], trials)
 
@@ -268,6 +273,7 @@ def _train_at(
     target: float | None,
     settings: TruthConfig,
     say: Callable[[str], None],
+    device: torch.device,
 ) -> Trained:
     """Train a crosscoder; one with a mu is trained with other mus until its held-out L0 is well within the target's tolerance.
 
@@ -275,7 +281,7 @@ def _train_at(
     """
     slope, before = -1.0, (0.0, 0.0)
     for trial in range(1, settings.l0_trials + 1):
-        trained = _train(folder, store, config, settings.analyze.batch_tokens, trial)
+        trained = _train(folder, store, config, settings.analyze.batch_tokens, trial, device)
         mu = trained.mu
         say(f"{folder.name}: L0 {trained.l0:.2f}" + ("" if mu is None else f" at mu {mu:.4g}"))
         if target is None or mu is None:
@@ -293,8 +299,10 @@ def _train_at(
     return trained
 
 
-def benchmark(folder: Path, config: TruthConfig, say: Callable[[str], None] = lambda line: None) -> dict[str, CoderResult]:
-    """Plant concepts, train on them, analyse and score; `say` gets lines of progress.
+def benchmark(
+    folder: Path, config: TruthConfig, say: Callable[[str], None] = lambda line: None, device: torch.device = CPU
+) -> dict[str, CoderResult]:
+    """Plant concepts, train on them, analyse and score; `say` gets lines of progress. Crosscoders are on `device`.
 
     Writes `activations/`, a folder per crosscoder and `truth.json` into `folder`.
     """
@@ -304,7 +312,7 @@ def benchmark(folder: Path, config: TruthConfig, say: Callable[[str], None] = la
     results: dict[str, CoderResult] = {}
     target: float | None = None
     for name, settings in config.crosscoders.items():
-        trained = _train_at(folder / name, store, settings, target, config, say)
+        trained = _train_at(folder / name, store, settings, target, config, say, device)
         results[name] = _result(folder / name, trained, store, concepts, config, target)
         target = trained.l0 if target is None else target
     record = {name: asdict(result) for name, result in results.items()}

@@ -59,12 +59,12 @@ def concept_score(
     """
     codes = Codes(trainings, store)
     similarity = Similarity(codes, config.seed)
-    for read in read_blocks(store, config.blocks, config.batch_tokens):
+    for read in read_blocks(store, config.blocks, config.batch_tokens, device=codes.device):
         similarity.add(read)
     used = np.arange(len(trainings))
     grouping = group(similarity.products.pairs(), codes.training, used, concepts.correlation, concepts.replicated)
     products = GroupProducts(codes, grouping, config.blocks)
-    for read in read_blocks(store, config.blocks, config.batch_tokens):
+    for read in read_blocks(store, config.blocks, config.batch_tokens, device=codes.device):
         found = codes.of(read)
         products.add(read.block, matrix_of(found, codes.first, [code.values for code in found]))
     table = group_table(pooled([products.sums(t) for t in range(len(trainings))]), config)

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from crossdiff.activations.shards import ProgressLog, ShardWriters
+from crossdiff.activations.shards import ProgressLog, ShardWriters, to_stored
 from crossdiff.activations.store import COLUMNS, Store
 from crossdiff.activations.writer import DOCUMENT_COLUMNS, Origin, finish_store, summed_moments
 from crossdiff.config import HarvestConfig
@@ -150,11 +150,12 @@ def write_store(folder: Path, concepts: Concepts, config: PlantedConfig, stream:
     n_train = config.documents - max(1, round(config.heldout_share * config.documents))
     settings = HarvestConfig(max_length=length, dtype="float32", leave_out=0, max_norm_multiple=None)
     log = ProgressLog(folder, {"planted": config.model_dump(), "stream": stream})
-    writers = ShardWriters([log], BLOCK * length, 2, config.d_model, settings.dtype)
+    writers = ShardWriters([log], BLOCK * length, 2, config.d_model, torch.float32)
     try:
         for number, tokens in enumerate(draw(concepts, config, stream)):
-            training = (tokens.document < n_train).nonzero().squeeze(1)
-            writers.buffers[0].add(list(tokens.h.unbind(1)), _columns(tokens, length), training)
+            training, streams = (tokens.document < n_train).nonzero().squeeze(1), tokens.h.unbind(1)
+            writers.buffers[0].add(_columns(tokens, length), [to_stored(stream, torch.float32) for stream in streams])
+            writers.buffers[0].moments.add([stream[training] for stream in streams])
             writers.flush(number, int(tokens.document[-1] - tokens.document[0]) + 1, 0.0)
         writers.wait()
     finally:

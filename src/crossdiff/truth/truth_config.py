@@ -80,5 +80,6 @@ class TruthConfig(Config):
     l0_trials: int = Field(6, ge=1, description="largest number of trainings of a crosscoder with a mu")
     match_cosine: float = Field(0.7, ge=0, le=1, description="smallest decoder cosine of a latent that stands for a concept")
     match_correlation: float = Field(0.5, ge=0, le=1, description="smallest correlation of its activations with the concept's")
+    device: str = Field("auto", description="auto, cpu, or a torch device name")
     analyze: AnalyzeConfig = AnalyzeConfig()
     concepts: ConceptsConfig = ConceptsConfig()
