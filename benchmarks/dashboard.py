@@ -29,11 +29,12 @@ import polars as pl
 
 from crossdiff.latents.activity import ROW_GROUP
 from crossdiff.latents.example_schema import SCHEMA
+from crossdiff.latents.ranking import RANKS, RECONSTRUCTIONS
 from crossdiff.latents.verdict import counts
 
 N_SEQUENCES, LENGTH, VOCABULARY, ACTIVE = 40_000, 256, 32_000, 24
 READERS, PER_READER = 20, 15
-NUS = ("nu_error", "nu_reconstruction", "nu_activation")
+NUS = ("nu_error", *RECONSTRUCTIONS, "nu_activation")
 
 
 def latent_table(n: int) -> pl.DataFrame:
@@ -56,7 +57,7 @@ def latent_table(n: int) -> pl.DataFrame:
     for number in range(40):
         columns[f"measure_{number}"] = rng.random(n)
     columns |= {
-        "rank_sum": rng.permutation(n).astype(float),
+        **{name: rng.permutation(n).astype(float) for name in RANKS},
         "verdict": verdict,
         "verdict_reason": ["nu_error 0.94 over 0.2"] * n,
     }

@@ -46,8 +46,8 @@ CONVERSATIONS, PROMPTS, MAX_NEW_TOKENS, BEGINNING = 128, 60, 30, 8
 SHOWN = (
     "none", "mean_difference", "mean_difference_by_group", "template_tokens", "content_tokens", "all_latents",
     "chat_reconstruction_base_error", "base_reconstruction_chat_error", "pool", "random_half", "best_half_delta_norm",
-    "worst_half_delta_norm", "best_half_nu_error", "worst_half_nu_error", "best_half_nu_reconstruction",
-    "worst_half_nu_reconstruction", "best_half_rank_sum", "worst_half_rank_sum", "largest_contributions",
+    "worst_half_delta_norm", "best_half_nu_error", "worst_half_nu_error", "best_half_nu_reconstruction_nobias",
+    "worst_half_nu_reconstruction_nobias", "best_half_rank_sum", "worst_half_rank_sum", "largest_contributions",
     "verdict_chat_specific", "verdict_complete_shrinkage", "verdict_latent_decoupling", "verdict_rotated",
 )  # fmt: skip
 PANELS = {"response": "whole response", "first": "first content token"}

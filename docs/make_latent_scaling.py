@@ -17,6 +17,8 @@ from pathlib import Path
 
 import polars as pl
 
+from crossdiff.latents.ranking import RANKED, title
+
 DOCS = Path(__file__).parent
 PAGE = DOCS / "latent-scaling.md"
 OWN, ERROR, OTHERS = "#0072b2", "#d55e00", "#009e73"
@@ -109,9 +111,9 @@ def histogram(table: pl.DataFrame, group: str, groups: list[str], left: float, t
 
 
 def scatter(table: pl.DataFrame, group: str, groups: list[str], left: float, top: float) -> list[str]:
-    """nu_error against nu_reconstruction, clipped to [-0.2, 1.5], with the default limits."""
+    """The two nus that rank, clipped to [-0.2, 1.5], with the default limits."""
     width, height, low, high = 360, 260, -0.2, 1.5
-    rows = table.filter(pl.col("rank_sum").is_not_nan()).select("nu_error", "nu_reconstruction", group).rows()
+    rows = table.filter(pl.col("rank_sum").is_not_nan()).select(*RANKED, group).rows()
     random.Random(0).shuffle(rows)
 
     def place(error: float, reconstruction: float) -> tuple[float, float]:
@@ -131,8 +133,8 @@ def scatter(table: pl.DataFrame, group: str, groups: list[str], left: float, top
         x, y = place(at, at)
         parts += [text(x, top + height + 15, f"{at:g}"), text(left - 8, y + 4, f"{at:g}", anchor="end")]
     label = f'<g transform="rotate(-90 {left - 34} {top + height / 2})">'
-    parts.append(f"{label}{text(left - 34, top + height / 2, 'nu_reconstruction')}</g>")
-    return [*parts, text(left + width / 2, top + height + 33, "nu_error")]
+    parts.append(f"{label}{text(left - 34, top + height / 2, title(RANKED[1]))}</g>")
+    return [*parts, text(left + width / 2, top + height + 33, title(RANKED[0]))]
 
 
 def comparing(folder: Path) -> list[str]:

@@ -90,25 +90,41 @@ def test_what_is_no_run_or_not_ready_is_said(tmp_path: Path, run_path: Path) -> 
         crossdiff.open(run_path).latent(60)
 
 
-def test_scaling_is_sorted_with_the_undefined_last(run_path: Path) -> None:
+def test_scaling_is_sorted_with_flagged_latents_and_then_the_undefined_last(run_path: Path) -> None:
+    """20 has a nu_error of 7.5; three undecided and three dead latents have no nu. rank_sum is 2 * latent + 2."""
     table = crossdiff.open(run_path).scaling()
-    ranks = table["rank_sum"].to_list()
-    defined = [rank for rank in ranks if rank == rank]
-    assert defined == sorted(defined) and all(rank != rank for rank in ranks[len(defined) :])
-    assert len(defined) == 54  # of the 60, three undecided and three dead have no nu
+    latents = table["latent"].to_list()
+    assert latents == [*range(11), *range(17, 20), *range(21, 60), 20, *range(11, 17)]
+    assert table["nu_outside"].to_list().index(True) == 53
     assert {"nu_error_low", "beta_error_base_se"} < set(table.columns)
 
 
 def test_causal_results_are_a_table(run_path: Path, tmp_path: Path) -> None:
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
     result = {
-        "intervention": "best_half", "span": "first", "n_latents": 7, "n_conversations": 20, "kl": estimate,
+        "intervention": "best_half", "span": "first", "n_latents": 7, "n_outside": 3, "n_conversations": 20, "kl": estimate,
         "closed": {"value": 0.25, "low": float("nan"), "high": 0.3}, "n_arms": 1, "spread": [0.5, 0.5],
+        "measures": {"nll": {"value": 2.5, "low": 2.0, "high": 3.0}},
     }  # fmt: skip
-    (run_path / "l1" / "causal.json").write_text(json.dumps({"results": [result, result | {"n_latents": None}]}))
+    everything = result | {"n_latents": None, "n_outside": None}
+    (run_path / "l1" / "causal.json").write_text(json.dumps({"results": [result, everything]}))
     table = crossdiff.open(run_path, crosscoder="l1").causal()
     assert table["kl_high"].to_list() == [0.6, 0.6] and table["closed"].to_list() == [0.25, 0.25]
     assert table["n_latents"].to_list() == [7, None] and table["closed_low"].is_nan().all()
+    assert table["n_outside"].to_list() == [3, None]
+    assert table.select("nll", "nll_low", "nll_high").rows() == [(2.5, 2.0, 3.0)] * 2
+
+
+def test_a_causal_test_of_an_earlier_version_has_kl_alone(run_path: Path, tmp_path: Path) -> None:
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    names = ("intervention", "span", "n_latents", "n_conversations", "n_arms")
+    result = dict.fromkeys(names) | {"kl": estimate, "closed": estimate}
+    for name in ("config.yaml", "l1"):
+        copy = shutil.copytree if (run_path / name).is_dir() else shutil.copy
+        copy(run_path / name, tmp_path / name)
+    (tmp_path / "l1" / "causal.json").write_text(json.dumps({"results": [result]}))
+    table = crossdiff.open(tmp_path).causal()
+    assert table["n_outside"].to_list() == [None] and "nll" not in table.columns and table["kl_low"].to_list() == [0.4]
 
 
 def test_concepts_are_a_table_and_each_a_card(run_path: Path, tmp_path: Path) -> None:
@@ -141,7 +157,12 @@ def test_a_latents_card_shows_its_measures_and_escapes_the_text(run_path: Path) 
     # The page's own rules for the root and the body would restyle the notebook.
     sheet = page[page.index("<style>") : page.index("</style>")]
     assert "@scope (.crossdiff)" in sheet and ":root" not in sheet and "\nbody" not in sheet
-    assert "chat-specific" in repr(view) and "nu_error" in repr(view)
+    lines = {line[:36].strip(): line[36:] for line in repr(view).splitlines()[1:]}
+    nu = crossdiff.open(run_path).latents["nu_reconstruction_nobias"][3]
+    assert "chat-specific" in repr(view) and "nu_error" in lines
+    assert lines["nu_reconstruction (without bias)"].startswith(f"{nu:.2f} [".replace("-", "\N{MINUS SIGN}"))
+    assert lines["nu_reconstruction (with bias)"].startswith(f"{nu - 2:.2f} [".replace("-", "\N{MINUS SIGN}"))
+    assert lines["rank sum"] == "8" and "rank by nu_error plus rank by nu_reconstruction (without bias)" in page
     examples = crossdiff.open(run_path).examples(3)
     assert len(examples) == 7 and repr(examples).startswith("<7 examples of latent 3, maxima 4, 3.75")
     assert examples._repr_html_().count('class="example"') == 7

@@ -43,7 +43,7 @@ ALLOWED = {
     "progress": set(),
     "corpus": {"config", "errors", "files", "pairs"},
     "text_activations": FOUNDATION | {"models", "text", "activations", "crosscoder", "report"},
-    "diff": FOUNDATION | {"models", "activations", "crosscoder", "report", "text_activations"},
+    "diff": FOUNDATION | {"models", "activations", "crosscoder", "latents", "report", "text_activations"},
     "published": FOUNDATION | {"text", "activations", "crosscoder", "latents", "report", "diff"},
     "dashboard": FOUNDATION | {"models", "text", "activations", "latents", "causal", "report", "text_activations", "diff"},
     "stages": FOUNDATION

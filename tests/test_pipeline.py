@@ -21,6 +21,7 @@ from crossdiff.config import RunConfig, validate
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.train import train
 from crossdiff.errors import UserError
+from crossdiff.latents.settings import verdict_settings
 from crossdiff.run import Run
 
 
@@ -303,9 +304,8 @@ def test_an_sae_on_the_base_model_stands_beside_the_crosscoder(
     run_command(["analyze", str(run), "--only", "batchtopk"])
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert set(stages) == {"harvest", "train/base_sae", "train/batchtopk", "analyze/batchtopk"}
-    (run / "null.json").write_text(json.dumps({
-        "null_run": "null", "crosscoders": {"batchtopk": {"n_live": 7, "rates": {"chat_specific": 0.25}}},
-    }))  # fmt: skip
+    rates = {"n_live": 7, "rates": {"chat_specific": 0.25}, "analysis": verdict_settings(run / "batchtopk")}
+    (run / "null.json").write_text(json.dumps({"null_run": "null", "crosscoders": {"batchtopk": rates}}))
     capsys.readouterr()
     run_command(["report", str(run)])
     table = pl.read_parquet(run / "base_sae" / "latents.parquet")

@@ -220,7 +220,28 @@ def test_a_null_diff_is_shown_with_verdicts_of_the_same_limits_only(run: Path) -
     (run / "batchtopk" / "health.json").write_text(json.dumps(health))
     report = read_run(run)
     assert not report.null and report.null_outdated == ("batchtopk",)
-    assert "batchtopk was analysed with other limits since its null diff, which is left out" in " ".join(caveats(report))
+    said = "batchtopk was analysed with other limits or by other nus since its null diff, which is left out"
+    assert said in " ".join(caveats(report))
+
+
+def test_a_null_diff_of_other_nus_is_not_shown(run: Path) -> None:
+    """Earlier versions judged by nu_reconstruction with bias and left no record of it."""
+    forget_digests(run)
+    now = verdict_settings(run / "batchtopk")
+    assert now["nus"] == ["nu_error", "nu_reconstruction_nobias"]
+    rates = {"n_live": 5, "rates": {"chat_specific": 0.2}}
+    for record, is_shown in (
+        ({"analysis": now}, True),
+        ({"analysis": now | {"nus": ["nu_error", "nu_reconstruction"]}}, False),
+        ({"analysis": {key: value for key, value in now.items() if key != "nus"}}, False),
+        ({}, False),
+    ):
+        (run / "null.json").write_text(json.dumps({"crosscoders": {"batchtopk": rates | record}}))
+        assert list(read_run(run).null) == ["batchtopk"] * is_shown
+    health = json.loads((run / "batchtopk" / "health.json").read_text())
+    del health["nus"]
+    (run / "batchtopk" / "health.json").write_text(json.dumps(health))
+    assert verdict_settings(run / "batchtopk")["nus"] == ["nu_error", "nu_reconstruction"]
 
 
 def test_scores_are_summarised_by_the_present_verdicts(run: Path) -> None:

@@ -15,6 +15,7 @@ from crossdiff.config import CrosscoderConfig, HarvestConfig, RunConfig, default
 from crossdiff.errors import UserError, check_latents
 from crossdiff.files import read_json
 from crossdiff.integrity import intact
+from crossdiff.latents.ranking import by_rank
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_title
 from crossdiff.report.concept_reading import COMMAND, check_concept, concept_of, read_concepts
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from crossdiff.text_activations import Activations, Text
 
 SCALING_COLUMNS = (
-    "latent", "verdict", "delta_norm", "rank_sum", "^nu_.*$", "^beta_.*$", "undefined_reason", "n_active",
+    "latent", "verdict", "delta_norm", "rank_sum", "rank_sum_paper", "^nu_.*$", "^beta_.*$", "undefined_reason", "n_active",
 )  # fmt: skip
 
 
@@ -64,8 +65,8 @@ class LatentView:
 
     def __repr__(self) -> str:
         lines = [f"latent {self.record.latent}: {self._card.sign.name} ({self.record.verdict_reason})"]
-        lines += [f"  {name:<20}{value}" for name, value, _ in self._card.measures]
-        return "\n".join([*lines, f"  {'active tokens':<20}{self._card.fires_on}"])
+        lines += [f"  {name:<34}{value}" for name, value, _ in self._card.measures]
+        return "\n".join([*lines, f"  {'active tokens':<34}{self._card.fires_on}"])
 
     def _repr_html_(self) -> str:
         return fragment(cards=[self._card])
@@ -205,17 +206,21 @@ class Diff:
 
     def scaling(self) -> pl.DataFrame:
         """The columns of latent scaling: every beta with its standard error and every nu with its interval, of all latents.
-        Those with the lowest `rank_sum` come first, whatever their verdict, and those with an undefined nu last.
+
+        Those with the lowest `rank_sum` come first, whatever their verdict, then those whose nu is out of range (`nu_outside`),
+        then those with an undefined nu. Ranks and verdicts rest on nu_error and nu_reconstruction_nobias.
 
         Examples:
             >>> crossdiff.open("runs/demo").scaling().columns[:4]
             ['latent', 'verdict', 'delta_norm', 'rank_sum']
         """
-        return self.latents.select(*SCALING_COLUMNS).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
+        return self.latents.select(*SCALING_COLUMNS).sort(*by_rank(), nulls_last=True)
 
     def causal(self) -> pl.DataFrame:
-        """The causal test: one row per intervention and span of the answer, with the KL to the chat model in nats and the
-        share of the gap between the models that is closed, both with 95% bootstrap intervals.
+        """The causal test: one row per intervention and span of the answer, with the KL to the chat model in nats, the share
+        of the gap between the models that is closed, and the other measures that were asked for (`nll`, `kl_base`,
+        `cross_entropy`), all with 95% bootstrap intervals. `n_outside` is the number of latents that the ranking left out
+        because of their nu; null where it leaves none out.
 
         Raises:
             UserError: the causal test was not run.
@@ -224,9 +229,10 @@ class Diff:
         rows = []
         for result in read_json(intact(self.folder / "causal.json"))["results"]:
             row = {key: result[key] for key in ("intervention", "span", "n_latents", "n_conversations", "n_arms")}
-            for key in ("kl", "closed"):
+            row["n_outside"] = result.get("n_outside")  # earlier versions left no latent out and had no other measures
+            for key, estimate in {"kl": result["kl"], "closed": result["closed"], **result.get("measures", {})}.items():
                 ends = ("value", ""), ("low", "_low"), ("high", "_high")
-                row |= {f"{key}{suffix}": result[key][end] for end, suffix in ends}
+                row |= {f"{key}{suffix}": estimate[end] for end, suffix in ends}
             rows.append(row)
         return pl.DataFrame(rows, infer_schema_length=None)
 

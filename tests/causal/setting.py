@@ -81,7 +81,8 @@ def make_table(n: int = N_LATENTS, seed: int = 0) -> pl.DataFrame:
     columns["nu_reconstruction"] = torch.rand(n, generator=generator).double().numpy()
     table = pl.DataFrame({"latent": range(n), **columns})
     return table.with_columns(
-        rank_sum=pl.col("nu_error").rank() + pl.col("nu_reconstruction").rank(),
+        rank_sum=pl.col("nu_error").rank() + pl.col("nu_reconstruction_nobias").rank(),
+        rank_sum_paper=pl.col("nu_error").rank() + pl.col("nu_reconstruction").rank(),
         verdict=pl.when(pl.col("nu_error") < 0.2).then(pl.lit("chat_specific")).otherwise(pl.lit("shared")),
         n_active=pl.lit(1000),
         mean_activation=pl.lit(5.0),

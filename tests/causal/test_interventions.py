@@ -37,6 +37,7 @@ def table() -> pl.DataFrame:
             "nu_reconstruction_nobias": [0.9, 0.5, 0.3, 0.2, 0.6, 0.1],
             "nu_activation": [-0.5, 0.2, -0.05, 3.0, 0.1, 0.1],
             "rank_sum": [10.0, 5.0, 6.0, 4.0, 4.0, float("nan")],
+            "rank_sum_paper": [10.0, 6.0, 6.0, 3.0, 5.0, 1.0],
             "verdict": ["shared", "rotated", "chat_specific", "shared", "chat_specific", "undecided"],
             "n_active": [9, 9, 9, 9, 9, 0],
             "contribution": [7.0, 1.0, 2.0, 9.0, 8.0, 0.0],
@@ -89,14 +90,17 @@ NEGATIVE = pl.col("latent").is_in([1, 3])
 @pytest.mark.parametrize(
     ("selection", "expected", "outside"),
     [
-        # Of the pool 1, 2, 3, 4, the latents 1 and 3 have a nu_reconstruction of -1.
+        # Of the pool 1, 2, 3, 4, the latents 1 and 3 have a nu_reconstruction of -1, without bias.
         ({"kind": "ranked", "ranking": "rank_sum"}, (3, 4), None),
         ({"kind": "ranked", "ranking": "rank_sum", "within": [-0.1, 2]}, (4,), 2),
         ({"kind": "ranked", "ranking": "delta_norm", "within": [-0.1, 2], "part": "worst"}, (2,), 2),
         ({"kind": "ranked", "ranking": "nu_error", "within": [-0.1, 2], "share": 1.0}, (2, 4), 2),
-        ({"kind": "ranked", "ranking": "nu_reconstruction", "within": [-2, 2], "share": 0.5}, (1, 3), 0),
-        # Without the bias they are as good as others: it is that variant that counts for its own ranking.
-        ({"kind": "ranked", "ranking": "nu_reconstruction_nobias", "within": [-0.1, 2]}, (2, 3), 0),
+        ({"kind": "ranked", "ranking": "nu_reconstruction_nobias", "within": [-2, 2], "share": 0.5}, (1, 3), 0),
+        # With bias they are as good as others: it is that variant that counts for the rankings that rest on it.
+        ({"kind": "ranked", "ranking": "nu_reconstruction", "within": [-0.1, 2]}, (2, 3), 0),
+        ({"kind": "ranked", "ranking": "rank_sum_paper", "within": [-0.1, 2]}, (3, 4), 0),
+        ({"kind": "ranked", "ranking": "delta_norm", "within": [-0.1, 2], "nus": ["nu_error", "nu_reconstruction"]}, (1, 4), 0),
+        ({"kind": "ranked", "ranking": "delta_norm", "within": [0.15, 2], "nus": ["nu_error"], "size": 3}, (2, 3, 4), 1),
         ({"kind": "threshold", "ranking": "nu_error", "at": 0.4, "within": [-0.1, 2]}, (4,), 2),
         # |nu_activation| below 0.3, as published: the threshold and the range are about the same number.
         ({"kind": "threshold", "ranking": "nu_activation", "at": 0.3, "within": [-0.3, 0.3], "among": "all"}, (1, 2, 4, 5), 2),
@@ -106,7 +110,8 @@ NEGATIVE = pl.col("latent").is_in([1, 3])
 def test_latents_with_a_nu_out_of_range_are_left_out_of_a_ranking(
     selection: dict[str, Any], expected: tuple[int, ...], outside: int | None
 ) -> None:
-    changed = table().with_columns(nu_reconstruction=pl.when(NEGATIVE).then(-1.0).otherwise("nu_reconstruction"))
+    negative = pl.when(NEGATIVE).then(-1.0).otherwise("nu_reconstruction_nobias")
+    changed = table().with_columns(nu_reconstruction_nobias=negative)
     found = resolve(TypeAdapter(Selection).validate_python(selection), changed, 4, seed=0)
     assert list(found.sets.values()) == [expected]
     assert found.outside == outside
@@ -115,6 +120,8 @@ def test_latents_with_a_nu_out_of_range_are_left_out_of_a_ranking(
 def test_a_range_that_holds_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"within \[2.0, -0.1\] holds no nu"):
         TypeAdapter(Selection).validate_python({"kind": "ranked", "ranking": "rank_sum", "within": [2, -0.1]})
+    with pytest.raises(ValueError, match=r"nus \['nu_error'\] say what `within` looks at, but there is no `within`"):
+        TypeAdapter(Selection).validate_python({"kind": "ranked", "ranking": "rank_sum", "nus": ["nu_error"]})
 
 
 def test_halves_of_an_odd_pool_share_no_latent() -> None:
@@ -182,7 +189,7 @@ def test_a_coder_of_the_difference_lacks_the_arms_that_need_both_models() -> Non
     arms = make_arms(read_experiment(LISTS["published"]), size, 4, 0, n_decoders=1)
     names = {arm.intervention for arm in arms.arms}
     assert {"none", "all_latents", "chat_to_base", "first_9", "principal_first_3"} <= names
-    for name in ("chat_reconstruction", "best_half_rank_sum_chat", "projection_best_half_rank_sum"):
+    for name in ("chat_reconstruction", "best_half_rank_sum_paper_chat", "projection_best_half_rank_sum_paper"):
         assert arms.left_out[name] == ONE_DECODER
 
 
@@ -194,7 +201,19 @@ def test_the_published_list_selects_what_it_says() -> None:
     assert named["nu_activation_within_0.3_chat"].latents == (1, 2, 4, 5)  # |nu_activation| below 0.3, whatever its sign
     assert named["nu_activation_within_0.3_chat"].use == "chat"
     assert named["delta_norm_at_least_0.7_chat"].latents == (1, 2, 3, 4, 5)
-    assert named["chat_without_best_half_rank_sum"].latents == named["best_half_rank_sum"].latents == (3, 4)
+    assert named["chat_without_best_half_rank_sum_paper"].latents == named["best_half_rank_sum_paper"].latents == (3, 4)
+
+
+def test_the_published_list_ranks_and_leaves_out_by_the_published_nus() -> None:
+    """Latents 1 and 3 of the pool 1, 2, 3, 4 are out of range without bias, and 4 with bias."""
+    without = pl.when(NEGATIVE).then(-1.0).otherwise("nu_reconstruction_nobias")
+    with_bias = pl.when(pl.col("latent") == 4).then(-1.0).otherwise("nu_reconstruction")
+    changed = table().with_columns(nu_reconstruction_nobias=without, nu_reconstruction=with_bias)
+    for arm in make_arms(read_experiment(LISTS["published"]), changed, 4, 0).arms:
+        if "half" in arm.name:
+            # By delta_norm 1, 2, 3 remain, best first; by rank_sum_paper 3, 1, 2. Half of three is one.
+            best, worst = ((1,), (3,)) if "delta_norm" in arm.name else ((3,), (2,))
+            assert (arm.outside, arm.latents) == (1, best if "best" in arm.name else worst), arm.name
 
 
 def test_every_verdict_of_the_latent_table_can_be_asked_for() -> None:
@@ -206,7 +225,8 @@ def test_the_list_of_the_package_covers_what_it_promises() -> None:
     arms = make_arms(read_experiment(DEFAULT), table, 20, 0)
     names = [arm.name for arm in arms.arms]
     assert len(names) == len(set(names))
-    for ranking in ("delta_norm", "nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "rank_sum"):
+    nus = ("nu_error", "nu_reconstruction", "nu_reconstruction_nobias")
+    for ranking in ("delta_norm", *nus, "rank_sum", "rank_sum_paper"):
         assert {f"best_half_{ranking}_unfiltered", f"worst_half_{ranking}_unfiltered"} <= set(names)
         assert {f"best_half_{ranking}", f"worst_half_{ranking}"} <= set(names)
     assert {"none", "full_swap", "all_latents", "template_tokens", "mean_difference", "random_half_4"} <= set(names)

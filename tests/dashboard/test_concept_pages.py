@@ -19,6 +19,8 @@ from test_pages import Elements
 
 from crossdiff.cli import run_command
 from crossdiff.errors import UserError
+from crossdiff.report.tables import estimate
+from crossdiff.report.wording import interval
 from report.synthetic_run import concepts_record
 
 
@@ -50,6 +52,15 @@ def test_the_first_page_begins_with_the_concepts_of_the_chat_model(client: Any) 
         page.index("The chat model has 2 concepts") < page.index("What it has learned") < page.index("counts of single latents")
     )
     assert concepts_in(client, "/") == [0, 2] and CONCEPTS in links(client, "/")
+
+
+def test_a_concept_has_both_variants_in_each_training(run: Path, client: Any) -> None:
+    page = client.get(f"{CONCEPTS}/0").text
+    row = pl.read_parquet(run / "concepts" / "trainings.parquet").row(0, named=True)
+    cells = re.findall(r'<td data-label="(nu_[^"]*)">([^<]*)</td>', page)[:3]
+    names = ("nu_error", "nu_reconstruction_nobias", "nu_reconstruction")
+    assert [name for name, _ in cells] == ["nu_error", "nu_reconstruction (without bias)", "nu_reconstruction (with bias)"]
+    assert [value for _, value in cells] == [interval(estimate(row, name)) for name in names]
 
 
 def test_the_list_has_the_replicated_ones_then_all(client: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ from crossdiff.dashboard import pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.live import Busy, Live
 from crossdiff.dashboard.live_form import Form, Turn, read_form
-from crossdiff.dashboard.live_pages import act
+from crossdiff.dashboard.live_pages import act, read
 from crossdiff.dashboard.serve import serving
 from crossdiff.dashboard.site import PAGES_AT_ONCE
 from crossdiff.errors import UserError
@@ -85,6 +86,23 @@ def test_latents_of_a_token_and_the_most_specific(coder: Coder, live: Live) -> N
     ranks = {latent: float(-latent) if latent % 2 else float("nan") for latent in range(coder.table.height)}
     ranks |= {latent: float(latent) for latent in np.unique(reading.latent).tolist()[:2]}
     assert reading.strongest("specific", ranks, 5) == np.unique(reading.latent).tolist()[:2]
+
+
+def test_a_latent_with_a_nu_out_of_range_is_not_among_the_most_specific(
+    coder: Coder, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All active latents lean to the chat model and have a rank. The nu of the even ones is -9 without bias."""
+    active = np.unique(live.read(coder, QUESTION).latent).tolist()
+    even = pl.col("latent") % 2 == 0
+    changed = coder.table.with_columns(
+        delta_norm=pl.lit(0.95), rank_sum=pl.col("latent").cast(pl.Float64), nu_error=pl.lit(0.1),
+        nu_reconstruction_nobias=pl.when(even).then(-9.0).otherwise(0.1),
+        nu_reconstruction=pl.when(even).then(0.1).otherwise(-9.0),
+    )  # fmt: skip
+    monkeypatch.setattr(coder, "table", changed)
+    form = Form(turns=(Turn("user", QUESTION[0]["content"]),), order="specific")
+    shown = [latent for latent, _ in read(live, coder, form).views]
+    assert shown and shown == [latent for latent in active if latent % 2][: len(shown)]
 
 
 def test_sides_add_up_to_the_stored_activation(coder: Coder, live: Live) -> None:

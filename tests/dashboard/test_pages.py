@@ -23,7 +23,7 @@ from showing import BATCHTOPK, CONCEPTS, DANGER, requests_to, write_run
 from crossdiff.cli import run_command
 from crossdiff.dashboard.catalogue import slugs
 from crossdiff.dashboard.live import Live
-from crossdiff.dashboard.queries import parse, select
+from crossdiff.dashboard.queries import Query, parse, select
 from crossdiff.dashboard.search import match
 from crossdiff.errors import UserError
 from crossdiff.report.examples import ExampleDatabase
@@ -117,6 +117,20 @@ def test_filters_sorting_and_pages(client: Any) -> None:
     assert len(first) == 50 and len(second) == 10
     assert second[-6:] == [11, 12, 13, 14, 15, 16]  # undefined values come last
     assert latents_of(client.get(f"{BATCHTOPK}?page=99").text) == second
+
+
+def test_the_table_ranks_and_shows_both_variants_the_one_that_ranks_first(run: Path, client: Any) -> None:
+    """With bias every nu is 2 lower; latent 20 has a nu_error of 7.5, so that it comes after all that may be ranked."""
+    page = client.get(BATCHTOPK).text
+    assert page.index("nu_reconstruction (without bias)</a>") < page.index("nu_reconstruction (with bias)</a>")
+    assert 'data-x="nu_error" data-y="nu_reconstruction_nobias"' in page
+    table = pl.read_parquet(run / "batchtopk" / "latents.parquet")
+    assert select(table, Query(), None)["latent"].to_list() == [*range(11), *range(17, 20), *range(21, 60), 20, *range(11, 17)]
+    low = pl.when(pl.col("latent") == 2).then(-0.2).otherwise("nu_reconstruction_nobias")
+    ranked = select(table.with_columns(nu_reconstruction_nobias=low), Query(), None)["latent"].to_list()
+    assert ranked[:7] == [0, 1, 3, 4, 5, 6, 2]  # still before those that are not chat-specific
+    latent = client.get(f"{BATCHTOPK}/latent/3").text
+    assert latent.index("<dt>nu_reconstruction (without bias)</dt>") < latent.index("<dt>nu_reconstruction (with bias)</dt>")
 
 
 def test_a_form_without_script_adds_its_filter(client: Any) -> None:

@@ -18,7 +18,7 @@ def test_halves_are_what_a_pass_over_half_of_the_documents_gives() -> None:
     found = split_halves(coder, sums, table)
     even, odd = (sums.of_blocks(torch.tensor(blocks)) for blocks in ([0, 2], [1, 3]))
     assert len(even.n) == 2 == BLOCKS // 2
-    for target in ("error", "reconstruction"):
+    for target in ("error", "reconstruction_nobias"):
         betas = [scaling(coder, half, 1, 0, 1).betas for half in (even, odd)]
         first, second = ((beta[target, 0].value / beta[target, 1].value)[: LATENTS - 1] for beta in betas)
         entry = found[f"nu_{target}"]
@@ -43,10 +43,10 @@ def test_shared_latents_are_chosen_by_their_directions() -> None:
     table = pl.DataFrame({
         "delta_norm": [0.5, 0.45, 0.5, 0.95, 0.5], "decoder_cosine": [0.99, 0.95, 0.2, 0.99, 0.99],
         "rank_sum": [1.0, 2.0, 3.0, 4.0, float("nan")],
-        "nu_error": [0.8, 1.0, 9.0, 9.0, 9.0], "nu_reconstruction": [1.0, 1.1, 9.0, 9.0, 9.0],
+        "nu_error": [0.8, 1.0, 9.0, 9.0, 9.0], "nu_reconstruction_nobias": [1.0, 1.1, 9.0, 9.0, 9.0],
     })  # fmt: skip
     found = shared_latents(table)
-    assert found == {"n_latents": 2, "median_nu_error": 0.9, "median_nu_reconstruction": 1.05}
+    assert found == {"n_latents": 2, "median_nu_error": 0.9, "median_nu_reconstruction_nobias": 1.05}
     assert shared_latents(table[3:])["median_nu_error"] is None
 
 

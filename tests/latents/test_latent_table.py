@@ -9,6 +9,7 @@ import torch
 from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.decoder import cosine, delta_norm, delta_norm_class
 from crossdiff.latents.latent_table import _rank_sum, pools, scaling_columns
+from crossdiff.latents.ranking import PUBLISHED, by_rank, plausible, title
 from crossdiff.latents.scaling import TARGETS, Beta, Scaling
 from crossdiff.statistics import Estimate
 
@@ -37,8 +38,8 @@ def test_rank_sum() -> None:
 
 def test_a_nu_far_from_0_to_1_is_flagged() -> None:
     error = torch.tensor([0.1, -0.2, 0.1, 2.0, 0.1, torch.nan], dtype=torch.float64)
-    reconstruction = torch.tensor([-0.1, 0.1, 2.1, 0.1, -47.8, torch.nan], dtype=torch.float64)
-    nobias = torch.tensor([-9.0, 0.1, 0.1, 0.1, 0.1, torch.nan], dtype=torch.float64)  # not the one that ranks
+    nobias = torch.tensor([-0.1, 0.1, 2.1, 0.1, -47.8, torch.nan], dtype=torch.float64)
+    reconstruction = torch.tensor([-9.0, 0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float64)  # not the one that ranks
     nothing = Beta(torch.zeros(6), torch.zeros(6))
     values = {"error": error, "reconstruction": reconstruction, "reconstruction_nobias": nobias}
     result = Scaling(
@@ -47,7 +48,28 @@ def test_a_nu_far_from_0_to_1_is_flagged() -> None:
     )
     columns = scaling_columns(torch.full((20, 6), 100), result, result, AnalyzeConfig())
     assert columns["nu_outside"].tolist() == [False, True, True, False, True, False]
-    assert columns["nu_reconstruction_nobias"][0] == columns["nu_reconstruction_nobias_mirrored"][0] == -9.0
+    assert columns["nu_reconstruction"][0] == columns["nu_reconstruction_mirrored"][0] == -9.0
+    # nu_error ranks 2, 1, 3, 5, 4; without bias 2, 3, 5, 4, 1 and with bias 1, 2, 3, 4, 5. The last has no nu_error.
+    assert columns["rank_sum"][:5].tolist() == [4, 4, 8, 9, 5]
+    assert columns["rank_sum_paper"][:5].tolist() == [3, 3, 6, 9, 9]
+    assert np.isnan([columns["rank_sum"][5], columns["rank_sum_paper"][5]]).all()
+
+
+def test_latents_are_listed_by_rank_then_those_out_of_range_then_those_without_a_nu() -> None:
+    table = pl.DataFrame({
+        "latent": [0, 1, 2, 3, 4, 5], "rank_sum": [9.0, 2.0, 3.0, float("nan"), 4.0, 3.0],
+        "nu_error": [0.1, 0.1, -0.2, 0.1, 0.1, 0.1], "nu_reconstruction_nobias": [0.1, 2.1, 0.1, float("nan"), 0.1, 0.1],
+        "nu_reconstruction": [0.1] * 5 + [-9.0],
+    })  # fmt: skip
+    assert table.sort(*by_rank(), nulls_last=True)["latent"].to_list() == [5, 4, 0, 1, 2, 3]
+    assert table.filter(plausible())["latent"].to_list() == [0, 4, 5]
+    assert table.filter(plausible(PUBLISHED))["latent"].to_list() == [0, 1, 3, 4]
+
+
+def test_a_nu_is_named_with_its_variant() -> None:
+    assert title("nu_reconstruction") == "nu_reconstruction (with bias)"
+    assert title("nu_reconstruction_nobias_mirrored") == "nu_reconstruction_mirrored (without bias)"
+    assert title("nu_error_mirrored") == "nu_error_mirrored" and title("delta_norm") == "delta_norm"
 
 
 def test_pools_are_equally_large_and_chosen_by_rank() -> None:

@@ -20,16 +20,18 @@ def row(**changes: object) -> dict[str, object]:
     """A chat-specific latent, with changes; the intervals are 0.05 to either side."""
     base: dict[str, object] = {
         "latent": 0, "n_active": 500, "delta_norm": 0.95, "delta_norm_class": "chat_only", "decoder_cosine": 0.9,
-        "share_template": 0.2, "norm_base": 0.1, "norm_chat": 1.0, "rank_sum": 2.0,
+        "share_template": 0.2, "norm_base": 0.1, "norm_chat": 1.0, "rank_sum_paper": 2.0,
         "undefined_reason": None, "undefined_reason_mirrored": None,
     }  # fmt: skip
-    for name in ("error", "reconstruction", "error_mirrored", "reconstruction_mirrored"):
+    for name in ("error", "reconstruction_nobias", "error_mirrored", "reconstruction_nobias_mirrored"):
         base |= nus(name, 0.05)
+    for name in ("reconstruction", "reconstruction_mirrored"):  # with bias: no verdict rests on them
+        base |= nus(name, 0.45)
     return base | changes
 
 
 UNDEFINED = {
-    "undefined_reason": "beta_error_chat may be 0", "rank_sum": NAN,
+    "undefined_reason": "beta_error_chat may be 0", "rank_sum_paper": NAN,
     "nu_error": NAN, "nu_error_low": NAN, "nu_error_high": NAN,
 }  # fmt: skip
 
@@ -37,11 +39,15 @@ UNDEFINED = {
 @pytest.mark.parametrize(
     ("changes", "verdict", "words"),
     [
-        ({}, "chat_specific", "nu_error 0.05 [0.00, 0.10] and nu_reconstruction 0.05 [0.00, 0.10] are below 0.2 and 0.5"),
+        (
+            {}, "chat_specific",
+            "nu_error 0.05 [0.00, 0.10] and nu_reconstruction (without bias) 0.05 [0.00, 0.10] are below 0.2 and 0.5",
+        ),
+        (nus("reconstruction", 9.0) | nus("reconstruction_mirrored", 9.0), "chat_specific", "delta_norm 0.95"),
         ({"delta_norm": 0.75}, "chat_specific", "delta_norm 0.75"),
         (
-            nus("reconstruction", -3.0), "chat_specific",
-            "nu_reconstruction below 0: the base model has the chat direction with the opposite sign",
+            nus("reconstruction_nobias", -3.0), "chat_specific",
+            "nu_reconstruction (without bias) below 0: the base model has the chat direction with the opposite sign",
         ),
         (
             {"delta_norm": 0.1} | nus("error_mirrored", -0.4), "base_specific",
@@ -49,21 +55,27 @@ UNDEFINED = {
         ),
         # The point value is under the limit, the interval's end is not.
         (nus("error", 0.16), "undecided", "the interval of nu_error 0.16 [0.11, 0.21] includes its limit 0.2"),
-        (nus("reconstruction", 0.48), "undecided", "nu_reconstruction 0.48 [0.43, 0.53] includes its limit 0.5"),
+        (
+            nus("reconstruction_nobias", 0.48), "undecided",
+            "nu_reconstruction (without bias) 0.48 [0.43, 0.53] includes its limit 0.5",
+        ),
         (nus("error", 0.6), "complete_shrinkage", "the concept is in the base model's error"),
-        (nus("reconstruction", 0.8), "latent_decoupling", "no single twin carries it"),
+        (nus("reconstruction_nobias", 0.8), "latent_decoupling", "no single twin carries it"),
         # More than half of it is carried by others: decoupling, also where the error holds some.
-        (nus("reconstruction", 0.8) | nus("error", 0.3), "latent_decoupling", "nu_error 0.30"),
+        (nus("reconstruction_nobias", 0.8) | nus("error", 0.3), "latent_decoupling", "nu_error 0.30"),
         # Norms that have not vanished hide nothing: plainly shared.
         ({"delta_norm": 0.8} | nus("error", 0.6), "shared", "nu_error 0.60 [0.55, 0.65] is above 0.2"),
-        ({"delta_norm": 0.5} | nus("reconstruction", 0.9), "shared", "nu_reconstruction 0.90"),
+        ({"delta_norm": 0.5} | nus("reconstruction_nobias", 0.9), "shared", "nu_reconstruction (without bias) 0.90"),
         ({"delta_norm": 0.5, "decoder_cosine": 0.1}, "rotated", "decoder cosine 0.10"),
         ({"delta_norm": 0.5, "decoder_cosine": 0.1} | nus("error", 0.16), "undecided", "includes its limit"),
         ({"delta_norm": 0.5}, "undecided", "suggest that both models have it"),
         # At the base model's end only the mirrored ratios count, even where the others are undefined.
         ({"delta_norm": 0.1} | nus("error", 0.9), "base_specific", "nu_error_mirrored 0.05"),
         ({"delta_norm": 0.0} | UNDEFINED, "base_specific", "delta_norm 0.00"),
-        ({"delta_norm": 0.1} | nus("reconstruction_mirrored", 0.9), "shared", "nu_reconstruction_mirrored 0.90"),
+        (
+            {"delta_norm": 0.1} | nus("reconstruction_nobias_mirrored", 0.9), "shared",
+            "nu_reconstruction_mirrored (without bias) 0.90",
+        ),
         (UNDEFINED, "undecided", "beta_error_chat may be 0"),
         ({"n_active": 0} | UNDEFINED, "dead", "never active"),
         ({"delta_norm": NAN} | UNDEFINED, "undecided", "both of its decoder directions vanish"),
@@ -82,7 +94,8 @@ def test_verdicts(changes: dict[str, object], verdict: str, words: str) -> None:
 
 
 def test_twins_stand_in_the_reason() -> None:
-    table = pl.DataFrame([row(latent=3, **nus("reconstruction", 0.8)), row(latent=4, **nus("reconstruction", 0.8))])
+    carried = nus("reconstruction_nobias", 0.8)
+    table = pl.DataFrame([row(latent=3, **carried), row(latent=4, **carried)])
     twins = pl.DataFrame({"latent": [3, 3], "twin": [17, 9]})
     reasons = with_verdicts(table, twins, AnalyzeConfig())["verdict_reason"].to_list()
     assert reasons[0].endswith("carried by twins 17, 9")
@@ -95,6 +108,10 @@ def test_twins_stand_in_the_reason() -> None:
         ({}, True, False),
         ({"delta_norm": 0.8}, False, False),  # the paper's set wants 0.9
         (nus("error", 0.16), True, False),  # and point values
+        (nus("reconstruction", 0.48), True, False),  # of the ratio with bias
+        (nus("reconstruction", 0.52), False, False),
+        (nus("reconstruction_nobias", 0.8), True, False),
+        ({"rank_sum_paper": NAN}, False, False),
         (UNDEFINED, False, False),
         ({"share_template": 0.95}, True, True),
         ({"share_template": 0.95} | nus("error", 0.6), False, False),  # a part of the chat-specific ones

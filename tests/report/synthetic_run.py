@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from crossdiff.latents.ranking import RANKS
 from crossdiff.latents.verdict import counts
 
 N_LATENTS = 60
@@ -43,8 +44,8 @@ def latent_table(seed: int, n_specific: int = N_SPECIFIC, dead_only: bool = Fals
         delta = {"chat_specific": 0.95, "rotated": 0.5, "dead": 0.72, "undecided": 0.85}.get(kind, 0.5)
         delta = float(np.clip(delta + rng.normal(0, 0.02), 0, 1))
         nu = {"chat_specific": 0.05, "rotated": 0.1, "shared": 1.0}.get(kind, math.nan)
-        nus = {name: nu + rng.normal(0, 0.03) for name in ("nu_error", "nu_reconstruction", "nu_activation")}
-        nus["nu_reconstruction_nobias"] = nus["nu_reconstruction"]
+        nus = {name: nu + rng.normal(0, 0.03) for name in ("nu_error", "nu_reconstruction_nobias", "nu_activation")}
+        nus["nu_reconstruction"] = nus["nu_reconstruction_nobias"] - 2
         if latent == 20:
             nus["nu_error"] = 7.5
         name = "chat_only" if delta >= 0.9 else "shared" if 0.4 <= delta <= 0.6 else "other"
@@ -54,13 +55,13 @@ def latent_table(seed: int, n_specific: int = N_SPECIFIC, dead_only: bool = Fals
             "n_active": 0 if kind == "dead" else 100 + latent, "frequency": 0.0 if kind == "dead" else 0.01,
             "mean_activation": math.nan if kind == "dead" else 1.0, "max_activation": 0.0 if kind == "dead" else 4.0,
             "undefined_reason": {"dead": "never active", "undecided": "beta_error_chat may be 0"}.get(kind),
-            "nu_outside": latent == 20, "rank_sum": math.nan if math.isnan(nu) else float(2 * latent + 2),
+            "nu_outside": latent == 20, **dict.fromkeys(RANKS, math.nan if math.isnan(nu) else float(2 * latent + 2)),
             "verdict": kind, "verdict_reason": f"by the rule of {kind}", "template_only": False,
             "chat_specific": kind == "chat_specific", "chat_specific_paper": kind == "chat_specific",
         }  # fmt: skip
         for name, value in nus.items():
             row |= {name: value, f"{name}_low": value - 0.05, f"{name}_high": value + 0.05}
-        for name in ("nu_error_mirrored", "nu_reconstruction_mirrored"):
+        for name in ("nu_error_mirrored", "nu_reconstruction_mirrored", "nu_reconstruction_nobias_mirrored"):
             row |= {name: math.nan, f"{name}_low": math.nan, f"{name}_high": math.nan}
         for name, part in zip(("plain", "bos", "template", "user", "assistant"), (0.1, 0, 0.6, 0.1, 0.2), strict=True):
             row |= {f"frequency_{name}": part / 10, f"share_{name}": math.nan if kind == "dead" else part}

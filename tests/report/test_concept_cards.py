@@ -24,13 +24,15 @@ from test_report import Page, summary
 from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SCHEMA
-from crossdiff.report import concept_wording
+from crossdiff.latents.settings import verdict_settings
+from crossdiff.report import concept_wording, wording
 from crossdiff.report.concept_cards import concept_card, groups
 from crossdiff.report.concept_reading import check_concept, read_concepts
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.html import render_html
 from crossdiff.report.model_card import markdown, model_card
-from crossdiff.report.reading import RANKED_NU, read_run
+from crossdiff.report.reading import read_run
+from crossdiff.report.tables import estimate
 
 
 @pytest.fixture
@@ -118,8 +120,8 @@ def test_the_rungs_are_passed_failed_or_not_measured(run: Path) -> None:
 @pytest.mark.parametrize(("there", "state"), [(0.001, "passed"), (0.1, "failed")])
 def test_a_verdict_that_the_null_diff_gives_as_well_is_no_evidence(run: Path, there: float, state: str) -> None:
     """7 of 57 live latents of batchtopk are chat-specific, 12%; the null diff may give a tenth of that, 1.2%."""
-    null = {"crosscoders": {"batchtopk": {"n_live": 100, "rates": {"chat_specific": there}}}}
-    (run / "null.json").write_text(json.dumps(null))
+    rates = {"n_live": 100, "rates": {"chat_specific": there}, "analysis": verdict_settings(run / "batchtopk")}
+    (run / "null.json").write_text(json.dumps({"crosscoders": {"batchtopk": rates}}))
     assert states(run, 0)[2] == state
     assert states(run, 1)[2] == "not measured"  # nothing is known of rotated latents
     text = Page(render_html(read_run(run))).text
@@ -161,6 +163,10 @@ def test_no_candidate_at_all_is_said(run: Path) -> None:
 def test_few_words_say_the_verdict(run: Path) -> None:
     cards = {card.number: card for group in groups(concepts_of(run)) for card in group.cards}
     assert cards[0].verdict.startswith("New in the chat model. Of its chat direction, the base model has ")
+    row = pl.read_parquet(run / "concepts" / "concepts.parquet").row(0, named=True)
+    judges, other = (wording.interval(estimate(row, nu)) for nu in ("nu_reconstruction_nobias", "nu_reconstruction"))
+    assert judges != other
+    assert f"and {judges} in what other latents explain (nu_reconstruction without bias; {other} with bias)" in cards[0].verdict
     assert cards[1].verdict.startswith("Changed (rotated): both models have it, in another direction (cosine of the two 0.90)")
     assert cards[0].chips == (
         "replicated 3 of 4 trainings",
@@ -200,19 +206,19 @@ def test_damage_is_named(run: Path, file: str, text: str, message: str) -> None:
 
 def test_a_table_of_an_earlier_version_is_refused(run: Path) -> None:
     path = run / "concepts" / "concepts.parquet"
-    pl.read_parquet(path).drop("words").write_parquet(path)
-    with pytest.raises(UserError, match="lacks the columns words; run `crossdiff concepts` again with this version"):
-        read_run(run)
+    table = pl.read_parquet(path)
+    for column in ("words", "rank_sum_paper"):  # verdicts of a table without the latter rest on another nu
+        table.drop(column).write_parquet(path)
+        with pytest.raises(UserError, match=f"lacks the columns {column}; run `crossdiff concepts` again with this version"):
+            read_run(run)
 
 
 def test_latents_with_a_nu_out_of_range_are_not_ranked(run: Path) -> None:
-    """Latent 0 has the lowest rank_sum; a strongly negative nu_reconstruction says nothing about specificity."""
+    """Latent 0 has the lowest rank_sum, but its nu is out of range. With bias, every nu may be."""
     path = run / "batchtopk" / "latents.parquet"
-    low = pl.when(pl.col("latent") == 0).then(RANKED_NU[0] - 0.1).otherwise("nu_reconstruction")
-    table = pl.read_parquet(path).with_columns(nu_reconstruction=low)
-    inside = table.filter(verdict="chat_specific").filter(pl.col("nu_reconstruction") >= RANKED_NU[0])["latent"].to_list()
-    table.write_parquet(path)
-    assert [latent.latent for latent in read_run(run).primary.top.latents] == inside and 0 not in inside
+    low = pl.when(pl.col("latent") == 0).then(-0.2).otherwise("nu_reconstruction_nobias")
+    pl.read_parquet(path).with_columns(nu_reconstruction=pl.lit(-9.0), nu_reconstruction_nobias=low).write_parquet(path)
+    assert [latent.latent for latent in read_run(run).primary.top.latents] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_card_needs_no_report(run: Path) -> None:

@@ -266,6 +266,15 @@ def test_scatter_clips_and_says_what_it_leaves_out(report: RunReport) -> None:
     assert "are drawn at the edge (1 latent)." in figure.note and "6 latents with an undefined nu" in figure.note
     hover = next(text for trace in found["data"] for text in trace["text"] if text.startswith("latent 20,"))
     assert "nu_error 7.50 [7.45, 7.55]" in hover
+    # 1 is the shared latents' nu without bias; with bias it is 2 lower, and below -0.1 in all 54.
+    nus = [
+        re.search(rf"nu_reconstruction \({which} bias\) (\N{{MINUS SIGN}}?)([\d.]+) \[", hover) for which in ("without", "with")
+    ]
+    without, with_bias = (float(found[2]) * (-1 if found[1] else 1) for found in nus if found)
+    assert without == pytest.approx(1, abs=0.15) and with_bias == pytest.approx(without - 2, abs=0.011)
+    below = "below \N{MINUS SIGN}0.1 for 0 latents, nu_reconstruction (with bias) for 54: there the base model has the chat"
+    assert f"nu_reconstruction (without bias) is {below} direction" in figure.note
+    assert (figure.x.title, figure.y.title) == ("nu_error", "nu_reconstruction (without bias)")
     assert len({trace["marker"]["symbol"] for trace in found["data"]}) == len(found["data"]) == 3
 
 
@@ -275,6 +284,12 @@ def test_histogram_holds_every_latent_once(report: RunReport) -> None:
     counts = {series.name: int(sum(series.y)) for series in found.series}
     assert counts == {"active": 57, "dead": 3}
     assert sorted(rule.at for rule in found.rules) == [0.1, 0.4, 0.6, 0.9]
+
+
+def test_names_say_which_nu_they_mean() -> None:
+    assert wording.words("best_half_nu_reconstruction_unfiltered") == "best half nu reconstruction (with bias) unfiltered"
+    assert wording.words("median_nu_reconstruction_nobias") == "median nu reconstruction (without bias)"
+    assert wording.words("base_reconstruction") == "base reconstruction"
 
 
 def test_terminal_summary(report: RunReport) -> None:
@@ -291,6 +306,12 @@ def test_terminal_summary(report: RunReport) -> None:
     }
     assert {name: rows[name] for name in expected} == expected
     assert re.search(r"identity +0\.91 .*\n +\[0\.83, 0\.97\]", text) and "\N{MINUS SIGN}0." in text
+    # The most specific latents with the nu that ranks them, which is between 0 and 0.2; with bias it is below -1.7.
+    shown = re.findall(r"^ *(\d+) +chat-specific +(\S+) +(\S+) ", text, re.MULTILINE)
+    found = {int(latent): value.replace("\N{MINUS SIGN}", "-") for latent, _, value in shown}
+    nus = dict(report.primary.latents.select("latent", "nu_reconstruction_nobias").iter_rows())
+    assert len(found) == 5 and found == {latent: f"{nus[latent]:.2f}" for latent in found}
+    assert re.search(r"struction.*\n.*without", text)
     # Nothing is cut off, however narrow the terminal.
     assert "\N{HORIZONTAL ELLIPSIS}" not in summary(report, width=80)
     assert "\x1b" not in text and "«" in text and text.rstrip().endswith("report.html")
@@ -355,6 +376,11 @@ def _drop_column(folder: Path) -> None:
     pl.read_parquet(folder / "latents.parquet").drop("nu_error").write_parquet(folder / "latents.parquet")
 
 
+def _drop_paper_rank(folder: Path) -> None:
+    """A table of an earlier version, whose verdicts rest on the nu with bias."""
+    pl.read_parquet(folder / "latents.parquet").drop("rank_sum_paper").write_parquet(folder / "latents.parquet")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -366,6 +392,7 @@ def _drop_column(folder: Path) -> None:
         (lambda folder: (folder / "latents.parquet").write_bytes(b"PAR1"), "cannot be read as Parquet"),
         (_shorten_flags, "24 tokens, 1 flags"),
         (_drop_column, "lacks the columns nu_error"),
+        (_drop_paper_rank, "lacks the columns rank_sum_paper; run `crossdiff analyze` again with this version"),
     ],
 )
 def test_damage_is_named(run: Path, damage: Callable[[Path], object], message: str) -> None:

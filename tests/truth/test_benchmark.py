@@ -34,11 +34,14 @@ def test_scores_by_hand() -> None:
         "concept": [0, 0, 1, 5, 6, -1],
         "delta_norm": [0.95, 0.97, 0.6, 0.96, 0.5, 0.99],
         "nu_error": [0.1, 0.3, NAN, 0.6, 1.0, 0.0],
-        "nu_reconstruction": [0.1, 0.2, 0.3, 0.1, 1.0, 0.0],
+        "nu_reconstruction_nobias": [0.1, 0.2, NAN, 0.1, 1.0, 0.0],
+        "nu_reconstruction": [0.1, -0.2, 0.3, 0.1, 1.0, 0.0],
         "rank_sum": [3.0, 5.0, NAN, 6.0, 10.0, 2.0],
+        "rank_sum_paper": [3.0, 5.0, NAN, 6.0, 10.0, 2.0],
         "chat_specific": [True, False, False, False, False, False],
     })  # fmt: skip
-    found = {name: score(table, 4, name, AnalyzeConfig()) for name in ("delta_norm", "nu_error", "rank_sum", "verdict")}
+    names = ("delta_norm", "nu_error", "rank_sum", "rank_sum_paper", "verdict")
+    found = {name: score(table, 4, name, AnalyzeConfig()) for name in names}
     # delta_norm >= 0.9: latents 0, 1 and the weaker one, and one of no concept; concept 0 of 4 is found.
     naive = found["delta_norm"]
     assert (naive.n_called, naive.n_unmatched, naive.precision, naive.recall) == (3, 1, pytest.approx(2 / 3), 0.25)
@@ -50,6 +53,11 @@ def test_scores_by_hand() -> None:
     assert (found["nu_error"].n_called, found["nu_error"].precision) == (1, 1.0)
     # The three lowest: latents 5 (of no concept), 0 and 1.
     assert (found["rank_sum"].n_called, found["rank_sum"].n_unmatched, found["rank_sum"].precision) == (2, 1, 1.0)
+    assert found["rank_sum"].auroc == pytest.approx(4 / 6)
+    # The published nu of latent 1 is below -0.1, so that it comes last: latents 5, 0 and the weaker one are called.
+    published = found["rank_sum_paper"]
+    assert (published.n_called, published.n_unmatched, published.precision) == (2, 1, 0.5)
+    assert published.auroc == pytest.approx(2 / 6) and published.wrong == {"weaker": 1}
     assert found["verdict"].auroc == pytest.approx((1 * 2 + 0.5 * 4) / 6)
 
 
@@ -131,7 +139,7 @@ def test_the_whole_of_it_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[
     for name, result in record.items():
         every = {
                 "delta_norm", "nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "nu_activation_nobias", "rank_sum",
-                "verdict",
+                "rank_sum_paper", "verdict",
             }  # fmt: skip
         assert set(result["scores"]) == ({"nu_activation_nobias"} if name == "diff_sae" else every)
         table = pl.read_parquet(tmp_path / "truth" / name / "latents.parquet")

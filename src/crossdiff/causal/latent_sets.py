@@ -14,12 +14,10 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from crossdiff.config import Config
 from crossdiff.errors import UserError, check_latents
-from crossdiff.latents.ranking import RANKED
+from crossdiff.latents.ranking import RANKED, RANKS
 
-Ranking = Literal[
-    "delta_norm", "nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "nu_activation", "nu_activation_nobias",
-    "rank_sum", "contribution",
-]  # fmt: skip
+Nu = Literal["nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "nu_activation", "nu_activation_nobias"]
+Ranking = Literal[Nu, "delta_norm", "rank_sum", "rank_sum_paper", "contribution"]
 HIGH_IS_BEST = {"delta_norm", "contribution"}
 """Rankings whose best latent has the largest value: the most chat-specific, or the largest share of the models' difference.
 In the other rankings, smaller values are more chat-specific."""
@@ -46,18 +44,23 @@ class ListedLatents(Config):
 class Chosen(Config):
     """Latents that are chosen by a measure.
 
-    `within` leaves out those whose nu is not in the range. A ranking by a nu_activation looks at that nu, any other at nu_error
-    and nu_reconstruction (without bias, if the ranking is). Published analyses use [-0.1, 2], since a nu far from 0 to 1 says
-    little about how specific a latent is.
+    `within` leaves out those whose `nus` are not in the range. By default, a ranking by a nu_activation looks at that nu, any
+    other at nu_error and nu_reconstruction without bias, or with bias if the ranking is. Published analyses use [-0.1, 2],
+    since a nu far from 0 to 1 says little about how specific a latent is.
     """
 
     within: tuple[FiniteFloat, FiniteFloat] | None = Field(None, description="smallest and largest nu of a latent that counts")
+    nus: tuple[Nu, ...] | None = Field(None, min_length=1, description="the nus that `within` looks at")
     among: Among = "pool"
 
     @model_validator(mode="after")
-    def _in_order(self) -> Chosen:
+    def _range_is_whole(self) -> Chosen:
         if self.within is not None and self.within[0] >= self.within[1]:
             raise ValueError(f"within {list(self.within)} holds no nu; give the smaller number first")
+        if self.nus is not None and self.within is None:
+            raise ValueError(
+                f"nus {list(self.nus)} say what `within` looks at, but there is no `within`; give it, or leave them out"
+            )
         return self
 
 
@@ -140,8 +143,8 @@ def pool_of(table: pl.DataFrame, size: int) -> pl.DataFrame:
     The size is the same for every crosscoder, so that crosscoders with classes of very different sizes can be compared. Minder,
     Dumas et al. 2025 take 3,176 of 73,728 latents (4%), both of their L1 and of their BatchTopK crosscoder.
     """
-    is_ranked = pl.col("rank_sum").is_not_nan() & pl.col("delta_norm").is_not_nan()
-    ranked = _with_columns(table, "rank_sum", "delta_norm").filter(is_ranked)
+    needed = (*RANKS, "delta_norm")
+    ranked = _with_columns(table, *needed).filter(pl.all_horizontal(pl.col(needed).is_not_nan()))
     return ranked.sort("delta_norm", "latent", descending=[True, False]).head(size)
 
 
@@ -171,16 +174,17 @@ def _chosen_from(selection: Chosen, table: pl.DataFrame, pool: int, *columns: st
     candidates = _candidates(table, pool, selection.among, *columns).filter(*defined)
     if selection.within is None:
         return Candidates(candidates, None)
-    nus = _nus_of(*columns)
+    nus = selection.nus or _nus_of(next(iter(columns), ""))
     inside = _with_columns(candidates, *nus).filter(pl.all_horizontal(pl.col(nus).is_between(*selection.within)))
     return Candidates(inside, candidates.height - inside.height)
 
 
-def _nus_of(*rankings: str) -> list[str]:
-    """The nus that `within` looks at: a ranking's own where it is one of the activation, else that of the error and of the
-    reconstruction, in the variant that the ranking names."""
-    activation = [ranking for ranking in rankings if ranking.startswith("nu_activation")]
-    return activation or [RANKED[0], next((name for name in rankings if name.startswith("nu_reconstruction")), RANKED[1])]
+def _nus_of(ranking: str) -> tuple[str, ...]:
+    """The nus that `within` looks at by default: a ranking's own where it is one of the activation, else that of the error and
+    of the reconstruction, in the variant that the ranking rests on."""
+    if ranking.startswith("nu_activation"):
+        return (ranking,)
+    return (RANKED[0], ranking) if ranking.startswith("nu_reconstruction") else RANKS.get(ranking, RANKED)
 
 
 def rankings_of(selection: Selection) -> set[str]:

@@ -34,7 +34,8 @@ def print_causal(report: dict[str, Any], name: str, console: Console) -> None:
     table = Table(
         title=f"{name}: KL to the chat model in nats, {report['n_conversations']} {report['split']} conversations{skipped}",
         caption="closed: share of the gap between `none` and the chat model; [95% bootstrap interval over conversations]; "
-        "left out: latents that the ranking leaves out because of their nu (`within`)",
+        "left out: latents that the ranking leaves out because of their nu (`within`); with bias: nu_reconstruction and "
+        "rank_sum_paper, without: nu_reconstruction_nobias and rank_sum",
     )
     for column in ("intervention", "latents", "left out", *(f"KL {span}" for span in SHOWN), f"closed, {RESPONSE}"):
         table.add_column(column, justify="left" if column == "intervention" else "right")

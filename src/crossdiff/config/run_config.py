@@ -27,7 +27,7 @@ class AnalyzeConfig(Config):
     batch_tokens: int = Field(4096, ge=1, description="tokens per step of the pass")
     blocks: int = Field(20, ge=2, description="blocks of documents of the jackknife")
     nu_error: float = Field(0.2, gt=0, description="chat-specific: nu_error below this")
-    nu_reconstruction: float = Field(0.5, gt=0, description="chat-specific: nu_reconstruction below this")
+    nu_reconstruction: float = Field(0.5, gt=0, description="chat-specific: nu_reconstruction (without bias) below this")
     delta_norm: float = Field(0.75, ge=0.5, le=1, description="chat-specific: delta_norm at least this")
     rotated_cosine: float = Field(0.5, ge=-1, le=1, description="rotated: cosine of the two decoder directions below this")
     template_share: float = Field(

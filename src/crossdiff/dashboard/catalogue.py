@@ -20,6 +20,7 @@ from crossdiff.dashboard.editions import Edition, edition_of, one_edition
 from crossdiff.dashboard.side_tables import Activity, OpenExamples
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
+from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.reading import latent_of, read_run
@@ -31,7 +32,7 @@ TOP, PER_QUANTILE = 10, 3
 """Examples on the page of a latent: the strongest, and from each quantile."""
 INDEXED = ("examples.sqlite", "interpretation.parquet", "latents.parquet")
 """Files that the search index is made from."""
-PERCENTILES = ("delta_norm", "nu_error", "nu_reconstruction", "nu_activation", "decoder_cosine")
+PERCENTILES = ("delta_norm", *RANKED, "nu_activation", "decoder_cosine")
 
 
 class Percentile(NamedTuple):
@@ -111,7 +112,7 @@ class Coder:
         for name, values in self._shared.items():
             value = row[name]
             if len(values) and value is not None and np.isfinite(value):
-                found.append(Percentile(name, float(np.searchsorted(values, value)) / len(values)))
+                found.append(Percentile(title(name), float(np.searchsorted(values, value)) / len(values)))
         return tuple(found)
 
     def activity(self, latent: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from crossdiff.dashboard.catalogue import Coder
+from crossdiff.latents.ranking import title
 from crossdiff.report.figures import DELTA_NORM_EDGES, DELTA_NORM_TITLE, NU_RANGE, NUS, scaling_plot, with_both_nus
 from crossdiff.report.marks import BLUE, GREEN, ORANGE, PURPLE, SKY, VERDICT_MARKS, VERMILLION
 from crossdiff.report.plotly_figures import LEGEND, PageFigure, error_lengths, figure_json, layout_of, plain
@@ -25,7 +26,7 @@ _SCALE = {
 
 
 def points(coder: Coder, colour: str) -> str:
-    """JSON of nu_error against nu_reconstruction for every latent with both, coloured by `verdict` or `template` share."""
+    """JSON of the two ranked nus of every latent with both, coloured by `verdict` or `template` share."""
     table = with_both_nus(coder.table)
     if colour == "template":
         traces = [_trace(table, "latents", {"color": table["share_template"].round(3).to_list(), "size": 6, **_SCALE})]
@@ -41,7 +42,7 @@ def points(coder: Coder, colour: str) -> str:
 
 def _trace(rows: pl.DataFrame, name: str, marker: dict[str, Any]) -> dict[str, Any]:
     x, y = (rows[nu].clip(*NU_RANGE).round(4).to_list() for nu in NUS)
-    hover = "latent %{customdata}<br>nu_error %{x}<br>nu_reconstruction %{y}"
+    hover = f"latent %{{customdata}}<br>{title(NUS[0])} %{{x}}<br>{title(NUS[1])} %{{y}}"
     return {
         "type": "scattergl", "mode": "markers", "name": name, "showlegend": "colorbar" not in marker, "x": x, "y": y,
         "customdata": rows["latent"].to_list(), "hovertemplate": f"{hover}<extra>{name}</extra>", "marker": marker,

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from crossdiff.dashboard.concepts import LIST_PAGE, Concepts
+from crossdiff.dashboard.concepts import LIST_PAGE, TRAINING_NUS, Concepts
 from crossdiff.dashboard.site import Site
 from crossdiff.report import concept_wording, wording
 from crossdiff.report.records import RunReport
@@ -70,10 +70,7 @@ def _list(concepts: Concepts, report: RunReport, verdict: str, every: bool, page
 def _page(concepts: Concepts, number: int, whole: bool, raw: bool) -> dict[str, Any]:
     """The page of one concept."""
     activity = concepts.activity(number)
-    trainings = [
-        row | {nu: wording.interval(estimate(row, nu)) for nu in ("nu_error", "nu_reconstruction")}
-        for row in concepts.trainings(number)
-    ]
+    trainings = [row | {nu: wording.interval(estimate(row, nu)) for nu in TRAINING_NUS} for row in concepts.trainings(number)]
     return {
         "concepts": concepts,
         "number": number,
@@ -82,6 +79,7 @@ def _page(concepts: Concepts, number: int, whole: bool, raw: bool) -> dict[str, 
         "views": concepts.views(number, whole, raw),
         "members": concepts.members(number),
         "trainings": trainings,
+        "nus": TRAINING_NUS,
         "promoted": concepts.promoted(number),
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),

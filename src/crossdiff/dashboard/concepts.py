@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from crossdiff.dashboard.side_tables import Activity, OpenExamples
+from crossdiff.latents.ranking import RECONSTRUCTIONS
 from crossdiff.report import wording
 from crossdiff.report.cards import ExampleView, example_view
 from crossdiff.report.concept_cards import ConceptCard, Title, concept_card, title_of
@@ -18,6 +19,8 @@ from crossdiff.report.concept_wording import counted, prediction_words, told
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.tables import read_table
 
+TRAINING_NUS = ("nu_error", *RECONSTRUCTIONS)
+"""The nus of a concept in each training alone, as its page shows them."""
 LIST_PAGE = 50
 """Concepts on a page of the list."""
 TOP, PER_QUANTILE = 10, 3
@@ -140,7 +143,7 @@ class Concepts:
 
     @cached_property
     def _trainings(self) -> pl.DataFrame:
-        nus = [f"{nu}{end}" for nu in ("nu_error", "nu_reconstruction") for end in ("", "_low", "_high")]
+        nus = [f"{nu}{end}" for nu in TRAINING_NUS for end in ("", "_low", "_high")]
         columns = ("concept", "training", "n_members", "energy", "delta_norm", "decoder_cosine", *nus, "verdict")
         return read_table(self.found.folder / "trainings.parquet", columns, COMMAND)
 

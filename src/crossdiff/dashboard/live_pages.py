@@ -15,6 +15,7 @@ from crossdiff.dashboard.live import Live, Reading
 from crossdiff.dashboard.live_form import MAX_TURNS, Form, Turn, read_form, whole
 from crossdiff.dashboard.site import ROOT, Site, is_partial
 from crossdiff.errors import UserError, check_latents
+from crossdiff.latents.ranking import plausible
 from crossdiff.report.cards import ExampleView, Piece, example_view, pieces, prompt_view
 from crossdiff.report.examples import Context, Token, visible
 from crossdiff.report.reading import CANDIDATE_DELTA_NORM
@@ -95,7 +96,7 @@ def read(live: Live, coder: Coder, form: Form) -> Result:
     check_latents(chosen, coder.table.height, coder.title)
     reading = live.read(coder, form.prompt())
     if not chosen:
-        leaning = coder.table.filter(pl.col("delta_norm") >= CANDIDATE_DELTA_NORM)
+        leaning = coder.table.filter(plausible() & (pl.col("delta_norm") >= CANDIDATE_DELTA_NORM))
         ranks = dict(leaning.select("latent", "rank_sum").iter_rows())
         chosen = reading.strongest("active" if form.order == "active" else "specific", ranks, SHOWN)
     counts = reading.counts()

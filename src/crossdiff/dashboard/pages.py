@@ -12,10 +12,11 @@ from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.concepts import ConceptRow, Concepts
 from crossdiff.dashboard.queries import SHOWN, Query, page_of, select
 from crossdiff.dashboard.search import Search
+from crossdiff.latents.ranking import RANKS, title
 from crossdiff.report import concept_wording, figures, overview, wording
 from crossdiff.report.cards import example_view
 from crossdiff.report.examples import visible
-from crossdiff.report.figures import NU_RANGE, scaling_note
+from crossdiff.report.figures import AGAINST, NU_RANGE, NUS, scaling_note
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.plotly_figures import for_page
 from crossdiff.report.templating import environment
@@ -29,7 +30,7 @@ def templates() -> jinja2.Environment:
     assert made.loader is not None
     made.loader = jinja2.ChoiceLoader([jinja2.PackageLoader("crossdiff.dashboard"), made.loader])
     made.auto_reload = False
-    made.filters |= {"number": wording.number, "share": wording.share, "cell": cell, "visible": visible}
+    made.filters |= {"number": wording.number, "share": wording.share, "cell": cell, "visible": visible, "title_of": title}
     made.globals["sign_of_verdict"] = sign_of_verdict
     return made
 
@@ -52,7 +53,7 @@ def cell(value: Any, column: str) -> str:
             return "\N{EN DASH}"
         if column.startswith(("frequency", "share_")):
             return wording.share(value)
-        return f"{value:,.0f}" if column == "rank_sum" else wording.number(value)
+        return f"{value:,.0f}" if column in RANKS else wording.number(value)
     return wording.words(value) if column in ("verdict", "delta_norm_class") else str(value)
 
 
@@ -118,6 +119,8 @@ def coder_page(coder: Coder) -> dict[str, Any]:
         "frequencies": for_page(figures.frequency_histogram(report_coder)),
         "kl": charts.kl_bars([coder]),
         "note": scaling_note(coder.table) if coder.compares else f"One decoder: {wording.ONE_DECODER}",
+        "nus": NUS,
+        "against": AGAINST,
         "nu_range": NU_RANGE,
     }
 

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import polars as pl
 
 from crossdiff.errors import UserError
-from crossdiff.report.reading import RANKED_NU
+from crossdiff.latents.ranking import RECONSTRUCTIONS, by_rank
 
 PAGE_SIZE = 50
 SHOWN = (
-    "latent", "verdict", "delta_norm", "nu_error", "nu_reconstruction", "decoder_cosine", "frequency", "max_activation",
+    "latent", "verdict", "delta_norm", "nu_error", *RECONSTRUCTIONS, "decoder_cosine", "frequency", "max_activation",
     "share_template", "rank_sum",
 )  # fmt: skip
 MAX_FILTERS = 20
@@ -165,17 +165,11 @@ def select(table: pl.DataFrame, query: Query, found: npt.NDArray[np.int64] | Non
     if found is not None:
         table = table.filter(pl.col("latent").is_in(found.tolist()))
     if (query.sort, query.descending) == ("rank_sum", False):
-        return table.sort(*_most_specific(), pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
+        return table.sort(pl.col("verdict") != "chat_specific", *by_rank(), nulls_last=True)
     key = pl.col(query.sort)
     if table.schema[query.sort].is_float():
         key = key.fill_nan(None)
     return table.sort(key, "latent", descending=[query.descending, False], nulls_last=True)
-
-
-def _most_specific() -> list[pl.Expr]:
-    """The order before rank_sum: chat-specific latents first, and those first whose nu may be ranked."""
-    inside = pl.all_horizontal(pl.col("nu_error", "nu_reconstruction").is_between(*RANKED_NU))
-    return [pl.col("verdict") != "chat_specific", ~inside.fill_null(value=False)]
 
 
 def page_of(rows: pl.DataFrame, query: Query) -> Page:

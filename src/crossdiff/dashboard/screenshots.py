@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.concepts import Concepts
 from crossdiff.dashboard.search import cache_folder
 from crossdiff.dashboard.serve import serving
 from crossdiff.errors import UserError
+from crossdiff.latents.ranking import by_rank
 from crossdiff.report.concept_wording import leading
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
 def interesting(coder: Coder) -> int:
     """The latent that screenshots show: the most chat-specific one."""
     specific = coder.table.filter("chat_specific")
-    ranked = (specific if specific.height else coder.table).sort(pl.col("rank_sum").fill_nan(None), "latent", nulls_last=True)
+    ranked = (specific if specific.height else coder.table).sort(*by_rank(), nulls_last=True)
     return int(ranked["latent"][0])
 
 

@@ -26,8 +26,9 @@ from crossdiff.latents.example_collector import ExampleCollector
 from crossdiff.latents.example_database import write_examples
 from crossdiff.latents.groups import Cells, cells_of
 from crossdiff.latents.latent_table import latent_table, pools
+from crossdiff.latents.ranking import RANKED
 from crossdiff.latents.scaling import ScalingAccumulator
-from crossdiff.latents.settings import KEY
+from crossdiff.latents.settings import KEY, NUS
 from crossdiff.latents.stream import CPU, Chunk, accumulate, blocks_of_sequences, check_fits
 from crossdiff.latents.twins import CoActivation, neighbour_table, twin_candidates, twin_table
 from crossdiff.latents.verdict import counts, with_verdicts
@@ -177,7 +178,8 @@ def _write(analysis: Analysis, measured: Measured, store: Store, tokenizer: Any,
     table = _write_tables(folder, on_host, measured, config)
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
     measured.scaling.sums.save(folder / "scaling.safetensors")
-    write_json(folder / "health.json", _health_report(on_host, store, measured, table) | {KEY: config.model_dump()})
+    made_with = {KEY: config.model_dump(), NUS: list(RANKED)}
+    write_json(folder / "health.json", _health_report(on_host, store, measured, table) | made_with)
     scored = {}
     for name, (coder, latents) in _pools(crosscoder, reference, store, table, config).items():
         conversations = conversation_scores(coder, store, latents, config.batch_tokens)

@@ -10,10 +10,11 @@ from scipy.stats import spearmanr
 
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, SHARED
+from crossdiff.latents.ranking import RECONSTRUCTION
 from crossdiff.latents.scaling import Sums, numerators, scaling
 from crossdiff.sources import SOURCES
 
-MEASURES = ("error", "reconstruction")
+MEASURES = ("error", RECONSTRUCTION)
 ALIKE = 0.9
 """Decoder cosine above which a latent with equal norms is certainly the same in both models."""
 

@@ -19,7 +19,7 @@ from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.activity import Activity
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, SHARED, cosine, delta_norm, delta_norm_class
 from crossdiff.latents.groups import GROUPS
-from crossdiff.latents.ranking import PLAUSIBLE, RANKED
+from crossdiff.latents.ranking import PLAUSIBLE, RANKED, RANKS, title
 from crossdiff.latents.scaling import TARGETS, Beta, Scaling, Sums, scaling
 from crossdiff.latents.verdict import SETS, VERDICTS
 from crossdiff.shapes import Bool, Int64, Tensor
@@ -29,6 +29,7 @@ from crossdiff.statistics import Estimate
 MIRRORED = ("error", "reconstruction", "reconstruction_nobias")
 ONE_DECODER = "the coder has one decoder, so no error or reconstruction of each model"
 REASONS = {"undefined_reason": pl.String, "undefined_reason_mirrored": pl.String}
+RANK_WORDS = {name: " + ".join(f"rank of {title(nu)}" for nu in nus) for name, nus in RANKS.items()}
 COLUMNS = {
     "latent": "number of the latent",
     "n_active": "tokens on which it is active",
@@ -44,11 +45,15 @@ COLUMNS = {
     "nu_*": "beta of the base model over beta of the chat model: near 0 specific to the chat model, near 1 shared, negative "
     "where the base model has the chat direction with the opposite sign",
     "nu_*_low, nu_*_high": "ends of its 95% interval",
+    "nu_reconstruction, nu_reconstruction_nobias": "with the models' biases and means, as in the published tables, and without "
+    f"them; {RANKED[1]} ranks latents and gives the verdicts",
     "nu_*_mirrored": "the same along the base direction, chat over base: near 0 specific to the base model",
-    "nu_outside": f"{' or '.join(RANKED)} is not between {PLAUSIBLE[0]:g} and {PLAUSIBLE[1]:g}; lists by rank leave it out",
+    "nu_outside": f"{' or '.join(map(title, RANKED))} is not between {PLAUSIBLE[0]:g} and {PLAUSIBLE[1]:g}; lists by rank "
+    "leave it out",
     "undefined_reason": "why a nu is NaN: too few activations (then every nu is), one decoder, or a denominator that may be 0",
     "undefined_reason_mirrored": "the same for the mirrored nus",
-    "rank_sum": f"{' + '.join(f'rank of {nu}' for nu in RANKED)}, small = specific; NaN unless both are defined",
+    "rank_sum": f"{RANK_WORDS['rank_sum']}, small = specific; NaN unless both are defined",
+    "rank_sum_paper": f"the published rank: {RANK_WORDS['rank_sum_paper']}",
     "verdict": "which model has the concept: " + ", ".join(VERDICTS),
     "verdict_reason": "why, in words and numbers",
     **SETS,
@@ -99,8 +104,7 @@ def scaling_columns(
     columns["undefined_reason_mirrored"] = _reasons(n, along_base, BASE, config)
     ranked = [columns[nu] for nu in RANKED]
     columns["nu_outside"] = np.any([(nu < PLAUSIBLE[0]) | (nu > PLAUSIBLE[1]) for nu in ranked], axis=0)
-    columns["rank_sum"] = _rank_sum(*ranked)
-    return columns
+    return columns | {name: _rank_sum(*(columns[nu] for nu in nus)) for name, nus in RANKS.items()}
 
 
 def _norms_of(crosscoder: Crosscoder, model: str) -> npt.NDArray[Any]:

@@ -8,9 +8,10 @@ from typing import Any
 from crossdiff.config import AnalyzeConfig, validate
 from crossdiff.files import read_json
 from crossdiff.integrity import intact
+from crossdiff.latents.ranking import PUBLISHED
 from crossdiff.yaml_files import read_yaml
 
-FILE, KEY = "health.json", "settings"
+FILE, KEY, NUS = "health.json", "settings", "nus"
 WITHOUT_EFFECT = {"batch_tokens", "examples", "examples_per_quantile", "pool_size", "seed"}
 """Settings of the analysis that change no verdict."""
 
@@ -32,5 +33,10 @@ def analysis_settings(folder: Path) -> AnalyzeConfig:
 
 
 def verdict_settings(folder: Path) -> dict[str, Any]:
-    """Those settings that the verdicts of the crosscoder in `folder` depend on, as JSON. Raises as `analysis_settings`."""
-    return analysis_settings(folder).model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    """What the verdicts of the crosscoder in `folder` depend on, as JSON: settings, and the nus that are judged.
+
+    Analyses of earlier versions hold no record of the nus; they judge by the published ones. Raises as `analysis_settings`.
+    """
+    path = folder / FILE
+    nus = read_json(intact(path)).get(NUS, PUBLISHED) if path.is_file() else PUBLISHED
+    return analysis_settings(folder).model_dump(mode="json", exclude=WITHOUT_EFFECT) | {NUS: list(nus)}

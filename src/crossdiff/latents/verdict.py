@@ -18,7 +18,7 @@ import polars as pl
 
 from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.decoder import CHAT_ONLY
-from crossdiff.latents.ranking import PLAUSIBLE, RANKED
+from crossdiff.latents.ranking import PLAUSIBLE, PUBLISHED, RANKED, title
 
 VERDICTS = {
     "chat_specific": "the base model has its chat direction neither in its error nor in its reconstruction, and its base "
@@ -36,7 +36,8 @@ VERDICTS = {
 """What each verdict means. The explainer's prompts quote these texts, so a change invalidates its cached answers."""
 SETS = {
     "chat_specific": "verdict chat_specific",
-    "chat_specific_paper": "the published rule: point values under both limits and delta_norm at least 0.9",
+    "chat_specific_paper": "the published rule: point values of nu_error and of nu_reconstruction with bias under both limits, "
+    "and delta_norm at least 0.9",
     "template_only": "chat_specific, and almost all of its active tokens are template tokens",
 }
 
@@ -70,7 +71,7 @@ class Nu(NamedTuple):
 
 
 def _nu(row: Mapping[str, Any], name: str, limit: float) -> Nu:
-    return Nu(name, row[name], row[f"{name}_low"], row[f"{name}_high"], limit)
+    return Nu(title(name), row[name], row[f"{name}_low"], row[f"{name}_high"], limit)
 
 
 def judge(row: Mapping[str, Any], twins: tuple[int, ...], config: AnalyzeConfig) -> Verdict:
@@ -146,10 +147,10 @@ def with_verdicts(table: pl.DataFrame, twins: pl.DataFrame, config: AnalyzeConfi
 
     judged = pl.DataFrame(list(verdicts()), schema={"verdict": pl.String, "verdict_reason": pl.String}, orient="row")
     specific = pl.col("verdict") == "chat_specific"
-    below = (pl.col("nu_error") < config.nu_error) & (pl.col("nu_reconstruction") < config.nu_reconstruction)
+    below = (pl.col(PUBLISHED[0]) < config.nu_error) & (pl.col(PUBLISHED[1]) < config.nu_reconstruction)
     return table.hstack(judged).with_columns(
         chat_specific=specific,
-        chat_specific_paper=below & pl.col("rank_sum").is_not_nan() & (pl.col("delta_norm") >= CHAT_ONLY[0]),
+        chat_specific_paper=below & pl.col("rank_sum_paper").is_not_nan() & (pl.col("delta_norm") >= CHAT_ONLY[0]),
         template_only=specific & (pl.col("share_template") >= config.template_share),
     )
 

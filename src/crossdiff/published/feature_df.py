@@ -2,9 +2,12 @@
 
 Their relative decoder norm is called `dec_norm_diff` and reversed: 0 is chat-only there, so delta_norm is 1 minus it. Their
 `beta_ratio_*` is nu; the first unnamed column is the number of the latent. Their later repositories write `ft` for `chat` and
-`beta_ratio_activation` for `beta_activation_ratio`; both spellings are read. The tables have no intervals, so the only verdict
-that can be derived is the published rule's: `chat_specific_paper`. Tables of an SAE have no relative norm: their delta_norm is
-NaN.
+`beta_ratio_activation` for `beta_activation_ratio`; both spellings are read. Tables of an SAE have no relative norm: their
+delta_norm is NaN.
+
+Of the reconstruction, these tables have only the nu with the models' biases and means, and no intervals. So there is no
+`nu_reconstruction_nobias`, no `rank_sum` and no verdict, which rest on it in our tables; what can be derived is the published
+rank and the published rule, `rank_sum_paper` and `chat_specific_paper`.
 
 Norms and betas of a published table are those of the crosscoder's normalised space. With one scale for both sources they are
 ours; with a scale s per source, x_s = (h_s - mean_s) * s_s, they differ by the ratio of the scales:
@@ -25,6 +28,7 @@ import polars as pl
 from crossdiff.config import AnalyzeConfig
 from crossdiff.errors import UserError
 from crossdiff.latents.decoder import CHAT_ONLY, delta_norm_class
+from crossdiff.latents.ranking import PUBLISHED
 
 FILES = ("feature_df.csv", "latent_df.csv")
 DIFFERENCE = "dec_norm_diff"
@@ -51,7 +55,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     },
 }  # fmt: skip
 """Our columns, and their names in the published tables."""
-TABLE_COLUMNS = ("latent", "delta_norm", "delta_norm_class", *NAMES, "rank_sum", "chat_specific_paper", "dead")
+TABLE_COLUMNS = ("latent", "delta_norm", "delta_norm_class", *NAMES, "rank_sum_paper", "chat_specific_paper", "dead")
 
 
 def read_published_table(path: Path, scales: tuple[float, float] | None = None) -> pl.DataFrame:
@@ -145,10 +149,11 @@ def _dead(table: pl.DataFrame) -> pl.Series:
 
 def _paper_rule(config: AnalyzeConfig) -> dict[str, pl.Expr]:
     """The sum of the two ranks among the latents with both nus, and the set of the published rule."""
-    both = pl.col("nu_error").is_finite() & pl.col("nu_reconstruction").is_finite()
-    ranks = [pl.when(both).then(pl.col(name)).rank("ordinal") for name in ("nu_error", "nu_reconstruction")]
-    below = (pl.col("nu_error") < config.nu_error) & (pl.col("nu_reconstruction") < config.nu_reconstruction)
+    error, reconstruction = map(pl.col, PUBLISHED)
+    both = error.is_finite() & reconstruction.is_finite()
+    ranks = [pl.when(both).then(nu).rank("ordinal") for nu in (error, reconstruction)]
+    below = (error < config.nu_error) & (reconstruction < config.nu_reconstruction)
     return {
-        "rank_sum": pl.when(both).then((ranks[0] + ranks[1]).cast(pl.Float64)).otherwise(float("nan")),
+        "rank_sum_paper": pl.when(both).then((ranks[0] + ranks[1]).cast(pl.Float64)).otherwise(float("nan")),
         "chat_specific_paper": both & below & pl.col("delta_norm").is_not_nan() & (pl.col("delta_norm") >= CHAT_ONLY[0]),
     }

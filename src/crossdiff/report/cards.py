@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from crossdiff.latents.ranking import RANKED
+from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report import wording
 from crossdiff.report.examples import Context, Example, Token, context_of, role_of, visible
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
@@ -17,6 +17,13 @@ from crossdiff.text.chat import Flag
 LEVELS = 8
 """Steps of the tint that shows an activation."""
 
+NUS = {
+    "nu_error": "share in what the crosscoder misses of the base model",
+    "nu_reconstruction_nobias": "share in the base model's reconstruction, without its bias and the model's mean",
+    "nu_reconstruction": "the same with both, as in the published tables; most of its negative values come from them",
+    "nu_activation": "share in the base model's activation",
+}
+"""The nus of a card and what each measures."""
 _CHIPS = ("bos", "template")
 _TEMPLATE, _ASSISTANT = int(Flag.TEMPLATE), int(Flag.ASSISTANT)
 
@@ -92,14 +99,7 @@ def _measures(latent: Latent) -> tuple[Measure, ...]:
     )
     rank_sum = wording.whole(None if math.isnan(latent.rank_sum) else round(latent.rank_sum))
     found = (
-        Measure("nu_error", interval(latent.nu_error), f"share in what the crosscoder misses of the base model. {scale}"),
-        Measure("nu_reconstruction", interval(latent.nu_reconstruction), f"share in the base model's reconstruction. {scale}"),
-        Measure(
-            "nu_reconstruction, no bias",
-            interval(latent.nu_reconstruction_nobias),
-            f"the same without the reconstructions' biases and the models' means, which cause most negative values. {scale}",
-        ),
-        Measure("nu_activation", interval(latent.nu_activation), f"share in the base model's activation. {scale}"),
+        *(Measure(title(nu), interval(getattr(latent, nu)), f"{meaning}. {scale}") for nu, meaning in NUS.items()),
         Measure(
             "delta_norm",
             fixed(latent.delta_norm),
@@ -108,7 +108,9 @@ def _measures(latent: Latent) -> tuple[Measure, ...]:
         Measure("decoder cosine", fixed(latent.decoder_cosine), "cosine of the base and the chat direction"),
         Measure("active on", f"{wording.share(latent.frequency)} of tokens", f"{latent.n_active:,} of the analysed tokens"),
         Measure("largest activation", number(latent.max_activation), "v, the activation times the sum of the decoder norms"),
-        Measure("rank sum", rank_sum, f"rank by {' plus rank by '.join(RANKED)}; the lowest is the most chat-specific"),
+        Measure(
+            "rank sum", rank_sum, f"rank by {' plus rank by '.join(map(title, RANKED))}; the lowest is the most chat-specific"
+        ),
     )
     if math.isnan(latent.alone.value):
         return found

@@ -12,6 +12,7 @@ import polars as pl
 
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import read_interpretation
+from crossdiff.latents.ranking import RECONSTRUCTIONS
 from crossdiff.report.concept_records import (
     CHANGED,
     Concept,
@@ -30,11 +31,11 @@ FOLDER = "concepts"
 COMMAND = "crossdiff concepts"
 SHOWN_SPECIFIC, SHOWN_OTHERS = 40, 20
 """Concepts that the page shows with the verdict chat_specific, and with another one."""
-_NUS = ("nu_error", "nu_reconstruction")
+_NUS = ("nu_error", *RECONSTRUCTIONS)
 _COLUMNS = (
     "concept", "n_trainings", "replicated", "n_members", "energy", "frequency", "n_active", "max_activation", "delta_norm",
-    "decoder_cosine", *(f"{nu}{end}" for nu in _NUS for end in ("", "_low", "_high")), "verdict", "verdict_reason",
-    *(f"share_{group}" for group in TOKEN_GROUPS), "tokens", "words",
+    "decoder_cosine", *(f"{nu}{end}" for nu in _NUS for end in ("", "_low", "_high")), "rank_sum_paper", "verdict",
+    "verdict_reason", *(f"share_{group}" for group in TOKEN_GROUPS), "tokens", "words",
 )  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def concept_of(concepts: RunConcepts, number: int, examples: tuple[Example, ...]
         energy=as_float(row["energy"]),
         nu_error=estimate(row, "nu_error"),
         nu_reconstruction=estimate(row, "nu_reconstruction"),
+        nu_reconstruction_nobias=estimate(row, "nu_reconstruction_nobias"),
         delta_norm=as_float(row["delta_norm"]),
         decoder_cosine=as_float(row["decoder_cosine"]),
         frequency=as_float(row["frequency"]),

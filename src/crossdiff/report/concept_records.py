@@ -146,6 +146,7 @@ class Concept:
     energy: float
     nu_error: Estimate[float]
     nu_reconstruction: Estimate[float]
+    nu_reconstruction_nobias: Estimate[float]
     delta_norm: float
     decoder_cosine: float
     frequency: float

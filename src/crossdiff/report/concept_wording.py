@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from crossdiff.latents.ranking import RECONSTRUCTIONS, bias_of
 from crossdiff.report import wording
 from crossdiff.report.concept_records import CHANGED, Concept, NullShare, Patched, Prediction, RunConcepts
 from crossdiff.report.records import RunReport
@@ -177,11 +178,13 @@ def verdict_words(concept: Concept) -> str:
     words = KINDS.get(concept.verdict, ("", wording.words(concept.verdict).capitalize()))[1]
     if concept.verdict == "undecided":
         return f"{words}: {concept.verdict_reason}."
-    error, reconstruction = (wording.interval(nu) for nu in (concept.nu_error, concept.nu_reconstruction))
+    error = wording.interval(concept.nu_error)
+    reconstruction, published = (f"{wording.interval(getattr(concept, nu))}" for nu in RECONSTRUCTIONS)
+    judges, other = map(bias_of, RECONSTRUCTIONS)
     turned = f" (cosine of the two {wording.fixed(concept.decoder_cosine)})" if concept.verdict == "rotated" else ""
     return (
         f"{words}{turned}. Of its chat direction, the base model has {error} in what the crosscoder fails to explain "
-        f"(nu_error) and {reconstruction} in what other latents explain (nu_reconstruction)."
+        f"(nu_error) and {reconstruction} in what other latents explain (nu_reconstruction {judges}; {published} {other})."
     )
 
 

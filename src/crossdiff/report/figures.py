@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from crossdiff.latents.ranking import PLAUSIBLE, RANKED
+from crossdiff.latents.ranking import PLAUSIBLE, RANKED, RECONSTRUCTIONS, title
 from crossdiff.report.marks import BLUE, VERDICT_MARKS, VERMILLION, Mark, pool_mark
 from crossdiff.report.records import CrosscoderReport, Limits
 from crossdiff.report.tables import estimate
@@ -23,7 +23,8 @@ from crossdiff.report.wording import POOLS, VERDICTS, fixed, interval, latents, 
 
 NU_RANGE = (-0.2, 1.5)
 NUS = RANKED
-NEGATIVE = ("nu_reconstruction", "nu_reconstruction_nobias")
+AGAINST = " against ".join(map(title, NUS))
+"""What the figures of latent scaling show, in words."""
 CLASS_BORDERS = (0.1, 0.4, 0.6, 0.9)
 """Borders of the delta_norm classes base-only, shared and chat-only; what lies between is other."""
 DELTA_NORM_EDGES = np.linspace(0, 1, 51)
@@ -153,7 +154,7 @@ def with_both_nus(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def scaling_scatter(coder: CrosscoderReport) -> Figure:
-    """nu_error against nu_reconstruction, one point per latent with both defined, with the two limits."""
+    """The two ranked nus against each other, one point per latent with both defined, with the two limits."""
     defined = with_both_nus(coder.latents)
     series, thinned = [], []
     for verdict, mark in VERDICT_MARKS.items():
@@ -166,15 +167,15 @@ def scaling_scatter(coder: CrosscoderReport) -> Figure:
     note = scaling_note(coder.latents)
     if thinned:
         note += f" To keep the page light, the figure shows {' and '.join(thinned)}, evenly thinned."
-    description = f"Scatter of nu_error against nu_reconstruction for {defined.height} latents of {coder.title}."
+    description = f"Scatter of {AGAINST} for {defined.height} latents of {coder.title}."
     return scaling_plot(coder.limits, tuple(series), description, note)
 
 
 def scaling_plot(limits: Limits, series: tuple[Series, ...] = (), description: str = "", note: str = "") -> Figure:
-    """The frame of nu_error against nu_reconstruction: axes, limits and the tinted corner below both."""
+    """The frame of the ranked nus: axes, limits and the tinted corner below both."""
     low, high = NU_RANGE
     ticks = {at: fixed(at, 1) if at in NU_RANGE else f"{at:g}" for at in (low, 0, 0.5, 1, high)}
-    error, reconstruction = (Axis(nu, (low - 0.05, high + 0.05), ticks) for nu in NUS)
+    error, reconstruction = (Axis(title(nu), (low - 0.05, high + 0.05), ticks) for nu in NUS)
     rules = (
         Rule("x", limits.nu_error, "dash", f"{limits.nu_error:g}"),
         Rule("y", limits.nu_reconstruction, "dash", f"{limits.nu_reconstruction:g}"),
@@ -189,11 +190,12 @@ def scaling_note(table: pl.DataFrame) -> str:
     low, high = NU_RANGE
     outside = defined.filter(pl.any_horizontal(~pl.col(nu).is_between(low, high) for nu in NUS)).height
     note = f"Values outside {fixed(low, 1)} to {fixed(high, 1)} are drawn at the edge ({latents(outside)})."
-    with_bias, without = (defined.filter(pl.col(nu) < PLAUSIBLE[0]).height for nu in NEGATIVE)
-    if with_bias or without:
+    negative, published = (defined.filter(pl.col(nu) < PLAUSIBLE[0]).height for nu in RECONSTRUCTIONS)
+    if negative or published:
+        shown, beside = map(title, RECONSTRUCTIONS)
         note += (
-            f" nu_reconstruction is below {fixed(PLAUSIBLE[0], 1)} for {latents(with_bias)}, without the biases for "
-            f"{without:,}: there the base model has the chat direction with the opposite sign."
+            f" {shown} is below {fixed(PLAUSIBLE[0], 1)} for {latents(negative)}, {beside} for {published:,}: there the base "
+            "model has the chat direction with the opposite sign."
         )
     absent = table.height - defined.height
     return f"{note} Not drawn: {latents(absent)} with an undefined nu, which includes dead latents." if absent else note
@@ -201,13 +203,13 @@ def scaling_note(table: pl.DataFrame) -> str:
 
 def _points(rows: pl.DataFrame, verdict: str, mark: Mark) -> Series:
     hover = [
-        f"latent {row['latent']}, {VERDICTS[verdict]}<br>delta_norm {number(row['delta_norm'])}"
-        f"<br>nu_error {interval(estimate(row, 'nu_error'))}"
-        f"<br>nu_reconstruction {interval(estimate(row, 'nu_reconstruction'))}"
-        f"<br>... without the biases {interval(estimate(row, 'nu_reconstruction_nobias'))}"
-        f"<br>active on {share(row['frequency'])} of tokens"
+        "<br>".join([
+            f"latent {row['latent']}, {VERDICTS[verdict]}", f"delta_norm {number(row['delta_norm'])}",
+            *(f"{title(nu)} {interval(estimate(row, nu))}" for nu in ("nu_error", *RECONSTRUCTIONS)),
+            f"active on {share(row['frequency'])} of tokens",
+        ])
         for row in rows.iter_rows(named=True)
-    ]
+    ]  # fmt: skip
     x, y = (rows[nu].clip(*NU_RANGE).round(4).to_list() for nu in NUS)
     return Series("points", x, y, hover, mark, f"{VERDICTS[verdict]} ({rows.height:,})")
 

@@ -30,7 +30,8 @@ COUNTS = {
     ),
     "chat_specific_paper": (
         "chat-specific, paper's rule",
-        "both nu under their limits without regard to their intervals, and chat-only by delta_norm",
+        "nu_error and nu_reconstruction (with bias) under their limits without regard to their intervals, and chat-only by "
+        "delta_norm",
     ),
     "template_only": ("chat-specific, template tokens only", "almost all of its active tokens belong to the chat template"),
     "complete_shrinkage": (
@@ -167,7 +168,8 @@ def caveats(report: RunReport) -> list[str]:
     if (massive := wording.massive(report)) is not None:
         found.append(massive)
     found += [
-        f"{name} was analysed with other limits since its null diff, which is left out; run `crossdiff null` again."
+        f"{name} was analysed with other limits or by other nus since its null diff, which is left out; run `crossdiff null` "
+        "again."
         for name in report.null_outdated
     ]
     found += [f"{name} is trained but not analysed, so it is not on this page." for name in report.not_analysed]

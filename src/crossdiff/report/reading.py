@@ -14,7 +14,7 @@ from crossdiff.config import RunConfig, validate
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation, with_interpretation
 from crossdiff.interp.summary import summarise
-from crossdiff.latents.ranking import PLAUSIBLE, RANKED
+from crossdiff.latents.ranking import by_rank, plausible
 from crossdiff.latents.settings import analysis_settings, verdict_settings
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
@@ -41,15 +41,12 @@ N_TOP_LATENTS = 12
 FEW_SPECIFIC = 5
 """With fewer chat-specific latents than this, the list is filled up with candidates that missed a condition."""
 CANDIDATE_DELTA_NORM = 0.6
-RANKED_NU = PLAUSIBLE
-"""Latents are ranked by nu only if both lie in this range, as in the published analyses
-(docs/latent-scaling.md#negative-ratios)."""
 
 _NUS = ("nu_error", "nu_reconstruction", "nu_reconstruction_nobias", "nu_activation")
 _LATENT_COLUMNS = (
     "latent", "n_active", "frequency", "mean_activation", "max_activation", "norm_base", "norm_chat", "delta_norm",
     "delta_norm_class", "decoder_cosine", *(f"{nu}{end}" for nu in _NUS for end in ("", "_low", "_high")),
-    "rank_sum", "verdict", "verdict_reason", "chat_specific", "chat_specific_paper", "template_only",
+    "rank_sum", "rank_sum_paper", "verdict", "verdict_reason", "chat_specific", "chat_specific_paper", "template_only",
     *(f"share_{group}" for group in TOKEN_GROUPS),
 )  # fmt: skip
 _ALONE = "kl_reduction_response"
@@ -147,10 +144,9 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
 def _top_rows(latents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
     """The most chat-specific rows by rank_sum, and how many of them have the verdict chat_specific.
 
-    Those whose nu is outside `RANKED_NU`, or undefined, are not ranked.
+    Those whose nu is out of range, or undefined, are not ranked.
     """
-    inside = pl.all_horizontal(pl.col(RANKED).is_between(*RANKED_NU))
-    ranked = latents.filter(inside & pl.col("rank_sum").is_not_nan()).sort("rank_sum", "latent")
+    ranked = latents.filter(plausible()).sort(*by_rank(), nulls_last=True)
     is_specific = pl.col("verdict") == "chat_specific"
     specific = ranked.filter(is_specific).head(N_TOP_LATENTS)
     if specific.height >= FEW_SPECIFIC:
@@ -172,7 +168,7 @@ def _read_summary(folder: Path, latents: pl.DataFrame) -> Interpretation | None:
     if not path.is_file() or not rows.height:
         return None
     found = Interpretation.read(path, "crossdiff interpret")
-    if found.analysis is None or found.analysis == verdict_settings(folder):
+    if found.analysis == verdict_settings(folder):
         return found
     verdicts = latents.select(pl.col("latent").cast(pl.Int64), "verdict")
     return Interpretation.model_validate(summarise(verdicts.join(rows, on="latent"), found.seed))

@@ -116,7 +116,7 @@ class Difference(Record):
 class Interpretation(Record):
     """interpretation.json of one crosscoder.
 
-    seed: of the bootstrap. analysis: settings that the verdicts were made with; None in files of earlier versions.
+    seed: of the bootstrap. analysis: what the verdicts depend on (`verdict_settings`); None in files of earlier versions.
     """
 
     n_latents: int
@@ -131,7 +131,7 @@ class Interpretation(Record):
 class NullRates(Record):
     """Result of the null diff for one crosscoder: number of live latents, and their share in each verdict and set.
 
-    analysis: settings that the verdicts of both runs were made with; None in files of earlier versions.
+    analysis: what the verdicts of both runs depend on (`verdict_settings`); None in files of earlier versions.
     """
 
     n_live: int
@@ -153,9 +153,7 @@ class NullDiff(Record):
     def split(self, directory: Path) -> tuple[dict[str, NullRates], tuple[str, ...]]:
         """The rates that belong to the present verdicts of a run, and the crosscoders that were analysed otherwise since."""
         outdated = tuple(
-            name
-            for name, rates in self.crosscoders.items()
-            if rates.analysis is not None and rates.analysis != verdict_settings(directory / name)
+            name for name, rates in self.crosscoders.items() if rates.analysis != verdict_settings(directory / name)
         )
         return {name: rates for name, rates in self.crosscoders.items() if name not in outdated}, outdated
 
@@ -335,7 +333,7 @@ class RunReport:
     Attributes:
         not_analysed: crosscoders that are trained but have no latent table yet.
         null: the rates of the null diff by crosscoder.
-        null_outdated: crosscoders whose null diff was made with other limits of the verdicts, and is not shown.
+        null_outdated: crosscoders whose null diff was made with other limits or nus of the verdicts, and is not shown.
         concepts: None if the run has none yet.
         same_model: base and chat are one model.
         massive: the tokens of massive norm that were left out; None if nothing is known of them.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jinja2
 from markupsafe import Markup
 
+from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report.cards import LEVELS, Card, ExampleView
 from crossdiff.report.concept_cards import ConceptCard
 
@@ -19,7 +20,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     made.filters["script_json"] = _script_json
-    made.globals |= {"levels": range(1, LEVELS + 1), "open_examples": OPEN_EXAMPLES}
+    made.globals |= {"levels": range(1, LEVELS + 1), "open_examples": OPEN_EXAMPLES, "ranked": tuple(map(title, RANKED))}
     return made
 
 

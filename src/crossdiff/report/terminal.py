@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crossdiff.latents.ranking import RANKED, bias_of
 from crossdiff.report import concept_wording, wording
 from crossdiff.report.concept_cards import plain_title
 from crossdiff.report.concept_records import RunConcepts
@@ -117,11 +118,11 @@ def _latents(coder: CrosscoderReport) -> Table:
     table = Table(title=f"Most chat-specific latents, {coder.title}", **STYLE)
     table.add_column("latent", justify="right")
     table.add_column("verdict", no_wrap=True)
-    for heading in ("nu\nerror", "nu recon-\nstruction", "delta\nnorm"):
+    for heading in ("nu\nerror", f"nu recon-\nstruction\n{bias_of(RANKED[1])}", "delta\nnorm"):
         table.add_column(heading, justify="right", width=9)
     table.add_column("where it is most active", overflow="fold", ratio=1)
     for latent in coder.top.latents[:N_LATENTS]:
-        values = (latent.nu_error.value, latent.nu_reconstruction.value, latent.delta_norm)
+        values = (*(getattr(latent, nu).value for nu in RANKED), latent.delta_norm)
         numbers = (wording.fixed(value) for value in values)
         table.add_row(str(latent.latent), wording.words(latent.verdict), *numbers, _snippet(latent.examples))
     return table

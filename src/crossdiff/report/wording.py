@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
-from crossdiff.report.reading import CANDIDATE_DELTA_NORM, FEW_SPECIFIC, RANKED_NU
+from crossdiff.latents.ranking import PLAUSIBLE, RANKED, title
+from crossdiff.report.reading import CANDIDATE_DELTA_NORM, FEW_SPECIFIC
 from crossdiff.report.records import BehaviourResult, CrosscoderReport, Limits, PoolScore, RunReport
 from crossdiff.statistics import Estimate
 
@@ -47,8 +49,9 @@ VERDICTS = {
 
 
 def words(name: str) -> str:
-    """A name from a file as words."""
-    return VERDICTS.get(name) or name.replace("_", " ")
+    """A name from a file as words; a nu_reconstruction in it says which variant it is."""
+    said = re.sub("nu_reconstruction(?!_nobias)", "nu_reconstruction_(with_bias)", name).replace("_nobias", "_(without_bias)")
+    return VERDICTS.get(name) or said.replace("_", " ")
 
 
 def pool(name: str) -> str:
@@ -198,8 +201,8 @@ def _specific_sentences(coder: CrosscoderReport) -> list[str]:
         f"Of the {latents(n_latents)} of the {coder.title} crosscoder, {subject} specific to the chat model by latent scaling.",
         "A crosscoder explains the activations of both models as sums of a few latents, each with one direction per model.",
         "Latent scaling measures how much of a latent's chat direction the base model has. Its two measures are 0 for nothing: "
-        f"nu_error must be below {limits.nu_error:g} and nu_reconstruction below {limits.nu_reconstruction:g}, each at the "
-        f"upper end of its 95% interval, and the base direction at most {_norm_ratio(limits)} as long as the chat one.",
+        f"{title(RANKED[0])} must be below {limits.nu_error:g} and {title(RANKED[1])} below {limits.nu_reconstruction:g}, each "
+        f"at the upper end of its 95% interval, and the base direction at most {_norm_ratio(limits)} as long as the chat one.",
     ]
     if named == 0:
         sentences.append("The lengths of the two directions alone (delta_norm of 0.9 or above) would have named none.")
@@ -319,13 +322,14 @@ def selection(coder: CrosscoderReport) -> str:
     """How the latents that are shown in full were chosen."""
     if not coder.compares:
         return f"It has one decoder, so no latent is ranked or shown: {ONE_DECODER}"
+    by = " and by ".join(map(title, RANKED))
     specific, candidates = coder.top.n_specific, len(coder.top.latents) - coder.top.n_specific
     if not coder.top.latents:
         return f"No latent has both nu defined and delta_norm of at least {CANDIDATE_DELTA_NORM:g}, so none is shown."
     if not candidates and specific >= FEW_SPECIFIC:
         return (
-            f"These are the {specific} chat-specific latents with the lowest sum of their ranks by nu_error and by "
-            f"nu_reconstruction, among those with both between {RANKED_NU[0]:g} and {RANKED_NU[1]:g}."
+            f"These are the {specific} chat-specific latents with the lowest sum of their ranks by {by}, among those with both "
+            f"between {PLAUSIBLE[0]:g} and {PLAUSIBLE[1]:g}."
         )
     followed = "Shown are" if specific == 0 else "It is followed by" if specific == 1 else "They are followed by"
     found = "No latent is" if specific == 0 else f"Only {latents(specific)} {'is' if specific == 1 else 'are'}"
@@ -334,7 +338,7 @@ def selection(coder: CrosscoderReport) -> str:
     return (
         f"{found} chat-specific. {followed} the nearest candidates: among the other "
         f"latents with delta_norm of at least {CANDIDATE_DELTA_NORM:g} and enough activations, those with the lowest sum of "
-        "ranks by nu_error and nu_reconstruction. Each card gives the latent's own verdict."
+        f"ranks by {by}. Each card gives the latent's own verdict."
     )
 
 

@@ -30,6 +30,7 @@ from crossdiff.latents.behaviours import auroc
 from crossdiff.latents.decoder import CHAT_ONLY
 from crossdiff.latents.groups import cells_of
 from crossdiff.latents.latent_table import latent_table
+from crossdiff.latents.ranking import RANKS, plausible
 from crossdiff.latents.scaling import ScalingAccumulator, Sums
 from crossdiff.latents.stream import CPU, accumulate
 from crossdiff.latents.twins import CoActivation, twin_candidates, twin_table
@@ -49,10 +50,10 @@ MATCHING_STREAM = 1
 RANKINGS = {
     "delta_norm": "delta_norm >= 0.9",
     "nu_error": "nu_error below its limit",
-    "nu_reconstruction": "nu_reconstruction below its limit",
-    "nu_reconstruction_nobias": "nu_reconstruction_nobias below the limit of nu_reconstruction",
+    "nu_reconstruction": "nu_reconstruction (with bias) below the limit of nu_reconstruction",
+    "nu_reconstruction_nobias": "nu_reconstruction (without bias) below the limit of nu_reconstruction",
     "nu_activation_nobias": "nu_activation_nobias below the limit of nu_reconstruction",
-    "rank_sum": "the same number of latents as there are chat-only ones, lowest first",
+    **dict.fromkeys(RANKS, "the same number of latents as there are chat-only ones, lowest first, none with a nu out of range"),
     "verdict": "verdict chat_specific",
 }
 RANKINGS_OF_ONE_DECODER = ("nu_activation_nobias",)
@@ -142,9 +143,11 @@ def analysed(crosscoder: Crosscoder, store: Store, config: AnalyzeConfig) -> Ana
 
 
 def _ranking(table: pl.DataFrame, name: str) -> npt.NDArray[np.float64]:
-    """One number per latent, larger = more specific; latents without a value come last."""
+    """One number per latent, larger = more specific. Latents without a value, or that no list ranks by it, come last."""
     if name == "verdict":
         return table["chat_specific"].cast(pl.Float64).to_numpy()
+    if name in RANKS:
+        table = table.with_columns(pl.when(plausible(RANKS[name])).then(name))
     sign = 1.0 if name == "delta_norm" else -1.0
     return np.nan_to_num(sign * table[name].to_numpy(), nan=-np.inf)
 
@@ -152,7 +155,7 @@ def _ranking(table: pl.DataFrame, name: str) -> npt.NDArray[np.float64]:
 def _called(table: pl.DataFrame, name: str, n_positive: int, config: AnalyzeConfig) -> npt.NDArray[np.bool_]:
     """The latents that a ranking's rule calls specific to the chat model; see `RANKINGS`."""
     value = _ranking(table, name)
-    if name == "rank_sum":
+    if name in RANKS:
         called = np.zeros(len(value), dtype=bool)
         called[np.argsort(-value, kind="stable")[:n_positive]] = True
         return called & np.isfinite(value)
