@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from crossdiff.activations.store import Store
-from crossdiff.activations.transfer import CPU, ToDevice, send
+from crossdiff.activations.transfer import CPU, ToDevice, is_asynchronous, send
 from crossdiff.errors import UserError
 from crossdiff.shapes import Float, Tensor
 
@@ -64,8 +64,8 @@ class Batches:
         self._sent: tuple[int, Future[ToDevice]] | None = None
 
     def __getitem__(self, step: int) -> Float[Tensor, "batch source d_model"]:
-        if self._home == self.device:
-            return self._chosen(step).float()
+        if self._home == self.device or not is_asynchronous(self.device):
+            return self._chosen(step).to(self.device).float()
         sent = self._sent if self._sent is not None and self._sent[0] == step else (step, self._sender.submit(self._send, step))
         batch = sent[1].result().wait().float()
         self._sent = (step + 1, self._sender.submit(self._send, step + 1))
