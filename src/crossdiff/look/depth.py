@@ -1,13 +1,13 @@
 """Where in depth two models differ: the residual stream after every layer, and how much of the final KL is already there.
 
-For layer l the chat model's upper layers continue from the base model's residual stream after l. KL(chat || that) is 0 if the two
-residual streams are equal there, and grows with depth to what the residual stream can show at all. What then remains of
+For layer l the chat model's upper layers continue from the base model's residual stream after l. KL(chat || that) is 0 if the
+two residual streams are equal there, and grows with depth to what the residual stream can show at all. What then remains of
 KL(chat || base) is the work of the chat model's final norm and unembedding alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,11 +106,7 @@ def depth_table(layers: Sequence[LayerPair], kl: Float[Tensor, "layer token"], b
     return pl.DataFrame(rows, schema=DEPTH_COLUMNS)
 
 
-def blockwise(
-    values: npt.NDArray[np.float64],
-    block: npt.NDArray[np.int64],
-    of: Callable[[float, float], float] = lambda total, n: total / n,
-) -> tuple[float, float, float]:
+def blockwise(values: npt.NDArray[np.float64], block: npt.NDArray[np.int64]) -> tuple[float, float, float]:
     """A mean with the ends of its interval, from the jackknife over blocks; the ends are NaN with fewer than two blocks."""
     n = np.bincount(block).astype(np.float64)
     total = np.bincount(block, weights=values)
@@ -118,11 +114,10 @@ def blockwise(
     n, total = n[filled], total[filled]
     if not len(n):
         return float("nan"), float("nan"), float("nan")
-    value = of(float(total.sum()), float(n.sum()))
+    value = float(total.sum() / n.sum())
     if len(n) < 2:
         return value, float("nan"), float("nan")
-    left_out = np.array([of(total.sum() - t, n.sum() - m) for t, m in zip(total, n, strict=True)])
-    found = jackknife(value, left_out)
+    found = jackknife(value, (total.sum() - total) / (n.sum() - n))
     return value, float(found.low), float(found.high)
 
 

@@ -1,4 +1,4 @@
-"""What the difference between the models says: its mean over groups of tokens and its principal directions, through the logit lens.
+"""What the difference between the models says: its mean over groups of tokens and its principal directions, by the logit lens.
 
 Beside every mean stands what chance gives: the cosine of the means over two halves of the documents, and the largest logit of
 random directions.
@@ -24,7 +24,7 @@ BEGINNING = "plain_beginning"
 N_BEGINNING = 5
 MEAN_GROUPS = (*GROUPS, BEGINNING, "all")
 N_PROMOTED, N_RANDOM = 10, 20
-DIRECTION_COLUMNS = {
+DIRECTION_COLUMNS: dict[str, Any] = {
     "direction": pl.String, "n_tokens": pl.Int64, "norm_share": pl.Float64, "halves_cosine": pl.Float64, "share": pl.Float64,
     "chat_up": pl.List(pl.String), "chat_down": pl.List(pl.String), "base_up": pl.List(pl.String), "top_logit": pl.Float64,
     "random_logit": pl.Float64,
@@ -99,8 +99,8 @@ def direction_table(
         direction = means.mean(group, layer)
         n_tokens = int(means.n[:, MEAN_GROUPS.index(group)].sum())
         if n_tokens and direction.norm() > 0:
-            halves = [means.mean(group, layer, half) for half in (0, 1)]
-            cosine = float(torch.nn.functional.cosine_similarity(*halves, dim=0))
+            one, other = (means.mean(group, layer, half) for half in (0, 1))
+            cosine = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
             found = {"n_tokens": n_tokens, "norm_share": float(direction.norm()) / usual, "halves_cosine": cosine}
             rows.append({"direction": f"mean over {group.replace('_', ' ')} tokens"} | found)
             directions.append(direction)

@@ -97,7 +97,7 @@ class Look:
 
     def read(self) -> None:
         """Run both models over the sample."""
-        for number, batch in enumerate(bucketed(self._texts.sequences(), self.config.batch_tokens, POOL)):
+        for batch in bucketed(self._texts.sequences(), self.config.batch_tokens, POOL):
             self._add(batch)
             self._advance(sum(len(sequence.token_ids) for sequence in batch))
 
@@ -107,7 +107,7 @@ class Look:
         self.pair.check_length(ids.shape[1], f"a sequence of {ids.shape[1]} tokens", "lower harvest.max_length")
         lengths = np.array([len(sequence.token_ids) for sequence in batch])
         ends = np.cumsum(lengths) - 1
-        read, nexts, streams, logits = [], [], [], []
+        nexts, streams, logits = [], [], []
         for source, model in zip(SOURCES, self.pair.models, strict=True):
             own = self.pair.ids_of(source, ids)
             hidden, predicted = residuals_and_logits(model, own.to(next(model.parameters()).device))
@@ -116,12 +116,12 @@ class Look:
             flat = own.flatten() if kept is None else own.flatten()[kept]
             following = flat.roll(-1)
             following[torch.from_numpy(ends)] = -1
-            read.append(own)
             nexts.append(following)
         _check_finite(self.pair, logits)
         if self._shifts is None:
             self._shifts = Shifts(min(part.shape[1] for part in logits), logits[0].device)
-        found = compare(*logits, *(each.to(logits[0].device) for each in nexts), self._shifts)
+        base_next, chat_next = (each.to(logits[0].device) for each in nexts)
+        found = compare(logits[0], logits[1], base_next, chat_next, self._shifts)
         flags = np.concatenate([sequence.flags for sequence in batch])
         document = np.repeat([sequence.document for sequence in batch], lengths)
         position = np.concatenate([np.arange(length) for length in lengths])
@@ -203,13 +203,14 @@ class Look:
 
     def _summary(self, tokens: pl.DataFrame, depth: pl.DataFrame) -> dict[str, Any]:
         block = tokens["document"].to_numpy() % self.config.blocks
-        mean = blockwise(tokens["kl"].cast(pl.Float64).to_numpy(), block)
+        kl, outside = (tokens[name].cast(pl.Float64).to_numpy() for name in ("kl", "outside"))
+        mean = blockwise(kl, block)
         layer, reason = recommended(depth)
         return {
             "n_tokens": tokens.height, "n_documents": tokens["document"].n_unique(), "layer": self.layer,
-            "kl": mean[0], "kl_interval": None if np.isnan(mean[1]) else list(mean[1:]), "identical": not tokens["kl"].max() > 0,
-            "same_top": float((tokens["top_base"] == tokens["top_chat"]).mean() or 0.0),
-            "outside": float(tokens["outside"].mean() or 0.0), "depth_tokens": self._sample.n_tokens,
+            "kl": mean[0], "kl_interval": None if np.isnan(mean[1]) else list(mean[1:]), "identical": not kl.max() > 0,
+            "same_top": float((tokens["top_base"] == tokens["top_chat"]).to_numpy().mean()),
+            "outside": float(outside.mean()), "depth_tokens": self._sample.n_tokens,
             "recommended_layer": layer, "reason": reason,
         }  # fmt: skip
 
@@ -262,6 +263,6 @@ def _check_finite(pair: Pair, logits: list[Tensor]) -> None:
     for source, found in zip(SOURCES, logits, strict=True):
         if not bool(torch.isfinite(found.float().sum(1)).all()):
             raise UserError(
-                f"the {source} model ({pair.identity[source]['name']}) gives NaN or infinite logits: set model_dtype to float32 "
-                "if they overflow, otherwise check the model's weights"
+                f"the {source} model ({pair.identity[source]['name']}) gives NaN or infinite logits: set model_dtype to "
+                "float32 if they overflow, otherwise check the model's weights"
             )

@@ -17,11 +17,11 @@ MIN_PLACES, MIN_DOCUMENTS = 5, 2
 """Phrases in fewer places or documents are not listed."""
 CONTAINED = 0.8
 """A phrase is not listed beside a longer one that contains it, and has at least this share of its places."""
-PHRASE_COLUMNS = {
+PHRASE_COLUMNS: dict[str, Any] = {
     "phrase": pl.String, "token_ids": pl.List(pl.Int64), "n_tokens": pl.Int64, "gain": pl.Float64, "mean_gain": pl.Float64,
     "n_places": pl.Int64, "n_documents": pl.Int64,
 }  # fmt: skip
-TOKEN_COLUMNS = {
+TOKEN_COLUMNS: dict[str, Any] = {
     "token_id": pl.Int64, "token": pl.String, "rise": pl.Float64, "per_thousand": pl.Float64, "n_up": pl.Int64,
     "n_down": pl.Int64, "n_documents": pl.Int64,
 }  # fmt: skip
@@ -46,10 +46,9 @@ def token_table(shifts: Shifts, document: np.ndarray[Any, Any], tokenizer: Any, 
     )  # fmt: skip
     table = pl.DataFrame({"token_id": chosen, "rise": rise[chosen]}).filter(pl.col("rise") != 0)
     texts = [tokenizer.decode([int(each)]) for each in table["token_id"]]
+    per_thousand = 1000 * pl.col("rise") / max(1, len(document))
     return (
-        table.with_columns(
-            pl.Series("token", texts, dtype=pl.String), per_thousand=1000 * pl.col("rise") / max(1, len(document))
-        )
+        table.with_columns(pl.Series("token", texts, dtype=pl.String), per_thousand=per_thousand)
         .join(places.cast({"token_id": pl.Int64}), on="token_id", how="left")
         .with_columns(pl.col("n_up", "n_down", "n_documents").fill_null(0))
         .select(pl.col(name).cast(dtype) for name, dtype in TOKEN_COLUMNS.items())
@@ -67,9 +66,7 @@ def phrase_table(tokens: pl.DataFrame, tokenizer: Any, longest: int, n: int) -> 
         gain=pl.when(pl.col("gain").is_finite()).then("gain")
     )
     found = [_phrases(usable, length) for length in range(1, longest + 1)]
-    every = pl.concat(
-        [part for part in found if part.height] or [pl.DataFrame(schema=PHRASE_COLUMNS).drop("phrase", "mean_gain")]
-    )
+    every = pl.concat(found)
     kept = pl.concat([_listed(every, rising, n) for rising in (True, False)])
     texts = [tokenizer.decode(ids) for ids in kept["token_ids"].to_list()]
     return (

@@ -2,8 +2,8 @@
 
     KL(chat || base) = sum_w p_chat(w) log(p_chat(w) / p_base(w))      in nats
 
-over the ids that both models have. Chat models often have a few more, for their own template; both distributions are renormalised
-over the common ids, and the probability that the chat model gives to the others is recorded.
+over the ids that both models have. Chat models often have a few more, for their own template; both distributions are
+renormalised over the common ids, and the probability that the chat model gives to the others is recorded.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def sentences(summary: dict[str, object], groups: pl.DataFrame) -> list[str]:
     found = [
         f"On {read}, the chat model's prediction of the next token is {summary['kl']:.3f}{ends} nats (KL) away from the base "
         f"model's; the likeliest token is the same at {summary['same_top']:.0%} of the positions.",
-        f"{first['total_kl'] / total:.0%} of it is at {first['group']} tokens of {first['dataset']} ({first['n_tokens']:,} tokens, "
-        f"{first['kl']:.3f} nats each).",
+        f"{first['total_kl'] / total:.0%} of it is at {first['group']} tokens of {first['dataset']} ({first['n_tokens']:,} "
+        f"tokens, {first['kl']:.3f} nats each).",
     ]
     if summary["recommended_layer"] is not None:
         found.append(f"Layer {summary['recommended_layer']} is a good one to start with: {summary['reason']}.")
@@ -85,7 +85,7 @@ def _words(words: pl.DataFrame, phrases: pl.DataFrame) -> Table:
         ups = words.filter(pl.col("rise") * side > 0).sort("rise", descending=side > 0).head(N_LISTED)
         gains = phrases.filter(pl.col("gain") * side > 0).sort("gain", descending=side > 0).head(N_LISTED)
         for index in range(max(ups.height, gains.height)):
-            cells = ["", "", "", "", "", "", ""][:6]
+            cells = [""] * 6
             if index < ups.height:
                 row = ups.row(index, named=True)
                 cells[:3] = [_text(row["token"]), f"{row['per_thousand']:+.2f}", f"{row['n_documents']:,}"]
