@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from crossdiff.look.predictions import Shifts
@@ -27,7 +28,7 @@ TOKEN_COLUMNS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def token_table(shifts: Shifts, document: np.ndarray[Any, Any], tokenizer: Any, n: int) -> pl.DataFrame:
+def token_table(shifts: Shifts, document: npt.NDArray[np.int64], tokenizer: Any, n: int) -> pl.DataFrame:
     """The `n` tokens that rise most and the `n` that fall most, the largest rise first.
 
     Args:
