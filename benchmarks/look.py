@@ -58,9 +58,8 @@ def main() -> None:
             found.write(Path(folder))
         ended = time.process_time()
         ratios.append((ended - middle) / (middle - started))
-        print(
-            f"forwards {middle - started:.2f} s, pass {read - middle:.2f} s, tables {ended - read:.2f} s, ratio {ratios[-1]:.2f}"
-        )
+        forward, of_pass, tables = middle - started, read - middle, ended - read
+        print(f"forwards {forward:.2f} s, pass {of_pass:.2f} s, tables {tables:.2f} s, ratio {ratios[-1]:.2f}")
     print(f"median ratio {statistics.median(ratios):.2f}; goal at most 1.3")
 
 

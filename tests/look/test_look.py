@@ -114,3 +114,10 @@ def test_a_refused_look_makes_no_run(tiny_pair: Any, tiny_texts: Any, tmp_path: 
     with pytest.raises(UserError, match="layer 9 does not exist"):
         run_command(["look", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")])
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_logits_that_are_not_finite_are_refused(pair: Pair, datasets: Any, tmp_path: Path) -> None:
+    broken = make_model(seed=5)
+    broken.get_output_embeddings().weight.data[7] = torch.nan
+    with pytest.raises(UserError, match=r"the base model .* gives NaN or infinite logits: set model_dtype to float32"):
+        looked(replace(pair, base=broken), datasets, tmp_path)

@@ -115,6 +115,7 @@ def direction_table(
     return pl.DataFrame(rows, schema=DIRECTION_COLUMNS), torch.stack(directions) if directions else vectors[:0]
 
 
+@torch.no_grad()
 def _promoted(pair: Pair, direction: Float64[Tensor, " d_model"], seed: int) -> dict[str, Any]:
     """The tokens that a direction promotes in both models, and how its largest logit compares with those of random ones."""
     chat, base = (direction_logits(model, direction.float().to(pair.device)) for model in (pair.chat, pair.base))

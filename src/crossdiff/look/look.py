@@ -117,11 +117,12 @@ class Look:
             following = flat.roll(-1)
             following[torch.from_numpy(ends)] = -1
             nexts.append(following)
-        _check_finite(self.pair, logits)
         if self._shifts is None:
             self._shifts = Shifts(min(part.shape[1] for part in logits), logits[0].device)
         base_next, chat_next = (each.to(logits[0].device) for each in nexts)
         found = compare(logits[0], logits[1], base_next, chat_next, self._shifts)
+        if not bool(found.kl.isfinite().all()):
+            raise _not_finite(self.pair, logits)
         flags = np.concatenate([sequence.flags for sequence in batch])
         document = np.repeat([sequence.document for sequence in batch], lengths)
         position = np.concatenate([np.arange(length) for length in lengths])
@@ -259,10 +260,10 @@ def _unpadded(h: Float[Tensor, "sequence position width"], kept: Tensor | None) 
     return flat if kept is None else flat.index_select(0, kept.to(flat.device))
 
 
-def _check_finite(pair: Pair, logits: list[Tensor]) -> None:
-    for source, found in zip(SOURCES, logits, strict=True):
-        if not bool(torch.isfinite(found.float().sum(1)).all()):
-            raise UserError(
-                f"the {source} model ({pair.identity[source]['name']}) gives NaN or infinite logits: set model_dtype to "
-                "float32 if they overflow, otherwise check the model's weights"
-            )
+def _not_finite(pair: Pair, logits: list[Tensor]) -> UserError:
+    """Which of the models it was that gave logits that are not finite."""
+    source = next(source for source, found in zip(SOURCES, logits, strict=True) if not bool(found.isfinite().all()))
+    return UserError(
+        f"the {source} model ({pair.identity[source]['name']}) gives NaN or infinite logits: set model_dtype to float32 if "
+        "they overflow, otherwise check the model's weights"
+    )

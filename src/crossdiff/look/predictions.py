@@ -57,7 +57,7 @@ class Shifts:
     def add(self, p_base: Float[Tensor, "position token"], p_chat: Float[Tensor, "position token"]) -> None:
         """Add positions."""
         change = p_chat - p_base
-        self.rise += change.sum(0, dtype=torch.float64)
+        self.rise += change.sum(0)
         position, token = (change.abs() > LARGE_SHIFT).nonzero(as_tuple=True)
         self._large.append(((position + self._n_positions).cpu(), token.cpu(), change[position, token].cpu()))
         self._n_positions += len(change)
@@ -80,7 +80,7 @@ def compare(
     chat_next: Int64[Tensor, " position"],
     shifts: Shifts | None = None,
 ) -> Predictions:
-    """Compare the predictions of two models, some positions at a time.
+    """Compare the predictions of two models, some positions at a time. Logits that are not finite make the KL NaN.
 
     Args:
         base_next, chat_next: the text's next token as each model reads it; -1 where there is none.
@@ -90,22 +90,25 @@ def compare(
     parts = []
     for first in range(0, len(chat_logits), size):
         part = slice(first, first + size)
-        whole = chat_logits[part].float().log_softmax(1)
-        chat = whole if n_common == whole.shape[1] else whole[:, :n_common].log_softmax(1)
-        base = base_logits[part, :n_common].float().log_softmax(1)
-        p_chat, p_base = chat.exp(), base.exp()
+        base, whole = base_logits[part, :n_common].float(), chat_logits[part].float()
+        chat = whole if whole.shape[1] == n_common else whole[:, :n_common]
+        p_base, p_chat = base.softmax(1), chat.softmax(1)
         if shifts is not None:
             shifts.add(p_base, p_chat)
-        kl = torch.where(p_chat > 0, p_chat * (chat - base), 0.0).sum(1).clamp(min=0)
         (best_base, top_base), (best_chat, top_chat) = p_base.max(1), p_chat.max(1)
-        outside = whole[:, n_common:].exp().sum(1)
-        found = (kl, _at(base, base_next[part]), _at(chat, chat_next[part]), top_base, best_base, top_chat, best_chat, outside)
+        # log p = logit - total; the totals follow from the likeliest token, without another pass.
+        total_base = base.gather(1, top_base.unsqueeze(1)).squeeze(1) - best_base.log()
+        total_chat = chat.gather(1, top_chat.unsqueeze(1)).squeeze(1) - best_chat.log()
+        kl = torch.linalg.vecdot(p_chat, chat) - torch.linalg.vecdot(p_chat, base) - (total_chat - total_base)
+        log_base, log_chat = _at(base, base_next[part]) - total_base, _at(chat, chat_next[part]) - total_chat
+        outside = kl.new_zeros(len(kl)) if chat is whole else whole.softmax(1)[:, n_common:].sum(1)
+        found = (kl.clamp(min=0), log_base, log_chat, top_base, best_base, top_chat, best_chat, outside)
         parts.append(tuple(each.cpu() for each in found))
     return Predictions(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def _at(log_p: Float[Tensor, "position token"], token: Int64[Tensor, " position"]) -> Float[Tensor, " position"]:
-    """The log-probability of one token per position; NaN where there is none, or the model lacks it."""
-    known = (token >= 0) & (token < log_p.shape[1])
-    found = log_p.gather(1, token.where(known, torch.zeros_like(token)).unsqueeze(1)).squeeze(1)
+def _at(logits: Float[Tensor, "position token"], token: Int64[Tensor, " position"]) -> Float[Tensor, " position"]:
+    """The logit of one token per position; NaN where there is none, or the model lacks it."""
+    known = (token >= 0) & (token < logits.shape[1])
+    found = logits.gather(1, token.where(known, torch.zeros_like(token)).unsqueeze(1)).squeeze(1)
     return found.where(known, torch.full_like(found, torch.nan))
