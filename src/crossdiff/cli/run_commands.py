@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "run": "run every stage: harvest, train, analyze, concepts, report (creates the run directory)",
+    "look": "compare the models before anything is trained: what they say differently, where, and after which layer",
     "harvest": "collect the paired activations of both models (creates the run directory)",
     "train": "train the crosscoders (runs earlier stages first)",
     "compare": "train the crosscoders on the same batches and compare them",
@@ -28,7 +29,7 @@ STAGES = {
     "causal": "patch latents into the base model and measure the effect (runs earlier stages first)",
     "report": "write the page and print the summary (runs earlier stages first)",
 }
-CREATING = ("run", "harvest")
+CREATING = ("run", "harvest", "look")
 """The commands that start a new run; the others refuse a directory that is not a run."""
 TYPICAL_ACTIVE = 64
 """Active latents per token that `plan` assumes for a kind of sparsity without a k; L1 crosscoders end near it."""

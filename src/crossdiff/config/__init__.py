@@ -23,6 +23,7 @@ from crossdiff.config.crosscoder_config import (
     default_crosscoder,
 )
 from crossdiff.config.harvest_config import MASSIVE_NORM, DatasetConfig, HarvestConfig, check_url
+from crossdiff.config.look_config import LookConfig
 from crossdiff.config.run_config import (
     TAKEN,
     AnalyzeConfig,
@@ -34,9 +35,39 @@ from crossdiff.config.run_config import (
 )
 
 __all__ = [
-    "DEFAULT_SEEDS", "MASSIVE_NORM", "OF_TRAINING", "TAKEN", "AnalyzeConfig", "AuxConfig", "BatchTopKConfig",
-    "CausalConfig", "CompareConfig", "ConceptsConfig", "Config", "CrosscoderConfig", "DatasetConfig", "DesignatedConfig",
-    "DifferenceConfig", "FreeConfig", "HarvestConfig", "Inputs", "JumpReLUConfig", "Kind", "L1Config", "PairedConfig",
-    "PartitionedConfig", "RunConfig", "Seed", "SingleConfig", "Sparsity", "SteerConfig", "Structure", "TopKConfig",
-    "check_url", "default_crosscoder", "merge", "validate",
+    "DEFAULT_SEEDS",
+    "MASSIVE_NORM",
+    "OF_TRAINING",
+    "TAKEN",
+    "AnalyzeConfig",
+    "AuxConfig",
+    "BatchTopKConfig",
+    "CausalConfig",
+    "CompareConfig",
+    "ConceptsConfig",
+    "Config",
+    "CrosscoderConfig",
+    "DatasetConfig",
+    "DesignatedConfig",
+    "DifferenceConfig",
+    "FreeConfig",
+    "HarvestConfig",
+    "Inputs",
+    "JumpReLUConfig",
+    "Kind",
+    "L1Config",
+    "LookConfig",
+    "PairedConfig",
+    "PartitionedConfig",
+    "RunConfig",
+    "Seed",
+    "SingleConfig",
+    "Sparsity",
+    "SteerConfig",
+    "Structure",
+    "TopKConfig",
+    "check_url",
+    "default_crosscoder",
+    "merge",
+    "validate",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from crossdiff.config.crosscoder_config import (
     L1Config,
 )
 from crossdiff.config.harvest_config import DatasetConfig, HarvestConfig, _dataset_from_text
+from crossdiff.config.look_config import LookConfig
 
 
 class AnalyzeConfig(Config):
@@ -97,7 +98,7 @@ class SteerConfig(Config):
     seed: Seed = 0
 
 
-TAKEN = {"activations", "concepts", "interpretation", "old", "tensorboard", "work"}
+TAKEN = {"activations", "concepts", "interpretation", "look", "old", "tensorboard", "work"}
 """Folders of a run that do not hold a crosscoder."""
 
 
@@ -129,6 +130,7 @@ class RunConfig(Config):
         description="under torchrun: number of processes over which the latents are split in training; the batch is split over "
         "the rest; default: all",
     )
+    look: LookConfig = LookConfig()
     harvest: HarvestConfig = HarvestConfig()
     crosscoders: dict[str, CrosscoderConfig] = Field(
         {

@@ -7,6 +7,7 @@ latent with the best AUROC on the training conversations is scored on the held-o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ class ConversationScores:
         """Add a chunk of whole sequences; unlabelled documents are passed over."""
         conversation = self._index_of[self._document[chunk.rows]]
         token, latent, v = chunk.code.token, chunk.code.latent, chunk.v.float()
-        before = torch.from_numpy(_before_answer(self._flags[chunk.rows], chunk.sequence.numpy())).to(token.device)
+        before = torch.from_numpy(before_answer(self._flags[chunk.rows], chunk.sequence.numpy())).to(token.device)
         row = torch.from_numpy(conversation).to(token.device)[token]
         for name, kept in ((WHOLE_CONVERSATION, row >= 0), (BEFORE_ANSWER, (row >= 0) & before[token])):
             scores = self._scores[name]
@@ -144,7 +145,7 @@ def live_latents(crosscoder: Crosscoder, store: Store, size: int, config: Analyz
     return sorted(np.random.default_rng(config.seed).permutation(live)[:size].tolist())
 
 
-def _before_answer(flags: npt.NDArray[np.uint8], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def before_answer(flags: npt.NDArray[np.uint8], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Tokens before the assistant's first content token in their sequence."""
     content = (flags & Flag.ASSISTANT) != 0
     seen = np.cumsum(content)
@@ -230,6 +231,19 @@ class Contrast(NamedTuple):
         }
 
 
+def contrasts(
+    labels: npt.NDArray[Any], heldout: npt.NDArray[np.bool_], prompts: npt.NDArray[Any]
+) -> Iterator[tuple[str, npt.NDArray[np.bool_], Contrast]]:
+    """Each behaviour with enough conversations on both sides and in both halves: its name, which conversations, and these."""
+    for behaviour in sorted(set(labels)):
+        negatives = CONTRASTS.get(behaviour, tuple(set(labels) - {behaviour}))
+        chosen = np.isin(labels, (behaviour, *negatives))
+        contrast = Contrast(labels[chosen] == behaviour, heldout[chosen], prompts[chosen])
+        sizes = [contrast.size(positive=side, heldout=half) for side in (True, False) for half in (True, False)]
+        if min(sizes) >= MIN_CONVERSATIONS:
+            yield behaviour, chosen, contrast
+
+
 def behaviour_table(pools: dict[str, Pool], seed: int) -> pl.DataFrame:
     """One row per behaviour, question and pool: the latent picked on the training half, scored on the held-out half.
 
@@ -239,17 +253,7 @@ def behaviour_table(pools: dict[str, Pool], seed: int) -> pl.DataFrame:
         return pl.DataFrame(schema=TABLE_SCHEMA)
     conversations = next(iter(pools.values())).conversations
     rows: list[dict[str, Any]] = []
-    for behaviour in sorted(set(conversations.labels)):
-        negatives = CONTRASTS.get(behaviour, tuple(set(conversations.labels) - {behaviour}))
-        chosen = np.isin(conversations.labels, (behaviour, *negatives))
-        contrast = Contrast(
-            conversations.labels[chosen] == behaviour, conversations.heldout[chosen], conversations.prompts[chosen]
-        )
-        if (
-            min(contrast.size(positive=side, heldout=half) for side in (True, False) for half in (True, False))
-            < MIN_CONVERSATIONS
-        ):
-            continue
+    for behaviour, chosen, contrast in contrasts(conversations.labels, conversations.heldout, conversations.prompts):
         n_positive, n_negative = (contrast.size(positive=side, heldout=True) for side in (True, False))
         common = {"behaviour": behaviour, "n_positive": n_positive, "n_negative": n_negative}
         for question in (BEFORE_ANSWER, WHOLE_CONVERSATION):

@@ -82,6 +82,28 @@ def residuals_after(
     return [kept[layer] for layer in layers]
 
 
+@torch.no_grad()
+def residuals_and_logits(
+    model: nn.Module, token_ids: Int[Tensor, "sequence position"]
+) -> tuple[list[Float[Tensor, "sequence position d_model"]], Float[Tensor, "sequence position vocabulary"]]:
+    """Residual streams after every decoder layer, and the logits; see `residuals_after` about padding."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int, output: Any) -> None:
+        kept[layer] = hidden_of(output)
+
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, layer=layer: keep(layer, output))
+        for layer, module in enumerate(decoder_layers(model))
+    ]
+    try:
+        logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [kept[layer] for layer in range(len(handles))], logits
+
+
 @contextmanager
 def edited_after(model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the block, `edit` is applied to the residual stream after `layer`."""

@@ -15,6 +15,7 @@ from crossdiff.stages.definitions import analyze_stage, base_sae, causal_stage, 
 from crossdiff.stages.session import Session
 
 STAGES = {
+    "look": ("look",),
     "harvest": ("harvest",),
     "train": ("harvest", "train"),
     "compare": ("harvest", "train", "compare"),

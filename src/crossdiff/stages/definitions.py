@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 CODE_FORMAT = 5
 """Raised when the results of the harvest, the comparison or steering change although the settings do not."""
-TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT, TRUTH_FORMAT, CONCEPTS_FORMAT = 7, 7, 2, 1, 5, 1
+TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT = 7, 7, 2, 1
+TRUTH_FORMAT, CONCEPTS_FORMAT, LOOK_FORMAT = 5, 1, 1
 """The same for the other stages, each of its own, so that nothing is harvested again for them."""
 ANALYSIS = (
     "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
@@ -71,6 +72,15 @@ def harvest_stage(config: RunConfig) -> Stage:
     contents = {source: model.get("digest") for source, model in models.items()}
     contents |= {dataset.title: found.get("sha256") for dataset, found in zip(config.dataset, texts, strict=True)}
     return Stage("harvest", fingerprint(value), ("activations",), settings | {"content": contents})
+
+
+def look_stage(config: RunConfig) -> Stage:
+    """Depends on the models' weights, the texts, how they are read, and the settings of the look."""
+    value = {
+        "code": LOOK_FORMAT, "harvest": harvest_stage(config).fingerprint,
+        "settings": config.look.model_dump(exclude={"batch_tokens"}),
+    }  # fmt: skip
+    return Stage("look", fingerprint(value), ("look",))
 
 
 def train_stage(config: RunConfig, name: str) -> Stage:

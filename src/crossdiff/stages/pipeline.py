@@ -11,6 +11,7 @@ from crossdiff.stages.compare import compare
 from crossdiff.stages.concepts import concepts
 from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.harvest import harvest_layers, pin_template_date
+from crossdiff.stages.look import look
 from crossdiff.stages.report import report
 from crossdiff.stages.session import Session
 from crossdiff.stages.train import train
@@ -37,6 +38,12 @@ def begin(sessions: Sequence[Session], last: str = "harvest") -> None:
 
 def run_until(session: Session, last: str = "report") -> None:
     """Run every stage up to `last`, a key of `STAGES`, that is not done yet."""
+    if last == "look":
+        session.check_models_exist()
+        pin_template_date([session])
+        check_settings(session, last)
+        look(session)
+        return
     begin([session], last)
     stages = STAGES[last]
     if "train" in stages:

@@ -1,0 +1,123 @@
+"""The whole look at a tiny pair, and what it says about one model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+from conftest import make_model, tiny_config
+from crossdiff.cli import run_command
+from crossdiff.config import HarvestConfig, LookConfig
+from crossdiff.errors import UserError
+from crossdiff.files import read_json
+from crossdiff.look.look import FILES, Look, sampled
+from crossdiff.models.access import residuals_and_logits
+from crossdiff.models.pair import Pair
+
+SETTINGS = LookConfig(max_tokens=2000, depth_tokens=500, batch_tokens=256, phrases=5, positions=4, components=2, blocks=4)
+HARVEST = HarvestConfig(max_length=48)
+
+
+def looked(pair: Pair, datasets: Any, folder: Path, **changes: Any) -> tuple[Look, dict[str, Any]]:
+    look = Look(pair, 1, datasets, SETTINGS.model_copy(update=changes), HARVEST)
+    look.read()
+    return look, look.write(folder)
+
+
+def test_predictions_are_those_of_each_sequence_alone(pair: Pair, datasets: Any, tmp_path: Path) -> None:
+    """Batches are padded; one sequence at a time, in float64, is not."""
+    _, summary = looked(pair, datasets, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    tokens = pl.read_parquet(tmp_path / "tokens.parquet")
+    assert summary["n_tokens"] == tokens.height > 500
+    for number in (0, 7, int(tokens["sequence"].max())):  # type: ignore[arg-type]
+        rows = tokens.filter(sequence=number)
+        ids = torch.from_numpy(rows["token_id"].to_numpy()).unsqueeze(0)
+        base, chat = (residuals_and_logits(model, ids)[1][0].double().log_softmax(1) for model in pair.models)
+        expected = (chat.exp() * (chat - base)).sum(1)
+        np.testing.assert_allclose(rows["kl"].to_numpy(), expected, rtol=1e-3, atol=1e-5)
+        assert rows["next_id"].to_list() == [*ids[0, 1:].tolist(), -1]
+        assert rows["position"].to_list() == list(range(rows.height))
+    depth = pl.read_parquet(tmp_path / "depth.parquet")
+    assert depth.height == pair.n_layers and (depth["kl"] > 0).all()
+
+
+def test_the_batches_change_nothing(pair: Pair, datasets: Any, tmp_path: Path) -> None:
+    for name, size in (("small", 64), ("large", 1024)):
+        (tmp_path / name).mkdir()
+        looked(pair, datasets, tmp_path / name, batch_tokens=size)
+    small, large = (pl.read_parquet(tmp_path / name / "words.parquet") for name in ("small", "large"))
+    assert small["token_id"].to_list() == large["token_id"].to_list()
+    np.testing.assert_allclose(small["rise"], large["rise"], rtol=1e-3, atol=1e-4)
+
+
+def test_the_full_swap_leaves_no_kl(pair: Pair, datasets: Any, tmp_path: Path) -> None:
+    """With the chat model's own residual stream in the place of the base model's, every layer continues to its own logits."""
+    look, _ = looked(replace(pair, base=pair.chat), datasets, tmp_path)
+    assert float(torch.cat(look._continuations.kl, dim=1).max()) < 1e-6
+
+
+def test_one_model_beside_itself_has_no_difference(pair: Pair, datasets: Any, tmp_path: Path) -> None:
+    _, summary = looked(replace(pair, base=pair.chat), datasets, tmp_path)
+    assert summary["identical"] and summary["kl"] == 0.0 and summary["recommended_layer"] is None
+    assert not pl.read_parquet(tmp_path / "words.parquet").height
+    assert not pl.read_parquet(tmp_path / "directions.parquet").height
+    assert "NaN" not in (tmp_path / "look.json").read_text()
+
+
+def test_a_chat_model_with_more_tokens(pair: Pair, datasets: Any, tmp_path: Path) -> None:
+    wider = replace(pair, chat=make_model(seed=3, vocabulary=280))
+    _, summary = looked(wider, datasets, tmp_path)
+    assert 0.01 < summary["outside"] < 0.2  # 8 of 280 ids, with random weights
+    assert np.isfinite(pl.read_parquet(tmp_path / "tokens.parquet")["kl"].to_numpy()).all()
+
+
+def test_every_dataset_has_its_part(datasets: Any) -> None:
+    assert [dataset.max_tokens for dataset in sampled(datasets, 1000)] == [500, 500]
+
+
+def test_the_command(tiny_pair: Any, tiny_texts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tiny_config(tiny_pair, tiny_texts, look=SETTINGS.model_dump())
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    command = ["look", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")]
+    run_command(command)
+    said = capsys.readouterr().out
+    assert "nats (KL) away" in said and "after each layer" in said
+    before = read_json(tmp_path / "run" / "look" / "look.json")
+    run_command(["look", str(tmp_path / "run")])
+    again = capsys.readouterr().out
+    assert "look: already done" in again and "nats (KL) away" in again
+    assert read_json(tmp_path / "run" / "look" / "look.json") == before
+    run_command(["look", str(tmp_path / "run"), "--look.max_tokens", "1500"])
+    assert read_json(tmp_path / "run" / "look" / "look.json")["n_tokens"] < before["n_tokens"]
+
+
+def test_one_model_is_said_to_be_one(
+    tiny_pair: Any, tiny_texts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny_config((tiny_pair[0], tiny_pair[0]), tiny_texts, look=SETTINGS.model_dump())
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    run_command(["look", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")])
+    assert "No difference: on" in capsys.readouterr().out
+
+
+def test_a_refused_look_makes_no_run(tiny_pair: Any, tiny_texts: Any, tmp_path: Path) -> None:
+    settings = tiny_config(tiny_pair, tiny_texts, layer=9)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match="layer 9 does not exist"):
+        run_command(["look", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")])
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_logits_that_are_not_finite_are_refused(pair: Pair, datasets: Any, tmp_path: Path) -> None:
+    broken = make_model(seed=5)
+    broken.get_output_embeddings().weight.data[7] = torch.nan
+    with pytest.raises(UserError, match=r"the base model .* gives NaN or infinite logits: set model_dtype to float32"):
+        looked(replace(pair, base=broken), datasets, tmp_path)
