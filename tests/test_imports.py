@@ -34,6 +34,7 @@ ALLOWED = {
     "activations": FOUNDATION | {"models", "text"},
     "crosscoder": FOUNDATION | {"models", "text", "activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
+    "look": FOUNDATION | {"models", "text", "activations", "latents"},
     "concepts": FOUNDATION | {"models", "activations", "crosscoder", "latents"},
     "compare": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "truth": FOUNDATION | {"activations", "crosscoder", "latents", "concepts"},
@@ -48,7 +49,7 @@ ALLOWED = {
     "dashboard": FOUNDATION | {"models", "text", "activations", "latents", "causal", "report", "text_activations", "diff"},
     "stages": FOUNDATION
     | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "concepts", "compare", "truth"}
-    | {"causal", "interp", "report", "published"},
+    | {"causal", "interp", "look", "report", "published"},
     "cli": FOUNDATION
     | {
         "memory",
