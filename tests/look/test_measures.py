@@ -85,11 +85,12 @@ def test_tokens_that_rise_and_fall() -> None:
     assert table.select("n_up", "n_down", "n_documents").rows() == [(2, 0, 2), (0, 2, 2)]
 
 
-def sequence(text: str, number: int, gains: dict[str, float]) -> pl.DataFrame:
-    """A document whose letters have these gains, as the positions that predict them."""
+def sequence(text: str, number: int, gains: dict[str, float], template: str = "") -> pl.DataFrame:
+    """A document whose letters have these gains, as the positions that predict them; some belong to a template."""
     ids = [ord(letter) - ord("a") for letter in text]
     return pl.DataFrame({
         "sequence": number, "document": number, "next_id": [*ids, -1],
+        "group": ["bos", *("template" if letter in template else "user" for letter in text)],
         "log_base": [*([-3.0] * len(ids)), float("nan")],
         "log_chat": [*(-3.0 + gains.get(letter, 0.0) for letter in text), float("nan")],
     })  # fmt: skip
@@ -107,6 +108,11 @@ def test_phrases_by_hand() -> None:
     assert rising == ["abc", "bcx", "xab"]  # 6, 4 and 2 per place: the parts of `abc` are not listed beside it
     worst = table.row(-1, named=True)
     assert (worst["phrase"], worst["gain"], worst["n_places"]) == ("x", -12.0, 12)
+
+
+def test_phrases_with_tokens_of_the_template_are_left_out() -> None:
+    tokens = pl.concat([sequence("abxcd", number, dict.fromkeys("abcd", 1.0) | {"x": 9.0}, "x") for number in range(6)])
+    assert phrase_table(tokens, Letters(), 4, 10)["phrase"].to_list() == ["ab", "cd"]
 
 
 def test_phrases_do_not_cross_texts_and_rare_ones_are_not_listed() -> None:

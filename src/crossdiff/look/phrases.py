@@ -1,7 +1,8 @@
 """Tokens and short phrases whose probability rises or falls most from the base model to the chat model.
 
 A token is judged on what the models expect anywhere in the texts, whether it is written there or not. A phrase is judged where
-the texts have it: its gain is the sum of log p_chat - log p_base over its tokens, in nats, added over all places.
+the texts have it: its gain is the sum of log p_chat - log p_base over its tokens, in nats, added over all places. Phrases with
+tokens of the chat template are left out, since everybody knows that the base model does not expect these.
 """
 
 from __future__ import annotations
@@ -61,11 +62,12 @@ def phrase_table(tokens: pl.DataFrame, tokenizer: Any, longest: int, n: int) -> 
     """The `n` phrases of up to `longest` tokens that gain most and the `n` that lose most, the largest gain first.
 
     Args:
-        tokens: one row per position in the order of the texts, with `sequence`, `document`, `next_id`, `log_base`, `log_chat`.
+        tokens: one row per position in the order of the texts, with `sequence`, `document`, `group`, `next_id`, `log_base` and
+            `log_chat`.
     """
-    usable = tokens.with_columns(gain=pl.col("log_chat") - pl.col("log_base")).with_columns(
-        gain=pl.when(pl.col("gain").is_finite()).then("gain")
-    )
+    of_template = pl.col("group").cast(pl.String).shift(-1).over("sequence").is_in(["template", "bos"])
+    gain = pl.col("log_chat") - pl.col("log_base")
+    usable = tokens.with_columns(gain=pl.when(gain.is_finite() & ~of_template).then(gain))
     found = [_phrases(usable, length) for length in range(1, longest + 1)]
     every = pl.concat(found)
     kept = pl.concat([_listed(every, rising, n) for rising in (True, False)])
