@@ -112,7 +112,7 @@ def test_phrases_by_hand() -> None:
 
 def test_phrases_with_tokens_of_the_template_are_left_out() -> None:
     tokens = pl.concat([sequence("abxcd", number, dict.fromkeys("abcd", 1.0) | {"x": 9.0}, "x") for number in range(6)])
-    assert phrase_table(tokens, Letters(), 4, 10)["phrase"].to_list() == ["ab", "cd"]
+    assert set(phrase_table(tokens, Letters(), 4, 10)["phrase"]) == {"ab", "cd"}
 
 
 def test_phrases_do_not_cross_texts_and_rare_ones_are_not_listed() -> None:
