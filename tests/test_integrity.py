@@ -14,7 +14,9 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 import crossdiff
 from crossdiff.cli import run_command
@@ -337,3 +339,12 @@ def wrapped(error: Exception) -> Exception:
 )
 def test_other_errors_are_not_of_the_disk(tmp_path: Path, error: Exception) -> None:
     assert explain_disk_error(error, tmp_path) is None
+
+
+def test_a_file_may_be_read_by_whom_the_system_says(tmp_path: Path) -> None:
+    """safetensors writes files that only their owner may read; on a shared disk a run must be like any other folder."""
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    with replacing(tmp_path / "weights") as partial:
+        save_file({"a": torch.ones(1)}, partial)
+    assert (tmp_path / "weights").stat().st_mode == plain.stat().st_mode

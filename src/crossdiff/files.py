@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from crossdiff.errors import UserError
@@ -55,10 +56,12 @@ def replacing(path: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)
     # Created here and exclusively, so that whatever writes to it does not write through a link that somebody has put there.
     partial.touch(exist_ok=False)
+    mode = S_IMODE(partial.stat().st_mode)
     try:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        partial.chmod(mode)  # safetensors makes a file of its own, which only its owner may read
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
