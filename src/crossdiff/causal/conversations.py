@@ -13,9 +13,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU
 from crossdiff.errors import UserError
 from crossdiff.latents.groups import GROUPS, group_of
-from crossdiff.latents.stream import CPU
 from crossdiff.shapes import Float64, Int, Tensor
 from crossdiff.sources import BASE, CHAT
 from crossdiff.text.chat import Flag

@@ -11,12 +11,12 @@ import numpy as np
 import polars as pl
 import torch
 
+from crossdiff.activations.transfer import CPU
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
 from crossdiff.integrity import read_parquet
 from crossdiff.latents.decoder import CHAT_INDEX, nearest
-from crossdiff.latents.stream import CPU
 from crossdiff.latents.verdict import counts
 from crossdiff.shapes import Float, Tensor
 

@@ -14,6 +14,7 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.crosscoder.kernels import SparseCode
@@ -21,7 +22,7 @@ from crossdiff.errors import UserError
 from crossdiff.integrity import read_parquet
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.scaling import Sums
-from crossdiff.latents.stream import CPU, Read, check_fits, encode
+from crossdiff.latents.stream import Read, check_fits, encode
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 SPECIFIC = ("chat_specific", "base_specific", "rotated")

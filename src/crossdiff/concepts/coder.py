@@ -15,11 +15,12 @@ import torch
 
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU
 from crossdiff.concepts.similarity import Matrix, matrix_of
 from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.integrity import read_parquet
-from crossdiff.latents.stream import CPU, Coded, Read, encode
+from crossdiff.latents.stream import Coded, Read, encode
 from crossdiff.shapes import Float, Tensor
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from crossdiff.activations.transfer import CPU
 from crossdiff.concepts.candidates import Codes, Training
 from crossdiff.concepts.clustering import Grouping
 from crossdiff.concepts.similarity import Matrix
@@ -25,7 +26,6 @@ from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, delta_norm, delta_norm_class
 from crossdiff.latents.latent_table import MIRRORED, REASONS, scaling_columns
 from crossdiff.latents.scaling import TARGETS, estimates, numerators
-from crossdiff.latents.stream import CPU
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float64, Int64, Tensor
 

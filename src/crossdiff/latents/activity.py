@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import polars as pl
 import torch
 
+from crossdiff.activations.transfer import CPU
 from crossdiff.latents.groups import GROUPS, LAST_INDEX, ROLES, Cells
-from crossdiff.latents.stream import CPU, Coded
+from crossdiff.latents.stream import Coded
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 

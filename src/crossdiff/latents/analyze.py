@@ -12,6 +12,7 @@ import polars as pl
 import torch
 
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU
 from crossdiff.config import AnalyzeConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.metrics import HeldoutSums, frequency_histogram, health
@@ -29,7 +30,7 @@ from crossdiff.latents.latent_table import latent_table, pools
 from crossdiff.latents.ranking import RANKED
 from crossdiff.latents.scaling import ScalingAccumulator
 from crossdiff.latents.settings import KEY, NUS
-from crossdiff.latents.stream import CPU, Chunk, accumulate, blocks_of_sequences, check_fits
+from crossdiff.latents.stream import Chunk, accumulate, blocks_of_sequences, check_fits
 from crossdiff.latents.twins import CoActivation, neighbour_table, twin_candidates, twin_table
 from crossdiff.latents.verdict import counts, with_verdicts
 from crossdiff.ranks import ALONE, Ranks

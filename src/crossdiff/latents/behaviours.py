@@ -20,10 +20,11 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU
 from crossdiff.config import AnalyzeConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder, Part
 from crossdiff.errors import check_latents
-from crossdiff.latents.stream import CPU, Coded, encode
+from crossdiff.latents.stream import Coded, encode
 from crossdiff.ranks import Ranks
 from crossdiff.statistics import bootstrap
 from crossdiff.text.chat import Flag

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from crossdiff.activations.transfer import CPU
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
-from crossdiff.latents.stream import CPU, Chunk
+from crossdiff.latents.stream import Chunk
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Float, Float64, Int64, Tensor
 from crossdiff.statistics import Estimate, jackknife

@@ -10,15 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from crossdiff.activations.ahead import read_ahead
 from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU, is_asynchronous, send
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
 from crossdiff.errors import UserError
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Int64, Tensor
 
-CPU = torch.device("cpu")
 PIECE_BYTES, PIECE_BYTES_ON_GPU = 1 << 24, 1 << 31
 """Size of the pre-activations that are computed and selected from at a time: what a CPU's cache holds, and what fills a GPU."""
 
@@ -152,8 +153,16 @@ def read_blocks(
 ) -> Iterator[Read]:
     """Yield every counted token of a store once, block by block, with one batch in memory at a time.
 
-    Several ranks take turns; `advance` counts the tokens of all of them. The activations are moved to `device`.
+    Several ranks take turns; `advance` counts the tokens of all of them. The activations are moved to `device`. While a GPU
+    works on a batch, a thread reads the next one.
     """
+    reads = _reads(store, n_blocks, batch_tokens, advance, ranks)
+    for read in read_ahead(reads, 1) if is_asynchronous(device) else reads:
+        yield read._replace(h=send(read.h, device))
+
+
+def _reads(store: Store, n_blocks: int, batch_tokens: int, advance: Callable[[int], None], ranks: Ranks) -> Iterator[Read]:
+    """The same in the host's memory."""
     counted = store.counted
     batches = (
         (block, batch)
@@ -165,7 +174,7 @@ def read_blocks(
         keep = counted[batch.rows]
         if ranks.has(number) and keep.any():
             rows = batch.rows[keep]
-            yield Read(block, rows, torch.from_numpy(batch.sequence[keep]), batch.numbers, store.gather(rows).to(device))
+            yield Read(block, rows, torch.from_numpy(batch.sequence[keep]), batch.numbers, store.gather(rows))
 
 
 def coded(crosscoder: Crosscoder, store: Store, read: Read) -> Chunk:

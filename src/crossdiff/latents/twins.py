@@ -12,6 +12,7 @@ from typing import NamedTuple
 import polars as pl
 import torch
 
+from crossdiff.activations.transfer import CPU
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.latents.decoder import (
     BASE_INDEX,
@@ -23,7 +24,7 @@ from crossdiff.latents.decoder import (
     delta_norm_class,
     nearest,
 )
-from crossdiff.latents.stream import CPU, Chunk
+from crossdiff.latents.stream import Chunk
 from crossdiff.ranks import Ranks
 from crossdiff.shapes import Bool, Float, Int64, Tensor
 

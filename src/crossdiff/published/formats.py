@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU
 from crossdiff.crosscoder.checkpoint import is_own, read
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
-from crossdiff.latents.stream import CPU
 from crossdiff.published import WEIGHTS
 from crossdiff.published.coder import PublishedCoder, ReLU, TensorFile, batch_topk, no_normalisation, origin_of
 from crossdiff.published.hookpoints import layer_after

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError
-from crossdiff.latents.stream import CPU, piece_tokens
+from crossdiff.latents.stream import piece_tokens
 from crossdiff.published.coder import PublishedCoder, UnsetThreshold
 from crossdiff.shapes import Float, Tensor
 

@@ -19,6 +19,7 @@ import polars as pl
 import torch
 
 from crossdiff.activations.store import Store
+from crossdiff.activations.transfer import CPU
 from crossdiff.concepts.candidates import training_of
 from crossdiff.config import DEFAULT_SEEDS, AnalyzeConfig, CrosscoderConfig
 from crossdiff.crosscoder.crosscoder import Crosscoder
@@ -32,7 +33,7 @@ from crossdiff.latents.groups import cells_of
 from crossdiff.latents.latent_table import latent_table
 from crossdiff.latents.ranking import RANKS, plausible
 from crossdiff.latents.scaling import ScalingAccumulator, Sums
-from crossdiff.latents.stream import CPU, accumulate
+from crossdiff.latents.stream import accumulate
 from crossdiff.latents.twins import CoActivation, twin_candidates, twin_table
 from crossdiff.latents.verdict import with_verdicts
 from crossdiff.truth.concept_score import ConceptScore, concept_score
