@@ -20,6 +20,7 @@ from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_titl
 from crossdiff.report.concept_reading import COMMAND, check_concept, concept_of, read_concepts
 from crossdiff.report.concept_records import Concept, RunConcepts
 from crossdiff.report.examples import Example, read_examples
+from crossdiff.report.look import NotebookLook, notebook_look
 from crossdiff.report.reading import read_latent, read_latents
 from crossdiff.report.records import Latent
 from crossdiff.report.tables import read_behaviours
@@ -171,6 +172,15 @@ class Diff:
         if found is None:
             raise UserError(f"{self.path} has no concepts; run `crossdiff concepts {self.path}` first")
         return found
+
+    @cached_property
+    def look(self) -> NotebookLook:
+        """The first look at the two models: tables of where and how they predict differently, and plain sentences.
+
+        Raises:
+            UserError: the run has no first look yet.
+        """
+        return notebook_look(self.path)
 
     @cached_property
     def crosscoder(self) -> Crosscoder:
