@@ -45,7 +45,7 @@ def add(app: FastAPI, site: Site) -> None:
             shown = [document]
         else:
             raise HTTPException(404, f"The first look did not read document {document}; the list has those that it read.")
-        views = [found.text(number) for number in shown]
+        views = [view for number in shown for view in found.text(number)]
         return site.page(
             "look_texts.html.j2", look=found, views=views, page=at, n_pages=n_pages, document=document, n_documents=len(numbers)
         )

@@ -17,6 +17,7 @@ from crossdiff.report import wording
 from crossdiff.report.cards import LEVELS, ExampleView, Piece, pieces
 from crossdiff.report.examples import Context, Token, visible
 from crossdiff.report.look import LookSection, look_section
+from crossdiff.sources import SOURCES
 from crossdiff.text.chat import Flag
 
 PAGE = 5
@@ -88,22 +89,33 @@ class RunLook:
                 )
         return decode
 
-    def text(self, document: int) -> ExampleView:
-        """One document tinted by KL."""
-        rows = self.tokens.filter(document=document)
+    def text(self, document: int) -> list[ExampleView]:
+        """One document tinted by KL: a view of each part that the models read by itself."""
+        rows = self.tokens.filter(document=document).sort("sequence", "position")
         found = self.documents.row(by_predicate=pl.col("document") == document, named=True)
-        cut = rows.height > MOST_TOKENS
-        origin = f"document {document} \N{MIDDLE DOT} {found['dataset']} \N{MIDDLE DOT} {found['n_tokens']:,} tokens"
-        if cut:
-            origin += f", the first {MOST_TOKENS:,} shown"
-        origin += f" \N{MIDDLE DOT} mean KL {found['kl']:.3f} nats"
-        return ExampleView(origin, tinted(rows.head(MOST_TOKENS), self.decode, self.highest), cut_after=cut)
+        parts = rows.head(MOST_TOKENS).partition_by("sequence", maintain_order=True)
+        facts = [f"document {document}", found["dataset"], f"{rows.height:,} tokens", f"mean KL {found['kl']:.3f} nats"]
+        if rows.height > MOST_TOKENS:
+            facts.append(f"the first {MOST_TOKENS:,} tokens shown")
+        origins = [" \N{MIDDLE DOT} ".join(facts), *[f"another part of document {document}, read by itself"] * (len(parts) - 1)]
+        return [ExampleView(origin, self._tinted(part, self.decode)) for origin, part in zip(origins, parts, strict=True)]
 
     def prompt(self, predicted: Predicted) -> ExampleView:
         """A prompt tinted by KL, on the scale of the texts."""
         mean = predicted.table["kl"].to_numpy().mean()
         origin = f"{predicted.table.height} tokens \N{MIDDLE DOT} mean KL {mean:.3f} nats"
-        return ExampleView(origin, tinted(predicted.table, predicted.decode, self.highest))
+        return ExampleView(origin, self._tinted(predicted.table, predicted.decode))
+
+    def _tinted(self, rows: pl.DataFrame, decode: Callable[[int], str]) -> tuple[Piece, ...]:
+        """Tokens tinted by the KL of what comes after them, which the title of each explains."""
+        least = self.highest / (2 * LEVELS)
+        tokens = tuple(
+            Token(decode(token_id), int(FLAGS.get(group, 0)), kl if kl > least else 0.0)
+            for token_id, group, kl in rows.select("token_id", "group", "kl").iter_rows()
+        )
+        plain = pieces(Context(tokens, -1, False, False), self.highest or 1.0)
+        titles = (after(row, decode) for row in rows.iter_rows(named=True))
+        return tuple(piece._replace(title=title) for piece, title in zip(plain, titles, strict=True))
 
 
 def decoder(tokenizer: Any) -> Callable[[int], str]:
@@ -111,27 +123,19 @@ def decoder(tokenizer: Any) -> Callable[[int], str]:
     return lru_cache(None)(lambda token_id: str(tokenizer.decode([token_id])))
 
 
-def tinted(rows: pl.DataFrame, decode: Callable[[int], str], highest: float) -> tuple[Piece, ...]:
-    """Tokens tinted by the KL of what comes after them, which each explains in its title."""
-    least = highest / (2 * LEVELS)
-    tokens = tuple(
-        Token(decode(token_id), int(FLAGS.get(group, 0)), kl if kl > least else 0.0)
-        for token_id, group, kl in rows.select("token_id", "group", "kl").iter_rows()
-    )
-    plain = pieces(Context(tokens, -1, False, False), highest or 1.0)
-    return tuple(piece._replace(title=after(row, decode)) for piece, row in zip(plain, rows.iter_rows(named=True), strict=True))
-
-
 def after(row: Mapping[str, Any], decode: Callable[[int], str]) -> str:
     """What both models expect after a token, and what follows."""
-    models = [(source, row[f"top_{source}"], row[f"p_{source}"], row[f"log_{source}"]) for source in ("base", "chat")]
-    lines = [f"After \N{LEFT DOUBLE QUOTATION MARK}{visible(decode(row['token_id']))}\N{RIGHT DOUBLE QUOTATION MARK}, KL "
-             f"{row['kl']:.2f} nats"]  # fmt: skip
-    lines += [f"{source} model expects: {visible(decode(top))} {wording.share(p)}" for source, top, p, _ in models]
+    models = [(source, row[f"top_{source}"], row[f"p_{source}"], row[f"log_{source}"]) for source in SOURCES]
+    lines = [f"After {_quoted(decode(row['token_id']))}, KL {row['kl']:.2f} nats"]
+    lines += [f"{source} model expects {_quoted(decode(top))} {wording.share(p)}" for source, top, p, _ in models]
     if row["next_id"] >= 0:
         own = ", ".join(f"{source} {_probability(log_p)}" for source, _, _, log_p in models)
-        lines.append(f"what follows: {visible(decode(row['next_id']))} ({own})")
+        lines.append(f"what follows: {_quoted(decode(row['next_id']))} ({own})")
     return "\n".join(lines)
+
+
+def _quoted(token: str) -> str:
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{visible(token)}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def _probability(log_p: float) -> str:
