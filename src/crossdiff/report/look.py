@@ -23,10 +23,14 @@ N_WORDS, N_PLACES, N_PROMOTED = 12, 20, 8
 TEXT_BEFORE = 90
 """Characters of text before a listed place."""
 READINGS = {"diffmean": "difference of means", "probe": "logistic probe"}
-EXPLAINED = (
+KL = (
     "KL (Kullback-Leibler divergence) says how far apart the two models' predictions of the next token are, in nats: 0 where "
     "they are equal. At 1 nat, the tokens that the chat model expects are on average 2.7 times as probable in it as in the "
     "base model, at 2 nats 7.4 times."
+)
+REST = (
+    "Brackets hold 95% intervals over documents. The residual stream is what each layer of a model reads from the layers before "
+    "it, changes, and hands on; its values are the model's activations."
 )
 
 
@@ -55,10 +59,14 @@ class Place(NamedTuple):
 
 
 class LookSection(NamedTuple):
-    """Everything that a page shows of a first look; the tables are empty if the models do not differ."""
+    """Everything that a page shows of a first look; the tables are empty if the models do not differ.
+
+    `kl` says what KL is, `explained` that and the other terms of the sentences.
+    """
 
     sentences: list[str]
-    explained: str
+    kl: str = KL
+    explained: str = f"{KL} {REST}"
     words: tuple[WordTable, ...] = ()
     places: tuple[Place, ...] = ()
     depth: PageFigure | None = None
@@ -86,10 +94,9 @@ def notebook_look(run: Path) -> NotebookLook:
 def look_section(look: LookResults) -> LookSection:
     """The section of a first look."""
     if look.summary.identical:
-        return LookSection(look.sentences, EXPLAINED)
+        return LookSection(look.sentences)
     return LookSection(
         look.sentences,
-        EXPLAINED,
         words=tuple(_words(look)),
         places=tuple(_place(row) for row in look.places.head(N_PLACES).iter_rows(named=True)),
         depth=for_page(depth_figure(look)),
@@ -128,16 +135,20 @@ def _words(look: LookResults) -> list[WordTable]:
         words = look.words.filter(pl.col("rise") * sign > 0).sort("rise", descending=sign > 0).head(N_WORDS)
         phrases = look.phrases.filter(pl.col("gain") * sign > 0).sort("gain", descending=sign > 0).head(N_WORDS)
         tokens = Table(("token", "per 1,000", "documents"), tuple(
-            ((visible(token),), f"{rise:+.2f}", f"{n_documents:,}")
+            ((visible(token),), _signed(rise), f"{n_documents:,}")
             for token, rise, n_documents in words.select("token", "per_thousand", "n_documents").rows()
         ))  # fmt: skip
         texts = Table(("phrase", "nats each", "places", "documents"), tuple(
-            ((visible(phrase),), f"{gain:+.2f}", f"{n_places:,}", f"{n_documents:,}")
+            ((visible(phrase),), _signed(gain), f"{n_places:,}", f"{n_documents:,}")
             for phrase, gain, n_places, n_documents in phrases.select("phrase", "mean_gain", "n_places", "n_documents").rows()
         ))  # fmt: skip
         found.append(WordTable(f"Tokens that the chat model expects {what} often", tokens))
         found.append(WordTable(f"Phrases of the texts that it finds {what} probable", texts))
     return [each for each in found if each.table.rows]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _place(row: dict[str, Any]) -> Place:

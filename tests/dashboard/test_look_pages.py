@@ -1,0 +1,162 @@
+"""The pages of a first look: texts tinted by KL, prompts, and a run that has nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("fastapi")
+
+from showing import ADDRESS, BATCHTOPK, DANGER, requests_to, write_run
+from test_pages import Elements
+
+from conftest import tiny_config
+from crossdiff.cli import run_command
+from crossdiff.dashboard.catalogue import Catalogue
+from crossdiff.dashboard.live import Live
+from crossdiff.dashboard.look_predictions import predicted
+from crossdiff.dashboard.looks import RunLook, after
+from crossdiff.errors import UserError
+from report.synthetic_run import write_look
+
+LOOK = "/run/a-b-1/look"
+QUESTION = [{"role": "user", "content": "hi the sea is cold"}]
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory: pytest.TempPathFactory, tiny_pair: Any, tiny_texts: Any) -> Path:
+    """A run of the tiny pair with a first look and nothing else."""
+    folder = tmp_path_factory.mktemp("looked")
+    (folder / "settings.yaml").write_text(yaml.safe_dump(tiny_config(tiny_pair, tiny_texts, look={"depth_tokens": 500})))
+    run_command(["look", str(folder / "run"), "--config", str(folder / "settings.yaml")])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def client(looked: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return requests_to(looked, tmp_path_factory.mktemp("cache"), live=True)
+
+
+def look_of(run: Path) -> RunLook:
+    (found,) = Catalogue([run]).looks.values()
+    return found
+
+
+def letters(look: RunLook) -> RunLook:
+    """A look whose tokens are the characters of their ids: 70 is F, 71 G, 72 H, 75 K, 76 L."""
+    look.__dict__["decode"] = chr
+    return look
+
+
+def test_the_pages_of_a_run_with_crosscoders_link_to_its_look(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    assert requests_to(run, tmp_path / "cache").get(LOOK).status_code == 404
+    write_look(run)
+    client = requests_to(run, tmp_path / "cache")
+    for path in ("/", BATCHTOPK):
+        assert f'href="{LOOK}"' in client.get(path).text
+    page = client.get(LOOK).text
+    assert "Layer 1 is a good one to start with" in page and f'href="{LOOK}/texts?document=7"' in page
+    assert DANGER not in page and not [
+        tag for tag, found in Elements(page).found if "onerror" in found or found.get("src") == "x"
+    ]
+    assert "--no-live" in client.get(f"{LOOK}/prompt").text
+
+
+def test_documents_come_by_their_mean_kl_and_by_number(client: Any, looked: Path) -> None:
+    tokens = look_of(looked).tokens
+    means = tokens.group_by("document").agg(pl.col("kl").cast(pl.Float64).mean()).sort("kl", descending=True)
+    first = client.get("/run/run/look/texts").text
+    assert [f"document {number} " in first for number in means["document"][:6]] == [True] * 5 + [False]
+    assert f"document {means['document'][5]} " in client.get("/run/run/look/texts?page=2").text
+    assert "document 3 " in client.get("/run/run/look/texts?document=3").text
+    for query, message in (("document=100000", "did not read document 100000"), ("document=x", "valid integer")):
+        answer = client.get(f"/run/run/look/texts?{query}")
+        assert answer.status_code in (404, 422) and message in answer.text
+    assert client.get("/run/run/look/texts?page=99999").status_code == 200
+
+
+def test_a_text_is_tinted_and_each_part_stands_by_itself(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    write_look(run)
+    look = letters(look_of(run))
+    first, second = look.text(7)
+    # The mean of 1.5, 2.5 and 1.5; the strongest tint is at the quantile 0.99, which is 2.5.
+    assert first.origin == "document 7 \N{MIDDLE DOT} prose \N{MIDDLE DOT} 3 tokens \N{MIDDLE DOT} mean KL 1.833 nats"
+    assert [piece.classes for piece in first.pieces] == ["t bos a5", "t a8"]
+    assert first.pieces[1].speaker == "user" and len(second.pieces) == 1
+    (plain,) = look.text(0)
+    assert [piece.classes for piece in plain.pieces] == ["t bos", "t a2", "t"]  # 0, 0.5 and 0 of 2.5
+
+
+def test_what_both_models_expect_is_said(tmp_path: Path) -> None:
+    row = {"token_id": 72, "kl": 2.5, "top_base": 70, "p_base": 0.25, "top_chat": 71, "p_chat": 0.75, "next_id": 75}
+    assert after(row | {"log_base": -np.log(2), "log_chat": float("nan")}, chr) == (
+        "After “H”, KL 2.50 nats\nbase model expects “F” 25%\nchat model expects “G” 75%\n"
+        "what follows: “K” (base 50%, chat does not have it)"
+    )
+    assert after(row | {"next_id": -1, "log_base": 0.0, "log_chat": 0.0}, chr).count("\n") == 2
+
+
+def test_another_tokenizer_is_refused(looked: Path, tmp_path: Path) -> None:
+    look = look_of(looked)
+    assert look.decode(look.found.words["token_id"][0]) == look.found.words["token"][0]
+    changed = shutil.copytree(looked, tmp_path / "run")
+    (changed / "manifest.json").unlink()
+    words = look.found.words.with_columns(token=pl.lit("elsewhere"))
+    words.write_parquet(changed / "look" / "words.parquet")
+    with pytest.raises(UserError, match=r"is not the one of this look: token \d+ is .* was 'elsewhere'"):
+        look_of(changed).text(0)
+
+
+def test_a_prompt_gives_what_the_look_found_on_the_same_text(looked: Path) -> None:
+    look = look_of(looked)
+    rows = look.tokens.filter(document=0).sort("position")
+    text = "".join(look.decode(token) for token in rows["token_id"].to_list()[1:])
+    found = Live().predictions(look, text).table
+    assert found["token_id"].to_list() == rows["token_id"].to_list()
+    np.testing.assert_allclose(found["kl"], rows["kl"], rtol=1e-3, atol=1e-5)
+    assert found["top_chat"].to_list() == rows["top_chat"].to_list()
+    assert found["next_id"].to_list() == rows["next_id"].to_list()
+
+
+def test_a_prompt_is_tinted_on_the_page(client: Any) -> None:
+    def post(**fields: str) -> Any:
+        return client.post("/run/run/look/prompt", data=fields, headers={"origin": ADDRESS})
+
+    page = post(role="user", content="the sea", action="read").text
+    found = [tag for name, tag in Elements(page).found if name == "span" and "tabindex" in tag]
+    assert len(found) == 10 and found[-1]["title"] in unescape(page).split('<p class="after">')[1]  # 7 letters, BOS, header
+    assert "After “<|assistant|>”, KL " in page
+    assert post(role="user", content="a", action="add").text.count('name="content"') == 2
+    for fields, message in (({"content": " "}, "the conversation is empty"), ({"content": "a" * 30_000}, "at most 20,000")):
+        answer = post(role="user", action="read", **fields)
+        assert answer.status_code == 422 and message in answer.text
+
+
+def test_overflowing_models_are_refused(looked: Path) -> None:
+    """With NaN everywhere, the KL would be 0."""
+
+    class Broken(torch.nn.Linear):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(logits=torch.full((1, input_ids.shape[1], 4), float("nan")))
+
+    pair: Any = SimpleNamespace(models=(Broken(1, 1), Broken(1, 1)), ids_of=lambda source, ids: ids)
+    sequence: Any = SimpleNamespace(token_ids=np.array([1, 2]), flags=np.zeros(2, np.uint8))
+    with pytest.raises(UserError, match="the base model gives NaN or infinite logits"):
+        predicted.__wrapped__(pair, sequence)
+
+
+def test_the_overview_shows_a_run_that_has_a_look_only(client: Any) -> None:
+    page = client.get("/").text
+    assert 'href="/run/run/look"' in page and "No crosscoder has been analysed yet" in page
+    assert "All crosscoders together" not in page
