@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-import torch
 import yaml
 
 pytest.importorskip("fastapi")
@@ -26,10 +26,10 @@ from crossdiff.dashboard.live import Live
 from crossdiff.dashboard.look_predictions import predicted
 from crossdiff.dashboard.looks import RunLook, after
 from crossdiff.errors import UserError
+from crossdiff.text_activations import read_text
 from report.synthetic_run import write_look
 
 LOOK = "/run/a-b-1/look"
-QUESTION = [{"role": "user", "content": "hi the sea is cold"}]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,7 @@ def test_the_pages_of_a_run_with_crosscoders_link_to_its_look(tmp_path: Path) ->
         assert f'href="{LOOK}"' in client.get(path).text
     page = client.get(LOOK).text
     assert "Layer 1 is a good one to start with" in page and f'href="{LOOK}/texts?document=7"' in page
-    assert DANGER not in page and not [
-        tag for tag, found in Elements(page).found if "onerror" in found or found.get("src") == "x"
-    ]
+    assert DANGER not in page and not [tag for tag, found in Elements(page).found if "onerror" in found]
     assert "--no-live" in client.get(f"{LOOK}/prompt").text
 
 
@@ -120,7 +118,8 @@ def test_another_tokenizer_is_refused(looked: Path, tmp_path: Path) -> None:
 
 def test_a_prompt_gives_what_the_look_found_on_the_same_text(looked: Path) -> None:
     look = look_of(looked)
-    rows = look.tokens.filter(document=0).sort("position")
+    rows = look.tokens.filter(document=0)
+    rows = rows.filter(sequence=rows["sequence"][0])
     text = "".join(look.decode(token) for token in rows["token_id"].to_list()[1:])
     found = Live().predictions(look, text).table
     assert found["token_id"].to_list() == rows["token_id"].to_list()
@@ -135,25 +134,22 @@ def test_a_prompt_is_tinted_on_the_page(client: Any) -> None:
 
     page = post(role="user", content="the sea", action="read").text
     found = [tag for name, tag in Elements(page).found if name == "span" and "tabindex" in tag]
-    assert len(found) == 10 and found[-1]["title"] in unescape(page).split('<p class="after">')[1]  # 7 letters, BOS, header
-    assert "After “<|assistant|>”, KL " in page
+    assert len(found) == 11  # BOS, <|user|>, 7 letters, <|end|> and <|assistant|>
+    assert found[-1]["title"] in unescape(page).split('<p class="after">')[1]
+    assert str(found[-1]["title"]).startswith("After “<|assistant|>”, KL ")
     assert post(role="user", content="a", action="add").text.count('name="content"') == 2
     for fields, message in (({"content": " "}, "the conversation is empty"), ({"content": "a" * 30_000}, "at most 20,000")):
         answer = post(role="user", action="read", **fields)
         assert answer.status_code == 422 and message in answer.text
 
 
-def test_overflowing_models_are_refused(looked: Path) -> None:
-    """With NaN everywhere, the KL would be 0."""
-
-    class Broken(torch.nn.Linear):
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-            return SimpleNamespace(logits=torch.full((1, input_ids.shape[1], 4), float("nan")))
-
-    pair: Any = SimpleNamespace(models=(Broken(1, 1), Broken(1, 1)), ids_of=lambda source, ids: ids)
-    sequence: Any = SimpleNamespace(token_ids=np.array([1, 2]), flags=np.zeros(2, np.uint8))
-    with pytest.raises(UserError, match="the base model gives NaN or infinite logits"):
-        predicted.__wrapped__(pair, sequence)
+def test_overflowing_models_are_refused(pair: Any) -> None:
+    broken = copy.deepcopy(pair.base)
+    broken.lm_head.weight.data[3, 0] = float("nan")
+    sequence = read_text(pair.tokenizer, "the sea", 48)
+    assert predicted(pair, sequence).table["kl"].is_finite().all()
+    with pytest.raises(UserError, match="a model gives NaN or infinite logits on this text; set model_dtype to float32"):
+        predicted(replace(pair, base=broken), sequence)
 
 
 def test_the_overview_shows_a_run_that_has_a_look_only(client: Any) -> None:

@@ -265,7 +265,8 @@ def write_look(directory: Path, identical: bool = False) -> None:
     (folder / "look.json").write_text(json.dumps(summary))
     kl = [0.0, 0.5, 0.0, 1.5, 2.5, 1.5]
     tokens = {
-        "document": [0, 0, 0, 7, 7, 7], "sequence": [0, 0, 0, 1, 1, 2], "position": [0, 1, 2, 0, 1, 0], "dataset": ["prose"] * 6,
+        "document": [0, 0, 0, 7, 7, 7], "sequence": [0, 0, 0, 1, 1, 2], "position": [0, 1, 2, 0, 1, 0],
+        "dataset": ["prose"] * 6,
         "group": ["bos", "plain", "plain", "bos", "user", "bos"], "token_id": [1, 70, 71, 1, 72, 1],
         "next_id": [70, 71, -1, 72, -1, -1], "kl": kl, "log_base": [-1.0, -2.0, math.nan] * 2, "log_chat": [math.nan] * 6,
         "top_base": [70] * 6, "p_base": [0.25] * 6, "top_chat": [71] * 6, "p_chat": [0.75] * 6,

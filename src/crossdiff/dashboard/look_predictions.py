@@ -22,10 +22,10 @@ def predicted(pair: Pair, sequence: TokenSequence) -> Predicted:
     for source, model in zip(SOURCES, pair.models, strict=True):
         own = pair.ids_of(source, ids)
         logits.append(model(input_ids=own.to(next(model.parameters()).device), use_cache=False).logits[0])
-        if not bool(torch.isfinite(logits[-1].float().sum(1)).all()):
-            raise UserError(f"the {source} model gives NaN or infinite logits on this text; set model_dtype to float32")
         following.append(torch.cat([own[0, 1:], torch.tensor([-1])]))
     found = compare(*logits, *(each.to(logits[0].device) for each in following))
+    if not bool(found.kl.isfinite().all()):
+        raise UserError("a model gives NaN or infinite logits on this text; set model_dtype to float32")
     table = pl.DataFrame({
         "token_id": sequence.token_ids.astype("int64"), "next_id": following[1].numpy(),
         "group": [GROUPS[index] for index in group_of(sequence.flags)],

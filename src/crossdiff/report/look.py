@@ -29,8 +29,8 @@ KL = (
     "base model, at 2 nats 7.4 times."
 )
 REST = (
-    "Brackets hold 95% intervals over documents. The residual stream is what each layer of a model reads from the layers before "
-    "it, changes, and hands on; its values are the model's activations."
+    "Brackets hold 95% intervals over documents. The residual stream is what each layer of a model reads from the layers "
+    "before it, changes, and hands on; its values are the model's activations."
 )
 
 
