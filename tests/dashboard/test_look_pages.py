@@ -88,12 +88,13 @@ def test_a_text_is_tinted_and_each_part_stands_by_itself(tmp_path: Path) -> None
     write_look(run)
     look = letters(look_of(run))
     first, second = look.text(7)
-    # The mean of 1.5, 2.5 and 1.5; the strongest tint is at the quantile 0.99, which is 2.5.
+    # The mean of 1.5, 2.5 and 1.5. The strongest tint is at the quantile 0.99: of 0, 0, 0.5, 1.5, 1.5 and 2.5, 2.45.
+    assert look.highest == pytest.approx(2.45)
     assert first.origin == "document 7 \N{MIDDLE DOT} prose \N{MIDDLE DOT} 3 tokens \N{MIDDLE DOT} mean KL 1.833 nats"
     assert [piece.classes for piece in first.pieces] == ["t bos a5", "t a8"]
     assert first.pieces[1].speaker == "user" and len(second.pieces) == 1
     (plain,) = look.text(0)
-    assert [piece.classes for piece in plain.pieces] == ["t bos", "t a2", "t"]  # 0, 0.5 and 0 of 2.5
+    assert [piece.classes for piece in plain.pieces] == ["t bos", "t a2", "t"]  # 0, 0.5 and 0 of 2.45
 
 
 def test_what_both_models_expect_is_said(tmp_path: Path) -> None:
@@ -156,3 +157,13 @@ def test_the_overview_shows_a_run_that_has_a_look_only(client: Any) -> None:
     page = client.get("/").text
     assert 'href="/run/run/look"' in page and "No crosscoder has been analysed yet" in page
     assert "All crosscoders together" not in page
+
+
+def test_rounding_errors_have_no_tint(tmp_path: Path) -> None:
+    """Models that differ at one token of 1,000: the quantile is of the other tokens, and a tenth of the largest KL counts."""
+    write_look(write_run(tmp_path))
+    look = look_of(next(tmp_path.iterdir()))
+    kl = [1e-6] * 999 + [5.0]
+    rows = pl.concat([look.tokens.head(1)] * 1000).with_columns(kl=pl.Series(kl))
+    look.found.__dict__["tokens"] = rows
+    assert look.highest == 0.5

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 
 from crossdiff.dashboard.editions import Edition
@@ -66,8 +67,9 @@ class RunLook:
 
     @cached_property
     def highest(self) -> float:
-        """The KL of the strongest tint, in nats."""
-        return float(self.tokens["kl"].quantile(STRONGEST) or 0.0)
+        """The KL of the strongest tint, in nats: where the models rarely differ, rounding errors stay without a tint."""
+        kl = self.tokens["kl"].to_numpy()
+        return float(max(np.quantile(kl, STRONGEST), kl.max() / 10))
 
     @cached_property
     def decode(self) -> Callable[[int], str]:
