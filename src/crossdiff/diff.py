@@ -21,6 +21,7 @@ from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_titl
 from crossdiff.report.concept_reading import COMMAND, check_concept, concept_of, read_concepts
 from crossdiff.report.concept_records import Concept, RunConcepts
 from crossdiff.report.examples import Example, read_examples
+from crossdiff.report.look import NotebookLook, notebook_look
 from crossdiff.report.reading import read_latent, read_latents
 from crossdiff.report.records import Latent
 from crossdiff.report.tables import read_behaviours
@@ -104,7 +105,7 @@ class Diff:
         path: the run directory.
         config: the run's settings.
         names: the trained crosscoders of the run.
-        name: the crosscoder that this object reads.
+        name: the crosscoder that this object reads; "" if there is only a first look.
     """
 
     def __init__(self, path: Path, config: RunConfig, name: str) -> None:
@@ -114,6 +115,8 @@ class Diff:
         self.names = _names(path, config)
 
     def __repr__(self) -> str:
+        if not self.name:
+            return f"<Diff of {self.config.chat} and {self.config.base}, with a first look only>"
         others = ", ".join(name for name in self.names if name != self.name)
         also = f"; also: {others}" if others else ""
         return f"<Diff of {self.config.chat} and {self.config.base}, crosscoder {self.name}{also}>"
@@ -131,7 +134,13 @@ class Diff:
 
     @property
     def folder(self) -> Path:
-        """The crosscoder's folder."""
+        """The crosscoder's folder.
+
+        Raises:
+            UserError: nothing has been trained yet.
+        """
+        if not self.name:
+            raise UserError(f"{self.path} has no trained crosscoder yet; run `crossdiff train {self.path}` first")
         return self.path / self.name
 
     @cached_property
@@ -174,6 +183,15 @@ class Diff:
         return found
 
     @cached_property
+    def look(self) -> NotebookLook:
+        """The first look at the two models: tables of where and how they predict differently, and plain sentences.
+
+        Raises:
+            UserError: the run has no first look yet.
+        """
+        return notebook_look(self.path)
+
+    @cached_property
     def crosscoder(self) -> Crosscoder:
         """The trained crosscoder, on the CPU."""
         from crossdiff.crosscoder.checkpoint import load
@@ -182,9 +200,11 @@ class Diff:
 
     @cached_property
     def harvest(self) -> HarvestConfig:
-        """The settings of the harvest that the crosscoder was trained on."""
+        """The settings of the harvest that the crosscoder was trained on, or those of the run if there is none."""
         from crossdiff.crosscoder.checkpoint import harvest_of
 
+        if not self.name:
+            return self.config.harvest
         return harvest_of(self.folder)
 
     @property
@@ -305,7 +325,8 @@ class Diff:
         from crossdiff.models.names import local_path
         from crossdiff.models.pair import load_pair
 
-        trained_on: dict[str, Any] = self.crosscoder.origin["pair"] or {}
+        origin = self.crosscoder.origin if self.name else {}
+        trained_on: dict[str, Any] = origin.get("pair") or {}
         names = {}
         for source in SOURCES:
             model = trained_on.get(source, {})
@@ -313,7 +334,7 @@ class Diff:
             is_gone = not model or ("digest" in model and local_path(model["name"]) is None)
             names[source] = getattr(self.config, source) if is_gone else model["name"]
         harvest = self.harvest
-        device, dtype = choose_device("auto"), self.crosscoder.origin.get("model_dtype") or self.config.model_dtype
+        device, dtype = choose_device("auto"), origin.get("model_dtype") or self.config.model_dtype
         pair = load_pair(names[BASE], names[CHAT], device, harvest.base_tokens, harvest.template_date, dtype)
         for source, name in names.items():
             ours, theirs = pair.identity[source].get("digest"), trained_on.get(source, {}).get("digest")
@@ -390,8 +411,8 @@ def open(path: str | Path, crosscoder: str | None = None) -> Diff:
         raise UserError(f"results of {path} are being replaced; try again in a moment, or repeat the command if it was killed")
     config = validate(RunConfig, read_yaml(path / "config.yaml"), str(path / "config.yaml"))
     names = _names(path, config)
-    if not names:
+    if not names and not (path / "look").is_dir():
         raise UserError(f"{path} has no trained crosscoder yet; run `crossdiff train {path}` first")
     if crosscoder is not None and crosscoder not in names:
-        raise UserError(f"there is no crosscoder {crosscoder!r} in {path}; there are {', '.join(names)}")
-    return Diff(path, config, crosscoder or _default(path, names, config))
+        raise UserError(f"there is no crosscoder {crosscoder!r} in {path}; there are {', '.join(names) or 'none'}")
+    return Diff(path, config, crosscoder or (_default(path, names, config) if names else ""))

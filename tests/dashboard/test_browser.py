@@ -17,6 +17,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from showing import write_links
 
 from conftest import forget_digests
+from crossdiff.cli import run_command
 from crossdiff.dashboard.screenshots import WIDE, find_chromium, launch
 from crossdiff.dashboard.serve import serving
 
@@ -31,6 +32,7 @@ PATIENCE = 90_000
 def run(tmp_path_factory: pytest.TempPathFactory, analysed_run: Path) -> Path:
     folder = shutil.copytree(analysed_run, tmp_path_factory.mktemp("browser") / "run")
     forget_digests(folder)
+    run_command(["look", str(folder)])
     write_links(folder / "batchtopk", latent=0, twin=1, neighbour=2)
     pair = pl.read_parquet(folder / "batchtopk" / "twins.parquet")
     numbers = [{"latent": number, "twin": (number + 1) % 64} for number in range(64)]
@@ -181,3 +183,17 @@ def test_a_narrow_window_does_not_scroll_sideways(browser: Any, address: str) ->
         page.wait_for_load_state("networkidle")
         assert page.evaluate("document.documentElement.scrollWidth") <= 380, path
     page.close()
+
+
+def test_a_tap_on_a_token_shows_what_both_models_expect(page: Page, address: str) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"{address}/run/run/look")
+    expect(page.locator(".chart .main-svg").first).to_be_visible()
+    page.get_by_role("link", name="Try a prompt").last.click()
+    page.fill("textarea[name=content]", "the sea")
+    page.click("button.main")
+    token = page.locator("#result .context .t").nth(2)
+    token.click()
+    shown = token.evaluate("element => getComputedStyle(element, '::after').content")
+    assert shown.startswith('"After “t”, KL ') and "chat model expects" in shown
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390

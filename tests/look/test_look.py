@@ -39,7 +39,7 @@ def test_predictions_are_those_of_each_sequence_alone(pair: Pair, datasets: Any,
     assert summary["n_tokens"] == tokens.height > 500
     for number in (0, 7, int(tokens["sequence"].max())):  # type: ignore[arg-type]
         rows = tokens.filter(sequence=number)
-        ids = torch.from_numpy(rows["token_id"].to_numpy()).unsqueeze(0)
+        ids = torch.tensor(rows["token_id"].to_list()).unsqueeze(0)
         base, chat = (residuals_and_logits(model, ids)[1][0].double().log_softmax(1) for model in pair.models)
         expected = (chat.exp() * (chat - base)).sum(1)
         np.testing.assert_allclose(rows["kl"].to_numpy(), expected, rtol=1e-3, atol=1e-5)

@@ -253,3 +253,45 @@ def write_activations(directory: Path) -> None:
         "document": [0, 1, 2], "dataset": ["prose", "prose", "conversations"], "split": ["train", "heldout", "train"],
         "label": [None, None, "identity"], "sub_label": [None, None, None], "n_tokens": [100, 20, 30],
     }).write_parquet(directory / "activations" / "documents.parquet")  # fmt: skip
+
+
+def write_look(directory: Path, identical: bool = False) -> None:
+    """A first look of 6 tokens in 2 documents and 3 layers, of which the middle one is recommended."""
+    folder = directory / "look"
+    folder.mkdir()
+    summary = {
+        "n_tokens": 6, "n_documents": 2, "layer": 1, "kl": 0.0 if identical else 1.0, "kl_interval": [0.5, 1.5],
+        "identical": identical, "same_top": 0.5, "outside": 0.0, "depth_tokens": 6, "recommended_layer": 1, "reason": "it is",
+    }  # fmt: skip
+    (folder / "look.json").write_text(json.dumps(summary))
+    kl = [0.0, 0.5, 0.0, 1.5, 2.5, 1.5]
+    tokens = {
+        "document": [0, 0, 0, 7, 7, 7], "sequence": [0, 0, 0, 1, 1, 2], "position": [0, 1, 2, 0, 1, 0],
+        "dataset": ["prose"] * 6,
+        "group": ["bos", "plain", "plain", "bos", "user", "bos"], "token_id": [1, 70, 71, 1, 72, 1],
+        "next_id": [70, 71, -1, 72, -1, -1], "kl": kl, "log_base": [-1.0, -2.0, math.nan] * 2, "log_chat": [math.nan] * 6,
+        "top_base": [70] * 6, "p_base": [0.25] * 6, "top_chat": [71] * 6, "p_chat": [0.75] * 6,
+    }  # fmt: skip
+    place = {"kl": 2.5, "document": 7, "dataset": "prose", "before": f"tell me {DANGER}"}
+    said = {"base_says": DANGER, "p_base": 0.25, "chat_says": " yes", "p_chat": 0.75}
+    groups = {"dataset": ["prose"], "group": ["plain"], "n_tokens": [6], "kl": [1.0], "total_kl": [6.0]}
+    words = {"token_id": [75, 76], "token": ["K", "L"], "rise": [3.0, -2.0], "per_thousand": [500.0, -333.0]}
+    phrases = {"phrase": [DANGER], "gain": [4.0], "mean_gain": [2.0], "n_places": [2], "n_documents": [2]}
+    depth = {"layer": [0, 1, 2], "relative_norm": [0.1, 0.2, 0.3], "centred_cosine": [0.9] * 3, "effective_rank": [1.0] * 3}
+    depth |= {"kl": [0.125, 0.75, 1.0], "kl_low": [0.0, 0.5, 0.75], "kl_high": [0.25, 1.0, 1.25]}
+    directions = {
+        "direction": ["mean over plain tokens", "principal direction 1"], "n_tokens": [6, 6], "norm_share": [0.5, None],
+        "halves_cosine": [0.95, None], "share": [None, 0.4], "chat_up": [[DANGER, " up"]] * 2, "chat_down": [[" down"]] * 2,
+        "top_logit": [9.0, 4.0], "random_logit": [5.0, 5.0],
+    }  # fmt: skip
+    probes = {"behaviour": ["small_talk"] * 7, "reading": ["bag_of_words", *["diffmean"] * 3, *["probe"] * 3]}
+    probes |= {"activations": [None, *["base", "chat", "difference"] * 2]}
+    probes |= {"auroc": [0.5 + i / 20 for i in range(7)], "auroc_low": [0.4] * 7, "auroc_high": [0.9] * 7}
+    probes |= {"n_positive": [9] * 7, "n_negative": [9] * 7}
+    tables = {
+        "tokens": tokens, "places": {name: [value] for name, value in (place | said).items()}, "groups": groups,
+        "words": words | {"n_documents": [2, 1]},
+        "phrases": phrases, "depth": depth, "directions": directions, "probes": probes,
+    }  # fmt: skip
+    for name, columns in tables.items():
+        pl.DataFrame(columns).write_parquet(folder / f"{name}.parquet")

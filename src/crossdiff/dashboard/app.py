@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.dashboard import concept_pages, live_pages, pages
+from crossdiff.dashboard import concept_pages, live_pages, look_pages, pages
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.current import Current
 from crossdiff.dashboard.live import Busy, Live
@@ -48,7 +48,8 @@ def _application(site: Site) -> FastAPI:
     """The application that shows one set of results."""
     app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
-    concept_pages.add(app, site)  # before those of a crosscoder, whose name is never `concepts`
+    concept_pages.add(app, site)  # before those of a crosscoder, whose name is never `concepts` or `look`
+    look_pages.add(app, site)
     _add_pages(app, site)
     live_pages.add(app, site)
     _add_errors(app, site)

@@ -17,10 +17,12 @@ import polars as pl
 
 from crossdiff.dashboard.concepts import Concepts
 from crossdiff.dashboard.editions import Edition, edition_of, one_edition
+from crossdiff.dashboard.looks import RunLook
 from crossdiff.dashboard.side_tables import Activity, OpenExamples
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.latents.ranking import RANKED, title
+from crossdiff.look.reading import read_look
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.reading import latent_of, read_run
@@ -56,11 +58,13 @@ class Coder:
         self.coder = coder
         self.name = coder.name
         self.title = coder.title
+        self.directory = report.directory
         self.folder = report.directory / coder.name
         self.table = coder.latents
         self._row_of = {latent: row for row, latent in enumerate(self.table["latent"].to_list())}
         self.predicted = predicted(coder.behaviours)
         self.concepts: Concepts | None = None
+        self.look: RunLook | None = None
         paths = [self.folder / name for name in INDEXED]
         self.indexed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
         hold(self, "database", "_activity", "_neighbours", "_twins", "causal")
@@ -176,12 +180,17 @@ class Catalogue:
         self.coders: dict[tuple[str, str], Coder] = {}
         self.reports: dict[str, RunReport] = {}
         self.concepts: dict[str, Concepts] = {}
+        self.looks: dict[str, RunLook] = {}
         with one_edition(self.directories) as editions:
             for directory, slug, edition in zip(directories, slugs(directories), editions, strict=True):
-                self._add(slug, edition, read_run(directory))
+                self.editions[slug] = edition
+                look = read_look(directory / "look")
+                if look is None or any(directory.glob("*/latents.parquet")):
+                    self._add(slug, edition, read_run(directory))
+                if look is not None:
+                    self._add_look(RunLook(slug, edition, directory, look, self._first_of(slug)))
 
     def _add(self, slug: str, edition: Edition, report: RunReport) -> None:
-        self.editions[slug] = edition
         self.reports[slug] = report
         for coder in report.crosscoders:
             self.coders[slug, coder.name] = Coder(slug, edition, report, coder)
@@ -195,6 +204,18 @@ class Catalogue:
         for coder in own:
             coder.concepts = concepts
 
+    def _first_of(self, slug: str) -> str:
+        """The crosscoder whose models a first look uses; "" if none is analysed."""
+        report = self.reports.get(slug)
+        return "" if report is None else report.primary.name
+
+    def _add_look(self, look: RunLook) -> None:
+        self.looks[look.run] = look
+        hold(look, "tokens")
+        for coder in self:
+            if coder.run == look.run:
+                coder.look = look
+
     @property
     def is_current(self) -> bool:
         """Whether the runs still hold the results that were opened."""
@@ -204,7 +225,7 @@ class Catalogue:
         return iter(self.coders.values())
 
 
-def hold(owner: Coder | Concepts, *parts: str) -> None:
+def hold(owner: Coder | Concepts | RunLook, *parts: str) -> None:
     """Read or open what pages need later, before it can be replaced. The page that needs a damaged part reads it again, and
     shows what is wrong with it."""
     for part in parts:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.editions import one_edition
+from crossdiff.dashboard.looks import Predicted, RunLook
 from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,9 +104,9 @@ class Live:
         self._lenses: dict[tuple[str, Edition, int], tuple[Promoted, ...]] = {}
 
     @contextmanager
-    def _models(self, coder: Coder) -> Iterator[Diff]:
-        """The crosscoder with its pair of models, for this thread alone. Raises `Busy` if too many wait already, or after
-        `PATIENCE`."""
+    def _models(self, coder: Coder | RunLook) -> Iterator[Diff]:
+        """The crosscoder, or the run of a first look, with its pair of models, for this thread alone. Raises `Busy` if too many
+        wait already, or after `PATIENCE`."""
         if not self.enabled:
             raise UserError("this dashboard was started with --no-live, so no model is loaded; start it without that option")
         if not self._line.acquire(blocking=False):
@@ -120,22 +121,22 @@ class Live:
         finally:
             self._line.release()
 
-    def _diff(self, coder: Coder) -> Diff:
+    def _diff(self, coder: Coder | RunLook) -> Diff:
         """The crosscoder of the page's results; those on disk may be others by now."""
         edition, held = self._diffs.get(coder.path, (None, None))
         if held is None or edition != coder.edition:
-            with one_edition([coder.report.directory]) as found:
+            with one_edition([coder.directory]) as found:
                 if found != (coder.edition,):
                     raise UserError(f"the results of {coder.run} were replaced after this page was opened; load it again")
                 held = self._opened(coder)
             self._diffs[coder.path] = coder.edition, held
         return held
 
-    def _opened(self, coder: Coder) -> Diff:
+    def _opened(self, coder: Coder | RunLook) -> Diff:
         """A crosscoder with everything of the run that the models' requests need."""
         from crossdiff import diff
 
-        opened = diff.open(coder.report.directory, coder.name)
+        opened = diff.open(coder.directory, coder.name or None)
         settings = _pair_settings(opened)
         # Crosscoders of one run share a pair, which is loaded once.
         for _, other in self._diffs.values():
@@ -156,6 +157,15 @@ class Live:
         while len(self._readings) > KEPT:
             self._readings.popitem(last=False)
         return reading
+
+    def predictions(self, look: RunLook, text: Prompt) -> Predicted:
+        """What both models expect after each token of a text."""
+        check_length(text)
+        with self._models(look) as diff:
+            from crossdiff.dashboard.look_predictions import predicted
+            from crossdiff.text_activations import read_text
+
+            return predicted(diff.pair, read_text(diff.pair.tokenizer, text, diff.harvest.max_length))
 
     def recall(self, coder: Coder, key: str) -> Reading | None:
         """An earlier reading by these results of the crosscoder, while it is kept."""
@@ -212,9 +222,9 @@ class Live:
 
 def _pair_settings(diff: Diff) -> tuple[object, ...]:
     """Everything that decides which models are loaded, and how."""
-    config, origin = diff.config, diff.crosscoder.origin
+    config, origin = diff.config, diff.crosscoder.origin if diff.name else {}
     named = config.base, config.chat, config.model_dtype
-    return diff.path, named, origin["pair"], origin.get("model_dtype"), diff.harvest
+    return diff.path, named, origin.get("pair"), origin.get("model_dtype"), diff.harvest
 
 
 def _check_compares(coder: Coder) -> None:

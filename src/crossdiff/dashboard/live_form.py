@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, Prompt
@@ -77,6 +77,18 @@ def read_form(pairs: list[tuple[str, str]]) -> Form:
     turns = tuple(map(Turn, roles, contents)) or (Turn("user", ""),)
     texts = {key: last[key] for key in (*CHOICES, "text", "system", "chosen", "steer") if key in last}
     return Form(turns=turns, strength=_strength(last.get("strength", "1")), length=_length(last.get("length", "60")), **texts)
+
+
+def edited(form: Form, action: str) -> Form | None:
+    """The form with a message more or less; None if the action is another one."""
+    if action == "add":
+        role = "assistant" if form.turns[-1].role == "user" else "user"
+        if len(form.turns) >= MAX_TURNS:
+            raise UserError(f"the conversation already has {MAX_TURNS} messages, the most that it can have here")
+        return replace(form, turns=(*form.turns, Turn(role, "")))
+    if action == "remove":
+        return replace(form, turns=form.turns[:-1] or (Turn("user", ""),))
+    return None
 
 
 def _strength(text: str) -> float:

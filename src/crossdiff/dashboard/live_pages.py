@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.live import Live, Reading
-from crossdiff.dashboard.live_form import MAX_TURNS, Form, Turn, read_form, whole
+from crossdiff.dashboard.live_form import MAX_TURNS, Form, Turn, edited, read_form, whole
 from crossdiff.dashboard.site import ROOT, Site, is_partial
 from crossdiff.errors import UserError, check_latents
 from crossdiff.latents.ranking import plausible
@@ -51,13 +51,9 @@ async def posted(request: Request) -> list[tuple[str, str]]:
 
 def act(live: Live, coder: Coder, form: Form, action: str) -> tuple[Form, Result]:
     """Do what a button stands for: change the form, read the text, or let the models answer."""
-    if action == "add":
-        role = "assistant" if form.turns[-1].role == "user" else "user"
-        if len(form.turns) >= MAX_TURNS:
-            raise UserError(f"the conversation already has {MAX_TURNS} messages, the most that it can have here")
-        return replace(form, turns=(*form.turns, Turn(role, ""))), Result()
-    if action == "remove":
-        return replace(form, turns=form.turns[:-1] or (Turn("user", ""),)), Result()
+    changed = edited(form, action)
+    if changed is not None:
+        return changed, Result()
     if action == "read":
         return form, read(live, coder, form)
     if action in ("answer-base", "answer-chat", "answer-both"):

@@ -67,6 +67,7 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
             "facts": overview.facts(report),
             "headline": concept_wording.lead(report),
             "concepts": catalogue.concepts.get(slug),
+            "look": catalogue.looks.get(slug),
             "rows": _first_concepts(catalogue.concepts.get(slug)),
             "one_decoder": wording.one_decoder(report),
             "answer": wording.answer(report),
@@ -79,7 +80,12 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
         for slug, report in catalogue.reports.items()
     ]
     comparing = [coder for coder in coders if coder.compares]
-    return {"runs": runs, "overlay": charts.norm_overlay(comparing) if comparing else None, "kl": charts.kl_bars(coders)}
+    return {
+        "runs": runs,
+        "untrained": [look for slug, look in catalogue.looks.items() if slug not in catalogue.reports],
+        "overlay": charts.norm_overlay(comparing) if comparing else None,
+        "kl": charts.kl_bars(coders),
+    }
 
 
 def _first_concepts(concepts: Concepts | None) -> list[ConceptRow]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.concepts import Concepts
+from crossdiff.dashboard.looks import RunLook
 from crossdiff.dashboard.search import cache_folder
 from crossdiff.dashboard.serve import serving
 from crossdiff.errors import UserError
@@ -51,17 +52,19 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
     written = []
     coders = list(catalogue)
     comparing = [coder for coder in coders if coder.table["delta_norm"].is_not_nan().any()]
-    coder = (comparing or coders)[-1]
+    coder = (comparing or coders)[-1] if coders else None
+    look = next(iter(catalogue.looks.values()), None)
+    concepts = None if coder is None else catalogue.concepts.get(coder.run)
     with serving(directories, cache_folder(), live) as address, sync_playwright() as playwright:
         browser = launch(playwright)
         for scheme, size, name in (("light", WIDE, "light"), ("dark", WIDE, "dark"), ("light", NARROW, "narrow")):
             page = browser.new_page(viewport=size, color_scheme=scheme)
             page.set_default_timeout(TIMEOUT)
-            for title, path in _pages(coder, catalogue.concepts.get(coder.run)).items():
+            for title, path in _pages(coder, concepts, look).items():
                 page.goto(address + path)
                 _settle(page)
                 written.append(_shoot(page, folder / f"{title}-{name}.png"))
-            if live:
+            if live and coder is not None:
                 page.goto(f"{address}{coder.path}/live?latent={interesting(coder)}")
                 page.fill("textarea[name=content]", PROMPT)
                 page.check("[name=order][value=specific]")
@@ -82,10 +85,14 @@ def interesting(coder: Coder) -> int:
     return int(ranked["latent"][0])
 
 
-def _pages(coder: Coder, concepts: Concepts | None) -> dict[str, str]:
+def _pages(coder: Coder | None, concepts: Concepts | None, look: RunLook | None) -> dict[str, str]:
+    of_look = {} if look is None else {"first-look": look.path, "texts-by-kl": f"{look.path}/texts"}
+    if coder is None:
+        return {"overview": "/", **of_look}
     of_concepts = {} if concepts is None else {"concepts": concepts.path, "concept": f"{concepts.path}/{_first(concepts)}"}
     return {
         "overview": "/",
+        **of_look,
         **of_concepts,
         "crosscoder": coder.path,
         "latent": f"{coder.path}/latent/{interesting(coder)}",

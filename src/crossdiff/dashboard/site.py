@@ -87,7 +87,7 @@ class Site:
 
     def page(self, template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> HTMLResponse:
         """A page from a template."""
-        own = values.get("coder") or values.get("concepts")
+        own = values.get("coder") or values.get("concepts") or values.get("look")
         notices = self._notices(None if own is None else own.run)
         shared = {"live": self.live.enabled, "edition": self.edition, "notices": notices}
         text = self.templates.get_template(template).render(**shared, **values)

@@ -10,53 +10,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from crossdiff.files import read_json
-from crossdiff.integrity import intact
+from crossdiff.look.reading import read_look
 
 N_LISTED = 8
 
 
 def print_look(folder: Path, console: Console) -> None:
     """Print the tables of a look, the main sentences first."""
-    summary = read_json(intact(folder / "look.json"))
-    tables = {
-        name: pl.read_parquet(intact(folder / f"{name}.parquet"))
-        for name in ("groups", "words", "phrases", "depth", "directions", "probes", "places")
-    }
-    for sentence in sentences(summary, tables["groups"]):
+    look = read_look(folder)
+    assert look is not None  # the stage has just made it
+    for sentence in look.sentences:
         console.print(sentence, soft_wrap=True, highlight=False)
-    if summary["identical"]:
+    if look.summary.identical:
         return
-    console.print(_words(tables["words"], tables["phrases"]))
-    console.print(_places(tables["places"]))
-    console.print(_depth(tables["depth"], summary["recommended_layer"]))
-    console.print(_directions(tables["directions"]))
-    if tables["probes"].height:
-        console.print(_probes(tables["probes"]))
-
-
-def sentences(summary: dict[str, object], groups: pl.DataFrame) -> list[str]:
-    """What a look found, in plain sentences."""
-    read = f"{summary['n_tokens']:,} tokens of {summary['n_documents']:,} documents"
-    if summary["identical"]:
-        return [f"No difference: on {read}, both models predict exactly the same."]
-    interval = summary["kl_interval"]
-    ends = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"  # type: ignore[index]
-    first = groups.row(0, named=True)
-    total = float(groups["total_kl"].sum())
-    found = [
-        f"On {read}, the chat model's prediction of the next token is {summary['kl']:.3f}{ends} nats (KL) away from the base "
-        f"model's; the likeliest token is the same at {summary['same_top']:.0%} of the positions.",
-        f"{first['total_kl'] / total:.0%} of it is at {first['group']} tokens of {first['dataset']} ({first['n_tokens']:,} "
-        f"tokens, {first['kl']:.3f} nats each).",
-    ]
-    if summary["recommended_layer"] is not None:
-        found.append(f"Layer {summary['recommended_layer']} is a good one to start with: {summary['reason']}.")
-    outside = summary["outside"]
-    assert isinstance(outside, float)
-    if outside > 1e-4:
-        found.append(f"The chat model gives {outside:.2%} of its probability to tokens that the base model lacks.")
-    return found
+    console.print(_words(look.words, look.phrases))
+    console.print(_places(look.places))
+    console.print(_depth(look.depth, look.summary.recommended_layer))
+    console.print(_directions(look.directions))
+    if look.probes.height:
+        console.print(_probes(look.probes))
 
 
 def _table(title: str, *left: str, right: tuple[str, ...] = ()) -> Table:

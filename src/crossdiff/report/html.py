@@ -13,6 +13,7 @@ from crossdiff.report.cards import Card, anchor_of, card_of
 from crossdiff.report.concept_cards import BehaviourLine, Group, behaviour_lines, groups
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.interpretation import score_table
+from crossdiff.report.look import look_section
 from crossdiff.report.marks import Sign, pool_mark, sign_of
 from crossdiff.report.overview import caveats, control_rows, facts, health_rows, title
 from crossdiff.report.plotly_figures import PageFigure, for_page, plotly_script
@@ -106,6 +107,7 @@ def render_html(report: RunReport) -> str:
         facts=facts(report),
         headline=concept_wording.lead(report),
         concepts=None if report.concepts is None else concept_section(report.concepts),
+        look=None if report.look is None else look_section(report.look),
         answer=wording.answer(report),
         one_decoder=wording.one_decoder(report),
         crosscoders=[coder.title for coder in coders],

@@ -16,6 +16,7 @@ from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation
 from crossdiff.interp.summary import summarise
 from crossdiff.latents.ranking import by_rank, plausible
 from crossdiff.latents.settings import analysis_settings, verdict_settings
+from crossdiff.look.reading import read_look
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
 from crossdiff.report.examples import TOP_EXAMPLES, Example, read_examples
@@ -82,6 +83,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         texts=manifest.texts,
         same_model=manifest.same_model,
         massive=manifest.massive,
+        look=read_look(directory / "look"),
     )
 
 

@@ -25,6 +25,7 @@ from crossdiff.statistics import Estimate
 TOKEN_GROUPS = ("plain", "bos", "template", "user", "assistant")
 
 if TYPE_CHECKING:
+    from crossdiff.look.reading import LookResults
     from crossdiff.report.concept_records import RunConcepts
 
 R = TypeVar("R", bound="Record")
@@ -335,6 +336,7 @@ class RunReport:
         null: the rates of the null diff by crosscoder.
         null_outdated: crosscoders whose null diff was made with other limits or nus of the verdicts, and is not shown.
         concepts: None if the run has none yet.
+        look: the first look; None if the run has none.
         same_model: base and chat are one model.
         massive: the tokens of massive norm that were left out; None if nothing is known of them.
     """
@@ -353,6 +355,7 @@ class RunReport:
     same_model: bool = False
     massive: MassiveTokens | None = None
     null_outdated: tuple[str, ...] = ()
+    look: LookResults | None = None
 
     @property
     def primary(self) -> CrosscoderReport:

@@ -1,6 +1,9 @@
 """Jinja2 templates of the report, and its cards as fragments for a notebook."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
@@ -8,6 +11,9 @@ from markupsafe import Markup
 from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report.cards import LEVELS, Card, ExampleView
 from crossdiff.report.concept_cards import ConceptCard
+
+if TYPE_CHECKING:
+    from crossdiff.report.look import LookSection
 
 OPEN_EXAMPLES = 3
 """Examples of a card that are visible without unfolding."""
@@ -35,15 +41,17 @@ def fragment(
     views: Sequence[ExampleView] = (),
     title: str = "",
     concepts: Sequence[ConceptCard] = (),
+    look: LookSection | None = None,
 ) -> str:
-    """HTML of cards of latents or concepts, or of texts under a title, that needs no script, no other file and no network."""
+    """HTML of cards of latents or concepts, of texts under a title, or of a first look. It needs no script, no other file and
+    no network."""
     templates = environment()
     assert templates.loader is not None
     sheet, _, _ = templates.loader.get_source(templates, "report.css")
     # Inside @scope the fragment itself takes the place of the page's root and body.
     style = sheet.replace(":root", ":scope").replace("\nbody {", "\n:scope {")
     page = templates.get_template("inline.html.j2").render(
-        cards=cards, concepts=concepts, views=views, title=title, style=Markup(style)
+        cards=cards, concepts=concepts, views=views, title=title, look=look, style=Markup(style)
     )
     # A blank line would end the fragment where Markdown is read around it.
     return "\n".join(line for line in page.splitlines() if line.strip())

@@ -156,6 +156,7 @@ def report_stage(config: RunConfig, names: tuple[str, ...], run: Run) -> Stage:
         "analysed": {name: analyze_stage(config, name).fingerprint for name in names},
         "others": {key: _made(run, key) for name in names for key in (f"interpret/{name}", f"causal/{name}")},
         "concepts": {key: _made(run, key) for key in ("concepts", "causal/concepts", "interpret/concepts")},
+        "look": _made(run, "look"),
         "null": read_json(run.path / FILE) if (run.path / FILE).is_file() else None,
     }
     return Stage("report", fingerprint(value), ("report.html", "figures"))

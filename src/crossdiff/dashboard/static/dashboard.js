@@ -102,10 +102,13 @@ function toggleKeys() {
   list.hidden = !list.hidden;
   button.setAttribute("aria-expanded", String(!list.hidden));
 }
-const bar = document.querySelectorAll(".bar > a");
+const follow = (key, otherwise) => {
+  const link = document.querySelector(`.bar [data-key=${key}]`);
+  if (link || otherwise) location.href = link ? link.href : otherwise;
+};
 const KEYS = {
   "/": () => focusOn("search"), g: () => focusOn("goto"), j: () => move(1), k: () => move(-1), "?": toggleKeys,
-  h: () => { location.href = bar[1] ? bar[1].href : "/"; }, l: () => { if (bar[2]) location.href = bar[2].href; },
+  h: () => follow("h", "/"), l: () => follow("l"),
 };
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select")) return;

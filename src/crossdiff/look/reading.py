@@ -1,0 +1,136 @@
+"""A finished first look, opened for reading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from crossdiff.errors import UserError
+from crossdiff.files import read_json
+from crossdiff.integrity import intact, read_parquet
+
+COMMAND = "crossdiff look"
+COLUMNS = {
+    "places": ("kl", "document", "dataset", "before", "base_says", "p_base", "chat_says", "p_chat"),
+    "groups": ("dataset", "group", "n_tokens", "kl", "total_kl"),
+    "words": ("token_id", "token", "rise", "per_thousand", "n_documents"),
+    "phrases": ("phrase", "gain", "mean_gain", "n_places", "n_documents"),
+    "depth": ("layer", "relative_norm", "centred_cosine", "effective_rank", "kl", "kl_low", "kl_high"),
+    "directions": (
+        "direction", "n_tokens", "norm_share", "halves_cosine", "share", "chat_up", "chat_down", "top_logit", "random_logit",
+    ),
+    "probes": ("behaviour", "reading", "activations", "auroc", "auroc_low", "auroc_high", "n_positive", "n_negative"),
+}  # fmt: skip
+"""The tables besides `tokens`, with the columns that readers need."""
+TOKEN_COLUMNS = (
+    "document", "sequence", "position", "dataset", "group", "token_id", "next_id", "kl", "log_base", "log_chat", "top_base",
+    "p_base", "top_chat", "p_chat",
+)  # fmt: skip
+
+
+class LookSummary(BaseModel):
+    """look.json. KL is that of the chat model's prediction of the next token to the base model's, in nats per token.
+
+    Attributes:
+        layer: after which directions were read and probes fitted.
+        kl_interval: 95% interval of the mean KL; None with fewer than two blocks of documents.
+        identical: both models predict exactly the same everywhere.
+        same_top: share of the positions where both models' likeliest token is the same.
+        outside: probability that the chat model gives to tokens that the base model lacks.
+        recommended_layer, reason: the layer to start with, and why; None if the models do not differ.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    n_tokens: int
+    n_documents: int
+    layer: int
+    kl: float
+    kl_interval: tuple[float, float] | None
+    identical: bool
+    same_top: float
+    outside: float
+    depth_tokens: int
+    recommended_layer: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class LookResults:
+    """What `crossdiff look` found; `docs/run-directory.md` has the columns of the tables.
+
+    Attributes:
+        places: the positions of the largest KL; groups: KL by dataset and kind of token; words, phrases: whose probability
+            rises or falls; depth: one row per layer; directions: of the difference between the models, with the tokens that
+            they promote; probes: how well simple readings of the activations predict labels.
+    """
+
+    folder: Path
+    summary: LookSummary
+    places: pl.DataFrame
+    groups: pl.DataFrame
+    words: pl.DataFrame
+    phrases: pl.DataFrame
+    depth: pl.DataFrame
+    directions: pl.DataFrame
+    probes: pl.DataFrame
+
+    @cached_property
+    def tokens(self) -> pl.DataFrame:
+        """One row per token that was read, with what both models expect after it. The largest table, read when first used."""
+        return read_table(self.folder, "tokens", TOKEN_COLUMNS)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the look found, in plain sentences."""
+        summary, groups = self.summary, self.groups
+        read = f"{summary.n_tokens:,} tokens of {summary.n_documents:,} documents"
+        if summary.identical:
+            return [f"No difference: on {read}, both models predict exactly the same."]
+        ends = "" if summary.kl_interval is None else " [{:.3f}, {:.3f}]".format(*summary.kl_interval)
+        first = groups.row(0, named=True)
+        found = [
+            f"On {read}, the chat model's prediction of the next token is {summary.kl:.3f}{ends} nats (KL) away from the base "
+            f"model's; the likeliest token is the same at {summary.same_top:.0%} of the positions.",
+            f"{first['total_kl'] / groups['total_kl'].sum():.0%} of the difference is at {first['group']} tokens of "
+            f"{first['dataset']} ({first['n_tokens']:,} tokens, {first['kl']:.3f} nats each).",
+        ]
+        if summary.recommended_layer is not None:
+            found.append(f"Layer {summary.recommended_layer} is a good one to start with: {summary.reason}.")
+        if summary.outside > 1e-4:
+            found.append(f"The chat model gives {summary.outside:.2%} of its probability to tokens that the base model lacks.")
+        return found
+
+    def __repr__(self) -> str:
+        return "\n".join(self.sentences)
+
+
+def read_look(folder: Path) -> LookResults | None:
+    """Read the folder `look` of a run; None if the run has none.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another version.
+    """
+    if not folder.is_dir():
+        return None
+    path = folder / "look.json"
+    try:
+        summary = LookSummary.model_validate(read_json(intact(path)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {key}: {first['msg']}; run `{COMMAND}` again") from error
+    return LookResults(folder, summary, **{name: read_table(folder, name, columns) for name, columns in COLUMNS.items()})
+
+
+def read_table(folder: Path, name: str, columns: tuple[str, ...]) -> pl.DataFrame:
+    """A table of a look, with these columns at least."""
+    path = folder / f"{name}.parquet"
+    table = read_parquet(path, COMMAND)
+    if missing := [column for column in columns if column not in table.columns]:
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `{COMMAND}` again with this version")
+    return table

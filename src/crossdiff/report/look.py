@@ -1,0 +1,193 @@
+"""The first look as a section of the page: what both models predict differently, before any crosscoder is trained."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from crossdiff.errors import UserError
+from crossdiff.look.reading import COMMAND, LookResults, read_look
+from crossdiff.report import wording
+from crossdiff.report.examples import visible
+from crossdiff.report.figures import Axis, Figure, Series
+from crossdiff.report.marks import BLUE, VERMILLION, Mark
+from crossdiff.report.plotly_figures import PageFigure, for_page
+from crossdiff.report.tables import estimate
+from crossdiff.report.templating import fragment
+from crossdiff.sources import SOURCES
+
+N_WORDS, N_PLACES, N_PROMOTED = 12, 20, 8
+TEXT_BEFORE = 90
+"""Characters of text before a listed place."""
+READINGS = {"diffmean": "difference of means", "probe": "logistic probe"}
+KL = (
+    "KL (Kullback-Leibler divergence) says how far apart the two models' predictions of the next token are, in nats: 0 where "
+    "they are equal. At 1 nat, the tokens that the chat model expects are on average 2.7 times as probable in it as in the "
+    "base model, at 2 nats 7.4 times."
+)
+REST = (
+    "Brackets hold 95% intervals over documents. The residual stream is what each layer of a model reads from the layers "
+    "before it, changes, and hands on; its values are the model's activations."
+)
+
+
+class Table(NamedTuple):
+    """A table as text; a cell that holds tokens or phrases has a tuple of them."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | tuple[str, ...], ...], ...]
+
+
+class WordTable(NamedTuple):
+    """Tokens or phrases that rise or fall."""
+
+    title: str
+    table: Table
+
+
+class Place(NamedTuple):
+    """A position of large KL: the text up to it, and each model's likeliest next token with its probability."""
+
+    document: int
+    before: str
+    base: tuple[str, str]
+    chat: tuple[str, str]
+    kl: str
+
+
+class LookSection(NamedTuple):
+    """Everything that a page shows of a first look; the tables are empty if the models do not differ.
+
+    `kl` says what KL is, `explained` that and the other terms of the sentences.
+    """
+
+    sentences: list[str]
+    kl: str = KL
+    explained: str = f"{KL} {REST}"
+    words: tuple[WordTable, ...] = ()
+    places: tuple[Place, ...] = ()
+    depth: PageFigure | None = None
+    layers: Table | None = None
+    directions: Table | None = None
+    layer: int = 0
+    probes: Table | None = None
+
+
+class NotebookLook(LookResults):
+    """A first look that a notebook shows like the section of the report."""
+
+    def _repr_html_(self) -> str:
+        return fragment(look=look_section(self)._replace(depth=None))  # a notebook has no script that draws it
+
+
+def notebook_look(run: Path) -> NotebookLook:
+    """The first look of a run; raises `UserError` if it has none."""
+    found = read_look(run / "look")
+    if found is None:
+        raise UserError(f"{run} has no first look; run `{COMMAND} {run}` first")
+    return NotebookLook(**vars(found))
+
+
+def look_section(look: LookResults) -> LookSection:
+    """The section of a first look."""
+    if look.summary.identical:
+        return LookSection(look.sentences)
+    return LookSection(
+        look.sentences,
+        words=tuple(_words(look)),
+        places=tuple(_place(row) for row in look.places.head(N_PLACES).iter_rows(named=True)),
+        depth=for_page(depth_figure(look)),
+        layers=_layers(look.depth),
+        directions=_directions(look.directions),
+        layer=look.summary.layer,
+        probes=_probes(look.probes) if look.probes.height else None,
+    )
+
+
+def depth_figure(look: LookResults) -> Figure:
+    """The KL that is there after each layer, with the recommended layer in another colour."""
+    chosen = look.summary.recommended_layer
+    series = []
+    for name, mine, colour in (("recommended layer", True, VERMILLION), ("other layers", False, BLUE)):
+        rows = [row for row in look.depth.iter_rows(named=True) if (row["layer"] == chosen) == mine]
+        if rows:
+            hover = [f"after layer {row['layer']}<br>{wording.interval(estimate(row, 'kl'), 3)} nats" for row in rows]
+            x, y = ([row[column] for row in rows] for column in ("layer", "kl"))
+            series.append(Series("bars", x, y, hover, Mark(colour, "square"), name, width=[0.8] * len(rows)))
+    step = max(1, math.ceil(look.depth.height / 12))
+    return Figure(
+        tuple(series),
+        x=Axis("layer", (-0.6, look.depth.height - 0.4), {at: str(at) for at in range(0, look.depth.height, step)}),
+        y=Axis("KL after the layer, in nats"),
+        height=300,
+        description=f"Bars of the KL that is already there after each of {look.depth.height} layers; layer {chosen} is marked.",
+        note="Point at a bar for its 95% interval.",
+    )
+
+
+def _words(look: LookResults) -> list[WordTable]:
+    """Tokens and phrases, those that rise before those that fall."""
+    found = []
+    for sign, what in ((1, "more"), (-1, "less")):
+        words = look.words.filter(pl.col("rise") * sign > 0).sort("rise", descending=sign > 0).head(N_WORDS)
+        phrases = look.phrases.filter(pl.col("gain") * sign > 0).sort("gain", descending=sign > 0).head(N_WORDS)
+        tokens = Table(("token", "per 1,000", "documents"), tuple(
+            ((visible(token),), _signed(rise), f"{n_documents:,}")
+            for token, rise, n_documents in words.select("token", "per_thousand", "n_documents").rows()
+        ))  # fmt: skip
+        texts = Table(("phrase", "nats each", "places", "documents"), tuple(
+            ((visible(phrase),), _signed(gain), f"{n_places:,}", f"{n_documents:,}")
+            for phrase, gain, n_places, n_documents in phrases.select("phrase", "mean_gain", "n_places", "n_documents").rows()
+        ))  # fmt: skip
+        found.append(WordTable(f"Tokens that the chat model expects {what} often", tokens))
+        found.append(WordTable(f"Phrases of the texts that it finds {what} probable", texts))
+    return [each for each in found if each.table.rows]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _place(row: dict[str, Any]) -> Place:
+    before = row["before"]
+    cut = "\N{HORIZONTAL ELLIPSIS}" if len(before) > TEXT_BEFORE else ""
+    base, chat = ((visible(row[f"{source}_says"]), wording.share(row[f"p_{source}"])) for source in SOURCES)
+    return Place(row["document"], cut + visible(before[-TEXT_BEFORE:]), base, chat, f"{row['kl']:.2f}")
+
+
+def _layers(depth: pl.DataFrame) -> Table:
+    rows = tuple(
+        (
+            str(row["layer"]), wording.interval(estimate(row, "kl"), 3), wording.fixed(row["relative_norm"]),
+            wording.fixed(row["centred_cosine"]), wording.number(row["effective_rank"]),
+        )
+        for row in depth.iter_rows(named=True)
+    )  # fmt: skip
+    return Table(("layer", "KL", "size of the difference", "similarity", "dimensions"), rows)
+
+
+def _directions(directions: pl.DataFrame) -> Table:
+    rows = []
+    for row in directions.iter_rows(named=True):
+        up, down = (tuple(map(visible, row[side][:N_PROMOTED])) for side in ("chat_up", "chat_down"))
+        size, of = (row["share"], " of the variance") if row["norm_share"] is None else (row["norm_share"], "")
+        halves = "" if row["halves_cosine"] is None else wording.fixed(row["halves_cosine"])
+        chance = f"{wording.fixed(row['top_logit'], 1)} / {wording.fixed(row['random_logit'], 1)}"
+        rows.append((row["direction"], f"{row['n_tokens']:,}", f"{wording.share(size)}{of}", halves, chance, up, down))
+    columns = ("direction", "tokens", "size", "halves agree", "top logit / by chance", "promotes", "demotes")
+    return Table(columns, tuple(rows))
+
+
+def _probes(probes: pl.DataFrame) -> Table:
+    """One row per behaviour: the bag of words, then each reading of each model's activations."""
+    columns = [("bag_of_words", None), *((name, read) for name in READINGS for read in ("base", "chat", "difference"))]
+    rows = []
+    for behaviour in probes["behaviour"].unique(maintain_order=True):
+        scored = {(row["reading"], row["activations"]): row for row in probes.filter(behaviour=behaviour).iter_rows(named=True)}
+        cells = (wording.interval(estimate(scored[column], "auroc")) for column in columns)
+        rows.append((wording.words(behaviour), *cells))
+    names = [f"{READINGS[name]}, {read}" for name, read in columns[1:]]
+    return Table(("behaviour", wording.pool("bag_of_words"), *names), tuple(rows))
