@@ -65,7 +65,7 @@ def test_the_pages_of_a_run_with_crosscoders_link_to_its_look(tmp_path: Path) ->
     for path in ("/", BATCHTOPK):
         assert f'href="{LOOK}"' in client.get(path).text
     page = client.get(LOOK).text
-    assert "Layer 1 is a good one to start with" in page and f'href="{LOOK}/texts?document=7"' in page
+    assert "The earliest layer worth trying is 1" in page and f'href="{LOOK}/texts?document=7"' in page
     assert DANGER not in page and not [tag for tag, found in Elements(page).found if "onerror" in found]
     assert "--no-live" in client.get(f"{LOOK}/prompt").text
 

@@ -89,11 +89,11 @@ def test_the_command(tiny_pair: Any, tiny_texts: Any, tmp_path: Path, capsys: py
     command = ["look", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")]
     run_command(command)
     said = capsys.readouterr().out
-    assert "nats (KL) away" in said and "after each layer" in said
+    assert "the mean KL(chat || base)" in said and "after each layer" in said
     before = read_json(tmp_path / "run" / "look" / "look.json")
     run_command(["look", str(tmp_path / "run")])
     again = capsys.readouterr().out
-    assert "look: already done" in again and "nats (KL) away" in again
+    assert "look: already done" in again and "the mean KL(chat || base)" in again
     assert read_json(tmp_path / "run" / "look" / "look.json") == before
     run_command(["look", str(tmp_path / "run"), "--look.max_tokens", "1500"])
     assert read_json(tmp_path / "run" / "look" / "look.json")["n_tokens"] < before["n_tokens"]

@@ -122,13 +122,11 @@ def blockwise(values: npt.NDArray[np.float64], block: npt.NDArray[np.int64]) -> 
 
 
 def recommended(table: pl.DataFrame) -> tuple[int | None, str]:
-    """The first layer after which at least half of the KL is there that the last one shows, and why; None without any KL."""
+    """The earliest layer worth trying, the first with half of the last layer's KL, and why; None without any KL."""
     last = float(table["kl"][-1])
     if not last > 0:
         return None, "the models do not differ after any layer"
     reached = table.filter(pl.col("kl") >= HALF * last).row(0, named=True)
     return int(reached["layer"]), (
-        f"the first layer after which at least half of the KL is there: {reached['kl'] / last:.0%} of the {last:.3g} nats that "
-        f"the residual stream shows after the last layer; the {table.height - 1 - reached['layer']} layers above it can still "
-        "act on what is found there"
+        f"after it, {reached['kl'] / last:.0%} of the KL is present that there is after the last layer, {last:.3g} nats"
     )

@@ -198,11 +198,12 @@ class Look:
                 table.write_parquet(partial)
         with replacing(folder / "directions.safetensors") as partial:
             save_file({"directions": vectors.float().contiguous()}, partial)
-        summary = self._summary(tokens, depth)
+        summary = self._summary(tokens, depth, tables["probes"])
         write_json(folder / "look.json", summary)
         return summary
 
-    def _summary(self, tokens: pl.DataFrame, depth: pl.DataFrame) -> dict[str, Any]:
+    def _summary(self, tokens: pl.DataFrame, depth: pl.DataFrame, probes: pl.DataFrame) -> dict[str, Any]:
+        labels = set(self._texts.table()["label"].drop_nulls()) - set(probes["behaviour"])
         block = tokens["document"].to_numpy() % self.config.blocks
         kl, outside = (tokens[name].cast(pl.Float64).to_numpy() for name in ("kl", "outside"))
         mean = blockwise(kl, block)
@@ -212,7 +213,7 @@ class Look:
             "kl": mean[0], "kl_interval": None if np.isnan(mean[1]) else list(mean[1:]), "identical": not kl.max() > 0,
             "same_top": float((tokens["top_base"] == tokens["top_chat"]).to_numpy().mean()),
             "outside": float(outside.mean()), "depth_tokens": self._sample.n_tokens,
-            "recommended_layer": layer, "reason": reason,
+            "recommended_layer": layer, "reason": reason, "skipped": sorted(labels),
         }  # fmt: skip
 
 

@@ -41,7 +41,8 @@ class LookSummary(BaseModel):
         identical: both models predict exactly the same everywhere.
         same_top: share of the positions where both models' likeliest token is the same.
         outside: probability that the chat model gives to tokens that the base model lacks.
-        recommended_layer, reason: the layer to start with, and why; None if the models do not differ.
+        recommended_layer, reason: the earliest layer worth trying, and why; None if the models do not differ.
+        skipped: labels with too few conversations for a probe.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -57,6 +58,7 @@ class LookSummary(BaseModel):
     depth_tokens: int
     recommended_layer: int | None
     reason: str
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,19 @@ class LookResults:
         if summary.identical:
             return [f"No difference: on {read}, both models predict exactly the same."]
         ends = "" if summary.kl_interval is None else " [{:.3f}, {:.3f}]".format(*summary.kl_interval)
-        first = groups.row(0, named=True)
+        by_group = groups.group_by("group").agg(pl.col("total_kl", "n_tokens").sum()).sort("total_kl", descending=True)
+        first = by_group.row(0, named=True)
         found = [
-            f"On {read}, the chat model's prediction of the next token is {summary.kl:.3f}{ends} nats (KL) away from the base "
-            f"model's; the likeliest token is the same at {summary.same_top:.0%} of the positions.",
-            f"{first['total_kl'] / groups['total_kl'].sum():.0%} of the difference is at {first['group']} tokens of "
-            f"{first['dataset']} ({first['n_tokens']:,} tokens, {first['kl']:.3f} nats each).",
+            f"On {read}, the mean KL(chat || base) of the next token is {summary.kl:.3f}{ends} nats: that is how far apart the "
+            f"two models' predictions are. Their likeliest token is the same at {summary.same_top:.0%} of the positions.",
+            f"{first['total_kl'] / groups['total_kl'].sum():.0%} of the difference is at {first['group']} tokens "
+            f"({first['n_tokens']:,} tokens, {first['total_kl'] / first['n_tokens']:.3f} nats each). Averages depend on "
+            "the mix of texts.",
         ]
         if summary.recommended_layer is not None:
-            found.append(f"Layer {summary.recommended_layer} is a good one to start with: {summary.reason}.")
+            found.append(f"The earliest layer worth trying is {summary.recommended_layer}: {summary.reason}.")
+        if summary.skipped:
+            found.append(f"Too few conversations to judge how well activations predict {', '.join(summary.skipped)}.")
         if summary.outside > 1e-4:
             found.append(f"The chat model gives {summary.outside:.2%} of its probability to tokens that the base model lacks.")
         return found

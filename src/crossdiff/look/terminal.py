@@ -23,7 +23,8 @@ def print_look(folder: Path, console: Console) -> None:
         console.print(sentence, soft_wrap=True, highlight=False)
     if look.summary.identical:
         return
-    console.print(_words(look.words, look.phrases))
+    console.print(_words(look.words))
+    console.print(_phrases(look.phrases))
     console.print(_places(look.places))
     console.print(_depth(look.depth, look.summary.recommended_layer))
     console.print(_directions(look.directions))
@@ -46,31 +47,33 @@ def _text(value: str) -> str:
     return escape(repr(value)[1:-1])
 
 
-def _words(words: pl.DataFrame, phrases: pl.DataFrame) -> Table:
-    table = _table(
-        "what the chat model says more (+) and less (-)", "token", right=("per 1,000", "documents"),
-    )  # fmt: skip
-    table.add_column("phrase")
-    for heading in ("nats each", "places", "documents"):
+def _words(words: pl.DataFrame) -> Table:
+    table = _table("tokens that the chat model expects more (+) or less (-) often, anywhere", "token")
+    for heading in ("per 1,000 tokens", "documents affected"):
         table.add_column(heading, justify="right")
     for side in (1, -1):
         ups = words.filter(pl.col("rise") * side > 0).sort("rise", descending=side > 0).head(N_LISTED)
+        for row in ups.iter_rows(named=True):
+            table.add_row(_text(row["token"]), f"{row['per_thousand']:+.2f}", f"{row['n_documents']:,}")
+        table.add_section()
+    return table
+
+
+def _phrases(phrases: pl.DataFrame) -> Table:
+    table = _table("phrases of the texts that the chat model finds more (+) or less (-) probable", "phrase")
+    for heading in ("nats in all", "nats each", "places", "documents"):
+        table.add_column(heading, justify="right")
+    for side in (1, -1):
         gains = phrases.filter(pl.col("gain") * side > 0).sort("gain", descending=side > 0).head(N_LISTED)
-        for index in range(max(ups.height, gains.height)):
-            cells = [""] * 6
-            if index < ups.height:
-                row = ups.row(index, named=True)
-                cells[:3] = [_text(row["token"]), f"{row['per_thousand']:+.2f}", f"{row['n_documents']:,}"]
-            if index < gains.height:
-                row = gains.row(index, named=True)
-                cells[3:] = [_text(row["phrase"]), f"{row['mean_gain']:+.2f}", f"{row['n_places']:,}"]
-            table.add_row(*cells, "" if index >= gains.height else f"{gains['n_documents'][index]:,}")
+        for row in gains.iter_rows(named=True):
+            numbers = f"{row['gain']:+,.0f}", f"{row['mean_gain']:+.2f}", f"{row['n_places']:,}", f"{row['n_documents']:,}"
+            table.add_row(_text(row["phrase"]), *numbers)
         table.add_section()
     return table
 
 
 def _places(places: pl.DataFrame) -> Table:
-    table = _table("where they differ most", "text", "base says", "chat says", right=("KL",))
+    table = _table("where they differ most", "text so far", "base says next", "chat says next", right=("KL",))
     for row in places.head(N_LISTED).iter_rows(named=True):
         table.add_row(
             _text(row["before"][-60:]), f"{_text(row['base_says'])} {row['p_base']:.0%}",
@@ -81,7 +84,8 @@ def _places(places: pl.DataFrame) -> Table:
 
 def _depth(depth: pl.DataFrame, recommended: int | None) -> Table:
     table = _table(
-        "after each layer", right=("layer", "KL already there", "norm of the difference", "cosine", "effective rank")
+        "after each layer; * marks the earliest one worth trying",
+        right=("layer", "KL present", "norm of the difference", "cosine", "effective rank"),
     )
     for row in depth.iter_rows(named=True):
         kl = f"{row['kl']:.3f} [{_number(row['kl_low'], '.3f')}, {_number(row['kl_high'], '.3f')}]"
@@ -94,28 +98,30 @@ def _depth(depth: pl.DataFrame, recommended: int | None) -> Table:
 
 
 def _directions(directions: pl.DataFrame) -> Table:
-    table = _table("what the difference promotes in the chat model", "direction", right=("tokens", "halves agree", "share"))
+    title = "what the difference promotes in the chat model (logit lens); a random direction has the logit in brackets"
+    table = _table(title, "direction", right=("tokens", "cosine of halves", "share of variance", "top logit"))
     table.add_column("promotes")
     for row in directions.iter_rows(named=True):
-        promoted = " ".join(_text(token.strip()) for token in row["chat_up"][:6])
-        table.add_row(
-            row["direction"],
-            f"{row['n_tokens']:,}",
-            _number(row["halves_cosine"], ".2f"),
-            _number(row["share"], ".0%"),
-            promoted,
+        promoted = " ".join(
+            _text(token.strip()) for token in row["chat_up"] if token.strip().isprintable() and "\ufffd" not in token
         )
+        table.add_row(
+            row["direction"], f"{row['n_tokens']:,}", _number(row["halves_cosine"], ".2f"), _number(row["share"], ".0%"),
+            f"{row['top_logit']:.1f} [{row['random_logit']:.1f}]", promoted,
+        )  # fmt: skip
     return table
 
 
 def _probes(probes: pl.DataFrame) -> Table:
-    table = _table("held-out AUROC before the answer", "behaviour", right=("bag of words",))
-    columns = [(reading, read) for reading in ("diffmean", "probe") for read in ("base", "chat", "difference")]
-    for reading, read in columns:
-        table.add_column(f"{reading}, {read}", justify="right")
+    title = "can simple readings of the activations before the answer predict the behaviour? held-out AUROC; 0.5 is chance"
+    table = _table(title, "behaviour", "reading", "of", right=("AUROC", "95% interval", "conversations"))
     for behaviour in probes["behaviour"].unique(maintain_order=True):
-        part = probes.filter(behaviour=behaviour)
-        words = part.filter(reading="bag_of_words")["auroc"][0]
-        cells = [part.filter(reading=reading, activations=read)["auroc"][0] for reading, read in columns]
-        table.add_row(behaviour, f"{words:.2f}", *(f"{cell:.2f}" for cell in cells))
+        for row in probes.filter(behaviour=behaviour).iter_rows(named=True):
+            reading = "words of the prompt" if row["reading"] == "bag_of_words" else row["reading"]
+            table.add_row(
+                row["behaviour"].replace("_", " "), reading, row["activations"] or "",
+                f"{row['auroc']:.2f}", f"{row['auroc_low']:.2f} to {row['auroc_high']:.2f}",
+                f"{row['n_positive']:,} and {row['n_negative']:,} others",
+            )  # fmt: skip
+        table.add_section()
     return table

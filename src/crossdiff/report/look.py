@@ -123,7 +123,7 @@ def depth_figure(look: LookResults) -> Figure:
         x=Axis("layer", (-0.6, look.depth.height - 0.4), {at: str(at) for at in range(0, look.depth.height, step)}),
         y=Axis("KL after the layer, in nats"),
         height=300,
-        description=f"Bars of the KL that is already there after each of {look.depth.height} layers; layer {chosen} is marked.",
+        description=f"Bars of the KL that is present after each of {look.depth.height} layers; layer {chosen} is marked.",
         note="Point at a bar for its 95% interval.",
     )
 
