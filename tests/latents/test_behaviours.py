@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from crossdiff.latents.behaviours import Conversations, Pool, _before_answer, auroc, behaviour_table, bootstrap_interval
+from crossdiff.latents.behaviours import Conversations, Pool, before_answer, auroc, behaviour_table, bootstrap_interval
 from crossdiff.text.chat import Flag
 
 
@@ -85,4 +85,4 @@ def test_only_tokens_before_the_assistants_first_count() -> None:
     user, template, said = Flag.USER.value, Flag.TEMPLATE.value, Flag.ASSISTANT.value
     flags = np.array([template, user, template, said, said | template, template, user, template, said], dtype=np.uint8)
     sequence = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1])
-    assert _before_answer(flags, sequence).tolist() == [True, True, True, False, False, True, True, True, False]
+    assert before_answer(flags, sequence).tolist() == [True, True, True, False, False, True, True, True, False]

@@ -93,7 +93,7 @@ def test_the_section_shows_what_the_tables_have(run: Path) -> None:
 
 def test_the_figure_marks_the_recommended_layer(run: Path) -> None:
     marked, others = depth_figure(notebook_look(run)).series
-    assert (marked.name, list(marked.x), list(marked.y)) == ("recommended layer", [1], [0.75])
+    assert (marked.name, list(marked.x), list(marked.y)) == ("earliest layer worth trying", [1], [0.75])
     assert list(others.x) == [0, 2] and "0.125 [0.000, 0.250] nats" in others.hover[0]
 
 

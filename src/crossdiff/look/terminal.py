@@ -113,15 +113,14 @@ def _directions(directions: pl.DataFrame) -> Table:
 
 
 def _probes(probes: pl.DataFrame) -> Table:
-    title = "can simple readings of the activations before the answer predict the behaviour? held-out AUROC; 0.5 is chance"
-    table = _table(title, "behaviour", "reading", "of", right=("AUROC", "95% interval", "conversations"))
+    title = "held-out AUROC before the answer, from the difference of the activations; 0.5 is chance"
+    table = _table(title, "behaviour", right=("words of the prompt", "DiffMean", "probe", "conversations"))
     for behaviour in probes["behaviour"].unique(maintain_order=True):
-        for row in probes.filter(behaviour=behaviour).iter_rows(named=True):
-            reading = "words of the prompt" if row["reading"] == "bag_of_words" else row["reading"]
-            table.add_row(
-                row["behaviour"].replace("_", " "), reading, row["activations"] or "",
-                f"{row['auroc']:.2f}", f"{row['auroc_low']:.2f} to {row['auroc_high']:.2f}",
-                f"{row['n_positive']:,} and {row['n_negative']:,} others",
-            )  # fmt: skip
-        table.add_section()
+        part = probes.filter(behaviour=behaviour)
+        found = {row["reading"]: row for row in part.iter_rows(named=True) if row["activations"] in (None, "difference")}
+        cells = [
+            f"{row['auroc']:.2f} [{row['auroc_low']:.2f}, {row['auroc_high']:.2f}]"
+            for row in (found["bag_of_words"], found["diffmean"], found["probe"])
+        ]
+        table.add_row(behaviour.replace("_", " "), *cells, f"{part['n_positive'][0]:,} and {part['n_negative'][0]:,} others")
     return table

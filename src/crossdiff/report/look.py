@@ -111,7 +111,7 @@ def depth_figure(look: LookResults) -> Figure:
     """The KL that is there after each layer, with the recommended layer in another colour."""
     chosen = look.summary.recommended_layer
     series = []
-    for name, mine, colour in (("recommended layer", True, VERMILLION), ("other layers", False, BLUE)):
+    for name, mine, colour in (("earliest layer worth trying", True, VERMILLION), ("other layers", False, BLUE)):
         rows = [row for row in look.depth.iter_rows(named=True) if (row["layer"] == chosen) == mine]
         if rows:
             hover = [f"after layer {row['layer']}<br>{wording.interval(estimate(row, 'kl'), 3)} nats" for row in rows]
