@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from crossdiff.latents.behaviours import Conversations, Pool, before_answer, auroc, behaviour_table, bootstrap_interval
+from crossdiff.latents.behaviours import Conversations, Pool, auroc, before_answer, behaviour_table, bootstrap_interval
 from crossdiff.text.chat import Flag
 
 
