@@ -88,7 +88,8 @@ def _depth(depth: pl.DataFrame, recommended: int | None) -> Table:
         right=("layer", "KL present", "norm of the difference", "cosine", "effective rank"),
     )
     for row in depth.iter_rows(named=True):
-        kl = f"{row['kl']:.3f} [{_number(row['kl_low'], '.3f')}, {_number(row['kl_high'], '.3f')}]"
+        has_interval = not math.isnan(row["kl_low"])  # undefined for a single document
+        kl = f"{row['kl']:.3f}" + (f" [{row['kl_low']:.3f}, {row['kl_high']:.3f}]" if has_interval else "")
         name = f"{row['layer']}{' *' if row['layer'] == recommended else ''}"
         table.add_row(
             name, kl, _number(row["relative_norm"], ".2f"), _number(row["centred_cosine"], ".3f"),

@@ -8,12 +8,13 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from crossdiff.files import write_text
+from crossdiff.look.reading import LookResults
 from crossdiff.report import concept_wording, figures, wording
 from crossdiff.report.cards import Card, anchor_of, card_of
 from crossdiff.report.concept_cards import BehaviourLine, Group, behaviour_lines, groups
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.interpretation import score_table
-from crossdiff.report.look import look_section
+from crossdiff.report.look import LookSection, look_section, shown_already
 from crossdiff.report.marks import Sign, pool_mark, sign_of
 from crossdiff.report.overview import caveats, control_rows, facts, health_rows, title
 from crossdiff.report.plotly_figures import PageFigure, for_page, plotly_script
@@ -97,6 +98,11 @@ def write_html(report: RunReport, path: Path) -> None:
     write_text(path, render_html(report))
 
 
+def _look(look: LookResults, report: RunReport) -> LookSection:
+    along = shown_already(look, report.directory / "concepts", report.layer)
+    return look_section(look)._replace(concepts=along)
+
+
 def render_html(report: RunReport) -> str:
     """The page's text."""
     coders = report.crosscoders
@@ -107,7 +113,7 @@ def render_html(report: RunReport) -> str:
         facts=facts(report),
         headline=concept_wording.lead(report),
         concepts=None if report.concepts is None else concept_section(report.concepts),
-        look=None if report.look is None else look_section(report.look),
+        look=None if report.look is None else _look(report.look, report),
         answer=wording.answer(report),
         one_decoder=wording.one_decoder(report),
         crosscoders=[coder.title for coder in coders],
