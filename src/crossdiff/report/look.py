@@ -130,8 +130,9 @@ def shown_already(look: LookResults, concepts: Path, layer: int) -> str:
     chat = load_file(intact(concepts / "directions.safetensors"))["directions"][SOURCES.index(CHAT), chosen]
     cosines = np.abs(_unit(chat) @ _unit(found).T).max(1)
     n_along = int((cosines >= ALONG).sum())
+    verb = "points" if n_along == 1 else "point"
     return (
-        f"Of the {len(chosen)} concepts that replicate and are chat-specific, {n_along} point along one of these directions "
+        f"Of the {len(chosen)} concepts that replicate and are chat-specific, {n_along} {verb} along one of these directions "
         f"(a cosine of {ALONG:g} or more in size)."
     )
 
