@@ -250,3 +250,12 @@ def test_wrong_steering(run: Path, options: list[str], message: str) -> None:
 def test_steering_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no run at .*: it has no manifest\.json"):
         run_command(["steer", str(tmp_path), "--latent", "3", "--prompt", "hi"])
+
+
+def test_a_repetition_with_another_seed_is_tested_too(run: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["crosscoders"]["l1"]["seeds"] = 2
+    (run.parent / "settings.yaml").write_text(yaml.safe_dump(settings))
+    causal(run, "--config", str(run.parent / "settings.yaml"), "--only", "l1-seed1")
+    assert json.loads((run / "l1-seed1" / "causal.json").read_text())["n_conversations"] > 0
+    assert not (run / "l1" / "causal.json").exists()

@@ -13,7 +13,7 @@ from crossdiff.stages.session import Session
 def causal(session: Session) -> None:
     """Run the causal test of every coder that reads both models; a coder of one model is skipped with a message."""
     for name in session.names:
-        if session.config.crosscoders[name].inputs.kind == "single":
+        if session.config.trainings[name].inputs.kind == "single":
             session.console.print(f"{name}: skipped, since it reads only one model and has nothing to patch")
         else:
             _causal_test(session, name)

@@ -124,7 +124,7 @@ def check_with_store(session: Session, last: str, was_harvested: bool) -> None:
         from crossdiff.latents.analyze import check_store
 
         check_store(session.columns(), config.analyze)
-    patched = [name for name in session.names if config.crosscoders[name].inputs.kind != "single"]
+    patched = [name for name in session.names if config.trainings[name].inputs.kind != "single"]
     if "causal" in STAGES[last] and not all(is_done(causal_stage(config, name)) for name in patched):
         from crossdiff.causal.conversations import read_conversations
 
