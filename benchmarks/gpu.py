@@ -411,6 +411,24 @@ PARTS: dict[str, Callable[[Machine, dict[str, Any]], Any]] = {
 }
 
 
+def table(found: dict[str, Any]) -> str:
+    """The rows of docs/performance.md."""
+    steps, dense = found.get("step", {}), found.get("dense", {})
+    lines = ["| batch | ms | tokens/s | times the limit | times as fast as dense autograd | GB |", "|---|---|---|---|---|---|"]
+    for name, row in steps.items() if "failed" not in steps else ():
+        against = dense.get(name, {}).get("ms")
+        ratio = "" if against is None else f"{against / row['ms']:.1f}"
+        lines.append(
+            f"| {name} | {row['ms']:.2f} | {row['tokens_per_s']:,.0f} | {row['over_limit']:.2f} | {ratio} | {row['gb']:.1f} |"
+        )
+    kernels = found.get("kernels", {})
+    for batch, rows in kernels.items() if "failed" not in kernels else ():
+        lines += ["", f"| kernel, batch {batch} | ms | share of the copy rate |", "|---|---|---|"]
+        timed = {name: row for name, row in rows.items() if "share_of_copy_rate" in row}
+        lines += [f"| {name} | {row['ms']:.3f} | {row['share_of_copy_rate']:.0%} |" for name, row in timed.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build"))
@@ -433,6 +451,7 @@ def main() -> None:
         print(f"\n{name}: {time.perf_counter() - started:.0f} s", flush=True)
         print(json.dumps(found[name], indent=1), flush=True)
         (args.out / "gpu.json").write_text(json.dumps(found, indent=1))
+    print(f"\n{table(found)}", flush=True)
     if any("failed" in part for part in found.values()):
         sys.exit(1)
 
