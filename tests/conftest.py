@@ -213,3 +213,14 @@ def analysed_run(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path
     for stage in ("harvest", "analyze"):
         run_command([stage, str(folder / "run"), "--config", str(folder / "settings.yaml")])
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path], tiny_texts: tuple[Path, Path]) -> Path:
+    """A run of the tiny pair with a first look and nothing else."""
+    from crossdiff.cli import run_command
+
+    folder = tmp_path_factory.mktemp("looked")
+    (folder / "settings.yaml").write_text(yaml.safe_dump(tiny_config(tiny_pair, tiny_texts, look={"depth_tokens": 500})))
+    run_command(["look", str(folder / "run"), "--config", str(folder / "settings.yaml")])
+    return folder / "run"

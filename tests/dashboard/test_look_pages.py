@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-import yaml
 
 pytest.importorskip("fastapi")
 
 from showing import ADDRESS, BATCHTOPK, DANGER, requests_to, write_run
 from test_pages import Elements
 
-from conftest import tiny_config
-from crossdiff.cli import run_command
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.live import Live
 from crossdiff.dashboard.look_predictions import predicted
@@ -30,15 +27,6 @@ from crossdiff.text_activations import read_text
 from report.synthetic_run import write_look
 
 LOOK = "/run/a-b-1/look"
-
-
-@pytest.fixture(scope="module")
-def looked(tmp_path_factory: pytest.TempPathFactory, tiny_pair: Any, tiny_texts: Any) -> Path:
-    """A run of the tiny pair with a first look and nothing else."""
-    folder = tmp_path_factory.mktemp("looked")
-    (folder / "settings.yaml").write_text(yaml.safe_dump(tiny_config(tiny_pair, tiny_texts, look={"depth_tokens": 500})))
-    run_command(["look", str(folder / "run"), "--config", str(folder / "settings.yaml")])
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import shutil
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,8 +14,6 @@ import yaml
 from safetensors.numpy import save_file
 
 import crossdiff
-from conftest import tiny_config
-from crossdiff.cli import run_command
 from crossdiff.config import RunConfig
 from crossdiff.errors import UserError
 from crossdiff.look.reading import read_look
@@ -26,15 +23,6 @@ from crossdiff.report.reading import read_run
 from crossdiff.run import Run
 from crossdiff.stages.definitions import report_stage
 from report.synthetic_run import DANGER, latent_table, write_crosscoder, write_look
-
-
-@pytest.fixture(scope="module")
-def looked(tmp_path_factory: pytest.TempPathFactory, tiny_pair: Any, tiny_texts: Any) -> Path:
-    """A run of the tiny pair with a first look and nothing else."""
-    folder = tmp_path_factory.mktemp("looked")
-    (folder / "settings.yaml").write_text(yaml.safe_dump(tiny_config(tiny_pair, tiny_texts, look={"depth_tokens": 500})))
-    run_command(["look", str(folder / "run"), "--config", str(folder / "settings.yaml")])
-    return folder / "run"
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ class Adam:
     """Adam (Kingma & Ba 2015) without weight decay.
 
     Moments in bfloat16 are rounded up or down at random, with a chance that keeps their mean. Rounded to the nearest number,
-    the second moment would never move, because it changes by less than bfloat16 can tell.
+    small decreases of the second moment would be lost: it changes by less than bfloat16 can tell.
 
     Attributes:
         parameters: updated in place; first, second: their moments.
@@ -81,8 +81,3 @@ def rounded_at_random(x: Float[Tensor, "..."], seed: int) -> Float[Tensor, "..."
     generator = torch.Generator(x.device).manual_seed(seed)
     drawn = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + drawn) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
-
-
-def gradient_norm(squares: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """The norm of a gradient from the sums of squares of its parts."""
-    return torch.stack(list(squares)).sum().sqrt()

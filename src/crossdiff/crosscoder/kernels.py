@@ -149,7 +149,7 @@ class SparseCode:
         """<table_i, W_j> of each pair, without gathering rows: the gradient on the sample weights of `accumulate`."""
         order, bounds = self.by_latent
         if gpu.has_kernels(table):
-            by_latent = gpu.kernels().dots(table, self._tokens_by_latent, bounds, weights)
+            _, by_latent = gpu.kernels().sums_and_dots(table, self._tokens_by_latent, bounds, weights=weights)
         else:
             by_latent = torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 weights, table, self._tokens_by_latent, bounds[:-1], self.latent[order], 0, -1
@@ -163,7 +163,7 @@ class SparseCode:
         if not gpu.has_kernels(table):
             return self.dot(table, weights), self.accumulate(self.values, table)
         order, bounds = self.by_latent
-        total, dots = gpu.kernels().sum_of_rows_and_dots(table, self._tokens_by_latent, bounds, self.values[order], weights)
+        total, dots = gpu.kernels().sums_and_dots(table, self._tokens_by_latent, bounds, self.values[order], weights)
         return self._in_order(dots), total
 
     def _in_order(self, by_latent: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
@@ -226,7 +226,7 @@ def _sum_of_rows(
 ) -> Float[Tensor, "bag column"]:
     """The sum of amount * row for each bag; on the CPU, one slice of columns at a time."""
     if gpu.has_kernels(table):
-        return gpu.kernels().sum_of_rows(table, rows, bounds, amounts)  # type: ignore[no-any-return]
+        return gpu.kernels().sums_and_dots(table, rows, bounds, amounts)[0]  # type: ignore[no-any-return]
     n_columns, offsets, amounts = table.shape[1], bounds[:-1], amounts.to(table.dtype)
     width = max(64, CACHED // max(1, len(table) * table.element_size())) if table.device.type == "cpu" else n_columns
     if width >= n_columns:

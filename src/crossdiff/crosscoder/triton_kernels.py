@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch.autograd import Function
 
+from crossdiff.crosscoder.adam import BETA1, BETA2, EPSILON
 from crossdiff.shapes import Float, Int64, Tensor
 
 PART = 4096
@@ -106,6 +107,7 @@ def _along_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
 def _adam_kernel(  # type: ignore[no-untyped-def]
     parameter, gradient, first, second, copy, scale, n, rate, correction1, correction2, seed,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPSILON: tl.constexpr,
     HAS_COPY: tl.constexpr, ROUNDS: tl.constexpr, UPDATED: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * UPDATED + tl.arange(0, UPDATED)
@@ -115,13 +117,13 @@ def _adam_kernel(  # type: ignore[no-untyped-def]
     m = tl.load(first + index, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(second + index, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(parameter + index, mask=inside, other=0.0)
-    m = m + 0.1 * (g - m)
-    v = 0.999 * v + 0.001 * g * g
+    m = m + (1 - BETA1) * (g - m)
+    v = BETA2 * v + (1 - BETA2) * g * g
     if ROUNDS:  # to one of the two nearest numbers, with a chance that keeps the mean
         drawn = tl.randint(seed, index.to(tl.int32)).to(tl.uint32, bitcast=True)
         m = ((m.to(tl.uint32, bitcast=True) + (drawn >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         v = ((v.to(tl.uint32, bitcast=True) + (drawn & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    p = p - rate / correction1 * m / (tl.sqrt(v) / correction2 + 1e-8)
+    p = p - rate / correction1 * m / (tl.sqrt(v) / correction2 + EPSILON)
     tl.store(parameter + index, p, mask=inside)
     tl.store(first + index, m.to(first.dtype.element_ty), mask=inside)
     tl.store(second + index, v.to(second.dtype.element_ty), mask=inside)
@@ -160,54 +162,30 @@ class Above:
         return found
 
 
-def sum_of_rows(
+def sums_and_dots(
     table: Float[Tensor, "row column"],
     rows: Int64[Tensor, " pair"],
     bounds: Int64[Tensor, " bag_and_end"],
-    amounts: Float[Tensor, " pair"],
-) -> Float[Tensor, "bag column"]:
-    """The sum of amount * row for each bag of neighbouring pairs, `rows[bounds[b] : bounds[b + 1]]`, in the amounts' dtype."""
-    out = torch.empty(len(bounds) - 1, table.shape[1], dtype=amounts.dtype, device=table.device)
-    _bags(table, rows, amounts, bounds, out, None)
-    return out
+    amounts: Float[Tensor, " pair"] | None = None,
+    weights: Float[Tensor, "bag column"] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums and products of bags of neighbouring pairs, `rows[bounds[b] : bounds[b + 1]]`, from one read of the table's rows.
 
-
-def sum_of_rows_and_dots(
-    table: Float[Tensor, "row column"],
-    rows: Int64[Tensor, " pair"],
-    bounds: Int64[Tensor, " bag_and_end"],
-    amounts: Float[Tensor, " pair"],
-    weights: Float[Tensor, "bag column"],
-) -> tuple[Float[Tensor, "bag column"], Float[Tensor, " pair"]]:
-    """The same, and the product of each pair's row with its bag's weights, from one read of the rows."""
-    out = torch.empty(len(bounds) - 1, table.shape[1], dtype=amounts.dtype, device=table.device)
-    return out, _bags(table, rows, amounts, bounds, out, weights)
-
-
-def dots(
-    table: Float[Tensor, "row column"],
-    rows: Int64[Tensor, " pair"],
-    bounds: Int64[Tensor, " bag_and_end"],
-    weights: Float[Tensor, "bag column"],
-) -> Float[Tensor, " pair"]:
-    """The product of each pair's row with its bag's weights."""
-    return _bags(table, rows, table, bounds, None, weights)
-
-
-def _bags(
-    table: Tensor, rows: Tensor, amounts: Tensor, bounds: Tensor, out: Tensor | None, weights: Tensor | None
-) -> Float[Tensor, " pair"]:
-    """Run the kernel; `out` is None if only the dots are wanted, `weights` if only the sums are."""
-    table, rows, amounts = table.contiguous(), rows.contiguous(), amounts.contiguous()
+    Returns:
+        With `amounts`, the sum of amount * row for each bag, `[bag, column]`, in the amounts' dtype. With `weights`, the
+        product of each pair's row with its bag's weights, `[pair]`. What was not asked for has no meaning.
+    """
+    table, rows = table.contiguous(), rows.contiguous()
     n_bags, n_blocks = len(bounds) - 1, triton.cdiv(table.shape[1], COLUMNS)
-    partial = torch.empty(n_blocks if weights is not None else 0, len(rows), dtype=torch.float32, device=table.device)
+    partial = torch.empty(0 if weights is None else n_blocks, len(rows), dtype=torch.float32, device=table.device)
+    sums = partial if amounts is None else amounts.new_empty(n_bags, table.shape[1])
     if n_bags:
         _bag_kernel[(n_bags, n_blocks)](
-            table, rows, amounts, bounds, partial if out is None else out,
+            table, rows, table if amounts is None else amounts.contiguous(), bounds, sums,
             table if weights is None else weights.contiguous(), partial, table.shape[1], len(rows),
-            SUM=out is not None, DOT=weights is not None, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=WARPS,
+            SUM=amounts is not None, DOT=weights is not None, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=WARPS,
         )  # fmt: skip
-    return partial.sum(0)
+    return sums, partial.sum(0)
 
 
 def sum_of_rows_along(
@@ -236,7 +214,7 @@ class _SumTokens(Function):
     def forward(ctx: Any, values: Tensor, latent: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
         ctx.save_for_backward(latent)
         ones = values.new_ones(1, 1)
-        return sum_of_rows(ones, torch.zeros_like(order), bounds, values[order]).squeeze(1)
+        return sums_and_dots(ones, torch.zeros_like(order), bounds, values[order])[0].squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, on_sum: Tensor) -> tuple[Tensor | None, ...]:
@@ -266,7 +244,7 @@ def adam(
     step: int,
     seed: int,
 ) -> None:
-    """One update by Adam in place; see `adam.update`.
+    """One update by Adam in place; see `Adam.update`.
 
     Args:
         first, second: the moments; those in bfloat16 are rounded up or down at random, with a chance that keeps their mean.
@@ -277,6 +255,6 @@ def adam(
     n = parameter.numel()
     _adam_kernel[(triton.cdiv(n, UPDATED),)](
         parameter, gradient, first, second, parameter if copy is None else copy, scale, n, rate,
-        1 - 0.9**step, (1 - 0.999**step) ** 0.5, seed,
+        1 - BETA1**step, (1 - BETA2**step) ** 0.5, seed, BETA1=BETA1, BETA2=BETA2, EPSILON=EPSILON,
         HAS_COPY=copy is not None, ROUNDS=first.dtype == torch.bfloat16, UPDATED=UPDATED, num_warps=8,
     )  # fmt: skip

@@ -130,7 +130,11 @@ def introduction(concepts: RunConcepts) -> list[str]:
         f"correlation of at least {summary.correlation:g})."
     ]
     if summary.needed is None:
-        return [*sentences, "Several trainings, `seeds` in the settings of a crosscoder, would show which concepts replicate."]
+        return [
+            *sentences,
+            "Several trainings would show which concepts replicate: `seeds` in the settings of a crosscoder, or beside a "
+            "published one, crosscoders of your own.",
+        ]
     changed = [(kind, concepts.count(kind)) for kind in ("rotated", "base_specific")]
     words = {"rotated": "both models have in different directions", "base_specific": "only the base model has"}
     others = [f"{wording.whole(n)} that {words[kind]}" for kind, n in changed if n]
