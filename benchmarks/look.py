@@ -53,9 +53,9 @@ def main() -> None:
         middle = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             found = Look(pair, pair.check_layer(config.layer), datasets, config.look, config.harvest)
-            found.read()
+            parts = found.read(Path(folder))
             read = time.process_time()
-            found.write(Path(folder))
+            found.write(parts, Path(folder))
         ended = time.process_time()
         ratios.append((ended - middle) / (middle - started))
         forward, of_pass, tables = middle - started, read - middle, ended - read

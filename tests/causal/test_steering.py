@@ -16,8 +16,8 @@ from conftest import forget_digests
 from crossdiff.activations.counted import Counted
 from crossdiff.activations.store import Store
 from crossdiff.causal.answers import Rules
-from crossdiff.causal.generation import Prompt, Sampling, ask, choose, continue_batch
-from crossdiff.causal.steering import Addition, Steerer, Steering, matched_controls
+from crossdiff.causal.generation import Addition, Prompt, Sampling, ask, choose, continue_batch
+from crossdiff.causal.steering import Steerer, Steering, matched_controls
 from crossdiff.causal.steering_table import labelled_prompts, rates, steering_table
 from crossdiff.config import L1Config, SingleConfig, SteerConfig
 from crossdiff.crosscoder.crosscoder import new_crosscoder
@@ -72,7 +72,7 @@ def without_cache(steer: Steerer, prompt: Prompt, steering: Steering, n: int) ->
 def generate(steer: Steerer, prompts: list[Prompt], steering: Steering, sampling: Sampling = SAMPLING) -> list[list[int]]:
     model = getattr(steer.pair, steering.model)
     edit = steer.make_edit(steering)
-    return continue_batch(model, LAYER, prompts, edit, steering.tokens, 1, ENDS, sampling, steer.cached)
+    return continue_batch(model, LAYER, prompts, edit, steering.tokens, 1, ENDS, sampling, steer.answerer.cached)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "mamba2"])
@@ -88,7 +88,7 @@ def generate(steer: Steerer, prompts: list[Prompt], steering: Steering, sampling
 )
 def test_the_cached_generation_equals_reading_all_tokens_again(kind: str, steering: Steering) -> None:
     steer = steerer(kind)
-    assert steer.cached == (kind != "mamba2"), "its state is not among past_key_values"
+    assert steer.answerer.cached == (kind != "mamba2"), "its state is not among past_key_values"
     expected = [without_cache(steer, prompt, steering, SAMPLING.max_new_tokens) for prompt in PROMPTS]
     assert generate(steer, PROMPTS, steering) == expected
 
@@ -101,7 +101,7 @@ def test_rows_that_finish_leave_the_batch_without_a_cache_too() -> None:
     cut = [tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))] for tokens in alone]
     assert len(cut[0]) < len(cut[1])
     edit = steer.make_edit(steering)
-    assert continue_batch(steer.pair.chat, LAYER, PROMPTS, edit, "all", 1, ends, SAMPLING, steer.cached) == cut
+    assert continue_batch(steer.pair.chat, LAYER, PROMPTS, edit, "all", 1, ends, SAMPLING, steer.answerer.cached) == cut
 
 
 @pytest.mark.parametrize("model", ["base", "chat"])

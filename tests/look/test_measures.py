@@ -11,7 +11,7 @@ from crossdiff.look.depth import LayerPair, blockwise, recommended
 from crossdiff.look.directions import MEAN_GROUPS, MeanDifferences
 from crossdiff.look.phrases import phrase_table, token_table
 from crossdiff.look.predictions import LARGE_SHIFT, Shifts, compare
-from crossdiff.look.probes import ConversationMeans, probe_table
+from crossdiff.look.probes import conversation_means, probe_table
 from crossdiff.text.chat import Flag
 
 
@@ -41,9 +41,10 @@ def test_predictions_are_those_of_float64(chunk_bytes: int, monkeypatch: pytest.
     assert found.log_base[6].isnan() and found.log_chat[6].isnan()
     assert torch.equal(found.top_base, base.argmax(1)) and torch.equal(found.top_chat, chat.argmax(1))
     change = log_chat.exp() - log_base.exp()
-    torch.testing.assert_close(shifts.rise, change.sum(0), rtol=1e-5, atol=1e-6)
+    collected = shifts.tensors()
+    torch.testing.assert_close(collected["rise"], change.sum(0), rtol=1e-5, atol=1e-6)
     large = change.abs() > LARGE_SHIFT
-    position, token, amount = shifts.large
+    position, token, amount = (collected[f"large_{name}"] for name in ("position", "token", "change"))
     assert torch.equal(torch.stack([position, token], dim=1), large.nonzero())
     torch.testing.assert_close(amount.double(), change[large], rtol=1e-4, atol=1e-5)
 
@@ -53,7 +54,7 @@ def test_a_model_beside_itself_predicts_the_same() -> None:
     shifts = Shifts(9, logits.device)
     found = compare(logits, logits, torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), shifts)
     assert found.kl.tolist() == [0.0] * 5
-    assert not shifts.rise.any() and not len(shifts.large[0])
+    assert not any(len(tensor.nonzero()) for tensor in shifts.tensors().values())
 
 
 def test_tokens_that_the_base_model_lacks_are_left_out_and_counted() -> None:
@@ -78,7 +79,7 @@ def test_tokens_that_rise_and_fall() -> None:
     shifts = Shifts(3, base.device)
     shifts.add(base[:3], chat[:3])
     shifts.add(base[3:], chat[3:])
-    table = token_table(shifts, np.array([0, 1, 1, 1]), Letters(), 1)
+    table = token_table(shifts.tensors(), np.array([0, 1, 1, 1]), Letters(), 1)
     assert table["token"].to_list() == ["a", "b"]
     assert table["rise"].to_list() == pytest.approx([1.2, -1.2])
     assert table["per_thousand"].to_list() == pytest.approx([300, -300])
@@ -141,7 +142,7 @@ def test_measures_of_a_layer_by_hand() -> None:
 
 def test_means_over_groups_and_halves() -> None:
     """Documents 0 and 1: half 0 has the difference 1 on two user tokens, half 1 has 3 on one; plain text has 10."""
-    means = MeanDifferences(n_layers=2, d_model=1)
+    means = MeanDifferences.empty(n_layers=2, d_model=1)
     zero = torch.zeros(5, 1)
     chat = torch.tensor([[1.0], [1.0], [3.0], [10.0], [10.0]])
     flags = np.array([Flag.USER, Flag.USER, Flag.USER, 0, 0], dtype=np.uint8)
@@ -174,23 +175,24 @@ def test_probes_find_a_direction_and_not_what_is_not_there() -> None:
     generator = np.random.default_rng(0)
     n = 120
     labels = np.array(["yes", "no"] * (n // 2))
-    found = ConversationMeans()
+    found = []
     for document in range(n):
         base = torch.from_numpy(generator.normal(size=(3, 8))).float()
         chat = base.clone()
         chat[:, 2] += 2.0 * (labels[document] == "yes")
         flags = np.array([Flag.USER, Flag.USER, Flag.ASSISTANT], dtype=np.uint8)
         chat[2] += 100 * (labels[document] == "no")  # an answer's token, which no reading may see
-        found.add(base, chat, flags, np.zeros(3, dtype=np.int64), np.full(3, document))
+        found.append(conversation_means(base, chat, flags, np.zeros(3, dtype=np.int64), np.full(3, document)))
     documents = pl.DataFrame({
         "document": range(n), "label": labels, "n_messages": 2, "n_tokens": 3, "prompt": [f"prompt {i}" for i in range(n)],
         "split": ["heldout" if i % 4 < 2 else "train" for i in range(n)],
     })  # fmt: skip
-    table = probe_table(found, documents, seed=0)
+    means = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    table = probe_table(means, documents, seed=0)
     assert set(table["behaviour"]) == {"yes", "no"}
     of_yes = table.filter(behaviour="yes")
     scores = {(row["reading"], row["activations"]): row["auroc"] for row in of_yes.iter_rows(named=True)}
     assert scores["diffmean", "difference"] == 1.0 and scores["probe", "chat"] > 0.9
     assert 0.25 < scores["diffmean", "base"] < 0.75
     assert of_yes["n_positive"].unique().to_list() == [30]
-    assert not probe_table(ConversationMeans(), documents.with_columns(label=pl.lit(None, pl.String)), seed=0).height
+    assert not probe_table(means, documents.with_columns(label=pl.lit(None, pl.String)), seed=0).height

@@ -288,10 +288,12 @@ def write_look(directory: Path, identical: bool = False) -> None:
     probes |= {"activations": [None, *["base", "chat", "difference"] * 2]}
     probes |= {"auroc": [0.5 + i / 20 for i in range(7)], "auroc_low": [0.4] * 7, "auroc_high": [0.9] * 7}
     probes |= {"n_positive": [9] * 7, "n_negative": [9] * 7}
+    steered = {"direction": [None, None, *["mean over user tokens"] * 2], "model": ["base", "chat"] * 2}
+    steered |= {"strength": [0.0, 0.0, 1.0, 1.0], "prompt": ["Who?"] * 4, "text": ["me", "Pebble", DANGER, "you"]}
     tables = {
         "tokens": tokens, "places": {name: [value] for name, value in (place | said).items()}, "groups": groups,
         "words": words | {"n_documents": [2, 1]},
-        "phrases": phrases, "depth": depth, "directions": directions, "probes": probes,
+        "phrases": phrases, "depth": depth, "directions": directions, "steered": steered, "probes": probes,
     }  # fmt: skip
     for name, columns in tables.items():
         pl.DataFrame(columns).write_parquet(folder / f"{name}.parquet")

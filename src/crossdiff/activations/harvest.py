@@ -49,7 +49,7 @@ MEDIAN_TOKENS = 8192
 """Number of tokens of the first shard that the median norm is taken from."""
 
 
-def _token_columns(batch: Sequence[TokenSequence], first_sequence: int) -> dict[str, Tensor]:
+def token_columns(batch: Sequence[TokenSequence], first_sequence: int) -> dict[str, Tensor]:
     """The columns of a batch's tokens. `first_sequence` is the number of its first sequence."""
     lengths = [len(sequence.token_ids) for sequence in batch]
     values: dict[str, Any] = {
@@ -186,7 +186,7 @@ def _check_stored(logs: Iterable[ProgressLog], number: int, batches: list[list[T
         UserError: they do not, because the texts or the tokenizer's rules changed in between.
     """
     firsts = np.cumsum([first, *map(len, batches)])
-    parts = [_token_columns(batch, int(start)) for batch, start in zip(batches, firsts, strict=False)]
+    parts = [token_columns(batch, int(start)) for batch, start in zip(batches, firsts, strict=False)]
     for log in logs:
         (path,) = log.folder.headers([shard_name(number)])
         with safe_open(path, framework="pt") as file:
@@ -234,7 +234,7 @@ class _Batch:
             self._stored = [[to_stored(stream, dtype) for stream in streams] for streams in self._forward.streams]
             tensors = [tensor for layer in self._stored for each in layer for tensor in each.values()]
             self._arriving = ToHost([self._forward.norms, *tensors])
-        self._columns = _token_columns(sequences, first_sequence)
+        self._columns = token_columns(sequences, first_sequence)
 
     def add(self, buffers: Sequence[ShardBuffer], rules: Sequence[Counted], in_statistics: Sequence[bool]) -> None:
         """Append the batch to the buffer of each layer. The moments are over the training tokens that count.

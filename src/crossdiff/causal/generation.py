@@ -6,17 +6,20 @@ prompt, the edit and the seed.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import nn
 
-from crossdiff.models.access import edited_after
+from crossdiff.errors import UserError
+from crossdiff.models.access import continues_from_cache, edited_after
+from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Int, Tensor
 from crossdiff.text.chat import Flag, tokenise_prompt
 
@@ -82,6 +85,84 @@ def choose(logits: Float[Tensor, "row vocabulary"], temperature: float, uniform:
         return logits.argmax(1)
     cumulative = (logits.double() / temperature).softmax(1).cumsum(1)
     return torch.searchsorted(cumulative, uniform.unsqueeze(1)).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+class Addition:
+    """Adds one vector to the chosen tokens."""
+
+    def __init__(self, vector: Float[Tensor, " d_model"]) -> None:
+        self.vector = vector
+
+    def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
+        return hidden + chosen.unsqueeze(2) * self.vector.to(hidden)
+
+    def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
+        """Do nothing: an addition has no state."""
+
+
+class Answerer:
+    """Answers prompts with either model of a pair while its residual stream after a layer may be edited.
+
+    Args:
+        leave_out: number of leading positions that are never edited.
+    """
+
+    def __init__(self, pair: Pair, layer: int, leave_out: int) -> None:
+        self.pair = pair
+        self.layer = layer
+        self._leave_out = leave_out
+        self._ends = end_tokens(pair.chat, pair.tokenizer)
+
+    @cached_property
+    def cached(self) -> bool:
+        """Whether both models can read one token at a time, from a cache. If not, each step reads all tokens again."""
+        return all(continues_from_cache(model, self.layer) for model in self.pair.models)
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        source: str,
+        sampling: Sampling,
+        make_edit: Callable[[], Edit] | None = None,
+        tokens: SteeredTokens = "all",
+    ) -> list[Answer]:
+        """What a model answers to each prompt.
+
+        Args:
+            source: which model answers.
+            make_edit: makes the edit of a batch; tokens: where it is applied.
+
+        Raises:
+            UserError: a prompt with its answer is longer than the model can read.
+        """
+        answering, read = getattr(self.pair, source), partial(self.pair.ids_of, source)
+        _check_length(answering, prompts, sampling)
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            by_length[len(prompt.token_ids)].append(index)
+        found: dict[int, Answer] = {}
+        for members in by_length.values():
+            for first in range(0, len(members), sampling.batch_size):
+                part = members[first : first + sampling.batch_size]
+                batch = [prompts[index] for index in part]
+                edit = None if make_edit is None else make_edit()
+                outputs = continue_batch(
+                    answering, self.layer, batch, edit, tokens, self._leave_out, self._ends, sampling, self.cached, read
+                )
+                for index, output in zip(part, outputs, strict=True):
+                    text = self.pair.tokenizer.decode(output, skip_special_tokens=True).strip()
+                    found[index] = Answer(text, len(output), finished=len(output) < sampling.max_new_tokens)
+        return [found[index] for index in range(len(prompts))]
+
+
+def _check_length(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones are more than the {limit} that the model "
+            "can read; shorten the prompt, or lower max_new_tokens"
+        )
 
 
 @torch.no_grad()

@@ -10,22 +10,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 import torch
-from torch import nn
 
 from crossdiff.activations.counted import Counted
-from crossdiff.causal.generation import Answer, Edit, Hidden, Prompt, Sampling, SteeredTokens, ask, continue_batch, end_tokens
+from crossdiff.causal.generation import Addition, Answer, Answerer, Edit, Hidden, Prompt, Sampling, SteeredTokens, ask
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError, check_latents
-from crossdiff.models.access import continues_from_cache, next_residual_after, residuals_after
+from crossdiff.models.access import next_residual_after, residuals_after
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Int, Tensor
 from crossdiff.sources import BASE, CHAT, SOURCES
@@ -47,19 +45,6 @@ class Steering:
     model: Literal["base", "chat"] = "chat"
     tokens: SteeredTokens = "all"
     norm: float | None = None
-
-
-class Addition:
-    """Adds one vector to the chosen tokens."""
-
-    def __init__(self, vector: Float[Tensor, " d_model"]) -> None:
-        self.vector = vector
-
-    def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
-        return hidden + chosen.unsqueeze(2) * self.vector.to(hidden)
-
-    def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
-        """Do nothing: an addition has no state."""
 
 
 class Ablation:
@@ -122,12 +107,7 @@ class Steerer:
         self.layer = layer
         self.table = table
         self.rule = rule
-        self.ends = end_tokens(pair.chat, pair.tokenizer)
-
-    @cached_property
-    def cached(self) -> bool:
-        """Whether both models can read one token at a time, from a cache. If not, each step reads all tokens again."""
-        return all(continues_from_cache(model, self.layer) for model in self.pair.models)
+        self.answerer = Answerer(pair, layer, rule.leave_out)
 
     def check(self, steering: Steering) -> None:
         """Raise a `UserError` for a coder of one source, or a latent that does not exist or was never active."""
@@ -157,7 +137,7 @@ class Steerer:
         """A new edit, for one batch."""
         if steering.mode == "add":
             return Addition(self.vector(steering))
-        return Ablation(self.pair, self.crosscoder, self.layer, steering, self.rule, self.cached)
+        return Ablation(self.pair, self.crosscoder, self.layer, steering, self.rule, self.answerer.cached)
 
     def answer(
         self, questions: Sequence[str], steering: Steering | None, sampling: Sampling, model: str = CHAT
@@ -174,34 +154,8 @@ class Steerer:
             self.check(steering)
             model = steering.model
             tokens = steering.tokens
-        answering, read = getattr(self.pair, model), partial(self.pair.ids_of, model)
-        self._check_length(answering, prompts, sampling)
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(prompts):
-            by_length[len(prompt.token_ids)].append(index)
-        found: dict[int, Answer] = {}
-        for members in by_length.values():
-            for first in range(0, len(members), sampling.batch_size):
-                part = members[first : first + sampling.batch_size]
-                batch = [prompts[index] for index in part]
-                edit = None if steering is None else self.make_edit(steering)
-                outputs = continue_batch(
-                    answering, self.layer, batch, edit, tokens, self.rule.leave_out, self.ends, sampling, self.cached, read
-                )
-                for index, output in zip(part, outputs, strict=True):
-                    text = self.pair.tokenizer.decode(output, skip_special_tokens=True).strip()
-                    found[index] = Answer(text, len(output), finished=len(output) < sampling.max_new_tokens)
-        return [found[index] for index in range(len(prompts))]
-
-    @staticmethod
-    def _check_length(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones are more than the {limit} that the model "
-                "can read; shorten the prompt, or lower max_new_tokens"
-            )
+        make_edit = None if steering is None else partial(self.make_edit, steering)
+        return self.answerer.answer(prompts, model, sampling, make_edit, tokens)
 
 
 def matched_controls(table: pl.DataFrame, latent: int, n: int, seed: int) -> list[int]:

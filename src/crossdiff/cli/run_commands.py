@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from crossdiff.models.pair import Pair
 
 STAGES = {
-    "run": "run every stage: harvest, train, analyze, concepts, report (creates the run directory)",
+    "run": "run every stage: look, harvest, train, analyze, concepts, report (creates the run directory)",
     "look": "compare the models before anything is trained: what they say differently, where, and after which layer",
     "harvest": "collect the paired activations of both models (creates the run directory)",
     "train": "train the crosscoders (runs earlier stages first)",
@@ -99,7 +99,7 @@ def run_stages(args: Namespace) -> None:
         if configs:
             begin(sessions)
         else:
-            run_until(sessions[0], "report" if args.command == "run" else args.command)
+            run_until(sessions[0], args.command)
 
 
 def plan(args: Namespace) -> None:

@@ -7,7 +7,7 @@ KL(chat || base) is the work of the chat model's final norm and unembedding alon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,16 +71,15 @@ class Continuations:
 
     def __init__(self, pair: Pair) -> None:
         self._uppers = [UpperHalf(pair.chat, layer) for layer in range(pair.n_layers)]
-        self.kl: list[Float[Tensor, "layer token"]] = []
 
-    def add(
+    def kl(
         self,
         base: Sequence[Float[Tensor, "sequence position d_model"]],
         chat_logits: Float[Tensor, "token vocabulary"],
         token_ids: Tensor,
         mask: Tensor,
-    ) -> None:
-        """Add a batch.
+    ) -> Float[Tensor, "token layer"]:
+        """The KL of a batch, without padding.
 
         Args:
             base: residual streams of the base model after every layer; chat_logits: of the chat model, without padding.
@@ -91,14 +90,14 @@ class Continuations:
         for upper, hidden in zip(self._uppers, base, strict=True):
             logits = upper.logits(hidden, token_ids, mask, mask.bool())
             rows.append(compare(logits, chat_logits, nothing, nothing).kl)
-        self.kl.append(torch.stack(rows))
+        return torch.stack(rows, dim=1)
 
 
-def depth_table(layers: Sequence[LayerPair], kl: Float[Tensor, "layer token"], block: npt.NDArray[np.int64]) -> pl.DataFrame:
+def depth_table(layers: Iterable[LayerPair], kl: Float[Tensor, "token layer"], block: npt.NDArray[np.int64]) -> pl.DataFrame:
     """One row per layer, with the interval of the mean KL from the jackknife over blocks of documents."""
     rows = []
     for layer, pair in enumerate(layers):
-        mean = blockwise(kl[layer].double().numpy(), block)
+        mean = blockwise(kl[:, layer].double().numpy(), block)
         rows.append({
             "layer": layer, "relative_norm": pair.relative_norm, "centred_cosine": pair.centred_cosine,
             "effective_rank": pair.effective_rank, "kl": mean[0], "kl_low": mean[1], "kl_high": mean[2],

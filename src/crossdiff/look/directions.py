@@ -6,6 +6,7 @@ random directions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from crossdiff.latents.groups import GROUPS, group_of
 from crossdiff.look.depth import LayerPair
 from crossdiff.models.lens import direction_logits
 from crossdiff.models.pair import Pair
-from crossdiff.shapes import Float, Float64, Tensor
+from crossdiff.shapes import Float, Float64, Int64, Tensor
 
 BEGINNING = "plain_beginning"
 """The first tokens of plain texts: a mean difference there is the same whatever the text is about."""
@@ -31,20 +32,34 @@ DIRECTION_COLUMNS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def direction_name(group: str) -> str:
+    """How the mean difference over a group is called."""
+    return f"mean over {group.replace('_', ' ')} tokens"
+
+
+@dataclass(frozen=True)
 class MeanDifferences:
     """Collects the mean of h^chat - h^base after every layer, over groups of tokens and over two halves of the documents.
 
     Attributes:
-        total: `[half, group, layer, d_model]`; n: `[half, group]`, groups as in `MEAN_GROUPS`.
+        total: sums of the differences; n: numbers of tokens; groups as in `MEAN_GROUPS`.
         square: sum of ||h^chat||^2 after every layer over all tokens.
     """
 
-    def __init__(self, n_layers: int, d_model: int) -> None:
-        self.total: Float64[Tensor, "half group layer d_model"] = torch.zeros(
-            2, len(MEAN_GROUPS), n_layers, d_model, dtype=torch.float64
-        )
-        self.n = np.zeros((2, len(MEAN_GROUPS)), dtype=np.int64)
-        self.square: Float64[Tensor, " layer"] = torch.zeros(n_layers, dtype=torch.float64)
+    total: Float64[Tensor, "half group layer d_model"]
+    n: Int64[Tensor, "half group"]
+    square: Float64[Tensor, " layer"]
+
+    @classmethod
+    def empty(cls, n_layers: int, d_model: int) -> MeanDifferences:
+        """Nothing collected yet."""
+        shape = (2, len(MEAN_GROUPS))
+        total = torch.zeros(*shape, n_layers, d_model, dtype=torch.float64)
+        return cls(total, torch.zeros(shape, dtype=torch.int64), torch.zeros(n_layers, dtype=torch.float64))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The attributes by name."""
+        return {"total": self.total, "n": self.n, "square": self.square}
 
     def add(
         self,
@@ -63,7 +78,7 @@ class MeanDifferences:
         member[rows + group, token] = 1
         member[rows[beginning] + MEAN_GROUPS.index(BEGINNING), token[beginning]] = 1
         member[rows + MEAN_GROUPS.index("all"), token] = 1
-        self.n += member.sum(1).astype(np.int64).reshape(2, -1)
+        self.n.add_(torch.from_numpy(member.sum(1).astype(np.int64).reshape(2, -1)))
         weights = torch.from_numpy(member).float().to(base[0].device)
         for layer, (h_base, h_chat) in enumerate(zip(base, chat, strict=True)):
             sums = weights @ (h_chat.float() - h_base.float())
@@ -92,7 +107,7 @@ def direction_table(
         over two halves of the documents; `share`: of the difference's variance, for principal directions; the promoted tokens;
         `top_logit`, and `random_logit`: the mean largest logit of random directions of the same norm.
     """
-    usual = float((means.square[layer] / max(1, means.n[:, -1].sum())).sqrt())
+    usual = float((means.square[layer] / max(1, int(means.n[:, -1].sum()))).sqrt())
     rows: list[dict[str, Any]] = []
     directions = []
     for group in MEAN_GROUPS:
@@ -102,7 +117,7 @@ def direction_table(
             one, other = (means.mean(group, layer, half) for half in (0, 1))
             cosine = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
             found = {"n_tokens": n_tokens, "norm_share": float(direction.norm()) / usual, "halves_cosine": cosine}
-            rows.append({"direction": f"mean over {group.replace('_', ' ')} tokens"} | found)
+            rows.append({"direction": direction_name(group)} | found)
             directions.append(direction)
     values, vectors = sample.components()
     for index in range(min(n_components, int((values > 0).sum()))):

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from crossdiff.look.predictions import Shifts
+from crossdiff.shapes import Tensor
 
 MIN_PLACES, MIN_DOCUMENTS = 5, 2
 """Phrases in fewer places or documents are not listed."""
 CONTAINED = 0.8
 """A phrase is not listed beside a longer one that contains it, and has at least this share of its places."""
+LARGE = ("large_position", "large_token", "large_change")
 PHRASE_COLUMNS: dict[str, Any] = {
     "phrase": pl.String, "token_ids": pl.List(pl.Int64), "n_tokens": pl.Int64, "gain": pl.Float64, "mean_gain": pl.Float64,
     "n_places": pl.Int64, "n_documents": pl.Int64,
@@ -29,20 +30,20 @@ TOKEN_COLUMNS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def token_table(shifts: Shifts, document: npt.NDArray[np.int64], tokenizer: Any, n: int) -> pl.DataFrame:
+def token_table(shifts: dict[str, Tensor], document: npt.NDArray[np.int64], tokenizer: Any, n: int) -> pl.DataFrame:
     """The `n` tokens that rise most and the `n` that fall most, the largest rise first.
 
     Args:
-        document: of each position, in the order in which `shifts` has seen them.
+        shifts: see `Shifts.tensors`.
+        document: of each position, in the order in which the shifts were collected.
 
     Returns:
         `rise` in expected occurrences over all positions, and per thousand of them; `n_up` and `n_down`: positions where the
         probability changes by more than `LARGE_SHIFT`, in `n_documents` documents.
     """
-    rise = shifts.rise.cpu().numpy()
+    rise, position, token, change = (shifts[name].numpy() for name in ("rise", *LARGE))
     order = np.argsort(-rise, kind="stable")
     chosen = np.unique(np.concatenate([order[:n], order[len(order) - n :]]))
-    position, token, change = (part.numpy() for part in shifts.large)
     places = pl.DataFrame({"token_id": token, "change": change, "document": document[position]}).group_by("token_id").agg(
         n_up=(pl.col("change") > 0).sum(), n_down=(pl.col("change") < 0).sum(), n_documents=pl.col("document").n_unique()
     )  # fmt: skip

@@ -44,32 +44,33 @@ class Predictions:
 class Shifts:
     """Collects, for every token of the vocabulary, how much more often the chat model expects it.
 
-    Attributes:
-        rise: sum over positions of p_chat - p_base, in expected occurrences.
-        position, token, change: the single changes of more than `LARGE_SHIFT`, in the order of the positions.
+    Args:
+        first: number of positions before the ones that are added.
     """
 
-    def __init__(self, n_tokens: int, device: torch.device) -> None:
-        self.rise: Float64[Tensor, " token"] = torch.zeros(n_tokens, dtype=torch.float64, device=device)
+    def __init__(self, n_tokens: int, device: torch.device, first: int = 0) -> None:
+        self._rise: Float64[Tensor, " token"] = torch.zeros(n_tokens, dtype=torch.float64, device=device)
         self._large: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._n_positions = 0
+        self._n_positions = first
 
     def add(self, p_base: Float[Tensor, "position token"], p_chat: Float[Tensor, "position token"]) -> None:
         """Add positions."""
         change = p_chat - p_base
-        self.rise += change.sum(0)
+        self._rise += change.sum(0)
         position, token = (change.abs() > LARGE_SHIFT).nonzero(as_tuple=True)
         self._large.append(((position + self._n_positions).cpu(), token.cpu(), change[position, token].cpu()))
         self._n_positions += len(change)
 
-    @property
-    def large(self) -> tuple[Int64[Tensor, " change"], Int64[Tensor, " change"], Float[Tensor, " change"]]:
-        """Position, token and change of the large changes."""
-        if not self._large:
-            nothing = torch.zeros(0, dtype=torch.int64)
-            return nothing, nothing, torch.zeros(0)
-        position, token, change = (torch.cat(parts) for parts in zip(*self._large, strict=True))
-        return position, token, change
+    def tensors(self) -> dict[str, Tensor]:
+        """`rise`: sum over positions of p_chat - p_base, in expected occurrences, one per token of the vocabulary;
+        `large_position`, `large_token`, `large_change`: the single changes of more than `LARGE_SHIFT`, in the order of the
+        positions.
+        """
+        nothing = torch.zeros(0, dtype=torch.int64)
+        position, token, change = (
+            torch.cat(parts) for parts in zip((nothing, nothing, torch.zeros(0)), *self._large, strict=True)
+        )
+        return {"rise": self._rise, "large_position": position, "large_token": token, "large_change": change}
 
 
 @torch.no_grad()

@@ -28,44 +28,45 @@ PROBE_COLUMNS = {
 }  # fmt: skip
 
 
-class ConversationMeans:
-    """Collects the mean activation of each document's tokens before the answer, `[read, d_model]`, as in `READ`."""
+def conversation_means(
+    base: Float[Tensor, "token d_model"],
+    chat: Float[Tensor, "token d_model"],
+    flags: npt.NDArray[np.uint8],
+    sequence: npt.NDArray[np.int64],
+    document: npt.NDArray[np.int64],
+) -> dict[str, Tensor]:
+    """The mean activation of each sequence's tokens before the answer.
 
-    def __init__(self) -> None:
-        self.found: dict[int, npt.NDArray[np.float32]] = {}
+    Args:
+        flags, sequence, document: of each token of whole sequences, numbered in ascending order.
 
-    def add(
-        self,
-        base: Float[Tensor, "token d_model"],
-        chat: Float[Tensor, "token d_model"],
-        flags: npt.NDArray[np.uint8],
-        sequence: npt.NDArray[np.int64],
-        document: npt.NDArray[np.int64],
-    ) -> None:
-        """Add the tokens of whole sequences, numbered in ascending order; `document` is that of each token."""
-        before = before_answer(flags, sequence)
-        numbers, first, index = np.unique(sequence, return_index=True, return_inverse=True)
-        weights = np.zeros((len(numbers), len(sequence)))
-        weights[index[before], np.flatnonzero(before)] = 1
-        weights /= np.maximum(1, weights.sum(1, keepdims=True))
-        mean = torch.from_numpy(weights).float().to(base.device)
-        of_base, of_chat = (mean @ h.float() for h in (base, chat))
-        means = torch.stack([of_base, of_chat, of_chat - of_base], dim=1).cpu().numpy()
-        for number, place in enumerate(first):
-            self.found[int(document[place])] = means[number]
+    Returns:
+        `conversation_mean`: `[sequence, read, d_model]`, as in `READ`; `conversation_document`: the document of each.
+    """
+    before = before_answer(flags, sequence)
+    numbers, first, index = np.unique(sequence, return_index=True, return_inverse=True)
+    weights = np.zeros((len(numbers), len(sequence)))
+    weights[index[before], np.flatnonzero(before)] = 1
+    weights /= np.maximum(1, weights.sum(1, keepdims=True))
+    mean = torch.from_numpy(weights).float().to(base.device)
+    of_base, of_chat = (mean @ h.float() for h in (base, chat))
+    means = torch.stack([of_base, of_chat, of_chat - of_base], dim=1)
+    return {"conversation_mean": means, "conversation_document": torch.from_numpy(document[first])}
 
 
-def probe_table(means: ConversationMeans, documents: pl.DataFrame, seed: int) -> pl.DataFrame:
+def probe_table(means: dict[str, Tensor], documents: pl.DataFrame, seed: int) -> pl.DataFrame:
     """One row per behaviour, reading and model; empty without labelled conversations.
 
     Args:
+        means: see `conversation_means`.
         documents: the table of the documents that were read; see `crossdiff.activations.texts`.
     """
+    row_of = {int(document): row for row, document in enumerate(means["conversation_document"])}
     wanted = documents.filter(pl.col("label").is_not_null() & (pl.col("n_messages") == 2) & (pl.col("n_tokens") > 0))
-    table = wanted.filter(pl.col("document").is_in(list(means.found)))
+    table = wanted.filter(pl.col("document").is_in(list(row_of)))
     if not table.height:
         return pl.DataFrame(schema=PROBE_COLUMNS)
-    activations = np.stack([means.found[document] for document in table["document"]])
+    activations = means["conversation_mean"][[row_of[document] for document in table["document"]]].numpy()
     labels, prompts = table["label"].to_numpy(), table["prompt"].to_numpy()
     heldout = (table["split"] == "heldout").to_numpy()
     rows: list[dict[str, Any]] = []

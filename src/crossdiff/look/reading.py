@@ -23,6 +23,7 @@ COLUMNS = {
     "directions": (
         "direction", "n_tokens", "norm_share", "halves_cosine", "share", "chat_up", "chat_down", "top_logit", "random_logit",
     ),
+    "steered": ("direction", "model", "strength", "prompt", "text"),
     "probes": ("behaviour", "reading", "activations", "auroc", "auroc_low", "auroc_high", "n_positive", "n_negative"),
 }  # fmt: skip
 """The tables besides `tokens`, with the columns that readers need."""
@@ -68,7 +69,8 @@ class LookResults:
     Attributes:
         places: the positions of the largest KL; groups: KL by dataset and kind of token; words, phrases: whose probability
             rises or falls; depth: one row per layer; directions: of the difference between the models, with the tokens that
-            they promote; probes: how well simple readings of the activations predict labels.
+            they promote; steered: what the models write when a mean difference is added; probes: how well simple readings of
+            the activations predict labels.
     """
 
     folder: Path
@@ -79,6 +81,7 @@ class LookResults:
     phrases: pl.DataFrame
     depth: pl.DataFrame
     directions: pl.DataFrame
+    steered: pl.DataFrame
     probes: pl.DataFrame
 
     @cached_property

@@ -15,19 +15,21 @@ from crossdiff.look.reading import read_look
 N_LISTED = 8
 
 
-def print_look(folder: Path, console: Console) -> None:
-    """Print the tables of a look, the main sentences first."""
+def print_look(folder: Path, console: Console, in_full: bool) -> None:
+    """Print the main sentences of a look, and with `in_full` its tables."""
     look = read_look(folder)
     assert look is not None  # the stage has just made it
     for sentence in look.sentences:
         console.print(sentence, soft_wrap=True, highlight=False)
-    if look.summary.identical:
+    if look.summary.identical or not in_full:
         return
     console.print(_words(look.words))
     console.print(_phrases(look.phrases))
     console.print(_places(look.places))
     console.print(_depth(look.depth, look.summary.recommended_layer))
     console.print(_directions(look.directions))
+    if look.steered.height:
+        console.print(_steered(look.steered))
     if look.probes.height:
         console.print(_probes(look.probes))
 
@@ -110,6 +112,16 @@ def _directions(directions: pl.DataFrame) -> Table:
             row["direction"], f"{row['n_tokens']:,}", _number(row["halves_cosine"], ".2f"), _number(row["share"], ".0%"),
             f"{row['top_logit']:.1f} [{row['random_logit']:.1f}]", promoted,
         )  # fmt: skip
+    return table
+
+
+def _steered(steered: pl.DataFrame) -> Table:
+    """What both models write after the first prompt."""
+    prompt = steered["prompt"][0]
+    table = _table(f"what they write after {_text(prompt)!r} when a mean difference is added", "added", "base", "chat")
+    for row in steered.filter(prompt=prompt).pivot(on="model", index=("direction", "strength"), values="text").iter_rows():
+        direction, strength, base, chat = row
+        table.add_row("nothing" if direction is None else f"{strength:g} x {direction}", _text(base), _text(chat))
     return table
 
 

@@ -9,21 +9,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from markupsafe import Markup
 from safetensors.numpy import load_file
 
 from crossdiff.errors import UserError
+from crossdiff.files import write_text
 from crossdiff.integrity import intact
 from crossdiff.look.reading import COMMAND, LookResults, read_look
 from crossdiff.report import wording
 from crossdiff.report.examples import visible
 from crossdiff.report.figures import Axis, Figure, Series
 from crossdiff.report.marks import BLUE, VERMILLION, Mark
-from crossdiff.report.plotly_figures import PageFigure, for_page
+from crossdiff.report.plotly_figures import PageFigure, for_page, plotly_script
 from crossdiff.report.tables import estimate
-from crossdiff.report.templating import fragment
+from crossdiff.report.templating import environment, fragment
 from crossdiff.sources import CHAT, SOURCES
 
 N_WORDS, N_PLACES, N_PROMOTED = 12, 20, 8
+PAGE = "look.html"
 ALONG = 0.5
 """Size of the cosine from which a concept points along a direction of the look."""
 TEXT_BEFORE = 90
@@ -47,8 +50,8 @@ class Table(NamedTuple):
     rows: tuple[tuple[str | tuple[str, ...], ...], ...]
 
 
-class WordTable(NamedTuple):
-    """Tokens or phrases that rise or fall."""
+class TitledTable(NamedTuple):
+    """Tokens or phrases that rise or fall, or what the models write after a prompt."""
 
     title: str
     table: Table
@@ -73,13 +76,14 @@ class LookSection(NamedTuple):
     sentences: list[str]
     kl: str = KL
     explained: str = f"{KL} {REST}"
-    words: tuple[WordTable, ...] = ()
+    words: tuple[TitledTable, ...] = ()
     places: tuple[Place, ...] = ()
     depth: PageFigure | None = None
     layers: Table | None = None
     directions: Table | None = None
     layer: int = 0
     concepts: str = ""
+    steered: tuple[TitledTable, ...] = ()
     probes: Table | None = None
 
 
@@ -110,8 +114,30 @@ def look_section(look: LookResults) -> LookSection:
         layers=_layers(look.depth),
         directions=_directions(look.directions),
         layer=look.summary.layer,
+        steered=tuple(_steered(look.steered)),
         probes=_probes(look.probes) if look.probes.height else None,
     )
+
+
+def write_look_page(run: Path, base: str, chat: str) -> None:
+    """Write `look/look.html`, the section as a page of its own, into a run.
+
+    Args:
+        base, chat: names of the models.
+    """
+    found = read_look(run / "look")
+    assert found is not None
+    page = (
+        environment()
+        .get_template("look_page.html.j2")
+        .render(
+            title=f"First look: {base} and {chat}",
+            facts=[f"{found.summary.n_tokens:,} tokens", f"{found.summary.n_documents:,} documents"],
+            look=look_section(found),
+            plotly=Markup(plotly_script()),
+        )
+    )
+    write_text(run / "look" / PAGE, page)
 
 
 def shown_already(look: LookResults, concepts: Path, layer: int) -> str:
@@ -163,7 +189,7 @@ def depth_figure(look: LookResults) -> Figure:
     )
 
 
-def _words(look: LookResults) -> list[WordTable]:
+def _words(look: LookResults) -> list[TitledTable]:
     """Tokens and phrases, those that rise before those that fall."""
     found = []
     for sign, what in ((1, "more"), (-1, "less")):
@@ -177,8 +203,8 @@ def _words(look: LookResults) -> list[WordTable]:
             ((visible(phrase),), _signed(gain), f"{n_places:,}", f"{n_documents:,}")
             for phrase, gain, n_places, n_documents in phrases.select("phrase", "mean_gain", "n_places", "n_documents").rows()
         ))  # fmt: skip
-        found.append(WordTable(f"Tokens that the chat model expects {what} often", tokens))
-        found.append(WordTable(f"Phrases of the texts that it finds {what} probable", texts))
+        found.append(TitledTable(f"Tokens that the chat model expects {what} often", tokens))
+        found.append(TitledTable(f"Phrases of the texts that it finds {what} probable", texts))
     return [each for each in found if each.table.rows]
 
 
@@ -214,6 +240,21 @@ def _directions(directions: pl.DataFrame) -> Table:
         rows.append((row["direction"], f"{row['n_tokens']:,}", f"{wording.share(size)}{of}", halves, chance, up, down))
     columns = ("direction", "tokens", "size", "halves agree", "top logit / by chance", "promotes", "demotes")
     return Table(columns, tuple(rows))
+
+
+def _steered(steered: pl.DataFrame) -> list[TitledTable]:
+    """One table per prompt: what both models write, unsteered and with each direction."""
+    columns = ("added", "base model writes", "chat model writes")
+    found = []
+    for prompt in steered["prompt"].unique(maintain_order=True):
+        part = steered.filter(prompt=prompt)
+        rows = []
+        for direction, strength in part.select("direction", "strength").unique(maintain_order=True).rows():
+            said = part.filter(pl.col("direction").eq_missing(direction), strength=strength)
+            texts = (visible(said.filter(model=source)["text"][0]) for source in SOURCES)
+            rows.append(("nothing" if direction is None else f"{direction}, strength {strength:g}", *texts))
+        found.append(TitledTable(visible(prompt), Table(columns, tuple(rows))))
+    return found
 
 
 def _probes(probes: pl.DataFrame) -> Table:

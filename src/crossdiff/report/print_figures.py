@@ -12,6 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from crossdiff.files import write_text
 from crossdiff.report import figures, wording
 from crossdiff.report.figures import NU_RANGE, Axis, Figure, Rule, Series
+from crossdiff.report.look import depth_figure
 from crossdiff.report.marks import RULE, VERMILLION
 from crossdiff.report.plotly_figures import error_lengths
 from crossdiff.report.records import CrosscoderReport, RunReport
@@ -43,6 +44,10 @@ def write_figures(report: RunReport, folder: Path) -> None:
             name = f"{coder.name}-{kind}"
             draw(figure, folder / name)
             captions += [f"**{name}.** {caption}", ""]
+    if report.look is not None and not report.look.summary.identical:
+        depth = depth_figure(report.look)
+        draw(depth, folder / "first-look-depth")
+        captions += [f"**first-look-depth.** {depth.description} {' '.join(report.look.sentences)}", ""]
     write_text(folder / "captions.md", "\n".join(captions))
 
 

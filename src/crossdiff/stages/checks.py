@@ -23,6 +23,7 @@ STAGES = {
     "concepts": ("harvest", "train", "analyze", "concepts"),
     "causal": ("harvest", "train", "analyze", "concepts", "causal"),
     "report": ("harvest", "train", "analyze", "concepts", "report"),
+    "run": ("look", "harvest", "train", "analyze", "concepts", "report"),
 }
 """The stages that lead to each stage, itself included."""
 
@@ -36,6 +37,8 @@ def check_settings(session: Session, last: str) -> None:
     config, stages = session.config, STAGES[last]
     if session.run_directory.record("truth") is not None:
         raise UserError(f"{session.path} holds a benchmark of `crossdiff truth`, not a diff; choose another run directory")
+    if last == "look" and not config.look.max_tokens:
+        raise UserError("look.max_tokens is 0, which leaves the look out of `crossdiff run`; give the number of tokens to read")
     check_texts(config)
     if {"analyze", "compare"} & set(stages) and not any(dataset.heldout_share for dataset in config.dataset):
         raise UserError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crossdiff.config import DatasetConfig
 from crossdiff.corpus import resolve
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
@@ -51,53 +51,85 @@ def pin_template_date(sessions: Sequence[Session]) -> None:
             session.config = session.config.model_copy(update={"harvest": harvest})
 
 
-def harvest_layers(sessions: Sequence[Session]) -> None:
-    """Harvest runs that differ only in the layer, in one pass over the texts; finished ones are skipped.
+def load_checked_pair(sessions: Sequence[Session]) -> Pair:
+    """The models of runs that differ only in the layer, once it is clear that they can read the runs' texts at these layers.
 
-    The settings are written to the runs that are harvested, once the checks have passed.
+    Raises:
+        UserError: they cannot.
+    """
+    from crossdiff.models.names import fetch_adapter
+    from crossdiff.text.documents import check_datasets
+
+    session, config = sessions[0], sessions[0].config
+    for name in (config.base, config.chat):
+        fetch_adapter(name)  # its digest is part of the fingerprint
+    check_datasets(tuple(resolve(dataset) for dataset in config.dataset))
+    pair = session.load_pair()
+    for each in sessions:
+        pair.check_layer(each.config.layer)
+    for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
+        session.remark(remark)
+    return pair
+
+
+@dataclass(frozen=True)
+class Harvesting:
+    """A harvest that has passed all checks; see `prepare_harvest`."""
+
+    sessions: list[Session]
+    urls: list[str | None]
+    pair: Pair
+
+
+def prepare_harvest(sessions: Sequence[Session]) -> Harvesting | None:
+    """Check the harvest of runs that differ only in the layer, without those that are done; None if all are.
+
+    Raises:
+        UserError: it would fail, or would replace a store without --force.
     """
     waiting = [session for session in sessions if not session.skips(harvest_stage(session.config))]
     if not waiting:
-        return
+        return None
     for session in waiting:
         session.check_may_harvest()
     from crossdiff.activations.locations import open_folder
     from crossdiff.crosscoder.structure import check_sizes
-    from crossdiff.models.names import fetch_adapter
-    from crossdiff.text.documents import check_datasets
-    from crossdiff.text.readers import count_records
 
     config = waiting[0].config
     _check_one_date(waiting)
-    for name in (config.base, config.chat):
-        fetch_adapter(name)  # its digest is part of the fingerprint
     urls = [store_url(session) for session in waiting]
     for url in filter(None, urls):
         open_folder(url).prepare()  # before the models are loaded, which takes long
-    datasets = tuple(resolve(dataset) for dataset in config.dataset)
-    check_datasets(datasets)
-    limited = any(dataset.max_tokens is not None or dataset.weight is not None for dataset in datasets)
-    counts = [None if limited else count_records(dataset) for dataset in datasets]
-    pair = waiting[0].load_pair()
-    layers = [pair.check_layer(session.config.layer) for session in waiting]
+    pair = load_checked_pair(waiting)
     for crosscoder in config.crosscoders.values():
         check_sizes(crosscoder, pair.d_model, SOURCES)
-    if config.published and len(layers) > 1:
+    if config.published and len(waiting) > 1:
         raise UserError(
             f"{', '.join(config.published)}: a published crosscoder reads one layer, so it cannot be in the runs of several "
             "layers; harvest its layer alone"
         )
-    waiting[0].check_published(pair.identity, pair.d_model, layers[0])
-    for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
-        waiting[0].remark(remark)
-    _look_at_texts(waiting[0], pair, datasets)
+    waiting[0].check_published(pair.identity, pair.d_model, pair.check_layer(config.layer))
+    _look_at_texts(waiting[0], pair)
+    return Harvesting(waiting, urls, pair)
+
+
+def harvest_layers(harvesting: Harvesting) -> None:
+    """Harvest runs that differ only in the layer, in one pass over the texts, and write their settings to them."""
+    from crossdiff.text.readers import count_records
+
+    waiting, urls, pair = harvesting.sessions, harvesting.urls, harvesting.pair
+    config = waiting[0].config
+    datasets = tuple(resolve(dataset) for dataset in config.dataset)
+    limited = any(dataset.max_tokens is not None or dataset.weight is not None for dataset in datasets)
+    counts = [None if limited else count_records(dataset) for dataset in datasets]
+    layers = [pair.check_layer(session.config.layer) for session in waiting]
     for session in waiting:
         session.begin()
     remarks: list[str] = []
 
     def work(folders: list[Path]) -> None:
         from crossdiff.activations.harvest import harvest, is_finished
-        from crossdiff.activations.locations import POINTER, leave_pointer
+        from crossdiff.activations.locations import POINTER, leave_pointer, open_folder
 
         console, ranks = waiting[0].console, waiting[0].ranks
         targets = [folder / "activations" for folder in folders]
@@ -133,7 +165,7 @@ def _check_one_date(sessions: Sequence[Session]) -> None:
         raise UserError(f"the harvests have different dates of the chat template: {found}; harvest them separately")
 
 
-def _look_at_texts(session: Session, pair: Pair, datasets: tuple[DatasetConfig, ...]) -> None:
+def _look_at_texts(session: Session, pair: Pair) -> None:
     """Read the first documents and print what is remarkable about them.
 
     Raises:
@@ -142,6 +174,7 @@ def _look_at_texts(session: Session, pair: Pair, datasets: tuple[DatasetConfig, 
     from crossdiff.activations.texts import sample
     from crossdiff.models.tokenizers import reads_clock
 
+    datasets = tuple(resolve(dataset) for dataset in session.config.dataset)
     texts, _ = sample(datasets, pair.tokenizer, session.config.harvest, pair.unreadable)
     if not session.force:
         texts.check_sides()

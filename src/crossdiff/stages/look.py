@@ -5,45 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossdiff.corpus import resolve
-from crossdiff.errors import UserError
+from crossdiff.models.pair import Pair
 from crossdiff.stages.definitions import look_stage
+from crossdiff.stages.harvest import load_checked_pair
 from crossdiff.stages.session import Session
 
 
-def look(session: Session) -> None:
-    """Write `look/` and print what it shows."""
+def look(session: Session, pair: Pair | None = None, in_full: bool = True) -> None:
+    """Write `look/` and print what it shows.
+
+    Args:
+        pair: the run's models, if they are loaded and checked already.
+        in_full: print the tables, not only the main sentences.
+    """
     from crossdiff.look.terminal import print_look
 
-    config = session.config
-    if session.ranks.size > 1:
-        raise UserError(f"crossdiff look runs in one process, found {session.ranks.size}; start it without torchrun")
-    if not session.skips(look_stage(config)):
-        _make(session)
-    print_look(session.path / "look", session.console)
+    if not session.skips(look_stage(session.config)):
+        _make(session, pair or load_checked_pair([session]))
+    if session.ranks.is_first:
+        print_look(session.path / "look", session.console, in_full)
 
 
-def _make(session: Session) -> None:
+def _make(session: Session, pair: Pair) -> None:
     from crossdiff.look.look import Look
-    from crossdiff.models.names import fetch_adapter
-    from crossdiff.text.documents import check_datasets
+    from crossdiff.report.look import write_look_page
 
     config = session.config
-    for name in (config.base, config.chat):
-        fetch_adapter(name)  # its digest is part of the fingerprint
-    datasets = tuple(resolve(dataset) for dataset in config.dataset)
-    check_datasets(datasets)
-    pair = session.load_pair()
-    layer = pair.check_layer(config.layer)
-    for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
-        session.remark(remark)
     session.begin()
 
     def work(folder: Path) -> None:
         target = folder / "look"
-        target.mkdir()
+        target.mkdir(exist_ok=True)
+        datasets = tuple(resolve(dataset) for dataset in config.dataset)
         with session.progress("look, tokens", config.look.max_tokens) as advance:
-            found = Look(pair, layer, datasets, config.look, config.harvest, advance)
-            found.read()
-        found.write(target)
+            found = Look(pair, pair.check_layer(config.layer), datasets, config.look, config.harvest, advance)
+            parts = found.read(folder, session.ranks)
+        if session.ranks.is_first:
+            found.write(parts, target)
+            write_look_page(folder, config.base, config.chat)
 
     session.run(look_stage(config), work)
