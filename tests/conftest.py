@@ -155,6 +155,7 @@ def tiny_config(pair: tuple[Path, Path], texts: tuple[Path, Path], **changes: An
         "chat": str(pair[1]),
         "layer": 1,
         "device": "cpu",
+        "look": {"max_tokens": 0},
         "dataset": [
             {"path": str(texts[0]), "heldout_share": 0.3},
             {"path": str(texts[1]), "label_column": "kind", "heldout_share": 0.4},

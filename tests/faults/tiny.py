@@ -24,6 +24,7 @@ import yaml
 from conftest import save_pair, tiny_config, write_texts
 
 STEPS: dict[str, tuple[str, ...]] = {
+    "look": ("look", "RUN", "--config", "CONFIG", "--look.max_tokens", "2000", "--look.prompts", "1"),
     "harvest": ("harvest", "RUN", "--config", "CONFIG"),
     "train": ("train", "RUN"),
     "analyze": ("analyze", "RUN"),

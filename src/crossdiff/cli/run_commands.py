@@ -31,6 +31,8 @@ STAGES = {
 }
 CREATING = ("run", "harvest", "look")
 """The commands that start a new run; the others refuse a directory that is not a run."""
+LOOK_FACTOR = 1.3
+"""Duration of a look over that of both models' forward passes (benchmarks/look.py)."""
 TYPICAL_ACTIVE = 64
 """Active latents per token that `plan` assumes for a kind of sparsity without a k; L1 crosscoders end near it."""
 
@@ -129,6 +131,10 @@ def plan(args: Namespace) -> None:
 
         read_in_run(name, coder, pair.identity, pair.d_model, layer)
     found = plan(pair, layer, tuple(resolve(dataset) for dataset in config.dataset), config.harvest)
+    if n_looked := min(config.look.max_tokens, found.n_tokens):
+        # The harvest's rate is that of the layers up to this one.
+        seconds = LOOK_FACTOR * n_looked / found.tokens_per_second * pair.n_layers / (layer + 1)
+        console.print(f"first look: about {n_looked:,.0f} tokens, {seconds / 60:.1f} min")
     kept = "tokens only" if config.harvest.storage == "live" else config.harvest.dtype
     rate = f"{found.tokens_per_second:,.0f} tokens/s"
     console.print(f"harvest of layer {layer}: about {found.n_tokens:,} tokens")
