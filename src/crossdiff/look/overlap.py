@@ -11,8 +11,7 @@ Where a latent is silent it adds nothing to the sums with f, so they come from s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,21 +22,12 @@ from crossdiff.activations.loader import source_indices
 from crossdiff.activations.store import Store
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
-from crossdiff.integrity import read_parquet
 from crossdiff.latents.decoder import CHAT_INDEX
 from crossdiff.latents.stream import encode
+from crossdiff.look.reading import OVERLAP_COLUMNS, OVERLAP_SCHEMA
 from crossdiff.shapes import Float, Tensor
 from crossdiff.sources import SOURCES
 
-FILE = "overlap.parquet"
-COLUMNS = {
-    "look_cosine": "cosine of its decoder direction in the chat model with a direction of the first look: the largest in size",
-    "look_cosine_direction": "that direction, as directions.parquet of the look names it",
-    "look_correlation": "correlation of its activation with the difference along a direction: the largest in size; NaN where "
-    "it is never active in the sample",
-    "look_correlation_direction": "that direction",
-}
-SCHEMA: dict[str, Any] = {key: pl.String if key.endswith("direction") else pl.Float64 for key in COLUMNS}
 MAX_TOKENS = 100_000
 """Size of the sample."""
 ROUNDING = 1e-12
@@ -118,7 +108,7 @@ def overlaps(
     batch_tokens: int,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> list[pl.DataFrame]:
-    """One table per reader with the columns of `COLUMNS`, a row per latent.
+    """One table per reader with the columns of `OVERLAP_COLUMNS`, a row per latent.
 
     Args:
         directions: names of the look's directions; vectors: the directions, `[direction, d_model]`.
@@ -139,7 +129,7 @@ def overlaps(
     for reader, own in zip(readers, sums, strict=True):
         cosines = _unit(reader.directions.cpu().double().numpy()) @ units.T
         columns = (*_strongest(cosines, directions), *_strongest(own.correlations(), directions))
-        tables.append(pl.DataFrame(dict(zip(COLUMNS, columns, strict=True)), schema=SCHEMA))
+        tables.append(pl.DataFrame(dict(zip(OVERLAP_COLUMNS, columns, strict=True)), schema=OVERLAP_SCHEMA))
     return tables
 
 
@@ -156,15 +146,3 @@ def _strongest(values: npt.NDArray[np.float64], names: pl.Series) -> tuple[npt.N
     best = np.where(np.isnan(values), -1.0, np.abs(values)).argmax(1)
     found = values[np.arange(len(values)), best]
     return found, [None if np.isnan(value) else names[int(at)] for value, at in zip(found, best, strict=True)]
-
-
-def with_overlap(table: pl.DataFrame, path: Path, number: str = "latent") -> pl.DataFrame:
-    """A table of latents or concepts with the columns of the file at `path`; null if there is none.
-
-    Args:
-        number: the column that has the number of each.
-    """
-    if not path.is_file():
-        return table.with_columns(pl.lit(None, dtype=kind).alias(name) for name, kind in SCHEMA.items())
-    found = read_parquet(path, "crossdiff report").select(pl.col(number).cast(table.schema[number]), *SCHEMA)
-    return table.join(found, on=number, how="left", maintain_order="left")

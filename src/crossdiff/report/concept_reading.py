@@ -13,8 +13,7 @@ import polars as pl
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import read_interpretation
 from crossdiff.latents.ranking import RECONSTRUCTIONS
-from crossdiff.look.overlap import FILE as OVERLAP
-from crossdiff.look.overlap import with_overlap
+from crossdiff.look.reading import OVERLAP_FILE, with_overlap
 from crossdiff.report.concept_records import (
     CHANGED,
     Concept,
@@ -59,7 +58,9 @@ def read_concepts(directory: Path, with_examples: bool = True) -> RunConcepts | 
         folder=folder,
         summary=summary,
         table=with_overlap(
-            _with_explanations(read_table(folder / "concepts.parquet", _COLUMNS, COMMAND), folder), folder / OVERLAP, "concept"
+            _with_explanations(read_table(folder / "concepts.parquet", _COLUMNS, COMMAND), folder),
+            folder / OVERLAP_FILE,
+            "concept",
         ),
         members=read_table(folder / "members.parquet", ("concept", "training", "latent", "verdict", "correlation"), COMMAND),
         behaviours=read_behaviours(folder, "concept"),

@@ -168,7 +168,7 @@ class RunConcepts:
     """The folder `concepts` of a run.
 
     Attributes:
-        table: the concept table with the column `explanation` and those of `look.overlap.COLUMNS`.
+        table: the concept table with the column `explanation` and those of `look.reading.OVERLAP_COLUMNS`.
         members: one row per latent that is a member.
         behaviours: how well the best replicated concept predicts each behaviour; `latent` is the concept's number.
         patched: rows of causal.parquet by concept; empty if the causal test was not run.

@@ -16,9 +16,7 @@ from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation
 from crossdiff.interp.summary import summarise
 from crossdiff.latents.ranking import by_rank, plausible
 from crossdiff.latents.settings import analysis_settings, verdict_settings
-from crossdiff.look.overlap import FILE as OVERLAP
-from crossdiff.look.overlap import with_overlap
-from crossdiff.look.reading import read_look
+from crossdiff.look.reading import OVERLAP_FILE, read_look, with_overlap
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
 from crossdiff.report.examples import TOP_EXAMPLES, Example, read_examples
@@ -126,7 +124,7 @@ def read_latents(folder: Path) -> pl.DataFrame:
     """
     latents = read_table(folder / "latents.parquet", _LATENT_COLUMNS, "crossdiff analyze")
     described = with_interpretation(_with_causal(latents, folder / "causal_latents.parquet"), folder)
-    return with_overlap(described, folder / OVERLAP)
+    return with_overlap(described, folder / OVERLAP_FILE)
 
 
 def _read_crosscoder(folder: Path) -> CrosscoderReport:

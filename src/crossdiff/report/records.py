@@ -223,9 +223,9 @@ class Limits:
 
 
 class Overlap(NamedTuple):
-    """The directions of the first look that are nearest to a latent or concept; the fields are those of `look.overlap.COLUMNS`.
+    """The directions of the first look that are nearest to a latent or concept, see `look.reading.OVERLAP_COLUMNS`.
 
-    All are NaN or None in a run without a look.
+    All fields are NaN or None in a run without a look.
     """
 
     cosine: float

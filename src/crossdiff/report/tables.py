@@ -11,7 +11,7 @@ import polars as pl
 
 from crossdiff.errors import UserError
 from crossdiff.integrity import read_parquet
-from crossdiff.look.overlap import COLUMNS as OVERLAP_COLUMNS
+from crossdiff.look.reading import OVERLAP_COLUMNS
 from crossdiff.report.records import BehaviourResult, Overlap, PoolScore
 from crossdiff.statistics import Estimate
 

@@ -118,10 +118,10 @@ def concepts_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
 
 def overlap_stage(config: RunConfig, name: str, made_from: Stage) -> Stage:
     """Depends on the look and on what is compared with it: a crosscoder, or the concepts."""
-    from crossdiff.look.overlap import FILE
+    from crossdiff.look.reading import OVERLAP_FILE
 
     value = {"code": OVERLAP_FORMAT, "look": look_stage(config).fingerprint, "made_from": made_from.fingerprint}
-    return _stage("overlap", name, value, (FILE,), ("look", made_from.name))
+    return _stage("overlap", name, value, (OVERLAP_FILE,), ("look", made_from.name))
 
 
 def compare_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:

@@ -38,8 +38,8 @@ def overlap(session: Session) -> None:
 def _measure(session: Session, names: list[str], folders: list[Path]) -> None:
     from safetensors.numpy import load_file
 
-    from crossdiff.look.overlap import FILE, overlaps, sampled_rows
-    from crossdiff.look.reading import read_look
+    from crossdiff.look.overlap import overlaps, sampled_rows
+    from crossdiff.look.reading import OVERLAP_FILE, read_look
 
     store = session.store()
     readers = [_reader(session, name) for name in names]
@@ -54,7 +54,7 @@ def _measure(session: Session, names: list[str], folders: list[Path]) -> None:
         tables = overlaps(readers, store, look.directions["direction"], vectors, rows, batch_tokens, advance)
     for name, folder, table in zip(names, folders, tables, strict=True):
         (folder / name).mkdir(exist_ok=True)
-        table.with_row_index("concept" if name == CONCEPTS else "latent").write_parquet(folder / name / FILE)
+        table.with_row_index("concept" if name == CONCEPTS else "latent").write_parquet(folder / name / OVERLAP_FILE)
 
 
 def _reader(session: Session, name: str) -> Reader:
