@@ -93,9 +93,23 @@ class LookResults:
     directions: pl.DataFrame
     probes: pl.DataFrame
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether `tokens` is there; it is not published."""
+        return (self.folder / "tokens.parquet").is_file()
+
     @cached_property
     def tokens(self) -> pl.DataFrame:
-        """One row per token that was read, with what both models expect after it. The largest table, read when first used."""
+        """One row per token that was read, with what both models expect after it. The largest table, read when first used.
+
+        Raises:
+            UserError: it is missing, as in a run from `crossdiff pull`, or damaged.
+        """
+        if not self.has_tokens:
+            raise UserError(
+                f"{self.folder} has no tokens.parquet: `crossdiff push` does not publish it, since it holds whole texts; "
+                f"`{COMMAND}` on the models and texts makes it"
+            )
         return read_table(self.folder, "tokens", TOKEN_COLUMNS)
 
     @property

@@ -26,7 +26,8 @@ def overlap_words(found: Overlap, what: str) -> str:
         points = f"no direction points the same way (largest {cosine})"
     if found.moves:
         so = f"rises and falls with the {what}" if found.correlation > 0 else f"falls where the {what} is active"
-        moves = f"the difference along {_named(found.correlation_direction)} {so} ({correlation})"
+        same = found.points and found.cosine_direction == found.correlation_direction
+        moves = f"the difference along {'it' if same else _named(found.correlation_direction)} {so} ({correlation})"
     elif isnan(found.correlation):
         moves = f"the {what} is not active in the sample of held-out tokens"
     else:
