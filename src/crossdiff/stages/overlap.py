@@ -48,7 +48,7 @@ def _measure(session: Session, names: list[str], folders: list[Path]) -> None:
     look = read_look(session.path / "look")
     assert look is not None
     vectors = load_file(intact(look.folder / "directions.safetensors"))["directions"]
-    rows = sampled_rows(store)
+    rows = sampled_rows(store, seed=session.config.look.seed)
     with session.progress("overlap with the first look, tokens", len(rows)) as advance:
         batch_tokens = session.config.analyze.batch_tokens
         tables = overlaps(readers, store, look.directions["direction"], vectors, rows, batch_tokens, advance)
