@@ -131,7 +131,7 @@ def test_the_sentence_says_what_counts() -> None:
     )
     one = overlap_words(Overlap(-0.5, mean, 0.49, other), "latent")
     assert "the mean difference over assistant tokens points the opposite way (cosine \N{MINUS SIGN}0.50)" in one
-    assert "the difference along none rises and falls with the latent (largest correlation 0.49)" in one
+    assert "along no direction does the difference rise and fall with the latent (largest correlation 0.49)" in one
     against = overlap_words(Overlap(0.2, mean, -0.7, other), "latent")
     assert "no direction points the same way (largest cosine 0.20)" in against
     assert "principal direction 2 falls where the latent is active (correlation \N{MINUS SIGN}0.70)" in against
@@ -220,9 +220,9 @@ def test_cards_and_report_say_it(tmp_path: Path) -> None:
     page = render_html(read_run(tmp_path))
     # Concepts 0 and 2 replicate and are chat-specific; 0 has a cosine of 0.75.
     assert "Of the 2 concepts that replicate and are chat-specific, the first look already shows 1: 1 by where" in page
-    points = "First look: the mean difference over plain tokens points the same way (cosine 0.75); the difference along none"
-    assert f"{points} rises and falls with the concept (largest correlation \N{MINUS SIGN}0.25)." in page
-    assert f"{points} rises and falls with the latent" in page
+    points = "First look: the mean difference over plain tokens points the same way (cosine 0.75); along no direction does the"
+    assert f"{points} difference rise and fall with the concept (largest correlation \N{MINUS SIGN}0.25)." in page
+    assert f"{points} difference rise and fall with the latent" in page
     assert page.count("No direction of the first look says the same (largest cosine 0.25") >= 2
 
 

@@ -31,7 +31,7 @@ def overlap_words(found: Overlap, what: str) -> str:
     elif isnan(found.correlation):
         moves = f"the {what} is not active in the sample of held-out tokens"
     else:
-        moves = f"the difference along none rises and falls with the {what} (largest {correlation})"
+        moves = f"along no direction does the difference rise and fall with the {what} (largest {correlation})"
     return f"First look: {points}; {moves}."
 
 
