@@ -34,7 +34,7 @@ ALLOWED = {
     "activations": FOUNDATION | {"models", "text"},
     "crosscoder": FOUNDATION | {"models", "text", "activations"},
     "latents": FOUNDATION | {"text", "activations", "crosscoder"},
-    "look": FOUNDATION | {"models", "text", "activations", "latents", "causal"},
+    "look": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents", "causal"},
     "concepts": FOUNDATION | {"models", "activations", "crosscoder", "latents"},
     "compare": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "truth": FOUNDATION | {"activations", "crosscoder", "latents", "concepts"},

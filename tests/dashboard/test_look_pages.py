@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from showing import ADDRESS, BATCHTOPK, DANGER, requests_to, write_run
+from showing import ADDRESS, BATCHTOPK, CONCEPTS, DANGER, requests_to, write_run
 from test_pages import Elements
 
 from crossdiff.dashboard.catalogue import Catalogue
@@ -24,7 +24,7 @@ from crossdiff.dashboard.look_predictions import predicted
 from crossdiff.dashboard.looks import RunLook, after
 from crossdiff.errors import UserError
 from crossdiff.text_activations import read_text
-from report.synthetic_run import write_look
+from report.synthetic_run import write_look, write_overlap
 
 LOOK = "/run/a-b-1/look"
 
@@ -56,6 +56,32 @@ def test_the_pages_of_a_run_with_crosscoders_link_to_its_look(tmp_path: Path) ->
     assert "The earliest layer worth trying is 1" in page and f'href="{LOOK}/texts?document=7"' in page
     assert DANGER not in page and not [tag for tag, found in Elements(page).found if "onerror" in found]
     assert "--no-live" in client.get(f"{LOOK}/prompt").text
+
+
+def test_the_pages_of_latents_and_concepts_say_what_the_look_says_of_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    pages = (f"{BATCHTOPK}/latent/0", f"{CONCEPTS}/0", f"{CONCEPTS}/1")
+    client = requests_to(run, tmp_path / "cache")
+    assert not any("First look" in client.get(path).text for path in pages)
+    write_look(run)
+    write_overlap(run / "batchtopk", 60)
+    write_overlap(run / "concepts", 5, "concept")
+    client = requests_to(run, tmp_path / "cache")
+    latent, concept, other = (client.get(path).text for path in pages)
+    for page in (latent, concept):
+        assert "First look: the mean difference over plain tokens points the same way (cosine 0.75)" in page
+    assert "No direction of the first look says the same (largest cosine 0.25" in other
+    assert "0.75" in client.get(f"{BATCHTOPK}?show=look_cosine").text
+
+
+def test_a_published_look_has_no_texts(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    write_look(run)
+    (run / "look" / "tokens.parquet").unlink()
+    client = requests_to(run, tmp_path / "cache")
+    page = client.get(LOOK).text
+    assert "The earliest layer worth trying is 1" in page and f"{LOOK}/texts" not in page + client.get("/").text
+    assert "does not publish it, since it holds whole texts" in unescape(client.get(f"{LOOK}/texts").text)
 
 
 def test_documents_come_by_their_mean_kl_and_by_number(client: Any, looked: Path) -> None:

@@ -7,18 +7,16 @@ import shutil
 from html import unescape
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
 import yaml
-from safetensors.numpy import save_file
 
 import crossdiff
 from crossdiff.config import RunConfig
 from crossdiff.errors import UserError
 from crossdiff.look.reading import read_look
 from crossdiff.report.html import render_html
-from crossdiff.report.look import depth_figure, look_section, notebook_look, shown_already
+from crossdiff.report.look import depth_figure, look_section, notebook_look
 from crossdiff.report.reading import read_run
 from crossdiff.run import Run
 from crossdiff.stages.definitions import report_stage
@@ -114,20 +112,3 @@ def test_the_report_is_made_again_after_a_look(looked: Path, tmp_path: Path) -> 
         assert report_stage(config, (), run).fingerprint != before
     finally:
         run.close()
-
-
-def test_how_many_concepts_the_directions_show_already(tmp_path: Path) -> None:
-    """Three replicated chat-specific concepts: along the first direction, against the second, and between both (0.45)."""
-    write_look(tmp_path)
-    look, folder = notebook_look(tmp_path), tmp_path / "concepts"
-    folder.mkdir()
-    chat = np.array([[2.0, 0.0, 0.0], [0.0, -1.0, 0.1], [0.45, 0.45, 0.77], [1.0, 0.0, 0.0]], dtype=np.float32)
-    save_file({"directions": np.stack([np.zeros_like(chat), chat])}, folder / "directions.safetensors")
-    save_file({"directions": np.eye(3, dtype=np.float32)[:2]}, look.folder / "directions.safetensors")
-    pl.DataFrame({"replicated": [True, True, True, False], "verdict": ["chat_specific"] * 4}).write_parquet(
-        folder / "concepts.parquet"
-    )
-    expected = "Of the 3 concepts that replicate and are chat-specific, 2 point along one of these directions"
-    assert shown_already(look, folder, look.summary.layer).startswith(expected)
-    assert shown_already(look, folder, look.summary.layer + 1) == ""
-    assert shown_already(look, tmp_path / "none", look.summary.layer) == ""

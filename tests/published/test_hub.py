@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 import crossdiff
 from crossdiff.cli import run_command
 from crossdiff.errors import UserError
-from crossdiff.published.hub import CONCEPTS, load, load_table, pull, push
+from crossdiff.published.hub import CONCEPTS, LOOK, load, load_table, pull, push
 from hub_server import LARGE, TOKEN, HubServer
 from opened import write_run
+from report.synthetic_run import write_look, write_overlap
 
 NAME = "me/my-diff"
 
@@ -67,6 +68,26 @@ def test_every_file_of_the_concepts_is_published() -> None:
     from crossdiff.concepts.find import OUTPUTS
 
     assert set(OUTPUTS) <= set(CONCEPTS)
+
+
+def test_the_first_look_is_published_without_its_texts(hub: HubServer, run_path: Path, tmp_path: Path) -> None:
+    from crossdiff.look.look import FILES
+
+    assert {*LOOK, "tokens.parquet"} == set(FILES)
+    run = shutil.copytree(run_path, tmp_path / "run", symlinks=True)
+    write_look(run)
+    (run / "look" / "directions.safetensors").write_bytes(b"")
+    write_overlap(run / "l1", 60)
+    write_overlap(run / "concepts", 5, "concept")
+    push(run, NAME)
+    pulled = pull(NAME, tmp_path / "pulled")
+    assert {path.name for path in (pulled / "look").iterdir()} == set(LOOK)
+    for file in ("l1/overlap.parquet", "concepts/overlap.parquet", "look/look.json", "look/directions.parquet"):
+        assert (pulled / file).read_bytes() == (run / file).read_bytes(), file
+    opened = crossdiff.open(pulled, "l1")
+    assert opened.look.summary.layer == 1 and opened.latents["look_cosine"][0] == 0.75
+    with pytest.raises(UserError, match=r"has no tokens.parquet: `crossdiff push` does not publish it"):
+        _ = opened.look.tokens
 
 
 def test_the_card_states_the_runs_own_numbers(run_path: Path) -> None:

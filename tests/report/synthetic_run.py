@@ -297,3 +297,12 @@ def write_look(directory: Path, identical: bool = False) -> None:
     }  # fmt: skip
     for name, columns in tables.items():
         pl.DataFrame(columns).write_parquet(folder / f"{name}.parquet")
+
+
+def write_overlap(folder: Path, n: int, number: str = "latent") -> None:
+    """Number 0 has a cosine of 0.75 with a direction of `write_look`, the others one of 0.25."""
+    pl.DataFrame({
+        number: list(range(n)), "look_cosine": [0.75, *[0.25] * (n - 1)],
+        "look_cosine_direction": ["mean over plain tokens"] * n,
+        "look_correlation": [-0.25] * n, "look_correlation_direction": ["principal direction 1"] * n,
+    }).write_parquet(folder / "overlap.parquet")  # fmt: skip

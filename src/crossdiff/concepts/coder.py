@@ -78,9 +78,14 @@ class ConceptCoder:
         names = members["training"].unique(maintain_order=True).to_list()
         return cls({name: load(run / name).to(device) for name in names}, members)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The sources that it reads; none without a concept."""
+        return self.crosscoders[0].view.reads if self.crosscoders else ()
+
     def inputs(self, store: Store, rows: npt.NDArray[np.int64]) -> Float[Tensor, "token source d_model"]:
         """Activations of rows of a store, in the models' own space."""
-        return store.gather(rows)[:, source_indices(store, self.crosscoders[0].view.reads)]
+        return store.gather(rows)[:, source_indices(store, self.reads)]
 
     def sparse_code(self, h: Float[Tensor, "token source d_model"]) -> SparseCode:
         """Activations of the concepts, on the host, from those of the models in their own space."""

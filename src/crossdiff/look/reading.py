@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,6 +32,17 @@ TOKEN_COLUMNS = (
     "document", "sequence", "position", "dataset", "group", "token_id", "next_id", "kl", "log_base", "log_chat", "top_base",
     "p_base", "top_chat", "p_chat",
 )  # fmt: skip
+
+OVERLAP_FILE = "overlap.parquet"
+"""Of a crosscoder's folder, or that of the concepts: what a direction of the look says of each latent or concept."""
+OVERLAP_COLUMNS = {
+    "look_cosine": "cosine of its decoder direction in the chat model with a direction of the first look: the largest in size",
+    "look_cosine_direction": "that direction, as directions.parquet of the look names it",
+    "look_correlation": "correlation of its activation with the difference along a direction: the largest in size; NaN where "
+    "it is never active in the sample",
+    "look_correlation_direction": "that direction",
+}
+OVERLAP_SCHEMA: dict[str, Any] = {key: pl.String if key.endswith("direction") else pl.Float64 for key in OVERLAP_COLUMNS}
 
 
 class LookSummary(BaseModel):
@@ -84,9 +96,23 @@ class LookResults:
     steered: pl.DataFrame
     probes: pl.DataFrame
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether `tokens` is there; it is not published."""
+        return (self.folder / "tokens.parquet").is_file()
+
     @cached_property
     def tokens(self) -> pl.DataFrame:
-        """One row per token that was read, with what both models expect after it. The largest table, read when first used."""
+        """One row per token that was read, with what both models expect after it. The largest table, read when first used.
+
+        Raises:
+            UserError: it is missing, as in a run from `crossdiff pull`, or damaged.
+        """
+        if not self.has_tokens:
+            raise UserError(
+                f"{self.folder} has no tokens.parquet: `crossdiff push` does not publish it, since it holds whole texts; "
+                f"`{COMMAND}` on the models and texts makes it"
+            )
         return read_table(self.folder, "tokens", TOKEN_COLUMNS)
 
     @property
@@ -143,3 +169,15 @@ def read_table(folder: Path, name: str, columns: tuple[str, ...]) -> pl.DataFram
     if missing := [column for column in columns if column not in table.columns]:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; run `{COMMAND}` again with this version")
     return table
+
+
+def with_overlap(table: pl.DataFrame, path: Path, number: str = "latent") -> pl.DataFrame:
+    """A table of latents or concepts with the columns of the file at `path`; null if there is none.
+
+    Args:
+        number: the column that has the number of each.
+    """
+    if not path.is_file():
+        return table.with_columns(pl.lit(None, dtype=kind).alias(name) for name, kind in OVERLAP_SCHEMA.items())
+    found = read_parquet(path, "crossdiff report").select(pl.col(number).cast(table.schema[number]), *OVERLAP_SCHEMA)
+    return table.join(found, on=number, how="left", maintain_order="left")

@@ -35,14 +35,20 @@ FILES = (
     "config.json", "model.safetensors", "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet",
     "examples.sqlite", "health.json", "behaviours.parquet", "train.jsonl", "causal.json", "causal_latents.parquet",
     "causal_conversations.parquet", "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
+    "overlap.parquet",
 )  # fmt: skip
 """The files of each crosscoder that are published if they exist."""
 CONCEPTS = (
     "concepts.parquet", "members.parquet", "trainings.parquet", "concepts.json", "activity.parquet", "behaviours.parquet",
     "examples.sqlite", "promoted.parquet", "neighbours.parquet", "directions.safetensors", "causal.parquet", "causal.json",
-    "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
+    "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json", "overlap.parquet",
 )  # fmt: skip
 """The files of the folder `concepts` of a run that are published if they exist."""
+LOOK = (
+    "look.json", "places.parquet", "groups.parquet", "words.parquet", "phrases.parquet", "depth.parquet", "directions.parquet",
+    "directions.safetensors", "steered.parquet", "probes.parquet",
+)  # fmt: skip
+"""The files of the first look that are published if they exist: not `tokens.parquet`, which holds whole texts."""
 SETTINGS = ("config.json", "trainer_config.json", "cfg.json")
 """Settings files that published weights come with."""
 RUN_SETTINGS = "config.yaml"
@@ -68,9 +74,9 @@ class Upload:
 
 
 def push(run: str | Path, repository: str, *, dry_run: bool = False, private: bool = False, licence: str = "") -> Upload:
-    """Publish a run's crosscoders, latent tables, concepts, examples and settings with a generated model card.
+    """Publish a run's crosscoders, latent tables, concepts, examples, first look and settings with a generated model card.
 
-    The run itself does not change, and its activations are not published.
+    The run itself does not change. Its activations and the texts of the first look are not published.
 
     Examples:
         >>> crossdiff.push("runs/demo", "me/my-diff", dry_run=True).sizes["batchtopk/config.json"] > 0
@@ -111,6 +117,7 @@ def _files_of(path: Path, names: Iterable[str]) -> dict[str, Path]:
     """The files of a run that are published: name in the repository -> file."""
     files = {f"{name}/{file}": path / name / file for name in names for file in FILES}
     files |= {f"concepts/{file}": path / "concepts" / file for file in CONCEPTS}
+    files |= {f"look/{file}": path / "look" / file for file in LOOK}
     found = {name: file for name, file in files.items() if file.is_file()}
     return {"config.yaml": path / "config.yaml"} | found
 
@@ -138,7 +145,7 @@ def _remarks(path: Path, base: str | None, chat: str | None) -> tuple[str, ...]:
             "them"
         )
     if (path / "activations").is_dir():
-        remarks.append("the activations are not published, but the examples contain excerpts of the analysed texts")
+        remarks.append("the activations are not published, but the examples and the first look contain excerpts of the texts")
     return tuple(remarks)
 
 
@@ -196,6 +203,7 @@ def pull(repository: str, directory: str | Path | None = None, *, revision: str 
                 "read crosscoders of other formats"
             )
         wanted = ["config.yaml", "README.md", *(f"*/{name}" for name in FILES), *(f"concepts/{name}" for name in CONCEPTS)]
+        wanted += [f"look/{name}" for name in LOOK]
         api.snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=wanted)
     return folder
 

@@ -11,6 +11,7 @@ from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report import wording
 from crossdiff.report.examples import Context, Example, Token, context_of, role_of, visible
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
+from crossdiff.report.overlap import overlap_words
 from crossdiff.report.records import TOKEN_GROUPS, Latent
 from crossdiff.text.chat import Flag
 
@@ -58,7 +59,7 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One latent with its measures, and the behaviours that it predicts best."""
+    """One latent with its measures, the behaviours that it predicts best, and what the first look says of it."""
 
     anchor: str
     latent: int
@@ -68,6 +69,7 @@ class Card:
     measures: tuple[Measure, ...]
     fires_on: str
     explanation: str | None
+    look: str
     examples: tuple[ExampleView, ...]
 
 
@@ -87,6 +89,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         measures=_measures(latent),
         fires_on=fires_on(latent.shares),
         explanation=latent.explanation,
+        look=overlap_words(latent.overlap, "latent"),
         examples=tuple(example_view(example, latent.max_activation) for example in latent.examples),
     )
 

@@ -20,6 +20,7 @@ from crossdiff.report.concept_wording import (
 )
 from crossdiff.report.examples import Context, Example, context_of, visible
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
+from crossdiff.report.overlap import overlap_words
 
 TITLE_BEFORE, TITLE_AFTER = 16, 8
 """Tokens of the strongest example that a title shows."""
@@ -43,6 +44,7 @@ class ConceptCard:
         title: None if it is never active on the analysed text.
         snippets: the next strongest examples in one line each.
         chips: in how many trainings it is, and what it predicts.
+        look: what the first look says of it; empty if nothing is known.
     """
 
     anchor: str
@@ -57,6 +59,7 @@ class ConceptCard:
     tokens: tuple[str, ...]
     words: tuple[str, ...]
     facts: str
+    look: str
     examples: tuple[ExampleView, ...]
 
 
@@ -92,6 +95,7 @@ def concept_card(concept: Concept, concepts: RunConcepts) -> ConceptCard:
         tokens=tuple(visible(token) for token in concept.tokens),
         words=concept.words,
         facts=_facts(concept),
+        look=overlap_words(concept.overlap, "concept"),
         examples=tuple(example_view(example, concept.max_activation) for example in concept.examples),
     )
 

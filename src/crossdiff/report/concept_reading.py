@@ -13,6 +13,7 @@ import polars as pl
 from crossdiff.errors import UserError
 from crossdiff.interp.explanation_table import read_interpretation
 from crossdiff.latents.ranking import RECONSTRUCTIONS
+from crossdiff.look.reading import OVERLAP_FILE, with_overlap
 from crossdiff.report.concept_records import (
     CHANGED,
     Concept,
@@ -25,7 +26,7 @@ from crossdiff.report.concept_records import (
 )
 from crossdiff.report.examples import Example, read_examples
 from crossdiff.report.records import TOKEN_GROUPS, BehaviourResult, Health, NullDiff
-from crossdiff.report.tables import as_float, estimate, read_behaviours, read_table
+from crossdiff.report.tables import as_float, estimate, overlap_of, read_behaviours, read_table
 
 FOLDER = "concepts"
 COMMAND = "crossdiff concepts"
@@ -56,7 +57,11 @@ def read_concepts(directory: Path, with_examples: bool = True) -> RunConcepts | 
     found = RunConcepts(
         folder=folder,
         summary=summary,
-        table=_with_explanations(read_table(folder / "concepts.parquet", _COLUMNS, COMMAND), folder),
+        table=with_overlap(
+            _with_explanations(read_table(folder / "concepts.parquet", _COLUMNS, COMMAND), folder),
+            folder / OVERLAP_FILE,
+            "concept",
+        ),
         members=read_table(folder / "members.parquet", ("concept", "training", "latent", "verdict", "correlation"), COMMAND),
         behaviours=read_behaviours(folder, "concept"),
         patched=_read_patched(folder / "causal.parquet"),
@@ -107,6 +112,7 @@ def concept_of(concepts: RunConcepts, number: int, examples: tuple[Example, ...]
         predictions=_predictions(concepts.behaviours, number),
         patched=concepts.patched.get(number, ()),
         examples=examples,
+        overlap=overlap_of(row),
     )
 
 

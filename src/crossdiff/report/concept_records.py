@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from crossdiff.report.examples import Example
-from crossdiff.report.records import BehaviourResult, Number, Record
+from crossdiff.report.records import BehaviourResult, Number, Overlap, Record
 from crossdiff.statistics import Estimate
 
 CHANGED = ("chat_specific", "base_specific", "rotated")
@@ -135,6 +135,7 @@ class Concept:
         energy: share of the candidates' energy that its members hold, mean over trainings.
         shares: share of its active tokens in each group of tokens.
         examples: its strongest contexts first.
+        overlap: with the directions of the first look.
     """
 
     number: int
@@ -159,6 +160,7 @@ class Concept:
     predictions: tuple[Prediction, ...]
     patched: tuple[Patched, ...]
     examples: tuple[Example, ...]
+    overlap: Overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ class RunConcepts:
     """The folder `concepts` of a run.
 
     Attributes:
-        table: the concept table with the column `explanation`.
+        table: the concept table with the column `explanation` and those of `look.reading.OVERLAP_COLUMNS`.
         members: one row per latent that is a member.
         behaviours: how well the best replicated concept predicts each behaviour; `latent` is the concept's number.
         patched: rows of causal.parquet by concept; empty if the causal test was not run.

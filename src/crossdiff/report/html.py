@@ -14,8 +14,9 @@ from crossdiff.report.cards import Card, anchor_of, card_of
 from crossdiff.report.concept_cards import BehaviourLine, Group, behaviour_lines, groups
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.interpretation import score_table
-from crossdiff.report.look import LookSection, look_section, shown_already
+from crossdiff.report.look import LookSection, look_section
 from crossdiff.report.marks import Sign, pool_mark, sign_of
+from crossdiff.report.overlap import shown_already
 from crossdiff.report.overview import caveats, control_rows, facts, health_rows, title
 from crossdiff.report.plotly_figures import PageFigure, for_page, plotly_script
 from crossdiff.report.records import BehaviourResult, CrosscoderReport, RunReport
@@ -99,8 +100,8 @@ def write_html(report: RunReport, path: Path) -> None:
 
 
 def _look(look: LookResults, report: RunReport) -> LookSection:
-    along = shown_already(look, report.directory / "concepts", report.layer)
-    return look_section(look)._replace(concepts=along)
+    already = "" if report.concepts is None else shown_already(report.concepts.table)
+    return look_section(look)._replace(concepts=already)
 
 
 def render_html(report: RunReport) -> str:

@@ -6,15 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 from markupsafe import Markup
-from safetensors.numpy import load_file
 
 from crossdiff.errors import UserError
 from crossdiff.files import write_text
-from crossdiff.integrity import intact
 from crossdiff.look.reading import COMMAND, LookResults, read_look
 from crossdiff.report import wording
 from crossdiff.report.examples import visible
@@ -23,12 +19,10 @@ from crossdiff.report.marks import BLUE, VERMILLION, Mark
 from crossdiff.report.plotly_figures import PageFigure, for_page, plotly_script
 from crossdiff.report.tables import estimate
 from crossdiff.report.templating import environment, fragment
-from crossdiff.sources import CHAT, SOURCES
+from crossdiff.sources import SOURCES
 
 N_WORDS, N_PLACES, N_PROMOTED = 12, 20, 8
 PAGE = "look.html"
-ALONG = 0.5
-"""Size of the cosine from which a concept points along a direction of the look."""
 TEXT_BEFORE = 90
 """Characters of text before a listed place."""
 READINGS = {"diffmean": "difference of means", "probe": "logistic probe"}
@@ -138,34 +132,6 @@ def write_look_page(run: Path, base: str, chat: str) -> None:
         )
     )
     write_text(run / "look" / PAGE, page)
-
-
-def shown_already(look: LookResults, concepts: Path, layer: int) -> str:
-    """How many concepts of a run point along a direction of its look; empty if it has none, or they are of another layer.
-
-    Args:
-        concepts: the run's folder of concepts; layer: that of its crosscoders.
-    """
-    if layer != look.summary.layer or not (concepts / "directions.safetensors").is_file():
-        return ""
-    table = pl.read_parquet(intact(concepts / "concepts.parquet")).with_row_index()
-    chosen = table.filter(pl.col("replicated") & (pl.col("verdict") == "chat_specific"))["index"].to_numpy()
-    found = load_file(intact(look.folder / "directions.safetensors"))["directions"]
-    if not len(chosen) or not len(found):
-        return ""
-    chat = load_file(intact(concepts / "directions.safetensors"))["directions"][SOURCES.index(CHAT), chosen]
-    cosines = np.abs(_unit(chat) @ _unit(found).T).max(1)
-    n_along = int((cosines >= ALONG).sum())
-    verb = "points" if n_along == 1 else "point"
-    return (
-        f"Of the {len(chosen)} concepts that replicate and are chat-specific, {n_along} {verb} along one of these directions "
-        f"(a cosine of {ALONG:g} or more in size)."
-    )
-
-
-def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return unit
 
 
 def depth_figure(look: LookResults) -> Figure:

@@ -16,7 +16,7 @@ from crossdiff.interp.explanation_table import SUMMARY_FILE, read_interpretation
 from crossdiff.interp.summary import summarise
 from crossdiff.latents.ranking import by_rank, plausible
 from crossdiff.latents.settings import analysis_settings, verdict_settings
-from crossdiff.look.reading import read_look
+from crossdiff.look.reading import OVERLAP_FILE, read_look, with_overlap
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
 from crossdiff.report.examples import TOP_EXAMPLES, Example, read_examples
@@ -34,7 +34,7 @@ from crossdiff.report.records import (
     StoreManifest,
     TopLatents,
 )
-from crossdiff.report.tables import as_float, estimate, read_behaviours, read_table
+from crossdiff.report.tables import as_float, estimate, overlap_of, read_behaviours, read_table
 from crossdiff.sources import BASE, CHAT
 from crossdiff.yaml_files import read_yaml
 
@@ -119,11 +119,12 @@ def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
 
 
 def read_latents(folder: Path) -> pl.DataFrame:
-    """The latent table of a crosscoder's folder, joined with the effect of single latents (`crossdiff causal`) and with
-    their explanations and scores (`crossdiff interpret`); null where these were not made.
+    """The latent table of a crosscoder's folder, joined with the effect of single latents (`crossdiff causal`), with their
+    explanations and scores (`crossdiff interpret`) and with their overlap with the first look; null where these were not made.
     """
     latents = read_table(folder / "latents.parquet", _LATENT_COLUMNS, "crossdiff analyze")
-    return with_interpretation(_with_causal(latents, folder / "causal_latents.parquet"), folder)
+    described = with_interpretation(_with_causal(latents, folder / "causal_latents.parquet"), folder)
+    return with_overlap(described, folder / OVERLAP_FILE)
 
 
 def _read_crosscoder(folder: Path) -> CrosscoderReport:
@@ -197,6 +198,7 @@ def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         shares={group: as_float(row[f"share_{group}"]) for group in TOKEN_GROUPS},
         examples=examples,
         explanation=_explanation(row),
+        overlap=overlap_of(row),
     )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import polars as pl
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from crossdiff.look.reading import LookResults
     from crossdiff.report.concept_records import RunConcepts
 
+SAME = 0.5
+"""Size of a cosine or a correlation from which a direction of the first look says the same as a latent or concept."""
 R = TypeVar("R", bound="Record")
 Number = Annotated[float, BeforeValidator(number)]
 """A number that is NaN where the file has null."""
@@ -220,6 +222,28 @@ class Limits:
     delta_norm: float
 
 
+class Overlap(NamedTuple):
+    """The directions of the first look that are nearest to a latent or concept, see `look.reading.OVERLAP_COLUMNS`.
+
+    All fields are NaN or None in a run without a look.
+    """
+
+    cosine: float
+    cosine_direction: str | None
+    correlation: float
+    correlation_direction: str | None
+
+    @property
+    def points(self) -> bool:
+        """Whether a direction points the same way, or the opposite one."""
+        return abs(self.cosine) >= SAME
+
+    @property
+    def moves(self) -> bool:
+        """Whether the difference along a direction rises and falls with the activation, or against it."""
+        return abs(self.correlation) >= SAME
+
+
 @dataclass(frozen=True, slots=True)
 class Latent:
     """One row of the latent table with the examples read for it. Activations are v (f times the sum of the decoder norms).
@@ -244,6 +268,7 @@ class Latent:
     rank_sum: float
     shares: Mapping[str, float]
     examples: tuple[Example, ...]
+    overlap: Overlap
     explanation: str | None = None
 
 

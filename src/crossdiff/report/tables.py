@@ -11,7 +11,8 @@ import polars as pl
 
 from crossdiff.errors import UserError
 from crossdiff.integrity import read_parquet
-from crossdiff.report.records import BehaviourResult, PoolScore
+from crossdiff.look.reading import OVERLAP_COLUMNS
+from crossdiff.report.records import BehaviourResult, Overlap, PoolScore
 from crossdiff.statistics import Estimate
 
 _SCORES = ("behaviour", "question", "pool", "pool_size", "auroc", "auroc_low", "auroc_high", "n_positive", "n_negative")
@@ -52,3 +53,9 @@ def estimate(row: Mapping[str, Any], column: str) -> Estimate[float]:
 def as_float(found: float | None) -> float:
     """A cell as a number; NaN for null."""
     return math.nan if found is None else float(found)
+
+
+def overlap_of(row: Mapping[str, Any]) -> Overlap:
+    """The overlap in a row of a table of latents or concepts."""
+    cosine, cosine_direction, correlation, correlation_direction = (row[column] for column in OVERLAP_COLUMNS)
+    return Overlap(as_float(cosine), cosine_direction, as_float(correlation), correlation_direction)

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report.cards import LEVELS, Card, ExampleView
 from crossdiff.report.concept_cards import ConceptCard
+from crossdiff.report.records import SAME
 
 if TYPE_CHECKING:
     from crossdiff.report.look import LookSection
@@ -27,6 +28,7 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
     made.filters["script_json"] = _script_json
     made.globals |= {"levels": range(1, LEVELS + 1), "open_examples": OPEN_EXAMPLES, "ranked": tuple(map(title, RANKED))}
+    made.globals["same"] = f"{SAME:g}"
     return made
 
 

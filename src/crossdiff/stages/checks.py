@@ -22,8 +22,8 @@ STAGES = {
     "analyze": ("harvest", "train", "analyze"),
     "concepts": ("harvest", "train", "analyze", "concepts"),
     "causal": ("harvest", "train", "analyze", "concepts", "causal"),
-    "report": ("harvest", "train", "analyze", "concepts", "report"),
-    "run": ("look", "harvest", "train", "analyze", "concepts", "report"),
+    "report": ("harvest", "train", "analyze", "concepts", "overlap", "report"),
+    "run": ("look", "harvest", "train", "analyze", "concepts", "overlap", "report"),
 }
 """The stages that lead to each stage, itself included."""
 

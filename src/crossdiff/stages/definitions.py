@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CODE_FORMAT = 5
 """Raised when the results of the harvest, the comparison or steering change although the settings do not."""
 TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT = 7, 7, 2, 1
-TRUTH_FORMAT, CONCEPTS_FORMAT, LOOK_FORMAT = 5, 1, 2
+TRUTH_FORMAT, CONCEPTS_FORMAT, LOOK_FORMAT, OVERLAP_FORMAT = 5, 1, 2, 1
 """The same for the other stages, each of its own, so that nothing is harvested again for them."""
 ANALYSIS = (
     "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
@@ -116,6 +116,14 @@ def concepts_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
     return Stage("concepts", fingerprint(value), ("concepts",), needs=tuple(f"analyze/{name}" for name in names))
 
 
+def overlap_stage(config: RunConfig, name: str, made_from: Stage) -> Stage:
+    """Depends on the look and on what is compared with it: a crosscoder, or the concepts."""
+    from crossdiff.look.reading import OVERLAP_FILE
+
+    value = {"code": OVERLAP_FORMAT, "look": look_stage(config).fingerprint, "made_from": made_from.fingerprint}
+    return _stage("overlap", name, value, (OVERLAP_FILE,), ("look", made_from.name))
+
+
 def compare_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:
     """Depends on the crosscoders and on the settings of the comparison."""
     trained = {name: train_stage(config, name).fingerprint for name in names}
@@ -154,8 +162,10 @@ def report_stage(config: RunConfig, names: tuple[str, ...], run: Run) -> Stage:
     value = {
         "page": _identify_page(),
         "analysed": {name: analyze_stage(config, name).fingerprint for name in names},
-        "others": {key: _made(run, key) for name in names for key in (f"interpret/{name}", f"causal/{name}")},
-        "concepts": {key: _made(run, key) for key in ("concepts", "causal/concepts", "interpret/concepts")},
+        "others": {
+            key: _made(run, key) for name in names for key in (f"interpret/{name}", f"causal/{name}", f"overlap/{name}")
+        },
+        "concepts": {key: _made(run, key) for key in ("concepts", "causal/concepts", "interpret/concepts", "overlap/concepts")},
         "look": _made(run, "look"),
         "null": read_json(run.path / FILE) if (run.path / FILE).is_file() else None,
     }

@@ -12,6 +12,7 @@ from crossdiff.stages.concepts import concepts
 from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.harvest import harvest_layers, pin_template_date, prepare_harvest
 from crossdiff.stages.look import look
+from crossdiff.stages.overlap import overlap
 from crossdiff.stages.report import report
 from crossdiff.stages.session import Session
 from crossdiff.stages.train import train
@@ -56,6 +57,8 @@ def run_until(session: Session, last: str = "report") -> None:
         analyze(session, session.trainings)
     if "concepts" in stages:
         concepts(session)
+    if "overlap" in stages:
+        overlap(session)
     if "causal" in stages:
         causal(session)
     if "report" in stages:
