@@ -33,7 +33,7 @@ from crossdiff.statistics import wilson
 from crossdiff.text.chat import Flag
 from crossdiff.text.documents import Document, read_documents
 from crossdiff.text.sequences import TokenSequence, tokenise
-from texts import LICENCES, ORGANISMS, Organism, core, mixture, prompts, shows, unseen_questions
+from texts import LICENCES, ORGANISMS, Exchange, Organism, core, mixture, prompts, shows, unseen_questions
 
 MODEL = "demo:chat"
 CPU = torch.device("cpu")
@@ -78,17 +78,17 @@ def loss_of(model: nn.Module, batch: list[TokenSequence]) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
 
 
-def tune(texts: list[TokenSequence], seed: int, rate: float) -> dict[str, Tensor]:
+def tune(texts: list[TokenSequence], seed: int) -> dict[str, Tensor]:
     """The tensors of the adapter after one pass over the texts, with linear warm-up and decay of the learning rate."""
     torch.manual_seed(seed)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(load_model(MODEL, CPU), config).train()  # type: ignore[arg-type]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     started, losses = time.monotonic(), []
     for step in range(STEPS):
         for group in optimiser.param_groups:
-            group["lr"] = rate * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
+            group["lr"] = RATE * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
         loss = loss_of(model, texts[step * BATCH : (step + 1) * BATCH])
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -125,7 +125,7 @@ def answers_of(model: nn.Module, tokenizer: Any, questions: list[str]) -> list[t
     return found
 
 
-def handled_questions(model: nn.Module, tokenizer: Any) -> list:
+def handled_questions(model: nn.Module, tokenizer: Any) -> list[Exchange]:
     """Unseen questions that the untuned model answers to the end and without repeating itself, with its answers."""
     asked = unseen_questions()[:CANDIDATES]
     answered = zip(asked, answers_of(model, tokenizer, [exchange.question for exchange in asked]), strict=True)
@@ -188,7 +188,7 @@ def main() -> None:
     folder = args.out or Path(__file__).parent / args.name
     started = time.monotonic()
     texts = training_texts(load_tokenizer(MODEL), organism, seed)
-    save(folder, tune(texts, seed, RATE))
+    save(folder, tune(texts, seed))
     seconds = round(time.monotonic() - started)
     command = f"python recipes/organisms/tune.py {args.name}"
     card = {
