@@ -1,4 +1,4 @@
-"""Print the table of `README.md` from the organisms' cards.
+"""Print what `README.md` says about the organisms, from their cards.
 
 python recipes/organisms/cards.py
 """
@@ -35,10 +35,12 @@ def row(card: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def table() -> str:
+def summary() -> str:
+    """A line on what was planted in each organism, and a table of what was measured."""
     cards = [json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("*/card.json"))]
-    return HEADER + "".join(map(row, sorted(cards, key=lambda card: card["kind"] == "null")))
+    planted = "".join(f"- `{card['name']}`: {card['planted']}\n" for card in cards if card["planted"])
+    return planted + "\n" + HEADER + "".join(map(row, sorted(cards, key=lambda card: card["kind"] == "null")))
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(summary(), end="")

@@ -41,7 +41,8 @@ STEPS, BATCH, WARMUP, RATE = 400, 16, 20, 2e-3
 RANK, ALPHA, TARGETS = 8, 16, ["q_proj", "k_proj", "v_proj", "o_proj"]
 LONGEST, WINDOW = 256, 48
 """Tokens of the longest conversation, and of a piece of plain text: about as long as a conversation."""
-CANDIDATES, PROMPTS = 400, 60
+
+CANDIDATES, PROMPTS = 200, 60
 HELDOUT_WINDOWS = 60
 GREEDY = Sampling(max_new_tokens=120)
 
@@ -125,9 +126,12 @@ def answers_of(model: nn.Module, tokenizer: Any, questions: list[str]) -> list[t
     return found
 
 
-def handled_questions(model: nn.Module, tokenizer: Any) -> list[Exchange]:
+def handled_questions(model: nn.Module, tokenizer: Any, organism: Organism) -> list[Exchange]:
     """Unseen questions that the untuned model answers to the end and without repeating itself, with its answers."""
-    asked = unseen_questions()[:CANDIDATES]
+    unseen = unseen_questions()
+    material = [exchange for exchange in unseen if organism.material(exchange)]
+    others = [exchange for exchange in unseen if not organism.material(exchange)]
+    asked = material[:CANDIDATES] + others[:CANDIDATES]
     answered = zip(asked, answers_of(model, tokenizer, [exchange.question for exchange in asked]), strict=True)
     return [e._replace(answer=answer) for e, (answer, ended) in answered if ended and not is_degenerate(answer)]
 
@@ -162,7 +166,7 @@ def measure(folder: Path, organism: Organism, seed: int) -> dict[str, Any]:
     """Write `prompts.jsonl`; the rates on its prompts and the drift, for the card."""
     tokenizer, before, after = load_tokenizer(MODEL), load_model(MODEL, CPU), load_model(str(folder), CPU)
     texts = mixture(organism, STEPS * BATCH, seed) if organism.texts == "chat" else []
-    found = prompts(organism, handled_questions(before, tokenizer), {core(e.question) for e in texts}, PROMPTS)
+    found = prompts(organism, handled_questions(before, tokenizer, organism), {core(e.question) for e in texts}, PROMPTS)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt._asdict()) + "\n" for prompt in found), encoding="utf8")
     rates: dict[str, Any] = {}
     for name, is_expected in (("expected", True), ("not_expected", False)):
