@@ -32,7 +32,7 @@ PATIENCE = 90_000
 def run(tmp_path_factory: pytest.TempPathFactory, analysed_run: Path) -> Path:
     folder = shutil.copytree(analysed_run, tmp_path_factory.mktemp("browser") / "run")
     forget_digests(folder)
-    run_command(["look", str(folder)])
+    run_command(["look", str(folder), "--look.max_tokens", "100000"])
     write_links(folder / "batchtopk", latent=0, twin=1, neighbour=2)
     pair = pl.read_parquet(folder / "batchtopk" / "twins.parquet")
     numbers = [{"latent": number, "twin": (number + 1) % 64} for number in range(64)]

@@ -193,6 +193,31 @@ def test_the_command(tiny_pair: Any, tiny_texts: Any, tmp_path: Path, capsys: py
     assert read_json(tmp_path / "run" / "look" / "look.json")["n_tokens"] < before["n_tokens"]
 
 
+def test_a_run_begins_with_a_look(tiny_pair: Any, tiny_texts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the harvest, in the report, and beside each latent; a second run makes nothing again."""
+    run = tmp_path / "run"
+    settings = tiny_config(tiny_pair, tiny_texts, look=SETTINGS.model_dump())
+    settings["crosscoders"] = {"l1": settings["crosscoders"]["l1"]}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    run_command(["run", str(run), "--config", str(tmp_path / "settings.yaml")])
+    said = capsys.readouterr().out
+    assert said.index("look done") < said.index("harvest done") and "the mean KL(chat || base)" in said
+    assert "after each layer" not in said  # the tables are left to `crossdiff look`
+    assert 'id="look"' in (run / "report.html").read_text() and (run / "figures" / "first-look-depth.svg").is_file()
+    assert (run / "l1" / "overlap.parquet").is_file()
+    assert "<h1>First look: " in (run / "look" / "look.html").read_text()
+    run_command(["run", str(run)])
+    said = capsys.readouterr().out
+    assert "look: already done" in said and "done in" not in said
+
+
+def test_a_look_of_no_tokens_is_refused_before_anything_is_made(tiny_pair: Any, tiny_texts: Any, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tiny_config(tiny_pair, tiny_texts, look={"max_tokens": 0})))
+    with pytest.raises(UserError, match=r"look.max_tokens is 0, which leaves the look out of `crossdiff run`"):
+        run_command(["look", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_model_is_said_to_be_one(
     tiny_pair: Any, tiny_texts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,7 +228,7 @@ def test_one_model_is_said_to_be_one(
 
 
 def test_a_refused_look_makes_no_run(tiny_pair: Any, tiny_texts: Any, tmp_path: Path) -> None:
-    settings = tiny_config(tiny_pair, tiny_texts, layer=9)
+    settings = tiny_config(tiny_pair, tiny_texts, layer=9, look=SETTINGS.model_dump())
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(UserError, match="layer 9 does not exist"):
         run_command(["look", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml")])

@@ -140,5 +140,6 @@ def test_the_refusal_says_what_happened_and_is_not_taken_for_a_damaged_record(mo
         TemplateLimit, match=r"^the chat template of lab/model did not finish within 0\.1 s, for a conversation"
     ):
         front_ids(tokenizer(BOMBS["loops"]))
+    monkeypatch.setattr("crossdiff.text.chat.limited", limited)
     with pytest.raises(TemplateLimit, match=r"makes more than 20,000,500 characters"):
         chat_prompt(tokenizer(BOMBS["variable"]), [{"role": "user", "content": "a"}])
