@@ -12,7 +12,8 @@ from torch import Tensor
 class Terms:
     """What makes up a loss beside the reconstruction.
 
-    mu: weight of the penalty, `shares` each latent's share of it. tanh_scale, pull, bandwidth: JumpReLU's.
+    mu: weight of the penalty, `shares` each latent's share of it. tanh_scale, pull, bandwidth: JumpReLU's. difference: weight
+    of the error in the difference between two sources.
     """
 
     mu: float = 0.0
@@ -23,6 +24,7 @@ class Terms:
     tanh_scale: float = 1.0
     pull: float = 0.0
     bandwidth: float = 1.0
+    difference: float = 0.0
 
 
 class _Jump(torch.autograd.Function):
@@ -62,6 +64,9 @@ def loss(parameters: dict[str, Tensor], x: Tensor, mask: Tensor, kind: str, term
     error = x - xhat
     squares = (error**2).sum(2)
     reconstruction = squares.sum(1).mean() if kind == "squared" else squares.sqrt().mean()
+    if terms.difference:
+        share = sum(((e[1] - e[0]) ** 2).sum() for e in error) / sum(((row[1] - row[0]) ** 2).sum() for row in x)
+        reconstruction = reconstruction + terms.difference * share * (x**2).sum(2).mean()
     aux = _aux(parameters, pre, error, norms, terms) if terms.dead else torch.zeros((), dtype=x.dtype)
     return {"reconstruction": reconstruction, "sparsity": sparsity, "aux": aux, "loss": reconstruction + sparsity + aux}
 

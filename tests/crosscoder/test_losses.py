@@ -56,7 +56,9 @@ def step(crosscoder: Crosscoder, x: Tensor, kind: Any = "squared", dead: tuple[i
     tokens = torch.zeros(N_LATENTS, dtype=torch.int64)
     tokens[list(dead)] = 10**9
     constraint = changes.pop("constraint", constraint_of(FREE, N_LATENTS, crosscoder.n_sources))
-    return Loss(crosscoder, kind, constraint).gradients(x, TokensSinceFired(tokens, 10**8), **changes)
+    difference = changes.pop("difference", 0.0)
+    loss = Loss(crosscoder, kind, constraint, difference_weight=difference)
+    return loss.gradients(x, TokensSinceFired(tokens, 10**8), **changes)
 
 
 def check(
@@ -69,7 +71,7 @@ def check(
     constraint: Constraint | None = None,
 ) -> StepResult:
     constraint = constraint or constraint_of(FREE, N_LATENTS, crosscoder.n_sources)
-    result = step(crosscoder, x, kind, dead, weight=terms.mu, constraint=constraint)
+    result = step(crosscoder, x, kind, dead, weight=terms.mu, constraint=constraint, difference=terms.difference)
     still = [j for j in dead if not bool(mask[:, j].any())]
     parameters = {name: p.double().requires_grad_() for name, p in crosscoder.parameters().items()}
     expected = oracles.loss(parameters, x.double(), mask.double(), kind, replace(terms, dead=still))
@@ -99,6 +101,20 @@ def test_l1(n_sources: int, kind: str, shift: float) -> None:
     share = float((crosscoder.pre_activations(x) > 0).double().mean())
     assert (share < 0.05) == (shift < 0), share
     check(crosscoder, x, torch.ones(400, N_LATENTS), kind, oracles.Terms(mu=0.3))
+
+
+@pytest.mark.parametrize("kind", ["squared", "norm"])
+def test_error_in_the_difference(kind: str) -> None:
+    crosscoder = make(2, L1Config())
+    check(crosscoder, inputs(400, 2), torch.ones(400, N_LATENTS), kind, oracles.Terms(mu=0.3, difference=0.7))
+
+
+def test_equal_sources_have_no_error_in_the_difference() -> None:
+    crosscoder, x = make(2, L1Config()), inputs(40, 2)
+    x[:, 1] = x[:, 0]
+    with_weight, without = (step(crosscoder, x, difference=weight) for weight in (1.0, 0.0))
+    assert with_weight.loss == without.loss
+    assert all(torch.equal(with_weight.gradients[name], gradient) for name, gradient in without.gradients.items())
 
 
 @pytest.mark.parametrize("n_sources", [1, 2, 3])

@@ -121,7 +121,7 @@ DEFAULT_SEEDS = 3
 
 
 OF_TRAINING = (
-    "reconstruction", "decoder_norm", "epochs", "batch_size", "lr", "warmup_steps", "decay_share", "gradient_clip",
+    "reconstruction", "difference_weight", "decoder_norm", "epochs", "batch_size", "lr", "warmup_steps", "decay_share", "gradient_clip",
     "dead_after_tokens", "checkpoint_seconds", "seed", "batch_seed", "seeds", "matmul", "optimizer_state",
 )  # fmt: skip
 """Settings of a crosscoder that say how it is trained; a published one has none of them."""
@@ -147,6 +147,13 @@ class CrosscoderConfig(Config):
         "squared",
         description="squared error, summed over the sources, or the norm of the error, averaged over them; the authors' "
         "use_mse_loss averages the squared error over the sources, so its mu times the number of sources is the mu here",
+    )
+    difference_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the error in the difference between the two models, beside the error in each (delta-crosscoders, "
+        "arXiv 2603.04426); relative to the size of the difference: at 1 it counts as much as one model's activations",
+        exclude_if=lambda value: value == 0,
     )
     decoder_norm: float = Field(1.0, gt=0, description="initial norm of each decoder direction")
     epochs: float = Field(2.0, gt=0, description="passes over the training tokens")
@@ -224,6 +231,8 @@ class CrosscoderConfig(Config):
             raise ValueError(
                 f"structure {self.structure.kind} ties latents between sources; inputs {self.inputs.kind} has only one"
             )
+        if self.difference_weight and self.inputs.kind != "paired":
+            raise ValueError(f"difference_weight compares two models; inputs {self.inputs.kind} has only one column: remove it")
         return self
 
     @model_validator(mode="after")

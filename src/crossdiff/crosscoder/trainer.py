@@ -96,7 +96,7 @@ class Trainer:
         self.constraint = constraint.to(crosscoder.encoder.device)
         self.constraint.settle(crosscoder.parameters())
         self.schedule = Schedule(n_steps, config)
-        self._loss = Loss(crosscoder, config.reconstruction, self.constraint, mesh)
+        self._loss = Loss(crosscoder, config.reconstruction, self.constraint, mesh, config.difference_weight)
         self.step = 0
         self.guess = 0.0
         self.since_fired = TokensSinceFired(
