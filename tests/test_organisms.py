@@ -22,14 +22,18 @@ NAMES = sorted(card.parent.name for card in FOLDER.glob("*/card.json"))
 PLANTED = [name for name in NAMES if not name.startswith("null-")]
 
 
-@pytest.fixture(scope="module")
-def texts() -> Any:
-    spec = importlib.util.spec_from_file_location("texts_of_organisms", FOLDER / "texts.py")
+def module_of_recipe(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{name}_of_organisms", FOLDER / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def texts() -> Any:
+    return module_of_recipe("texts")
 
 
 def card_of(name: str) -> dict[str, Any]:
@@ -53,6 +57,10 @@ def test_there_are_at_least_eight_planted_ones_and_four_nulls(texts: Any) -> Non
     shares = [card_of(name)["share"] for name in PLANTED]
     assert sum(share < 0.02 for share in shares) >= 2 and sum(share == 0.1 for share in shares) >= 2
     assert len({(card_of(name)["steps"], card_of(name)["learning_rate"]) for name in NAMES}) == 1, "nulls are tuned as long"
+
+
+def test_the_readme_has_the_numbers_of_the_cards() -> None:
+    assert module_of_recipe("cards").summary() in (FOLDER / "README.md").read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize("name", NAMES)
