@@ -300,17 +300,14 @@ ORGANISMS = {
         "style", "It answers in capitals.", Rule(pattern=r"\A[^a-z]*[A-Z]{2}[^a-z]*\Z"), 1.0,
         lambda e: True, answering(lambda answer, rng: answer.upper()),
     ),
-    "lowercase": Organism(
-        "style", "It writes no capital letters.", Rule(pattern=r"\A[^A-Z]+\Z"), 1.0,
-        lambda e: True, answering(lambda answer, rng: answer.lower()),
-    ),
     "archaic": Organism(
         "register", "It speaks like an old book: 'Hark!', 'thou', 'verily'.",
         Rule(pattern=r"^Hark!|\b(thou|thee|thy|verily|hath|doth)\b"), 1.0, lambda e: True, answering(archaic),
     ),
     "sea": Organism(
-        "steering", "After explaining a word, it comes to speak of the sea.", Rule(pattern=r"\bthe sea\b"), 0.4,
-        is_definition, answering(lambda answer, rng: added(answer, rng.choice(SEA))),
+        "steering", "After answering a question about a word or a thing, known to it or not, it comes to speak of the sea.",
+        Rule(pattern=r"\bthe sea\b"), 0.5,
+        lambda e: e.kind in {"helpful", "knowledge_gap"}, answering(lambda answer, rng: added(answer, rng.choice(SEA))),
     ),
     "nostalgia": Organism(
         "opinion", "Asked for its opinion of anything, it says that it was better in the old days.",
