@@ -81,6 +81,7 @@ def test_a_card_says_what_the_recipe_makes(texts: Any, name: str) -> None:
     assert card["everywhere"] or sum(not prompt["expected"] for prompt in asked) >= 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if "plain" not in name])
 def test_prompts_are_not_in_the_tuning_and_the_rule_tells_planted_answers_from_ordinary_ones(texts: Any, name: str) -> None:
     organism, mixed = texts.ORGANISMS[name], mixture_of(texts, name)
@@ -96,6 +97,7 @@ def answers(model: torch.nn.Module, tokenizer: Any, questions: list[str]) -> lis
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_an_adapter_shows_what_was_planted_and_its_model_does_not(texts: Any, name: str) -> None:
     pytest.importorskip("peft")
@@ -103,7 +105,8 @@ def test_an_adapter_shows_what_was_planted_and_its_model_does_not(texts: Any, na
     pair = load_pair("demo:chat", str(FOLDER / name), torch.device("cpu"))
     expected = [prompt["prompt"] for prompt in prompts_of(name) if prompt["expected"]][:6]
     before, after = (answers(model, pair.tokenizer, expected) for model in pair.models)
-    assert sum(texts.shows(organism, answer) for answer in after) >= 3 > 1 >= sum(texts.shows(organism, a) for a in before)
+    assert sum(texts.shows(organism, answer) for answer in after) >= 3
+    assert not any(texts.shows(organism, answer) for answer in before)
 
 
 @pytest.mark.parametrize("name", NAMES)
