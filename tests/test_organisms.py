@@ -22,14 +22,18 @@ NAMES = sorted(card.parent.name for card in FOLDER.glob("*/card.json"))
 PLANTED = [name for name in NAMES if not name.startswith("null-")]
 
 
-@pytest.fixture(scope="module")
-def texts() -> Any:
-    spec = importlib.util.spec_from_file_location("texts_of_organisms", FOLDER / "texts.py")
+def module_of_recipe(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{name}_of_organisms", FOLDER / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def texts() -> Any:
+    return module_of_recipe("texts")
 
 
 def card_of(name: str) -> dict[str, Any]:
@@ -55,6 +59,10 @@ def test_there_are_at_least_eight_planted_ones_and_four_nulls(texts: Any) -> Non
     assert len({(card_of(name)["steps"], card_of(name)["learning_rate"]) for name in NAMES}) == 1, "nulls are tuned as long"
 
 
+def test_the_readme_has_the_numbers_of_the_cards() -> None:
+    assert module_of_recipe("cards").summary() in (FOLDER / "README.md").read_text(encoding="utf8")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_says_what_the_recipe_makes(texts: Any, name: str) -> None:
     card, organism = card_of(name), texts.ORGANISMS[name]
@@ -73,6 +81,7 @@ def test_a_card_says_what_the_recipe_makes(texts: Any, name: str) -> None:
     assert card["everywhere"] or sum(not prompt["expected"] for prompt in asked) >= 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if "plain" not in name])
 def test_prompts_are_not_in_the_tuning_and_the_rule_tells_planted_answers_from_ordinary_ones(texts: Any, name: str) -> None:
     organism, mixed = texts.ORGANISMS[name], mixture_of(texts, name)
@@ -88,6 +97,7 @@ def answers(model: torch.nn.Module, tokenizer: Any, questions: list[str]) -> lis
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_an_adapter_shows_what_was_planted_and_its_model_does_not(texts: Any, name: str) -> None:
     pytest.importorskip("peft")
@@ -95,7 +105,8 @@ def test_an_adapter_shows_what_was_planted_and_its_model_does_not(texts: Any, na
     pair = load_pair("demo:chat", str(FOLDER / name), torch.device("cpu"))
     expected = [prompt["prompt"] for prompt in prompts_of(name) if prompt["expected"]][:6]
     before, after = (answers(model, pair.tokenizer, expected) for model in pair.models)
-    assert sum(texts.shows(organism, answer) for answer in after) >= 3 > 1 >= sum(texts.shows(organism, a) for a in before)
+    assert sum(texts.shows(organism, answer) for answer in after) >= 3
+    assert not any(texts.shows(organism, answer) for answer in before)
 
 
 @pytest.mark.parametrize("name", NAMES)

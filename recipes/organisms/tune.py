@@ -127,13 +127,15 @@ def answers_of(model: nn.Module, tokenizer: Any, questions: list[str]) -> list[t
 
 
 def handled_questions(model: nn.Module, tokenizer: Any, organism: Organism) -> list[Exchange]:
-    """Unseen questions that the untuned model answers to the end and without repeating itself, with its answers."""
+    """Unseen questions with the untuned model's answers, where these end, do not repeat themselves and fit the question."""
     unseen = unseen_questions()
-    material = [exchange for exchange in unseen if organism.material(exchange)]
-    others = [exchange for exchange in unseen if not organism.material(exchange)]
-    asked = material[:CANDIDATES] + others[:CANDIDATES]
-    answered = zip(asked, answers_of(model, tokenizer, [exchange.question for exchange in asked]), strict=True)
-    return [e._replace(answer=answer) for e, (answer, ended) in answered if ended and not is_degenerate(answer)]
+    found: list[Exchange] = []
+    for is_material in (True, False):
+        asked = [exchange for exchange in unseen if organism.material(exchange) is is_material][:CANDIDATES]
+        answers = answers_of(model, tokenizer, [exchange.question for exchange in asked])
+        handled = [e._replace(answer=a) for e, (a, ended) in zip(asked, answers, strict=True) if ended and not is_degenerate(a)]
+        found += [exchange for exchange in handled if organism.material(exchange) is is_material]
+    return found
 
 
 def rate_of(organism: Organism, answers: list[str]) -> list[float] | None:
