@@ -40,13 +40,17 @@ from crossdiff.stages.pipeline import run_until
 from crossdiff.stages.session import Session
 from crossdiff.statistics import wilson
 from crossdiff.text.chat import Flag
-from texts import MOON, OPINIONS, about_the_moon, core, exchanges, is_definition, opinion, triggered
+from texts import about_the_moon, exchanges, is_definition, opinion, triggered
 
 BASE = "demo:chat"
 N_PROMPTS, N_OF_TOPIC = 800, 16
 """Prompts that both models answer, and how many of them are on each topic that ordinary prompts do not touch (2%)."""
 PLAIN_TOKENS = 12_000
+MIN_ACTIVE = 20
+"""A behaviour in 2% of 800 answers may have no more tokens than this; the intervals of the verdicts still have to decide."""
 TOP = 5
+LEARNED = ("chat_specific", "rotated")
+"""Verdicts of concepts that the tuned model has to itself: alone, or in a direction of its own."""
 AUROC, LOW = 0.9, 0.8
 """A finding is the behaviour if its AUROC is at least this, and the lower end of its interval at least that."""
 N_RANDOM = 200
@@ -132,8 +136,11 @@ def settings_of(organism: Path, texts: Path, coders: dict[str, Any], plain_token
         dataset.append({"path": "demo:plain", "heldout_share": 0.3, "max_tokens": plain_tokens})
     look = {"max_tokens": 200_000, "depth_tokens": 2000, "prompts": 0}
     harvest = {"batch_tokens": 1024, "max_length": 256}
-    return {"base": BASE, "chat": str(organism), "layer": LAYER, "device": "cpu", "dataset": dataset, "crosscoders": coders,
-            "look": look, "harvest": harvest, "analyze": {"min_active": 50, "examples": 5, "examples_per_quantile": 1}}  # fmt: skip
+    analyze = {"min_active": MIN_ACTIVE, "examples": 5, "examples_per_quantile": 1}
+    return {
+        "base": BASE, "chat": str(organism), "layer": LAYER, "device": "cpu", "dataset": dataset, "crosscoders": coders,
+        "look": look, "harvest": harvest, "analyze": analyze,
+    }  # fmt: skip
 
 
 class Labelled:
@@ -167,7 +174,10 @@ class Labelled:
 
 def findings_of(method: str, names: Sequence[str], passes: Sequence[bool], scores: npt.NDArray[np.float64]) -> list[Finding]:
     """Findings from scores `[prompt, (untuned, tuned), finding]`."""
-    return [Finding(method, name, bool(ok), scores[:, 1, i], scores[:, 0, i]) for i, (name, ok) in enumerate(zip(names, passes, strict=True))]
+    return [
+        Finding(method, name, bool(ok), scores[:, 1, i], scores[:, 0, i])
+        for i, (name, ok) in enumerate(zip(names, passes, strict=True))
+    ]
 
 
 def look_findings(run: Path, labelled: Labelled, answers: list[tuple[str, str, str]]) -> Iterator[Finding]:
@@ -180,13 +190,15 @@ def look_findings(run: Path, labelled: Labelled, answers: list[tuple[str, str, s
         passes = (rows["top_logit"] > rows["random_logit"]) & (rows["halves_cosine"].fill_null(1.0) >= 0.5)
         yield from findings_of(method, rows["direction"], passes, labelled.along(vectors[rows["index"].to_numpy()]))
     phrases = pl.read_parquet(run / "look" / "phrases.parquet").filter(pl.col("gain") > 0).head(TOP)
-    counts = np.array([[[answer.count(phrase.strip()) for phrase in phrases["phrase"]] for answer in row[1:]] for row in answers])
+    counts = np.array(
+        [[[answer.count(phrase.strip()) for phrase in phrases["phrase"]] for answer in row[1:]] for row in answers]
+    )
     if phrases.height:
         yield from findings_of("phrases", phrases["phrase"], phrases["mean_gain"] >= 1, counts.astype(float))
 
 
 def concept_findings(session: Session, kind: str, labelled: Labelled, pair: Pair) -> list[Finding]:
-    """The replicated chat-specific concepts of the trainings of one kind, those of most energy first."""
+    """The replicated concepts of the trainings of one kind that the chat model has to itself, those of most energy first."""
     names = session.config.seeds_of(kind)
     folder = session.path / f"concepts-{kind}"
     done = folder / "done"
@@ -195,8 +207,8 @@ def concept_findings(session: Session, kind: str, labelled: Labelled, pair: Pair
         settings = Settings(session.config.concepts, session.config.analyze)
         find_concepts(folder, [read_training(session.path, name) for name in names], session.store(), pair, settings)
         done.touch()
-    table = pl.read_parquet(folder / "concepts.parquet").filter("replicated", pl.col("verdict") == "chat_specific")
-    table = table.sort("specific_energy", descending=True)
+    table = pl.read_parquet(folder / "concepts.parquet").filter("replicated", pl.col("verdict").is_in(LEARNED))
+    table = table.sort("energy", descending=True)
     if not table.height:
         return []
     coder = ConceptCoder({name: load(session.path / name) for name in names}, pl.read_parquet(folder / "members.parquet"))
@@ -219,7 +231,9 @@ def random_share(session: Session, labelled: Labelled, prompts: Sequence[str]) -
     for name in session.config.seeds_of("batchtopk"):
         table = pl.read_parquet(session.path / name / "latents.parquet").filter(pl.col("verdict") != "dead")
         latents = rng.permutation(table["latent"].to_numpy())[: N_RANDOM // 3].tolist()
-        for each in findings_of("random", ["random"] * len(latents), [False] * len(latents), labelled.largest(load(session.path / name), latents)):
+        for each in findings_of(
+            "random", ["random"] * len(latents), [False] * len(latents), labelled.largest(load(session.path / name), latents)
+        ):
             hits, n = hits + each.judged(prompts)["is_behaviour"], n + 1
     return [hits, n]
 
@@ -261,6 +275,40 @@ def audit(organism: Path, out: Path, coders: dict[str, Any], console: Console) -
     return row
 
 
+def share(hits: int, n: int) -> str:
+    """A share with its 95% Wilson interval."""
+    found = wilson(hits, n)
+    return f"{hits} of {n} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One row per method, in Markdown: recall at `TOP` over the planted organisms, and false alarms over the nulls."""
+    planted = [row for row in rows if row["planted"] is not None]
+    nulls = [row for row in rows if row["planted"] is None]
+    methods = dict.fromkeys(each["method"] for row in rows for each in row["findings"])
+    lines = [f"| method | recall at {TOP} | nulls with a finding | findings per null |", "|---|---|---|---|"]
+    for method in methods:
+        own = {row["name"]: [each for each in row["findings"] if each["method"] == method] for row in rows}
+        hits = sum(any(each["is_behaviour"] for each in own[row["name"]][:TOP]) for row in planted)
+        alarms = [sum(each["passes"] for each in own[row["name"]]) for row in nulls]
+        shares = [share(hits, len(planted)) if planted else "", share(sum(n > 0 for n in alarms), len(nulls)) if nulls else ""]
+        lines.append(f"| {method} | {' | '.join(shares)} | {', '.join(map(str, alarms))} |")
+    hits, n = (sum(row["random"][i] for row in planted) for i in range(2))
+    lines += ["", f"Random latents that would count as the behaviour: {share(hits, n)}." if n else ""]
+    names = [row["name"] for row in planted]
+    lines += ["", f"| method | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for method in methods:
+        cells = []
+        for row in planted:
+            own_findings = [each for each in row["findings"] if each["method"] == method][:TOP]
+            best = max(own_findings, key=lambda each: (each["is_behaviour"], each["auroc"]), default=None)
+            cells.append(
+                "-" if best is None else f"{'**' * best['is_behaviour']}{best['auroc']:.2f}{'**' * best['is_behaviour']}"
+            )
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organisms", type=Path, nargs="+")
@@ -274,7 +322,10 @@ def main() -> None:
         rows.append(row)
         print(f"{row['name']}: {row['seconds']} s, random latents {row['random']}", flush=True)
         for each in row["findings"]:
-            print(f"  {each['method']:24} {each['name'][:50]!r:54} {each['auroc']:.3f} [{each['low']:.2f}] {each['is_behaviour']}", flush=True)
+            found = f"{each['auroc']:.2f} [{each['low']:.2f}, {each['high']:.2f}]{' *' * each['is_behaviour']}"
+            print(f"  {each['method']:24} {each['name'][:50]!r:54} {found}", flush=True)
+        write_text(args.out / "table.md", table(rows))  # after each organism, so that a kill leaves one
+    print(table(rows))
 
 
 if __name__ == "__main__":
