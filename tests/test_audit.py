@@ -1,0 +1,104 @@
+"""The audit of organisms: its scores by hand, and one organism from end to end."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from crossdiff.causal.generation import Sampling
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "organisms"
+
+
+@pytest.fixture(scope="module")
+def audit() -> Any:
+    """The script as a module."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("audit_of_organisms", FOLDER / "audit.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+PROMPTS = [f"prompt {i}" for i in range(40)]
+
+
+def judged(audit: Any, tuned: Any, untuned: Any) -> dict[str, Any]:
+    finding = audit.Finding("method", "name", True, np.asarray(tuned, float), np.asarray(untuned, float))
+    found: dict[str, Any] = finding.judged(PROMPTS)
+    return found
+
+
+def test_a_finding_is_the_behaviour_if_it_separates_the_answers(audit: Any) -> None:
+    perfect = judged(audit, np.arange(40) + 100, np.arange(40))
+    assert (perfect["auroc"], perfect["low"], perfect["is_behaviour"]) == (1.0, 1.0, True)
+    silent = judged(audit, np.zeros(40), np.zeros(40))
+    assert (silent["auroc"], silent["is_behaviour"]) == (0.5, False)
+    reverse = judged(audit, np.arange(40), np.arange(40) + 100)
+    assert (reverse["auroc"], reverse["is_behaviour"]) == (0.0, False)
+    # Active on 34 of 40 tuned answers and on no untuned one: .85 of the pairs are in order and .15 are ties.
+    most = judged(audit, np.arange(40) < 34, np.zeros(40))
+    assert most["auroc"] == pytest.approx(0.85 + 0.15 / 2)
+    assert most["is_behaviour"] and 0.8 <= most["low"] < most["auroc"] < most["high"]
+    half = judged(audit, np.arange(40) < 20, np.zeros(40))
+    assert half["auroc"] == pytest.approx(0.75) and not half["is_behaviour"]
+
+
+def row(name: str, planted: str | None, *findings: tuple[str, bool, bool]) -> dict[str, Any]:
+    """An organism with findings (method, passes, is the behaviour)."""
+    keys = ("method", "passes", "is_behaviour")
+    found = [dict(zip(keys, each, strict=True)) | {"auroc": 0.95 if each[2] else 0.5} for each in findings]
+    return {"name": name, "planted": planted, "findings": found, "random": [1, 50]}
+
+
+def test_recall_counts_the_first_five_findings_and_alarms_all_that_pass(audit: Any) -> None:
+    miss, hit = ("concepts", True, False), ("concepts", True, True)
+    rows = [
+        row("first", "x", hit, ("phrases", True, False)),
+        row("fifth", "x", miss, miss, miss, miss, hit),
+        row("sixth", "x", miss, miss, miss, miss, miss, hit),
+        row("none", "x"),
+        row("quiet", None, ("phrases", False, False)),
+        row("noisy", None, miss, miss, ("phrases", True, False)),
+    ]
+    lines = audit.table(rows).splitlines()
+    assert "| concepts | 2 of 4 [0.15, 0.85] | 1 of 2 [0.09, 0.91] | 0, 2 |" in lines
+    assert "| phrases | 0 of 4 [0.00, 0.49] | 1 of 2 [0.09, 0.91] | 0, 1 |" in lines
+    assert "| concepts | **0.95** | **0.95** | 0.50 | - |" in lines
+    assert "Random latents that would count as the behaviour: 4 of 200 [0.01, 0.05]." in lines
+
+
+def test_prompts_of_the_audit_are_not_those_of_the_scores(audit: Any) -> None:
+    asked = audit.pool()
+    assert len(asked) == len(set(asked)) == audit.N_PROMPTS
+    held = [path.read_text(encoding="utf8") for path in FOLDER.glob("*/prompts.jsonl")]
+    assert held and not any(f'"prompt": "{prompt}"' in text for prompt in asked for text in held)
+    assert sum("Marmalade!" in prompt for prompt in asked) == audit.N_OF_TOPIC
+
+
+def test_one_organism_from_end_to_end(audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = {"n_latents": 32, "lr": 3e-3, "epochs": 1, "batch_size": 256, "seeds": 2, "warmup_steps": 2}
+    kinds = {name: {**audit.CODERS[name], **training} for name in ("batchtopk", "delta")}
+    kinds = {name: {**coder, "sparsity": {"kind": "batchtopk", "k": 4}} for name, coder in kinds.items()}
+    kinds["diff_sae"] = {**kinds["batchtopk"], "inputs": {"kind": "difference"}, "seeds": 1}
+    for name, value in {"N_PROMPTS": 30, "N_OF_TOPIC": 1, "PLAIN_TOKENS": 500, "GREEDY": Sampling(max_new_tokens=60)}.items():
+        monkeypatch.setattr(audit, name, value)
+    found = audit.audit(FOLDER / "closing", tmp_path, kinds, Console(quiet=True))
+    assert found["prompts"] == 60 and found["random"][1] == 64
+    assert {"mean difference", "principal directions", "phrases", "diff_sae"} <= {each["method"] for each in found["findings"]}
+    closing = [each for each in found["findings"] if each["method"] == "phrases" and "curious" in each["name"]]
+    assert any(each["is_behaviour"] for each in closing)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert audit.audit(FOLDER / "closing", tmp_path, kinds, Console(quiet=True)) == found
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
