@@ -70,7 +70,7 @@ def test_the_pages_of_latents_and_concepts_say_what_the_look_says_of_them(tmp_pa
     latent, concept, other = (client.get(path).text for path in pages)
     for page in (latent, concept):
         assert "First look: the mean difference over plain tokens points the same way (cosine 0.75)" in page
-    assert "No direction of the first look says the same (largest cosine 0.25" in other
+    assert "The first look has no such direction (closest: the mean difference over plain tokens, cosine 0.25" in other
     assert "0.75" in client.get(f"{BATCHTOPK}?show=look_cosine").text
 
 

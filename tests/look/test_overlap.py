@@ -137,7 +137,8 @@ def test_the_sentence_says_what_counts() -> None:
     assert "principal direction 2 falls where the latent is active (correlation \N{MINUS SIGN}0.70)" in against
     neither = overlap_words(Overlap(0.21, mean, 0.18, other), "latent")
     assert neither == (
-        "No direction of the first look says the same (largest cosine 0.21, largest correlation 0.18; 0.5 would count)."
+        "The first look has no such direction (closest: the mean difference over assistant tokens, cosine 0.21; principal "
+        "direction 2, correlation 0.18; 0.5 would count)."
     )
     silent = overlap_words(Overlap(0.21, mean, math.nan, None), "latent")
     assert "the latent is not active in the sample of held-out tokens" in silent
@@ -156,9 +157,9 @@ def test_how_many_concepts_the_look_shows_already() -> None:
     )
     found = shown_already(table)
     assert found.startswith(
-        "Of the 3 concepts that replicate and are chat-specific, the first look already shows 2: 1 by where"
+        "Of the 3 concepts that replicate and are chat-specific, 2 overlap with one of these directions: 1 by where"
     )
-    assert "and 2 by when they are active" in found
+    assert ", 2 by when they are active" in found and found.endswith(", 1 by both.")
     nothing = with_overlap(table.drop(names).with_row_index("concept"), Path("nowhere"), "concept")
     assert shown_already(nothing) == "" and math.isnan(overlap_of(nothing.row(0, named=True)).cosine)
 
@@ -214,16 +215,16 @@ def test_cards_and_report_say_it(tmp_path: Path) -> None:
     write_crosscoder(tmp_path / "batchtopk", latent_table(0))
     write_concepts(tmp_path)
     write_look(tmp_path)
-    assert "largest cosine" not in render_html(read_run(tmp_path))
+    assert "The first look has" not in render_html(read_run(tmp_path))
     write_overlap(tmp_path / "batchtopk", 60)
     write_overlap(tmp_path / "concepts", 5, "concept")
     page = render_html(read_run(tmp_path))
     # Concepts 0 and 2 replicate and are chat-specific; 0 has a cosine of 0.75.
-    assert "Of the 2 concepts that replicate and are chat-specific, the first look already shows 1: 1 by where" in page
+    assert "Of the 2 concepts that replicate and are chat-specific, 1 overlap with one of these directions: 1 by where" in page
     points = "First look: the mean difference over plain tokens points the same way (cosine 0.75); along no direction does the"
     assert f"{points} difference rise and fall with the concept (largest correlation \N{MINUS SIGN}0.25)." in page
     assert f"{points} difference rise and fall with the latent" in page
-    assert page.count("No direction of the first look says the same (largest cosine 0.25") >= 2
+    assert page.count("The first look has no such direction (closest: the mean difference over plain tokens, cosine 0.25") >= 2
 
 
 def test_what_is_done_is_skipped_and_another_look_makes_it_again(

@@ -87,7 +87,7 @@ def test_the_figure_marks_the_recommended_layer(run: Path) -> None:
 
 def test_the_report_has_the_section_if_there_is_a_look(run: Path) -> None:
     page = render_html(read_run(run))
-    assert 'href="#look"' in page and "The earliest layer worth trying is 1: it is." in page
+    assert 'href="#look"' in page and "The earliest layer worth trying is 1: it is (on 6 tokens)." in page
     assert DANGER not in page and "&lt;script&gt;alert(1)&lt;/script&gt;</span> 25%" in page
     for path in (run / "look").iterdir():
         path.unlink()

@@ -275,6 +275,7 @@ def write_look(directory: Path, identical: bool = False) -> None:
     place = {"kl": 2.5, "document": 7, "dataset": "prose", "before": f"tell me {DANGER}"}
     said = {"base_says": DANGER, "p_base": 0.25, "chat_says": " yes", "p_chat": 0.75}
     groups = {"dataset": ["prose"], "group": ["plain"], "n_tokens": [6], "kl": [1.0], "total_kl": [6.0]}
+    groups |= {"kl_low": [0.5], "kl_high": [1.5]}
     words = {"token_id": [75, 76], "token": ["K", "L"], "rise": [3.0, -2.0], "per_thousand": [500.0, -333.0]}
     phrases = {"phrase": [DANGER], "gain": [4.0], "mean_gain": [2.0], "n_places": [2], "n_documents": [2]}
     depth = {"layer": [0, 1, 2], "relative_norm": [0.1, 0.2, 0.3], "centred_cosine": [0.9] * 3, "effective_rank": [1.0] * 3}

@@ -127,5 +127,5 @@ def recommended(table: pl.DataFrame) -> tuple[int | None, str]:
         return None, "the models do not differ after any layer"
     reached = table.filter(pl.col("kl") >= HALF * last).row(0, named=True)
     return int(reached["layer"]), (
-        f"after it, {reached['kl'] / last:.0%} of the KL is present that there is after the last layer, {last:.3g} nats"
+        f"after it the KL is {reached['kl']:.3g} nats, {reached['kl'] / last:.0%} of the {last:.3g} after the last layer"
     )

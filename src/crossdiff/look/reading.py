@@ -17,7 +17,7 @@ from crossdiff.integrity import intact, read_parquet
 COMMAND = "crossdiff look"
 COLUMNS = {
     "places": ("kl", "document", "dataset", "before", "base_says", "p_base", "chat_says", "p_chat"),
-    "groups": ("dataset", "group", "n_tokens", "kl", "total_kl"),
+    "groups": ("dataset", "group", "n_tokens", "kl", "kl_low", "kl_high", "total_kl"),
     "words": ("token_id", "token", "rise", "per_thousand", "n_documents"),
     "phrases": ("phrase", "gain", "mean_gain", "n_places", "n_documents"),
     "depth": ("layer", "relative_norm", "centred_cosine", "effective_rank", "kl", "kl_low", "kl_high"),
@@ -133,9 +133,13 @@ class LookResults:
             "the mix of texts.",
         ]
         if summary.recommended_layer is not None:
-            found.append(f"The earliest layer worth trying is {summary.recommended_layer}: {summary.reason}.")
+            found.append(
+                f"The earliest layer worth trying is {summary.recommended_layer}: {summary.reason} (on "
+                f"{summary.depth_tokens:,} tokens). Later layers show more of what is specific, but less of the model is left "
+                "to act on it."
+            )
         if summary.skipped:
-            found.append(f"Too few conversations to judge how well activations predict {', '.join(summary.skipped)}.")
+            found.append(f"Labels with too few conversations to score simple classifiers: {', '.join(summary.skipped)}.")
         if summary.outside > 1e-4:
             found.append(f"The chat model gives {summary.outside:.2%} of its probability to tokens that the base model lacks.")
         return found

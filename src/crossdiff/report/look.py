@@ -21,8 +21,9 @@ from crossdiff.report.tables import estimate
 from crossdiff.report.templating import environment, fragment
 from crossdiff.sources import SOURCES
 
-N_WORDS, N_PLACES, N_PROMOTED = 12, 20, 8
+N_WORDS, N_PLACES, N_ALIKE, N_PROMOTED = 12, 20, 3, 8
 PAGE = "look.html"
+MINUS = "\N{MINUS SIGN}"
 TEXT_BEFORE = 90
 """Characters of text before a listed place."""
 READINGS = {"diffmean": "difference of means", "probe": "logistic probe"}
@@ -70,6 +71,7 @@ class LookSection(NamedTuple):
     sentences: list[str]
     kl: str = KL
     explained: str = f"{KL} {REST}"
+    groups: Table | None = None
     words: tuple[TitledTable, ...] = ()
     places: tuple[Place, ...] = ()
     depth: PageFigure | None = None
@@ -102,8 +104,9 @@ def look_section(look: LookResults) -> LookSection:
         return LookSection(look.sentences)
     return LookSection(
         look.sentences,
+        groups=_groups(look.groups),
         words=tuple(_words(look)),
-        places=tuple(_place(row) for row in look.places.head(N_PLACES).iter_rows(named=True)),
+        places=tuple(_place(row) for row in _distinct(look.places).head(N_PLACES).iter_rows(named=True)),
         depth=for_page(depth_figure(look)),
         layers=_layers(look.depth),
         directions=_directions(look.directions),
@@ -165,17 +168,37 @@ def _words(look: LookResults) -> list[TitledTable]:
             ((visible(token),), _signed(rise), f"{n_documents:,}")
             for token, rise, n_documents in words.select("token", "per_thousand", "n_documents").rows()
         ))  # fmt: skip
-        texts = Table(("phrase", "nats each", "places", "documents"), tuple(
-            ((visible(phrase),), _signed(gain), f"{n_places:,}", f"{n_documents:,}")
-            for phrase, gain, n_places, n_documents in phrases.select("phrase", "mean_gain", "n_places", "n_documents").rows()
+        columns = ("phrase", "mean_gain", "n_places", "gain", "n_documents")
+        texts = Table(("phrase", "nats each", "places", "in all", "documents"), tuple(
+            ((visible(phrase),), _signed(each), f"{n_places:,}", f"{gain:+,.0f}".replace("-", MINUS), f"{n_documents:,}")
+            for phrase, each, n_places, gain, n_documents in phrases.select(columns).rows()
         ))  # fmt: skip
         found.append(TitledTable(f"Tokens that the chat model expects {what} often", tokens))
         found.append(TitledTable(f"Phrases of the texts that it finds {what} probable", texts))
     return [each for each in found if each.table.rows]
 
 
+def _groups(groups: pl.DataFrame) -> Table:
+    """The mean KL of each dataset and kind of token, the largest share of the difference first."""
+    total = groups["total_kl"].sum()
+    rows = tuple(
+        (
+            row["dataset"], row["group"], f"{row['n_tokens']:,}", wording.interval(estimate(row, "kl")),
+            wording.share(row["total_kl"] / total),
+        )
+        for row in groups.iter_rows(named=True)
+    )  # fmt: skip
+    return Table(("text", "kind of token", "tokens", "KL", "share of the difference"), rows)
+
+
+def _distinct(places: pl.DataFrame) -> pl.DataFrame:
+    """The places without those beyond the third at which the models expect the same two tokens."""
+    same = ("base_says", "chat_says")
+    return places.filter(pl.int_range(pl.len()).over(same) < N_ALIKE)
+
+
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:+.2f}".replace("-", MINUS)
 
 
 def _place(row: dict[str, Any]) -> Place:
@@ -199,13 +222,18 @@ def _layers(depth: pl.DataFrame) -> Table:
 def _directions(directions: pl.DataFrame) -> Table:
     rows = []
     for row in directions.iter_rows(named=True):
-        up, down = (tuple(map(visible, row[side][:N_PROMOTED])) for side in ("chat_up", "chat_down"))
+        up, down = (tuple(map(visible, _whole(row[side])[:N_PROMOTED])) for side in ("chat_up", "chat_down"))
         size, of = (row["share"], " of the variance") if row["norm_share"] is None else (row["norm_share"], "")
         halves = "" if row["halves_cosine"] is None else wording.fixed(row["halves_cosine"])
         chance = f"{wording.fixed(row['top_logit'], 1)} / {wording.fixed(row['random_logit'], 1)}"
         rows.append((row["direction"], f"{row['n_tokens']:,}", f"{wording.share(size)}{of}", halves, chance, up, down))
     columns = ("direction", "tokens", "size", "halves agree", "top logit / by chance", "promotes", "demotes")
     return Table(columns, tuple(rows))
+
+
+def _whole(tokens: list[str]) -> list[str]:
+    """The tokens that are whole characters."""
+    return [token for token in tokens if "\N{REPLACEMENT CHARACTER}" not in token]
 
 
 def _steered(steered: pl.DataFrame) -> list[TitledTable]:

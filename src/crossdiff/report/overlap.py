@@ -17,7 +17,8 @@ def overlap_words(found: Overlap, what: str) -> str:
     if isnan(found.cosine) and isnan(found.correlation):
         return ""
     if not (found.points or found.moves or isnan(found.cosine) or isnan(found.correlation)):
-        return f"No direction of the first look says the same (largest {cosine}, largest {correlation}; {SAME:g} would count)."
+        closest = f"{_named(found.cosine_direction)}, {cosine}; {_named(found.correlation_direction)}, {correlation}"
+        return f"The first look has no such direction (closest: {closest}; {SAME:g} would count)."
     if found.points:
         points = f"{_named(found.cosine_direction)} points {'the same' if found.cosine > 0 else 'the opposite'} way ({cosine})"
     elif isnan(found.cosine):
@@ -49,8 +50,8 @@ def shown_already(concepts: pl.DataFrame) -> str:
         return ""
     either = sum(overlap.points or overlap.moves for overlap in found)
     return (
-        f"Of the {len(found)} concepts that replicate and are chat-specific, the first look already shows {either}: "
-        f"{sum(overlap.points for overlap in found)} by where they point (a cosine of {SAME:g} or more in size with one of "
-        f"these directions) and {sum(overlap.moves for overlap in found)} by when they are active (such a correlation of their "
-        "activation with the difference between the models along one)."
+        f"Of the {len(found)} concepts that replicate and are chat-specific, {either} overlap with one of these directions: "
+        f"{sum(overlap.points for overlap in found)} by where they point (a cosine of {SAME:g} or more in size), "
+        f"{sum(overlap.moves for overlap in found)} by when they are active (such a correlation of their activation with the "
+        f"difference between the models along it), {sum(overlap.points and overlap.moves for overlap in found)} by both."
     )
