@@ -59,7 +59,7 @@ def row(name: str, planted: str | None, *findings: tuple[str, bool, bool]) -> di
     """An organism with findings (method, passes, is the behaviour)."""
     keys = ("method", "passes", "is_behaviour")
     found = [dict(zip(keys, each, strict=True)) | {"auroc": 0.95 if each[2] else 0.5} for each in findings]
-    return {"name": name, "planted": planted, "findings": found, "random": [1, 50]}
+    return {"name": name, "planted": planted, "findings": found, "random": [1, 50], "lowest_nu": {"l1": 0.98}}
 
 
 def test_recall_counts_the_first_five_findings_and_alarms_all_that_pass(audit: Any) -> None:
@@ -76,6 +76,7 @@ def test_recall_counts_the_first_five_findings_and_alarms_all_that_pass(audit: A
     assert "| concepts | 2 of 4 [0.15, 0.85] | 1 of 2 [0.09, 0.91] | 0, 2 |" in lines
     assert "| phrases | 0 of 4 [0.00, 0.49] | 1 of 2 [0.09, 0.91] | 0, 1 |" in lines
     assert "| concepts | **0.95** | **0.95** | 0.50 | - |" in lines
+    assert "Lowest ratios in the nulls, beside a limit of 0.7: quiet 0.98 (l1), noisy 0.98 (l1)." in lines
     assert "Random latents that would count as the behaviour: 4 of 200 [0.01, 0.05]." in lines
 
 

@@ -34,8 +34,10 @@ from crossdiff.config import RunConfig, validate
 from crossdiff.crosscoder.checkpoint import load
 from crossdiff.files import fingerprint, read_json, sha256, write_json, write_text
 from crossdiff.latents.behaviours import auroc, bootstrap_interval
+from crossdiff.latents.ranking import RANKED
 from crossdiff.models.pair import Pair, load_pair
 from crossdiff.run import Run
+from crossdiff.stages.definitions import analyze_stage
 from crossdiff.stages.pipeline import run_until
 from crossdiff.stages.session import Session
 from crossdiff.statistics import wilson
@@ -49,6 +51,9 @@ PLAIN_TOKENS = 12_000
 MIN_ACTIVE = 20
 """A behaviour in 2% of 800 answers may have no more tokens than this; the intervals of the verdicts still have to decide."""
 TOP = 5
+NU = 0.7
+"""Limit of both ratios of latent scaling, which the nulls set: see `lowest_nu`. The limits for whole chat tunings (0.2 and 0.5)
+are too strict where both models read the same text and little has changed."""
 LEARNED = ("chat_specific", "rotated")
 """Verdicts of concepts that the tuned model has to itself: alone, or in a direction of its own."""
 AUROC, LOW = 0.9, 0.8
@@ -136,7 +141,10 @@ def settings_of(organism: Path, texts: Path, coders: dict[str, Any], plain_token
         dataset.append({"path": "demo:plain", "heldout_share": 0.3, "max_tokens": plain_tokens})
     look = {"max_tokens": 200_000, "depth_tokens": 2000, "prompts": 0}
     harvest = {"batch_tokens": 1024, "max_length": 256}
-    analyze = {"min_active": MIN_ACTIVE, "examples": 5, "examples_per_quantile": 1}
+    analyze = {
+        "min_active": MIN_ACTIVE, "nu_error": NU, "nu_reconstruction": NU, "rotated_cosine": 1.0,
+        "examples": 5, "examples_per_quantile": 1,
+    }  # fmt: skip
     return {
         "base": BASE, "chat": str(organism), "layer": LAYER, "device": "cpu", "dataset": dataset, "crosscoders": coders,
         "look": look, "harvest": harvest, "analyze": analyze,
@@ -201,7 +209,8 @@ def concept_findings(session: Session, kind: str, labelled: Labelled, pair: Pair
     """The replicated concepts of the trainings of one kind that the chat model has to itself, those of most energy first."""
     names = session.config.seeds_of(kind)
     folder = session.path / f"concepts-{kind}"
-    done = folder / "done"
+    key = fingerprint({name: analyze_stage(session.config, name).fingerprint for name in names})
+    done = folder / f"done-{key}"
     if not done.is_file():
         folder.mkdir(exist_ok=True)
         settings = Settings(session.config.concepts, session.config.analyze)
@@ -238,6 +247,17 @@ def random_share(session: Session, labelled: Labelled, prompts: Sequence[str]) -
     return [hits, n]
 
 
+def lowest_nu(session: Session, kind: str) -> float | None:
+    """The lowest upper end of both ratios' intervals that any latent has: in a null, what a limit has to stay below."""
+    found = []
+    for name in session.config.seeds_of(kind):
+        table = pl.read_parquet(session.path / name / "latents.parquet")
+        ends = pl.max_horizontal(*(pl.col(f"{ratio}_high").fill_nan(None) for ratio in RANKED))
+        defined = pl.all_horizontal(*(pl.col(f"{ratio}_high").is_finite() for ratio in RANKED))
+        found.append(table.filter(defined).select(ends.min()).item())
+    return min((low for low in found if low is not None), default=None)
+
+
 def audit(organism: Path, out: Path, coders: dict[str, Any], console: Console) -> dict[str, Any]:
     """Everything about one organism."""
     card = read_json(organism / "card.json")
@@ -263,12 +283,16 @@ def audit(organism: Path, out: Path, coders: dict[str, Any], console: Console) -
     run_until(scoring, "harvest")
     labelled = Labelled(scoring.store(), len(prompts))
     found = [*look_findings(session.path, labelled, answers)]
+    lowest = {}
     for kind in coders:
         is_paired = session.config.crosscoders[kind].inputs.kind == "paired"
+        if is_paired:
+            lowest[kind] = lowest_nu(session, kind)
         found += concept_findings(session, kind, labelled, pair) if is_paired else latent_findings(session, kind, labelled)
     row = {
         "key": key, "name": card["name"], "kind": card["kind"], "planted": card["planted"], "prompts": len(prompts),
         "findings": [each.judged(prompts) for each in found], "random": random_share(session, labelled, prompts),
+        "lowest_nu": lowest,
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     write_json(result, row)
@@ -295,6 +319,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {method} | {' | '.join(shares)} | {', '.join(map(str, alarms))} |")
     hits, n = (sum(row["random"][i] for row in planted) for i in range(2))
     lines += ["", f"Random latents that would count as the behaviour: {share(hits, n)}." if n else ""]
+    lows = [f"{row['name']} {low:.2f} ({kind})" for row in nulls for kind, low in row["lowest_nu"].items() if low is not None]
+    lines += ["", f"Lowest ratios in the nulls, beside a limit of {NU}: {', '.join(lows)}." if lows else ""]
     names = [row["name"] for row in planted]
     lines += ["", f"| method | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for method in methods:
