@@ -12,6 +12,8 @@ import pytest
 from rich.console import Console
 
 from crossdiff.causal.generation import Sampling
+from crossdiff.config import RunConfig, validate
+from crossdiff.yaml_files import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "organisms"
 
@@ -86,6 +88,16 @@ def test_prompts_of_the_audit_are_not_those_of_the_scores(audit: Any) -> None:
     held = [path.read_text(encoding="utf8") for path in FOLDER.glob("*/prompts.jsonl")]
     assert held and not any(f'"prompt": "{prompt}"' in text for prompt in asked for text in held)
     assert sum("Marmalade!" in prompt for prompt in asked) == audit.N_OF_TOPIC
+
+
+def test_the_recipe_for_narrow_tunings_has_the_settings_of_the_audit(audit: Any) -> None:
+    recipe = read_yaml(FOLDER.parent / "narrow.yaml")
+    audited = audit.settings_of(FOLDER / "closing", Path("texts.jsonl"), {"delta": audit.CODERS["delta"]})
+    validate(RunConfig, audited | recipe, "narrow")
+    limits = ("nu_error", "nu_reconstruction", "rotated_cosine")
+    assert recipe["analyze"] == {name: audited["analyze"][name] for name in limits}
+    coder, own = recipe["crosscoders"]["delta"], audit.CODERS["delta"]
+    assert coder == {name: own[name] for name in coder} and coder["difference_weight"] > 0
 
 
 def test_one_organism_from_end_to_end(audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,17 @@ def test_a_run_with_a_first_look_only_is_opened(looked: Path) -> None:
         crossdiff.open(looked, crosscoder="l1")
 
 
+def test_a_small_difference_is_said_with_what_to_do(run: Path) -> None:
+    """The synthetic difference has 0.2, at the limit; here it has a quarter of that."""
+    advice = "set (recipes/narrow.yaml)"
+    assert advice not in repr(notebook_look(run))
+    path = run / "look" / "depth.parquet"
+    pl.read_parquet(path).with_columns(pl.col("relative_norm") / 4).write_parquet(path)
+    assert "after layer 1 the difference has 0.05 of the norm" in repr(notebook_look(run)) and advice in repr(
+        notebook_look(run)
+    )
+
+
 def test_what_is_missing_or_of_another_version_is_said(tmp_path: Path) -> None:
     assert read_look(tmp_path / "look") is None
     with pytest.raises(UserError, match=r"has no first look; run `crossdiff look .*` first"):

@@ -121,8 +121,8 @@ DEFAULT_SEEDS = 3
 
 
 OF_TRAINING = (
-    "reconstruction", "difference_weight", "decoder_norm", "epochs", "batch_size", "lr", "warmup_steps", "decay_share", "gradient_clip",
-    "dead_after_tokens", "checkpoint_seconds", "seed", "batch_seed", "seeds", "matmul", "optimizer_state",
+    "reconstruction", "difference_weight", "decoder_norm", "epochs", "batch_size", "lr", "warmup_steps", "decay_share",
+    "gradient_clip", "dead_after_tokens", "checkpoint_seconds", "seed", "batch_seed", "seeds", "matmul", "optimizer_state",
 )  # fmt: skip
 """Settings of a crosscoder that say how it is trained; a published one has none of them."""
 
@@ -151,8 +151,8 @@ class CrosscoderConfig(Config):
     difference_weight: float = Field(
         0.0,
         ge=0,
-        description="weight of the error in the difference between the two models, beside the error in each (delta-crosscoders, "
-        "arXiv 2603.04426); relative to the size of the difference: at 1 it counts as much as one model's activations",
+        description="weight of the error in the difference between the two models, beside the error in each (the idea of "
+        "delta-crosscoders, arXiv 2603.04426); at 1 the difference counts as much as one model's activations, however small it is",
         exclude_if=lambda value: value == 0,
     )
     decoder_norm: float = Field(1.0, gt=0, description="initial norm of each decoder direction")

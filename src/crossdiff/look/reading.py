@@ -15,6 +15,9 @@ from crossdiff.files import read_json
 from crossdiff.integrity import intact, read_parquet
 
 COMMAND = "crossdiff look"
+NARROW = 0.2
+"""Relative norm of the difference below which the look advises to weigh it: 0.05 to 0.2 in narrow tunings of the embedded chat
+model, 0.7 between the models of the embedded pair (docs/organisms.md)."""
 COLUMNS = {
     "places": ("kl", "document", "dataset", "before", "base_says", "p_base", "chat_says", "p_chat"),
     "groups": ("dataset", "group", "n_tokens", "kl", "kl_low", "kl_high", "total_kl"),
@@ -137,6 +140,11 @@ class LookResults:
                 f"The earliest layer worth trying is {summary.recommended_layer}: {summary.reason} (on "
                 f"{summary.depth_tokens:,} tokens). Later layers show more of what is specific, but less of the model is left "
                 "to act on it."
+            )
+        if (size := self.depth.filter(layer=summary.layer)["relative_norm"].item()) < NARROW:
+            found.append(
+                f"The models hardly differ: after layer {summary.layer} the difference has {size:.2f} of the norm of the base "
+                "model's activations. A crosscoder sees so little only if difference_weight is set (recipes/narrow.yaml)."
             )
         if summary.skipped:
             found.append(f"Labels with too few conversations to score simple classifiers: {', '.join(summary.skipped)}.")
