@@ -92,7 +92,9 @@ def test_prompts_of_the_audit_are_not_those_of_the_scores(audit: Any) -> None:
 
 def test_the_recipe_for_narrow_tunings_has_the_settings_of_the_audit(audit: Any) -> None:
     recipe = read_yaml(FOLDER.parent / "narrow.yaml")
-    audited = audit.settings_of(FOLDER / "closing", Path("texts.jsonl"), {"delta": audit.CODERS["delta"]})
+    audited = audit.Setup("demo:chat", 5, [], {"delta": audit.CODERS["delta"]}).settings(
+        FOLDER / "closing", Path("texts.jsonl")
+    )
     validate(RunConfig, audited | recipe, "narrow")
     limits = ("nu_error", "nu_reconstruction", "rotated_cosine")
     assert recipe["analyze"] == {name: audited["analyze"][name] for name in limits}
@@ -107,11 +109,12 @@ def test_one_organism_from_end_to_end(audit: Any, tmp_path: Path, monkeypatch: p
     kinds["diff_sae"] = {**kinds["batchtopk"], "inputs": {"kind": "difference"}, "seeds": 1}
     for name, value in {"N_PROMPTS": 30, "N_OF_TOPIC": 1, "PLAIN_TOKENS": 500, "GREEDY": Sampling(max_new_tokens=60)}.items():
         monkeypatch.setattr(audit, name, value)
-    found = audit.audit(FOLDER / "closing", tmp_path, kinds, Console(quiet=True))
+    setup = audit.Setup("demo:chat", 5, audit.pool(), kinds)
+    found = audit.audit(FOLDER / "closing", tmp_path, setup, Console(quiet=True))
     assert found["prompts"] == 60 and found["random"][1] == 64
     assert {"mean difference", "principal directions", "phrases", "diff_sae"} <= {each["method"] for each in found["findings"]}
     closing = [each for each in found["findings"] if each["method"] == "phrases" and "curious" in each["name"]]
     assert any(each["is_behaviour"] for each in closing)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert audit.audit(FOLDER / "closing", tmp_path, kinds, Console(quiet=True)) == found
+    assert audit.audit(FOLDER / "closing", tmp_path, setup, Console(quiet=True)) == found
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before

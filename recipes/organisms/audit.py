@@ -14,7 +14,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ from crossdiff.statistics import wilson
 from crossdiff.text.chat import Flag
 from texts import about_the_moon, exchanges, is_definition, opinion, triggered
 
-BASE = "demo:chat"
 N_PROMPTS, N_OF_TOPIC = 800, 16
 """Prompts that both models answer, and how many of them are on each topic that ordinary prompts do not touch (2%)."""
 PLAIN_TOKENS = 12_000
@@ -60,7 +59,6 @@ AUROC, LOW = 0.9, 0.8
 """A finding is the behaviour if its AUROC is at least this, and the lower end of its interval at least that."""
 N_RANDOM = 200
 GREEDY = Sampling(max_new_tokens=60)
-LAYER = 5
 TRAINING = {"n_latents": 512, "lr": 3e-3, "epochs": 4, "batch_size": 512, "seeds": 3, "warmup_steps": 50}
 BATCHTOPK = {"sparsity": {"kind": "batchtopk", "k": 32}, "decoder_norm": 0.3, **TRAINING}
 CODERS: dict[str, dict[str, Any]] = {
@@ -70,6 +68,39 @@ CODERS: dict[str, dict[str, Any]] = {
     "delta": {**BATCHTOPK, "difference_weight": 1.0},
     "diff_sae": {**BATCHTOPK, "inputs": {"kind": "difference"}, "seeds": 1},
 }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all organisms of an audit have in common.
+
+    Attributes:
+        base: the untuned model; layer: whose activations are read.
+        prompts: what both models answer; none of them may be among the organisms' own prompts.
+        coders: settings of the crosscoders by name.
+    """
+
+    base: str
+    layer: int
+    prompts: list[str]
+    coders: dict[str, dict[str, Any]]
+    device: str = "cpu"
+
+    def settings(self, organism: Path, texts: Path, plain_tokens: int = 0) -> dict[str, Any]:
+        """Settings of a run on the conversations in a file and some plain text."""
+        dataset: list[dict[str, Any]] = [{"path": str(texts), "heldout_share": 0.3}]
+        if plain_tokens:
+            dataset.append({"path": "demo:plain", "heldout_share": 0.3, "max_tokens": plain_tokens})
+        look = {"max_tokens": 200_000, "depth_tokens": 2000, "prompts": 0}
+        harvest = {"batch_tokens": 1024, "max_length": 256}
+        analyze = {
+            "min_active": MIN_ACTIVE, "nu_error": NU, "nu_reconstruction": NU, "rotated_cosine": 1.0,
+            "examples": 5, "examples_per_quantile": 1,
+        }  # fmt: skip
+        return {
+            "base": self.base, "chat": str(organism), "layer": self.layer, "device": self.device, "dataset": dataset,
+            "crosscoders": self.coders, "look": look, "harvest": harvest, "analyze": analyze,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,22 +164,6 @@ def write_conversations(path: Path, rows: Sequence[tuple[str, str, str]]) -> Non
 
 def opened(path: Path, settings: dict[str, Any], console: Console) -> Session:
     return Session(Run.open(path, create=True), validate(RunConfig, settings, str(path)), console)
-
-
-def settings_of(organism: Path, texts: Path, coders: dict[str, Any], plain_tokens: int = 0) -> dict[str, Any]:
-    dataset: list[dict[str, Any]] = [{"path": str(texts), "heldout_share": 0.3}]
-    if plain_tokens:
-        dataset.append({"path": "demo:plain", "heldout_share": 0.3, "max_tokens": plain_tokens})
-    look = {"max_tokens": 200_000, "depth_tokens": 2000, "prompts": 0}
-    harvest = {"batch_tokens": 1024, "max_length": 256}
-    analyze = {
-        "min_active": MIN_ACTIVE, "nu_error": NU, "nu_reconstruction": NU, "rotated_cosine": 1.0,
-        "examples": 5, "examples_per_quantile": 1,
-    }  # fmt: skip
-    return {
-        "base": BASE, "chat": str(organism), "layer": LAYER, "device": "cpu", "dataset": dataset, "crosscoders": coders,
-        "look": look, "harvest": harvest, "analyze": analyze,
-    }  # fmt: skip
 
 
 class Labelled:
@@ -258,33 +273,33 @@ def lowest_nu(session: Session, kind: str) -> float | None:
     return min((low for low in found if low is not None), default=None)
 
 
-def audit(organism: Path, out: Path, coders: dict[str, Any], console: Console) -> dict[str, Any]:
+def audit(organism: Path, out: Path, setup: Setup, console: Console) -> dict[str, Any]:
     """Everything about one organism."""
     card = read_json(organism / "card.json")
-    key = fingerprint({"files": {path.name: sha256(path) for path in sorted(organism.iterdir())}, "coders": coders,
-                       "script": sha256(Path(__file__))})  # fmt: skip
+    files = {path.name: sha256(path) for path in sorted(organism.iterdir())}
+    key = fingerprint({"files": files, "setup": asdict(setup), "script": sha256(Path(__file__))})
     folder = out / card["name"]
     result = folder / "findings.json"
     if result.is_file() and (found := read_json(result))["key"] == key:
         return found
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    pair = load_pair(BASE, str(organism), torch.device("cpu"))
+    pair = load_pair(setup.base, str(organism), torch.device(setup.device))
     digest = sha256(organism / "adapter_model.safetensors")[:8]
-    write_conversations(folder / "texts.jsonl", answered(pair, pool(), folder / f"answers-{digest}.jsonl"))
+    write_conversations(folder / "texts.jsonl", answered(pair, setup.prompts, folder / f"answers-{digest}.jsonl"))
     held = [json.loads(line) for line in (organism / "prompts.jsonl").read_text(encoding="utf8").splitlines()]
     prompts = [row["prompt"] for row in held if row["expected"] or card["planted"] is None]
     answers = answered(pair, prompts, folder / f"heldout-{digest}.jsonl")
     write_conversations(folder / "heldout.jsonl", answers)
-    session = opened(folder / "run", settings_of(organism, folder / "texts.jsonl", coders, PLAIN_TOKENS), console)
+    session = opened(folder / "run", setup.settings(organism, folder / "texts.jsonl", PLAIN_TOKENS), console)
     for last in ("look", "analyze"):
         run_until(session, last)
-    scoring = opened(folder / "heldout", settings_of(organism, folder / "heldout.jsonl", coders), console)
+    scoring = opened(folder / "heldout", setup.settings(organism, folder / "heldout.jsonl"), console)
     run_until(scoring, "harvest")
     labelled = Labelled(scoring.store(), len(prompts))
     found = [*look_findings(session.path, labelled, answers)]
     lowest = {}
-    for kind in coders:
+    for kind in setup.coders:
         is_paired = session.config.crosscoders[kind].inputs.kind == "paired"
         if is_paired:
             lowest[kind] = lowest_nu(session, kind)
@@ -340,11 +355,19 @@ def main() -> None:
     parser.add_argument("organisms", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("runs/organisms"))
     parser.add_argument("--coders", nargs="+", choices=CODERS, default=list(CODERS))
+    parser.add_argument("--base", default="demo:chat", help="the model that the organisms were tuned from")
+    parser.add_argument("--layer", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--prompts", type=Path, help="what both models are asked, one prompt per line [those of the embedded pair]"
+    )
     args = parser.parse_args()
     console = Console(quiet=True)
+    prompts = pool() if args.prompts is None else args.prompts.read_text(encoding="utf8").splitlines()
+    setup = Setup(args.base, args.layer, prompts, {name: CODERS[name] for name in args.coders}, args.device)
     rows = []
     for organism in args.organisms:
-        row = audit(organism, args.out, {name: CODERS[name] for name in args.coders}, console)
+        row = audit(organism, args.out, setup, console)
         rows.append(row)
         print(f"{row['name']}: {row['seconds']} s, random latents {row['random']}", flush=True)
         for each in row["findings"]:
