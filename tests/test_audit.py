@@ -36,8 +36,9 @@ def audit() -> Any:
 PROMPTS = [f"prompt {i}" for i in range(40)]
 
 
-def judged(audit: Any, tuned: Any, untuned: Any) -> dict[str, Any]:
-    finding = audit.Finding("method", "name", True, np.asarray(tuned, float), np.asarray(untuned, float))
+def judged(audit: Any, tuned: Any, untuned: Any, alone: Any = None) -> dict[str, Any]:
+    others = None if alone is None else np.asarray(alone, float)
+    finding = audit.Finding("method", "name", True, np.asarray(untuned, float), np.asarray(tuned, float), others)
     found: dict[str, Any] = finding.judged(PROMPTS)
     return found
 
@@ -55,6 +56,15 @@ def test_a_finding_is_the_behaviour_if_it_separates_the_answers(audit: Any) -> N
     assert most["is_behaviour"] and 0.8 <= most["low"] < most["auroc"] < most["high"]
     half = judged(audit, np.arange(40) < 20, np.zeros(40))
     assert half["auroc"] == pytest.approx(0.75) and not half["is_behaviour"]
+
+
+def test_what_the_text_alone_gives_is_not_the_behaviour(audit: Any) -> None:
+    """A latent for words that only the tuned model writes tells the answers apart, and is as active without that model."""
+    tuned, untuned = np.arange(40) + 100, np.arange(40)
+    shared = judged(audit, tuned, untuned, alone=tuned)
+    assert (shared["auroc"], shared["same_text"], shared["is_behaviour"]) == (1.0, 0.5, False)
+    own = judged(audit, tuned, untuned, alone=untuned)
+    assert (own["same_text"], own["is_behaviour"]) == (1.0, True)
 
 
 def row(name: str, planted: str | None, *findings: tuple[str, bool, bool]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,23 +110,31 @@ class Finding:
 
     Attributes:
         passes: whether it passes the method's own evidence, without labels.
-        tuned, untuned: scores of the answers of both models, `[prompt]`.
+        untuned, tuned: scores of the answers of both models, `[prompt]`.
+        alone: scores of the tuned model's answers where the untuned model stands in for it; None for what reads no activations.
     """
 
     method: str
     name: str
     passes: bool
-    tuned: npt.NDArray[np.float64]
     untuned: npt.NDArray[np.float64]
+    tuned: npt.NDArray[np.float64]
+    alone: npt.NDArray[np.float64] | None
 
     def judged(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """The AUROC with its interval over prompts, and whether the finding is the behaviour."""
-        positive = np.repeat([True, False], [len(self.tuned), len(self.untuned)])
-        scores = np.concatenate([self.tuned, self.untuned])
-        area = auroc(positive, scores)
-        low, high = bootstrap_interval(positive, scores, np.array([*prompts, *prompts]), 0)
-        return {"method": self.method, "name": self.name, "passes": self.passes, "auroc": area, "low": low, "high": high,
-                "is_behaviour": area >= AUROC and low >= LOW}  # fmt: skip
+        """The AUROC with its interval over prompts, that against the stand-in, and whether the finding is the behaviour."""
+        area, low, high = self._against(self.untuned, prompts)
+        same_text = None if self.alone is None else self._against(self.alone, prompts)
+        passed = [each[0] >= AUROC and each[1] >= LOW for each in ((area, low), same_text) if each is not None]
+        return {
+            "method": self.method, "name": self.name, "passes": self.passes, "auroc": area, "low": low, "high": high,
+            "same_text": same_text and same_text[0], "is_behaviour": all(passed),
+        }  # fmt: skip
+
+    def _against(self, others: npt.NDArray[np.float64], prompts: Sequence[str]) -> tuple[float, float, float]:
+        positive = np.repeat([True, False], [len(self.tuned), len(others)])
+        scores = np.concatenate([self.tuned, others])
+        return auroc(positive, scores), *bootstrap_interval(positive, scores, np.array([*prompts, *prompts]), 0)
 
 
 def pool() -> list[str]:
@@ -162,8 +171,14 @@ def write_conversations(path: Path, rows: Sequence[tuple[str, str, str]]) -> Non
     write_text(path, "".join(lines))
 
 
-def opened(path: Path, settings: dict[str, Any], console: Console) -> Session:
-    return Session(Run.open(path, create=True), validate(RunConfig, settings, str(path)), console)
+@contextmanager
+def opened(path: Path, settings: dict[str, Any], console: Console) -> Iterator[Session]:
+    """A run to work on, made if there is none."""
+    run = Run.open(path, create=True)
+    try:
+        yield Session(run, validate(RunConfig, settings, str(path)), console)
+    finally:
+        run.close()
 
 
 class Labelled:
@@ -178,29 +193,41 @@ class Labelled:
         self.differences = torch.diff(store.gather(self.rows), dim=1)[:, 0].double().numpy()
 
     def largest(self, coder: Any, numbers: Sequence[int]) -> npt.NDArray[np.float64]:
-        """The largest activation of latents, or concepts, on each answer, `[prompt, model, number]`; 0 where it is silent."""
-        best = np.zeros((self.n, coder.n_latents))
+        """The largest activation of latents, or concepts, on each answer, `[prompt, reading, number]`; 0 where it is silent.
+
+        The readings are the untuned and the tuned model's answer, and the latter with the untuned model's activations in the
+        place of the tuned one's.
+        """
+        best = np.zeros((2, self.n, coder.n_latents))
         for first in range(0, len(self.rows), 4096):
             rows = self.rows[first : first + 4096]
-            code = coder.sparse_code(coder.inputs(self.store, rows))
-            where = self.conversation[first : first + 4096][code.token.numpy()]
-            np.maximum.at(best, (where, code.latent.numpy()), coder.v(code).detach().double().numpy())
-        return best[:, list(numbers)].reshape(-1, 2, len(numbers))
+            h = coder.inputs(self.store, rows)
+            for reading, read in enumerate((h, h[:, :1].expand_as(h))):
+                code = coder.sparse_code(read)
+                where = self.conversation[first : first + 4096][code.token.numpy()]
+                np.maximum.at(best[reading], (where, code.latent.numpy()), coder.v(code).detach().double().numpy())
+        both, alone = (part[:, list(numbers)].reshape(-1, 2, len(numbers)) for part in best)
+        return np.concatenate([both, alone[:, 1:]], axis=1)
 
     def along(self, vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The mean difference between the models along directions, over each answer, `[prompt, model, direction]`."""
+        """The mean difference between the models along directions, over each answer, `[prompt, reading, direction]`.
+
+        The readings are those of `largest`, so the last is 0.
+        """
         sums = np.zeros((self.n, len(vectors)))
         np.add.at(sums, self.conversation, self.differences @ vectors.T)
         n_tokens = np.bincount(self.conversation, minlength=self.n)
-        return (sums / np.maximum(n_tokens, 1)[:, None]).reshape(-1, 2, len(vectors))
+        means = (sums / np.maximum(n_tokens, 1)[:, None]).reshape(-1, 2, len(vectors))
+        return np.concatenate([means, np.zeros_like(means[:, :1])], axis=1)
 
 
 def findings_of(method: str, names: Sequence[str], passes: Sequence[bool], scores: npt.NDArray[np.float64]) -> list[Finding]:
-    """Findings from scores `[prompt, (untuned, tuned), finding]`."""
-    return [
-        Finding(method, name, bool(ok), scores[:, 1, i], scores[:, 0, i])
-        for i, (name, ok) in enumerate(zip(names, passes, strict=True))
-    ]
+    """Findings from scores `[prompt, reading, finding]`, see `Labelled.largest`; without the third reading for texts."""
+    found = []
+    for number, (name, ok) in enumerate(zip(names, passes, strict=True)):
+        untuned, tuned, alone = (*scores[:, :, number].T, None)[:3]
+        found.append(Finding(method, name, bool(ok), untuned, tuned, alone))
+    return found
 
 
 def look_findings(run: Path, labelled: Labelled, answers: list[tuple[str, str, str]]) -> Iterator[Finding]:
@@ -210,14 +237,16 @@ def look_findings(run: Path, labelled: Labelled, answers: list[tuple[str, str, s
     means = table.filter(pl.col("norm_share").is_not_null()).sort("norm_share", descending=True).head(TOP)
     principal = table.filter(pl.col("share").is_not_null()).head(TOP)
     for method, rows in (("mean difference", means), ("principal directions", principal)):
-        passes = (rows["top_logit"] > rows["random_logit"]) & (rows["halves_cosine"].fill_null(1.0) >= 0.5)
-        yield from findings_of(method, rows["direction"], passes, labelled.along(vectors[rows["index"].to_numpy()]))
+        passes = ((rows["top_logit"] > rows["random_logit"]) & (rows["halves_cosine"].fill_null(1.0) >= 0.5)).to_list()
+        yield from findings_of(method, rows["direction"].to_list(), passes, labelled.along(vectors[rows["index"].to_numpy()]))
     phrases = pl.read_parquet(run / "look" / "phrases.parquet").filter(pl.col("gain") > 0).head(TOP)
     counts = np.array(
         [[[answer.count(phrase.strip()) for phrase in phrases["phrase"]] for answer in row[1:]] for row in answers]
     )
     if phrases.height:
-        yield from findings_of("phrases", phrases["phrase"], phrases["mean_gain"] >= 1, counts.astype(float))
+        yield from findings_of(
+            "phrases", phrases["phrase"].to_list(), (phrases["mean_gain"] >= 1).to_list(), counts.astype(float)
+        )
 
 
 def concept_findings(session: Session, kind: str, labelled: Labelled, pair: Pair) -> list[Finding]:
@@ -280,8 +309,8 @@ def audit(organism: Path, out: Path, setup: Setup, console: Console) -> dict[str
     key = fingerprint({"files": files, "setup": asdict(setup), "script": sha256(Path(__file__))})
     folder = out / card["name"]
     result = folder / "findings.json"
-    if result.is_file() and (found := read_json(result))["key"] == key:
-        return found
+    if result.is_file() and (done := read_json(result))["key"] == key:
+        return dict(done)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     pair = load_pair(setup.base, str(organism), torch.device(setup.device))
@@ -291,23 +320,27 @@ def audit(organism: Path, out: Path, setup: Setup, console: Console) -> dict[str
     prompts = [row["prompt"] for row in held if row["expected"] or card["planted"] is None]
     answers = answered(pair, prompts, folder / f"heldout-{digest}.jsonl")
     write_conversations(folder / "heldout.jsonl", answers)
-    session = opened(folder / "run", setup.settings(organism, folder / "texts.jsonl", PLAIN_TOKENS), console)
-    for last in ("look", "analyze"):
-        run_until(session, last)
-    scoring = opened(folder / "heldout", setup.settings(organism, folder / "heldout.jsonl"), console)
-    run_until(scoring, "harvest")
-    labelled = Labelled(scoring.store(), len(prompts))
-    found = [*look_findings(session.path, labelled, answers)]
-    lowest = {}
-    for kind in setup.coders:
-        is_paired = session.config.crosscoders[kind].inputs.kind == "paired"
-        if is_paired:
-            lowest[kind] = lowest_nu(session, kind)
-        found += concept_findings(session, kind, labelled, pair) if is_paired else latent_findings(session, kind, labelled)
+    texts, heldout = folder / "texts.jsonl", folder / "heldout.jsonl"
+    with (
+        opened(folder / "run", setup.settings(organism, texts, PLAIN_TOKENS), console) as session,
+        opened(folder / "heldout", setup.settings(organism, heldout), console) as scoring,
+    ):
+        for last in ("look", "analyze"):
+            run_until(session, last)
+        run_until(scoring, "harvest")
+        labelled = Labelled(scoring.store(), len(prompts))
+        found = [*look_findings(session.path, labelled, answers)]
+        lowest = {}
+        for kind in setup.coders:
+            if session.config.crosscoders[kind].inputs.kind == "paired":
+                lowest[kind] = lowest_nu(session, kind)
+                found += concept_findings(session, kind, labelled, pair)
+            else:
+                found += latent_findings(session, kind, labelled)
+        random_hits = random_share(session, labelled, prompts)
     row = {
         "key": key, "name": card["name"], "kind": card["kind"], "planted": card["planted"], "prompts": len(prompts),
-        "findings": [each.judged(prompts) for each in found], "random": random_share(session, labelled, prompts),
-        "lowest_nu": lowest,
+        "findings": [each.judged(prompts) for each in found], "random": random_hits, "lowest_nu": lowest,
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     write_json(result, row)
