@@ -33,6 +33,7 @@ from crossdiff.concepts.coder import ConceptCoder
 from crossdiff.concepts.find import Settings, find_concepts
 from crossdiff.config import RunConfig, validate
 from crossdiff.crosscoder.checkpoint import load
+from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.files import fingerprint, read_json, sha256, write_json, write_text
 from crossdiff.latents.behaviours import auroc, bootstrap_interval
 from crossdiff.latents.ranking import RANKED
@@ -185,14 +186,13 @@ class Labelled:
     """The answers to the held-out prompts, as activations: rows of a store and the answer that each belongs to."""
 
     def __init__(self, store: Store, n_prompts: int) -> None:
-        self.store = store
+        self.store, self.n = store, 2 * n_prompts
         answer = (store.column("flags") & Flag.ASSISTANT) != 0
         self.rows = np.flatnonzero(answer & store.counted)
         self.conversation = store.column("document")[self.rows]
-        self.n = 2 * n_prompts
         self.differences = torch.diff(store.gather(self.rows), dim=1)[:, 0].double().numpy()
 
-    def largest(self, coder: Any, numbers: Sequence[int]) -> npt.NDArray[np.float64]:
+    def largest(self, coder: Crosscoder | ConceptCoder, numbers: Sequence[int]) -> npt.NDArray[np.float64]:
         """The largest activation of latents, or concepts, on each answer, `[prompt, reading, number]`; 0 where it is silent.
 
         The readings are the untuned and the tuned model's answer, and the latter with the untuned model's activations in the
@@ -201,9 +201,10 @@ class Labelled:
         best = np.zeros((2, self.n, coder.n_latents))
         for first in range(0, len(self.rows), 4096):
             rows = self.rows[first : first + 4096]
-            h = coder.inputs(self.store, rows)
+            h = self.store.gather(rows)
             for reading, read in enumerate((h, h[:, :1].expand_as(h))):
-                code = coder.sparse_code(read)
+                x = read if isinstance(coder, ConceptCoder) else coder.normalise(read)
+                code = coder.sparse_code(x)
                 where = self.conversation[first : first + 4096][code.token.numpy()]
                 np.maximum.at(best[reading], (where, code.latent.numpy()), coder.v(code).detach().double().numpy())
         both, alone = (part[:, list(numbers)].reshape(-1, 2, len(numbers)) for part in best)
