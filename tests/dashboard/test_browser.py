@@ -146,6 +146,7 @@ def test_keys(page: Page, address: str) -> None:
     expect(page.locator("#table tbody tr").nth(1)).to_have_class("current")
     page.keyboard.press("Enter")
     page.wait_for_selector("#examples")
+    page.wait_for_load_state()  # its script listens to keys from then on
     here = page.url
     page.keyboard.press("j")
     page.wait_for_url(lambda url: url != here)
