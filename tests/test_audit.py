@@ -13,6 +13,7 @@ from rich.console import Console
 
 from crossdiff.causal.generation import Sampling
 from crossdiff.config import RunConfig, validate
+from crossdiff.stages.pipeline import run_until
 from crossdiff.yaml_files import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "organisms"
@@ -90,6 +91,19 @@ def test_recall_counts_the_first_five_findings_and_alarms_all_that_pass(audit: A
     assert "| concepts | **0.95** | **0.95** | 0.50 | - |" in lines
     assert "Lowest ratios in the nulls, beside a limit of 0.7: quiet 0.98 (l1), noisy 0.98 (l1)." in lines
     assert "Random latents that would count as the behaviour: 4 of 200 [0.01, 0.05]." in lines
+
+
+def test_each_answer_has_its_number(audit: Any, tmp_path: Path) -> None:
+    """Twice the number of the prompt, and one more for the organism's answer; one answer is empty."""
+    path = tmp_path / "texts.jsonl"
+    audit.write_conversations(path, [("a", "Yes.", "No."), ("b", "", "Stay curious!")])
+    setup = audit.Setup("demo:chat", 5, [], {"delta": audit.CODERS["delta"]})
+    with audit.opened(tmp_path / "run", setup.settings(FOLDER / "closing", path), Console(quiet=True)) as session:
+        run_until(session, "harvest")
+        labelled, tokenizer = audit.Labelled(session.store(), 2), session.load_pair().tokenizer
+        token_ids = session.store().column("token_id")[labelled.rows]
+    texts = [tokenizer.decode(token_ids[labelled.conversation == number], skip_special_tokens=True) for number in range(4)]
+    assert texts == ["Yes.", "No.", "", "Stay curious!"]
 
 
 def test_prompts_of_the_audit_are_not_those_of_the_scores(audit: Any) -> None:

@@ -89,9 +89,11 @@ class Setup:
     device: str = "cpu"
 
     def settings(self, organism: Path, texts: Path, plain_tokens: int = 0) -> dict[str, Any]:
-        """Settings of a run on the conversations in a file and some plain text."""
+        """Settings of a run on the conversations in a file and some plain text; without any, their numbers are labels."""
         dataset: list[dict[str, Any]] = [{"path": str(texts), "heldout_share": 0.3}]
-        if plain_tokens:
+        if not plain_tokens:
+            dataset[0]["label_column"] = "number"
+        else:
             dataset.append({"path": "demo:plain", "heldout_share": 0.3, "max_tokens": plain_tokens})
         look = {"max_tokens": 200_000, "depth_tokens": 2000, "prompts": 0}
         harvest = {"batch_tokens": 1024, "max_length": 256}
@@ -150,8 +152,14 @@ def pool() -> list[str]:
     return list(dict.fromkeys(asked))[:N_PROMPTS]
 
 
-def answered(pair: Pair, prompts: Sequence[str], path: Path) -> list[tuple[str, str, str]]:
-    """Each prompt with the untuned and the tuned model's greedy answer, kept in a file."""
+def answered(pair: Pair, prompts: Sequence[str], folder: Path, weights: str) -> list[tuple[str, str, str]]:
+    """Each prompt with the untuned and the tuned model's greedy answer, kept in a file.
+
+    Args:
+        weights: digest of the tuned model's adapter.
+    """
+    key = fingerprint({"weights": weights, "base": pair.identity["base"], "prompts": list(prompts), "sampling": asdict(GREEDY)})
+    path = folder / f"answers-{key}.jsonl"
     if not path.is_file():
         asked = [ask(pair.tokenizer, prompt) for prompt in prompts]
         answerer = Answerer(pair, 0, 0)
@@ -163,12 +171,12 @@ def answered(pair: Pair, prompts: Sequence[str], path: Path) -> list[tuple[str, 
 
 
 def write_conversations(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
-    """The answers of both models as conversations, labelled by the model. Empty answers are left out."""
+    """The answers of both models as conversations with a number: twice that of the prompt, and one more for the tuned model."""
     lines = []
-    for prompt, *answers in rows:
-        for source, answer in zip(("untuned", "tuned"), answers, strict=True):
+    for row, (prompt, *answers) in enumerate(rows):
+        for model, answer in enumerate(answers):
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            lines.append(json.dumps({"messages": messages, "source": source, "prompt": prompt}) + "\n")
+            lines.append(json.dumps({"messages": messages, "number": str(2 * row + model)}) + "\n")
     write_text(path, "".join(lines))
 
 
@@ -189,7 +197,8 @@ class Labelled:
         self.store, self.n = store, 2 * n_prompts
         answer = (store.column("flags") & Flag.ASSISTANT) != 0
         self.rows = np.flatnonzero(answer & store.counted)
-        self.conversation = store.column("document")[self.rows]
+        number = store.documents["label"].cast(pl.Int64).to_numpy()
+        self.conversation = number[store.column("document")[self.rows]]
         self.differences = torch.diff(store.gather(self.rows), dim=1)[:, 0].double().numpy()
 
     def largest(self, coder: Crosscoder | ConceptCoder, numbers: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -282,7 +291,7 @@ def latent_findings(session: Session, kind: str, labelled: Labelled) -> list[Fin
 def random_share(session: Session, labelled: Labelled, prompts: Sequence[str]) -> list[int]:
     """How many of `N_RANDOM` random latents of the BatchTopK crosscoders would be the behaviour, of how many."""
     rng, hits, n = np.random.default_rng(0), 0, 0
-    for name in session.config.seeds_of("batchtopk"):
+    for name in session.config.seeds_of("batchtopk") if "batchtopk" in session.config.crosscoders else ():
         table = pl.read_parquet(session.path / name / "latents.parquet").filter(pl.col("verdict") != "dead")
         latents = rng.permutation(table["latent"].to_numpy())[: N_RANDOM // 3].tolist()
         for each in findings_of(
@@ -315,11 +324,11 @@ def audit(organism: Path, out: Path, setup: Setup, console: Console) -> dict[str
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     pair = load_pair(setup.base, str(organism), torch.device(setup.device))
-    digest = sha256(organism / "adapter_model.safetensors")[:8]
-    write_conversations(folder / "texts.jsonl", answered(pair, setup.prompts, folder / f"answers-{digest}.jsonl"))
+    weights = files["adapter_model.safetensors"]
+    write_conversations(folder / "texts.jsonl", answered(pair, setup.prompts, folder, weights))
     held = [json.loads(line) for line in (organism / "prompts.jsonl").read_text(encoding="utf8").splitlines()]
     prompts = [row["prompt"] for row in held if row["expected"] or card["planted"] is None]
-    answers = answered(pair, prompts, folder / f"heldout-{digest}.jsonl")
+    answers = answered(pair, prompts, folder, weights)
     write_conversations(folder / "heldout.jsonl", answers)
     texts, heldout = folder / "texts.jsonl", folder / "heldout.jsonl"
     with (
