@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -197,5 +198,21 @@ def _join() -> None:
             )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    # Left to the end of the interpreter, its threads can meet what is gone already, and abort a process that has succeeded.
     atexit.register(dist.destroy_process_group)
+
+
+def leave() -> None:
+    """End this process, which has succeeded, if it is one of several ranks; otherwise do nothing.
+
+    At the end of the interpreter, threads of libraries can meet what is gone already and abort the process, and `torchrun`
+    would take that for a failure.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or "torch.distributed" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)

@@ -30,7 +30,7 @@ from crossdiff.crosscoder.structure import constraint_of
 from crossdiff.crosscoder.train import Job, train_together
 from crossdiff.crosscoder.trainer import EVERYWHERE
 from crossdiff.crosscoder.view import identity
-from crossdiff.ranks import Ranks, current
+from crossdiff.ranks import Ranks, current, leave
 
 N_LATENTS, D, N_TOKENS, DEAD = 22, 7, 24, (6, 7, 13, 20, 21)  # none of the first rank's of four
 AUX = AuxConfig(weight=0.1, k=3)
@@ -131,3 +131,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     name, target, *arguments = sys.argv[1:]
     {"gradients": gradients, "training": training}[name](current(), Path(target), *arguments)
+    leave()

@@ -15,7 +15,7 @@ from crossdiff.cli.options import Commands, HelpFormatter, Parser
 from crossdiff.errors import UserError
 from crossdiff.files import explaining_disk_errors
 from crossdiff.memory import keep_freed_memory
-from crossdiff.ranks import leads
+from crossdiff.ranks import leads, leave
 
 EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
 EPILOG = """\
@@ -80,6 +80,7 @@ def main() -> None:
         message, status = _explained(error)
         print(message, file=sys.stderr)
         sys.exit(status)
+    leave()
 
 
 def _silence_libraries() -> None:
