@@ -33,7 +33,7 @@ STEERED_COLUMNS: dict[str, Any] = {
 def choose_prompts(
     questions: Sequence[str], tokens: pl.DataFrame, tokenizer: Any, max_length: int, n: int
 ) -> list[tuple[str, Prompt]]:
-    """Up to `n` prompts from the texts: distinct questions, or the beginnings of texts where there is no question.
+    """Up to `n` prompts from the texts: distinct questions or, without any, the beginnings of texts.
 
     Args:
         tokens: `document`, `position` and `token_id` of the texts' tokens.
