@@ -25,6 +25,8 @@ from crossdiff.text.chat import Flag, tokenise_prompt
 
 SteeredTokens = Literal["all", "prompt", "template", "generated"]
 Hidden = Float[Tensor, "row position d_model"]
+Watch = Callable[[Sequence[Sequence[int]]], bool]
+"""Gets the tokens that each prompt of a batch has been answered with so far, after each step; False stops the batch there."""
 
 
 @runtime_checkable
@@ -59,11 +61,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """text: without special tokens. finished: whether the model ended the answer before the token limit."""
+    """text, token_ids: without the special tokens that end the answer. finished: whether the model ended it, rather than the
+    limit of tokens or whoever watches."""
 
     text: str
-    n_tokens: int
+    token_ids: tuple[int, ...]
     finished: bool
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
 
 
 def ask(tokenizer: Any, question: str) -> Prompt:
@@ -125,12 +132,14 @@ class Answerer:
         sampling: Sampling,
         make_edit: Callable[[], Edit] | None = None,
         tokens: SteeredTokens = "all",
+        watch: Watch = lambda outputs: True,
     ) -> list[Answer]:
         """What a model answers to each prompt.
 
         Args:
             source: which model answers.
             make_edit: makes the edit of a batch; tokens: where it is applied.
+            watch: is told of every step.
 
         Raises:
             UserError: a prompt with its answer is longer than the model can read.
@@ -146,13 +155,24 @@ class Answerer:
                 part = members[first : first + sampling.batch_size]
                 batch = [prompts[index] for index in part]
                 edit = None if make_edit is None else make_edit()
+                stopped: list[bool] = []
+
+                def heard(outputs: Sequence[Sequence[int]], stopped: list[bool] = stopped) -> bool:
+                    if not watch(outputs):
+                        stopped.append(True)
+                    return not stopped
+
                 outputs = continue_batch(
-                    answering, self.layer, batch, edit, tokens, self._leave_out, self._ends, sampling, self.cached, read
+                    answering, self.layer, batch, edit, tokens, self._leave_out, self._ends, sampling, self.cached, read, heard
                 )
                 for index, output in zip(part, outputs, strict=True):
-                    text = self.pair.tokenizer.decode(output, skip_special_tokens=True).strip()
-                    found[index] = Answer(text, len(output), finished=len(output) < sampling.max_new_tokens)
+                    finished = not stopped and len(output) < sampling.max_new_tokens
+                    found[index] = Answer(self.text(output), tuple(output), finished)
         return [found[index] for index in range(len(prompts))]
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of an answer."""
+        return str(self.pair.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
 
 def _check_length(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> None:
@@ -177,6 +197,7 @@ def continue_batch(
     sampling: Sampling,
     cached: bool = True,
     read: Callable[[Tensor], Tensor] = lambda token_ids: token_ids,
+    watch: Watch = lambda outputs: True,
 ) -> list[list[int]]:
     """Continuations of prompts of equal length, without the token that ends them.
 
@@ -185,6 +206,7 @@ def continue_batch(
         read: maps the ids of tokens to those that the model reads in their place.
         edit: applied to the residual stream after `layer`, on the tokens that `tokens` selects.
         leave_out: number of leading positions that are never edited.
+        watch: is told of every step, and may stop the batch.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([prompt.token_ids for prompt in prompts], device=device)
@@ -223,6 +245,8 @@ def continue_batch(
             following = following[kept]
         for row, token in zip(unfinished.tolist(), following.tolist(), strict=True):
             outputs[row].append(token)
+        if not watch(outputs):
+            break
         new = following.unsqueeze(1)
         also = torch.full_like(new, tokens in ("all", "generated"), dtype=torch.bool)
         ids, chosen = (new, also) if cached else (torch.cat([ids, new], 1), torch.cat([chosen, also], 1))

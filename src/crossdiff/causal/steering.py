@@ -1,4 +1,4 @@
-"""Steering: generate while a latent's contribution is added to the residual stream or removed (docs/method.md#steering).
+"""Steering: generate while latents' contributions are added to the residual stream or removed (docs/method.md#steering).
 
 - `add`: h + strength * a_j * d_j^chat, where a_j is the latent's mean activation over the analysed tokens on which it is
   active. Strength 1 is thus the latent's own mean contribution where it is active. Its largest activation, some three to five
@@ -6,6 +6,9 @@
 - `ablate`: h - strength * f_j(x) * d_j^m, where f_j(x) is computed from both models on the current tokens, and d_j^m is the
   direction of the steered model m. Strength 1 removes the latent's contribution and nothing else. Strength 1 + c clamps the
   latent to -c times its activation.
+
+With several latents, each has its own strength, and the contributions add up. Those that are removed are all computed from the
+residual stream as it was.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import polars as pl
 import torch
 
 from crossdiff.activations.counted import Counted
-from crossdiff.causal.generation import Addition, Answer, Answerer, Edit, Hidden, Prompt, Sampling, SteeredTokens, ask
+from crossdiff.causal.generation import Addition, Answer, Answerer, Edit, Hidden, Prompt, Sampling, SteeredTokens, Watch, ask
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError, check_latents
 from crossdiff.models.access import next_residual_after, residuals_after
@@ -33,10 +36,11 @@ CHAT_INDEX = SOURCES.index(CHAT)
 
 @dataclass(frozen=True)
 class Steering:
-    """How a latent is steered, in which model.
+    """How one or more latents are steered, in which model.
 
     Attributes:
-        norm: for `add`, the norm of the vector at strength 1; by default that of the latent's own mean contribution.
+        norm: for `add`, the norm of the vector of `latent` at strength 1; by default that of its own mean contribution.
+        others: further latents that are steered in the same way, each with its strength.
     """
 
     latent: int
@@ -45,10 +49,16 @@ class Steering:
     model: Literal["base", "chat"] = "chat"
     tokens: SteeredTokens = "all"
     norm: float | None = None
+    others: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def strengths(self) -> dict[int, float]:
+        """The strength of each latent."""
+        return {self.latent: self.strength, **dict(self.others)}
 
 
 class Ablation:
-    """Removes a latent's contribution from the chosen tokens.
+    """Removes the latents' contributions from the chosen tokens.
 
     The crosscoder reads both models, so the lower half of the other model reads the same tokens, with its own cache. If not
     `cached`, it gets all tokens in each step.
@@ -66,7 +76,12 @@ class Ablation:
         self.layer = layer
         self.steering = steering
         self.rule = rule
-        self.direction = crosscoder.directions()[SOURCES.index(steering.model), steering.latent] / crosscoder.scale
+        latents = list(steering.strengths)
+        device = crosscoder.encoder.device
+        self.column = torch.full((crosscoder.n_latents,), -1, device=device)
+        self.column[latents] = torch.arange(len(latents), device=device)
+        strengths = torch.tensor(list(steering.strengths.values()), device=device).unsqueeze(1)
+        self.removed = strengths * crosscoder.directions()[SOURCES.index(steering.model), latents] / crosscoder.scale
         self.cache: Any = DynamicCache(config=self.other.config) if cached else None
 
     def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
@@ -79,12 +94,13 @@ class Ablation:
         device = self.crosscoder.encoder.device
         h = torch.stack([stream.flatten(0, 1).float().to(device) for stream in streams], dim=1)
         code = self.crosscoder.sparse_code(self.crosscoder.normalise(h))
-        of_latent = code.latent == self.steering.latent
-        f = torch.zeros(len(h), device=device)
-        f[code.token[of_latent]] = code.values[of_latent]
+        column = self.column[code.latent]
+        steered = column >= 0
+        f = torch.zeros(len(h), len(self.removed), device=device)
+        f[code.token[steered], column[steered]] = code.values[steered]
         # A code of a massive token is meaningless; `chosen` has left the leading positions out.
-        f = f.where(self.rule.ordinary(h.unbind(1)), 0.0)
-        removed = self.steering.strength * f.view(chosen.shape).to(hidden).unsqueeze(2) * self.direction.to(hidden)
+        f = f.where(self.rule.ordinary(h.unbind(1)).unsqueeze(1), 0.0)
+        removed = (f.to(hidden) @ self.removed.to(hidden)).view(hidden.shape)
         return hidden - chosen.unsqueeze(2) * removed
 
     def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
@@ -110,15 +126,17 @@ class Steerer:
         self.answerer = Answerer(pair, layer, rule.leave_out)
 
     def check(self, steering: Steering) -> None:
-        """Raise a `UserError` for a coder of one source, or a latent that does not exist or was never active."""
+        """Raise a `UserError` for a coder of one source, or latents that do not exist or were never active."""
         if self.crosscoder.n_sources == 1:
             raise UserError(
                 f"this coder has one source, {self.crosscoder.sources[0]}, and no direction in the chat model; "
                 "steer with a crosscoder that reads both models"
             )
-        check_latents([steering.latent], self.crosscoder.n_latents)
-        if steering.mode == "add" and steering.norm is None and not self.typical_norm(steering.latent) > 0:
-            raise UserError(f"latent {steering.latent} was never active, so strength has no unit; choose another latent")
+        check_latents(steering.strengths, self.crosscoder.n_latents)
+        for latent in steering.strengths if steering.mode == "add" else ():
+            has_norm = latent == steering.latent and steering.norm is not None
+            if not has_norm and not self.typical_norm(latent) > 0:
+                raise UserError(f"latent {latent} was never active, so strength has no unit; choose another latent")
 
     def typical_norm(self, latent: int) -> float:
         """Norm of the latent's contribution to the chat model, mean over its active tokens, in the models' own space."""
@@ -128,9 +146,12 @@ class Steerer:
 
     def vector(self, steering: Steering) -> Float[Tensor, " d_model"]:
         """The vector that `add` adds to each chosen token."""
-        direction = self.crosscoder.directions()[CHAT_INDEX, steering.latent]
-        norm = self.typical_norm(steering.latent) if steering.norm is None else steering.norm
-        vector: Tensor = direction / direction.norm() * norm * steering.strength
+        vector = torch.zeros(self.crosscoder.d_model, device=self.crosscoder.encoder.device)
+        for latent, strength in steering.strengths.items():
+            direction = self.crosscoder.directions()[CHAT_INDEX, latent]
+            is_given = latent == steering.latent and steering.norm is not None
+            norm = steering.norm if is_given else self.typical_norm(latent)
+            vector = vector + direction / direction.norm() * norm * strength
         return vector
 
     def make_edit(self, steering: Steering) -> Edit:
@@ -146,16 +167,21 @@ class Steerer:
         return self.answer_prompts([ask(self.pair.tokenizer, question) for question in questions], steering, sampling, model)
 
     def answer_prompts(
-        self, prompts: Sequence[Prompt], steering: Steering | None, sampling: Sampling, model: str = CHAT
+        self,
+        prompts: Sequence[Prompt],
+        steering: Steering | None,
+        sampling: Sampling,
+        model: str = CHAT,
+        watch: Watch = lambda outputs: True,
     ) -> list[Answer]:
-        """Answer each tokenised prompt; see `answer`."""
+        """Answer each tokenised prompt; see `answer`. `watch` is told of every step."""
         tokens: SteeredTokens = "all"
         if steering is not None:
             self.check(steering)
             model = steering.model
             tokens = steering.tokens
         make_edit = None if steering is None else partial(self.make_edit, steering)
-        return self.answerer.answer(prompts, model, sampling, make_edit, tokens)
+        return self.answerer.answer(prompts, model, sampling, make_edit, tokens, watch)
 
 
 def matched_controls(table: pl.DataFrame, latent: int, n: int, seed: int) -> list[int]:
