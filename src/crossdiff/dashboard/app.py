@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.dashboard import concept_pages, live_pages, look_pages, pages
+from crossdiff.dashboard import concept_pages, live_pages, live_prompts, look_pages, pages
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.current import Current
 from crossdiff.dashboard.live import Busy, Live
@@ -36,7 +36,7 @@ def create_app(
     """The application behind its guard.
 
     Args:
-        cache: folder of the search indexes, which are built in the background.
+        cache: folder of the search indexes, which are built in the background, and of live prompts.
         host: the address that the server listens on.
         token: secret that readers must present; None on loopback.
         names: further host names of the server.
@@ -52,6 +52,7 @@ def _application(site: Site) -> FastAPI:
     look_pages.add(app, site)
     _add_pages(app, site)
     live_pages.add(app, site)
+    live_prompts.add(app, site)
     _add_errors(app, site)
     for search in site.search.values():
         search.start()

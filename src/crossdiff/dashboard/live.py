@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,11 @@ import numpy.typing as npt
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.editions import one_edition
 from crossdiff.dashboard.looks import Predicted, RunLook
+from crossdiff.dashboard.readings import Ending, Part, Reading
 from crossdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from crossdiff.causal.generation import Answer
     from crossdiff.causal.steering import Steerer, Steering
     from crossdiff.dashboard.editions import Edition
     from crossdiff.diff import Diff
@@ -31,56 +32,24 @@ MAX_STRENGTH = 20.0
 MAX_LATENTS = 12
 WAITING = 8
 """Requests that may wait for the models; further ones are turned away."""
-KEPT = 64
-"""Readings that are kept, so that clicking a token does not run the models again."""
 PATIENCE = 120.0
 """Seconds that a request waits for the models."""
 
-Order = Literal["active", "specific"]
 Prompt = str | Sequence[Mapping[str, str]]
+Hear = Callable[[int, str], bool]
+"""Gets the number of an answer and its text so far after each token; False ends the answers there."""
 
 
 class Busy(Exception):
     """Too many requests are waiting for the models."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """One text with its active latents: arrays `[pair]` of token, latent and v, and the text and flags of each token."""
+class Wanted(NamedTuple):
+    """One answer: its name on the page, the model that answers, and how it is steered."""
 
-    key: str
-    texts: tuple[str, ...]
-    flags: tuple[int, ...]
-    token: npt.NDArray[np.int64]
-    latent: npt.NDArray[np.int64]
-    v: npt.NDArray[np.float32]
-
-    def of(self, latent: int) -> npt.NDArray[np.float32]:
-        """The latent's v on every token."""
-        values = np.zeros(len(self.texts), np.float32)
-        mine = self.latent == latent
-        values[self.token[mine]] = self.v[mine]
-        return values
-
-    def at(self, position: int) -> list[tuple[int, float]]:
-        """The active latents of a token, the strongest first."""
-        here = np.flatnonzero(self.token == position)
-        order = here[np.argsort(-self.v[here], kind="stable")]
-        return [(int(self.latent[pair]), float(self.v[pair])) for pair in order]
-
-    def counts(self) -> npt.NDArray[np.int64]:
-        """Number of active latents per token."""
-        return np.bincount(self.token, minlength=len(self.texts))
-
-    def strongest(self, order: Order, rank_sum: Mapping[int, float], n: int) -> list[int]:
-        """The most active latents, or the active ones with the lowest `rank_sum`, which are the most chat-specific."""
-        latents, where = np.unique(self.latent, return_inverse=True)
-        top = np.zeros(len(latents), np.float32)
-        np.maximum.at(top, where, self.v)
-        if order == "active":
-            return [int(latents[i]) for i in np.argsort(-top, kind="stable")[:n]]
-        ranked = [(rank_sum[int(latent)], int(latent)) for latent in latents if rank_sum.get(int(latent), np.nan) >= 0]
-        return [latent for _, latent in sorted(ranked)[:n]]
+    name: str
+    model: str
+    steering: Steering | None = None
 
 
 @dataclass(frozen=True)
@@ -93,14 +62,18 @@ class Sides:
 
 
 class Live:
-    """The models of all runs. Threads take turns with them; earlier readings are available without them."""
+    """The models of all runs. Threads take turns with them.
+
+    Attributes:
+        stops: the answers that are being written, each with what stops it.
+    """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self._turn = threading.Lock()
         self._line = threading.Semaphore(WAITING + 1)
         self._diffs: dict[str, tuple[Edition, Diff]] = {}
-        self._readings: OrderedDict[str, tuple[str, Edition, Reading]] = OrderedDict()
+        self.stops: dict[str, threading.Event] = {}
         self._lenses: dict[tuple[str, Edition, int], tuple[Promoted, ...]] = {}
 
     @contextmanager
@@ -151,12 +124,7 @@ class Live:
         with self._models(coder) as diff:
             from crossdiff.text_activations import read_text
 
-            sequence = read_text(diff.pair.tokenizer, text, diff.harvest.max_length)
-            reading = _reading(diff, sequence)
-        self._readings[reading.key] = coder.path, coder.edition, reading
-        while len(self._readings) > KEPT:
-            self._readings.popitem(last=False)
-        return reading
+            return _reading(diff, read_text(diff.pair.tokenizer, text, diff.harvest.max_length))
 
     def predictions(self, look: RunLook, text: Prompt) -> Predicted:
         """What both models expect after each token of a text."""
@@ -167,29 +135,38 @@ class Live:
 
             return predicted(diff.pair, read_text(diff.pair.tokenizer, text, diff.harvest.max_length))
 
-    def recall(self, coder: Coder, key: str) -> Reading | None:
-        """An earlier reading by these results of the crosscoder, while it is kept."""
-        path, edition, reading = self._readings.get(key, ("", None, None))
-        return reading if (path, edition) == (coder.path, coder.edition) else None
-
     def answer(
-        self, coder: Coder, text: Prompt, steering: Sequence[Steering | None], models: Sequence[str], n: int
-    ) -> list[str]:
-        """One answer of at most `n` tokens for each pair of steering and model."""
+        self, coder: Coder, text: Prompt, wanted: Sequence[Wanted], n: int, hear: Hear = lambda number, text: True
+    ) -> tuple[Part, ...]:
+        """Answers of at most `n` tokens, each read by both models together with the prompt. When `hear` ends them, what is
+        written by then is read."""
         check_length(text)
         with self._models(coder) as diff:
-            from crossdiff.causal.generation import Prompt, Sampling
-            from crossdiff.text.chat import Flag
             from crossdiff.text_activations import read_text
 
             sequence = read_text(diff.pair.tokenizer, text, diff.harvest.max_length)
-            template = tuple(bool(flag & Flag.TEMPLATE) for flag in sequence.flags.tolist())
-            prompt, sampling = Prompt(tuple(sequence.token_ids.tolist()), template), Sampling(min(n, MAX_NEW_TOKENS))
-            steerer = _steerer(diff, coder)
-            return [
-                steerer.answer_prompts([prompt], each, sampling, model)[0].text
-                for each, model in zip(steering, models, strict=True)
-            ]
+            written = _write(diff, coder, sequence, wanted, n, hear)
+            return tuple(
+                Part(
+                    _reading(diff, sequence, answer.token_ids, is_chat=not isinstance(text, str)),
+                    each.name,
+                    answer.text,
+                    ending,
+                    () if each.steering is None else tuple(each.steering.strengths.items()),
+                )
+                for each, (answer, ending) in zip(wanted, written, strict=False)
+            )
+
+    @contextmanager
+    def stoppable(self) -> Iterator[tuple[str, threading.Event]]:
+        """A name that nobody can guess and the event that it stops, while the block runs."""
+        name, stop = secrets.token_urlsafe(16), threading.Event()
+        self.stops[name] = stop
+        try:
+            yield name, stop
+        finally:
+            stop.set()
+            del self.stops[name]
 
     def sides(self, coder: Coder, latent: int, token_ids: npt.NDArray[np.int32]) -> Sides:
         """Each model's part of one latent's pre-activation on the tokens of a stored example."""
@@ -240,17 +217,64 @@ def check_length(text: Prompt) -> None:
         raise UserError(f"the text has {length:,} characters; at most {MAX_CHARACTERS:,} are read, so shorten it")
 
 
-def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
+def _write(
+    diff: Diff, coder: Coder, sequence: TokenSequence, wanted: Sequence[Wanted], n: int, hear: Hear
+) -> list[tuple[Answer, Ending]]:
+    """The answers, up to the one at which `hear` ended them."""
+    from crossdiff.causal.generation import Prompt, Sampling
+    from crossdiff.text.chat import Flag
+
+    room = diff.harvest.max_length - len(sequence.token_ids)
+    if room < 1:
+        raise UserError(
+            f"the prompt has {len(sequence.token_ids)} tokens, as many as a sequence of this run (harvest.max_length), so none "
+            "are left for an answer; shorten it"
+        )
+    template = tuple(bool(flag & Flag.TEMPLATE) for flag in sequence.flags.tolist())
+    prompt, sampling = Prompt(tuple(sequence.token_ids.tolist()), template), Sampling(min(n, MAX_NEW_TOKENS, room))
+    steerer = _steerer(diff, coder)
+    written: list[tuple[Answer, Ending]] = []
+    for number, each in enumerate(wanted):
+        stopped = threading.Event()
+
+        def watch(outputs: Sequence[Sequence[int]], number: int = number, stopped: threading.Event = stopped) -> bool:
+            # A character whose bytes have not all been written yet is left out.
+            if not hear(number, steerer.answerer.text(outputs[0]).rstrip("\N{REPLACEMENT CHARACTER}")):
+                stopped.set()
+            return not stopped.is_set()
+
+        (answer,) = steerer.answer_prompts([prompt], each.steering, sampling, each.model, watch)
+        written.append((answer, "stopped" if stopped.is_set() else "finished" if answer.finished else "length"))
+        if stopped.is_set():
+            break
+    return written
+
+
+def _reading(diff: Diff, sequence: TokenSequence, answer: Sequence[int] = (), is_chat: bool = False) -> Reading:
+    """Both models' reading of a prompt with the tokens of an answer."""
+    from crossdiff.text.chat import Flag
+    from crossdiff.text.sequences import TokenSequence
     from crossdiff.text_activations import active_pairs
 
-    found = active_pairs(diff.pair, diff.crosscoder_at_pair, sequence, diff.rule)
+    n = len(answer)
+    whole = TokenSequence(
+        sequence.document,
+        np.concatenate([sequence.token_ids, np.array(answer, sequence.token_ids.dtype)]),
+        np.concatenate([sequence.flags, np.full(n, Flag.ASSISTANT if is_chat else 0, sequence.flags.dtype)]),
+        np.concatenate([sequence.template_index, np.full(n, -1, sequence.template_index.dtype)]),
+        np.concatenate([sequence.turn, np.full(n, sequence.turn[-1], sequence.turn.dtype)]),
+        sequence.dataset,
+    )
+    found = active_pairs(diff.pair, diff.crosscoder_at_pair, whole, diff.rule)
+    ids = tuple(whole.token_ids.tolist())
     return Reading(
-        key=secrets.token_urlsafe(12),
-        texts=tuple(diff.pair.tokenizer.decode([token]) for token in sequence.token_ids.tolist()),
-        flags=tuple(sequence.flags.tolist()),
+        texts=tuple(diff.pair.tokenizer.decode([token]) for token in ids),
+        ids=ids,
+        flags=tuple(whole.flags.tolist()),
         token=found.token,
         latent=found.latent,
         v=found.v,
+        answer_from=len(sequence.token_ids),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
 
 from crossdiff.dashboard.live import MAX_LATENTS, MAX_NEW_TOKENS, MAX_STRENGTH, Prompt
 from crossdiff.errors import UserError
@@ -34,6 +35,7 @@ class Form:
     order: str = "specific"
     chosen: str = ""
     steer: str = ""
+    concept: str = ""
     mode: str = "add"
     strength: float = 1.0
     model: str = "chat"
@@ -59,6 +61,46 @@ class Form:
             raise UserError(f"{len(words)} latents are chosen; at most {MAX_LATENTS} can be shown at once")
         return [whole(word) for word in words]
 
+    def steered(self) -> dict[int, float]:
+        """The latents to steer with, each with its strength: that of the form, times the factor behind its number."""
+        words = self.steer.replace(",", " ").split()
+        if len(words) > MAX_LATENTS:
+            raise UserError(f"{len(words)} latents are to be steered; at most {MAX_LATENTS} can be steered at once")
+        found: dict[int, float] = {}
+        for word in words:
+            number, colon, factor = word.partition(":")
+            latent = whole(number)
+            if latent in found:
+                raise UserError(f"latent {latent} is named twice; give each latent once, with one factor, such as {latent}:0.5")
+            found[latent] = _strength(f"{self.strength * _factor(factor):g}") if colon else self.strength
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, which `from_json` reads."""
+        return {**asdict(self), "turns": [turn._asdict() for turn in self.turns]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Form:
+        """The form of `as_json`."""
+        return cls(**{**found, "turns": tuple(Turn(**turn) for turn in found["turns"])})
+
+
+def read_json(found: object) -> list[tuple[str, str]]:
+    """The fields of a form that a program sent as a JSON object: `turns` is a list of role and content, the rest is plain."""
+    names = {field.name for field in fields(Form)} | {"action"}
+    if not isinstance(found, dict) or not set(found) <= names:
+        unknown = sorted(set(found) - names)[:1] if isinstance(found, dict) else type(found).__name__
+        raise UserError(f"the request has {unknown}; expected a JSON object with some of {', '.join(sorted(names))}")
+    turns = found.get("turns", [])
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and set(turn) == {"role", "content"} for turn in turns):
+        raise UserError("turns is not a list of messages; expected objects with role and content alone")
+    plain = [(key, value) for key, value in found.items() if key != "turns"]
+    plain += [(key, turn[key]) for turn in turns for key in ("role", "content")]
+    for key, value in plain:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(f"{key} is {str(value)[:40]}; expected a text or a number")
+    return [(key, str(value)) for key, value in plain]
+
 
 def read_form(pairs: list[tuple[str, str]]) -> Form:
     """A form from its fields, in their order."""
@@ -75,8 +117,14 @@ def read_form(pairs: list[tuple[str, str]]) -> Form:
         if last.get(key, choices[0]) not in choices:
             raise UserError(f"{key} is {last[key][:40]!r}; expected one of {', '.join(choices)}")
     turns = tuple(map(Turn, roles, contents)) or (Turn("user", ""),)
-    texts = {key: last[key] for key in (*CHOICES, "text", "system", "chosen", "steer") if key in last}
+    texts = {key: last[key] for key in (*CHOICES, "text", "system", "chosen", "steer", "concept") if key in last}
     return Form(turns=turns, strength=_strength(last.get("strength", "1")), length=_length(last.get("length", "60")), **texts)
+
+
+def continued(form: Form, answer: str) -> Form:
+    """The form with an answer as the next turn, and room for the message after it."""
+    written = tuple(turn for turn in form.turns if turn.content.strip())
+    return replace(form, turns=(*written, Turn("assistant", answer), Turn("user", ""))[:MAX_TURNS])
 
 
 def edited(form: Form, action: str) -> Form | None:
@@ -99,6 +147,13 @@ def _strength(text: str) -> float:
     if not abs(value) <= MAX_STRENGTH:
         raise UserError(f"the strength is {text[:40]!r}; expected a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
     return value
+
+
+def _factor(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{text[:40]!r} is not a factor of the strength; expected a number, such as 3:0.5") from None
 
 
 def _length(text: str) -> int:

@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
 from crossdiff.dashboard.live_form import Form, edited, read_form
-from crossdiff.dashboard.live_pages import posted
+from crossdiff.dashboard.live_prompts import posted
 from crossdiff.dashboard.looks import PAGE, RunLook
 from crossdiff.dashboard.site import Site, is_partial
 from crossdiff.errors import UserError

@@ -30,8 +30,8 @@ MAX_WORDS = 12
 
 
 def cache_folder() -> Path:
-    """Folder of the indexes: `crossdiff/search` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossdiff" / "search"
+    """Folder of what can be made again: `crossdiff` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossdiff"
 
 
 class Search:

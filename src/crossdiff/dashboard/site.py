@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, Response
 
 from crossdiff.dashboard import charts, pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
+from crossdiff.dashboard.kept import Kept
 from crossdiff.dashboard.live import WAITING, Live
 from crossdiff.dashboard.search import Search
 from crossdiff.files import fingerprint
@@ -39,6 +40,7 @@ class Site:
 
     Attributes:
         edition: names this set of results.
+        kept: live prompts with their results.
         replaced: runs whose results were replaced since the server started, with the time of each.
         in_turn: decorator for pages from memory and disk.
         waits: decorator for pages that run the models.
@@ -53,7 +55,8 @@ class Site:
         self.templates = pages.templates()
         self.in_turn = own_threads(PAGES_AT_ONCE)
         self.waits = own_threads(WAITING_AT_ONCE)
-        self.search = {key: Search(coder, cache) for key, coder in catalogue.coders.items()}
+        self.kept = Kept(cache / "live")
+        self.search = {key: Search(coder, cache / "search") for key, coder in catalogue.coders.items()}
         self.points: Callable[[tuple[str, str], str], bytes] = lru_cache(CACHED_POINTS)(self._points)
         self.home: Callable[[], dict[str, Any]] = lru_cache(1)(lambda: pages.home(catalogue))
         self.coder_page: Callable[[Coder], dict[str, Any]] = lru_cache(None)(pages.coder_page)

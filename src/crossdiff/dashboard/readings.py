@@ -1,0 +1,110 @@
+"""What the models made of a live prompt: its tokens with their active latents, and the answers, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Order = Literal["active", "specific"]
+Ending = Literal["finished", "length", "stopped"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One text with its active latents.
+
+    Attributes:
+        texts, ids, flags: of each token; the bits of a flag are those of `Flag`.
+        token, latent, v: `[pair]`, the active (token, latent) pairs and their activation.
+        answer_from: position of the first token that a model wrote; the number of tokens if none did.
+    """
+
+    texts: tuple[str, ...]
+    ids: tuple[int, ...]
+    flags: tuple[int, ...]
+    token: npt.NDArray[np.int64]
+    latent: npt.NDArray[np.int64]
+    v: npt.NDArray[np.float32]
+    answer_from: int
+
+    def of(self, latent: int) -> npt.NDArray[np.float32]:
+        """The latent's v on every token."""
+        values = np.zeros(len(self.texts), np.float32)
+        mine = self.latent == latent
+        values[self.token[mine]] = self.v[mine]
+        return values
+
+    def at(self, position: int) -> list[tuple[int, float]]:
+        """The active latents of a token, the strongest first."""
+        here = np.flatnonzero(self.token == position)
+        order = here[np.argsort(-self.v[here], kind="stable")]
+        return [(int(self.latent[pair]), float(self.v[pair])) for pair in order]
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Number of active latents per token."""
+        return np.bincount(self.token, minlength=len(self.texts))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; v keeps the seven digits that a float32 has."""
+        pairs = {
+            "token": self.token.tolist(),
+            "latent": self.latent.tolist(),
+            "v": [float(f"{v:.7g}") for v in self.v.tolist()],
+        }
+        return {"texts": self.texts, "ids": self.ids, "flags": self.flags, **pairs, "answer_from": self.answer_from}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Reading:
+        """The reading of `as_json`."""
+        return cls(
+            tuple(found["texts"]),
+            tuple(found["ids"]),
+            tuple(found["flags"]),
+            np.array(found["token"], np.int64),
+            np.array(found["latent"], np.int64),
+            np.array(found["v"], np.float32),
+            found["answer_from"],
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One text that was read: the prompt alone, or with an answer.
+
+    Attributes:
+        name: who answered; empty for the prompt alone.
+        answer: what was answered; None for the prompt alone.
+        ending: whether the model ended the answer, the limit of tokens did, or the reader.
+        strengths: the latents that were steered.
+    """
+
+    reading: Reading
+    name: str = ""
+    answer: str | None = None
+    ending: Ending = "finished"
+    strengths: tuple[tuple[int, float], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "reading": self.reading.as_json()}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Part:
+        """The part of `as_json`."""
+        strengths = tuple((latent, strength) for latent, strength in found["strengths"])
+        return cls(**{**found, "reading": Reading.from_json(found["reading"]), "strengths": strengths})
+
+
+def strongest(parts: tuple[Part, ...], order: Order, rank_sum: Mapping[int, float], n: int) -> list[int]:
+    """The most active latents of all texts, or the active ones with the lowest `rank_sum`, which are the most chat-specific."""
+    latents, where = np.unique(np.concatenate([part.reading.latent for part in parts]), return_inverse=True)
+    top = np.zeros(len(latents), np.float32)
+    np.maximum.at(top, where, np.concatenate([part.reading.v for part in parts]))
+    if order == "active":
+        return [int(latents[i]) for i in np.argsort(-top, kind="stable")[:n]]
+    ranked = [(rank_sum[int(latent)], int(latent)) for latent in latents if rank_sum.get(int(latent), np.nan) >= 0]
+    return [latent for _, latent in sorted(ranked)[:n]]
