@@ -46,7 +46,7 @@ from crossdiff.crosscoder.crosscoder import Crosscoder, Part, new_crosscoder
 from crossdiff.crosscoder.metrics import health, heldout_sums
 from crossdiff.crosscoder.train import train
 from crossdiff.dashboard.catalogue import Catalogue
-from crossdiff.dashboard.live import Live
+from crossdiff.dashboard.live import Live, Wanted
 from crossdiff.latents.behaviours import live_latents
 from crossdiff.latents.stream import encode
 from crossdiff.published.coder import PublishedCoder, UnsetThreshold, no_normalisation
@@ -178,8 +178,8 @@ def test_live_prompts_run_on_the_device(runs: tuple[Path, Path]) -> None:
         (coder,) = (coder for coder in Catalogue([run]) if coder.name == "batchtopk")
         live = Live()
         reading, sides = live.read(coder, text), live.sides(coder, 3, np.array([1, 3, 70, 71, 72], np.int32))
-        steering = [Steering(int(reading.latent[0]), "add", 3.0), None]
-        answers = live.answer(coder, text, steering, ["chat", "base"], 3)
+        wanted = [Wanted("", "chat", Steering(int(reading.latent[0]), "add", 3.0)), Wanted("", "base")]
+        answers = [part.answer for part in live.answer(coder, text, wanted, 3)]
         lenses = [lens.up for lens in live.lens(coder, 3)]
         own = opened.activations("the sea").values
         parts = (own, reading.v, sides.base, sides.chat)

@@ -25,9 +25,11 @@ from conftest import forget_digests
 from crossdiff.dashboard import live as live_module
 from crossdiff.dashboard import pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
-from crossdiff.dashboard.live import Busy, Live
-from crossdiff.dashboard.live_form import Form, Turn, read_form
-from crossdiff.dashboard.live_pages import act, read
+from crossdiff.dashboard.live import Busy, Live, Wanted
+from crossdiff.dashboard.live_actions import carry_out
+from crossdiff.dashboard.live_form import Form, Turn, edited, read_form
+from crossdiff.dashboard.live_views import show
+from crossdiff.dashboard.readings import Part, strongest
 from crossdiff.dashboard.serve import serving
 from crossdiff.dashboard.site import PAGES_AT_ONCE
 from crossdiff.errors import UserError
@@ -61,7 +63,7 @@ def client(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def post(client: Any, **fields: str) -> Any:
-    return client.post(f"{CODER}/live", data=fields, headers={"origin": ADDRESS})
+    return client.post(f"{CODER}/live", data=fields, headers={"origin": ADDRESS}, follow_redirects=True)
 
 
 def test_activations_are_those_of_the_notebook(run: Path, coder: Coder, live: Live) -> None:
@@ -73,8 +75,8 @@ def test_activations_are_those_of_the_notebook(run: Path, coder: Coder, live: Li
     assert reading.texts == expected.tokens
     for column, latent in enumerate(active.tolist()):
         np.testing.assert_allclose(reading.of(latent), expected.values[:, column], rtol=1e-5, atol=1e-5)
-    strongest = reading.strongest("active", {}, 3)
-    assert strongest == sorted(active.tolist(), key=lambda latent: -reading.of(latent).max())[:3]
+    top = strongest((Part(reading),), "active", {}, 3)
+    assert top == sorted(active.tolist(), key=lambda latent: -reading.of(latent).max())[:3]
 
 
 def test_latents_of_a_token_and_the_most_specific(coder: Coder, live: Live) -> None:
@@ -85,7 +87,7 @@ def test_latents_of_a_token_and_the_most_specific(coder: Coder, live: Live) -> N
     assert listed == sorted(((j, v) for j, v in values.items() if v > 0), key=lambda pair: -pair[1])
     ranks = {latent: float(-latent) if latent % 2 else float("nan") for latent in range(coder.table.height)}
     ranks |= {latent: float(latent) for latent in np.unique(reading.latent).tolist()[:2]}
-    assert reading.strongest("specific", ranks, 5) == np.unique(reading.latent).tolist()[:2]
+    assert strongest((Part(reading),), "specific", ranks, 5) == np.unique(reading.latent).tolist()[:2]
 
 
 def test_a_latent_with_a_nu_out_of_range_is_not_among_the_most_specific(
@@ -101,7 +103,7 @@ def test_a_latent_with_a_nu_out_of_range_is_not_among_the_most_specific(
     )  # fmt: skip
     monkeypatch.setattr(coder, "table", changed)
     form = Form(turns=(Turn("user", QUESTION[0]["content"]),), order="specific")
-    shown = [latent for latent, _ in read(live, coder, form).views]
+    shown = [each.meaning.latent for each in show(coder, carry_out(live, coder, form, "read"), "key").latents]
     assert shown and shown == [latent for latent in active if latent % 2][: len(shown)]
 
 
@@ -213,23 +215,22 @@ def test_pages_and_files_come_while_others_wait(
 def test_steering_moves_the_answer_and_no_steering_does_not(coder: Coder, live: Live) -> None:
     latent = int(coder.table.sort("n_active")["latent"][-1])
     form = Form(turns=(Turn("user", "hi the sea"),), steer=str(latent), strength=20.0, length=12)
-    _, result = act(live, coder, form, "steer")
-    plain, steered = (text for _, text in result.answers)
-    assert plain == live.answer(coder, form.prompt(), [None], ["chat"], 12)[0] != steered
-    _, unmoved = act(live, coder, Form(turns=form.turns, steer=str(latent), strength=0.0, length=12), "steer")
-    assert unmoved.answers[0][1] == unmoved.answers[1][1] == plain
+    plain, steered = (part.answer for part in carry_out(live, coder, form, "steer").parts)
+    assert plain == live.answer(coder, form.prompt(), [Wanted("", "chat")], 12)[0].answer != steered
+    unmoved = carry_out(live, coder, Form(turns=form.turns, steer=str(latent), strength=0.0, length=12), "steer").parts
+    assert unmoved[0].answer == unmoved[1].answer == plain
 
 
 def test_an_answer_becomes_a_turn(client: Any) -> None:
     page = post(client, kind="chat", role="user", content="hi the sea", action="answer-base", length="5").text
-    assert page.count('name="content"') == 2 and 'class="turn assistant"' in page
+    assert page.count('name="content"') == 3 and page.count('class="turn assistant"') == 1  # and room for the next message
 
 
 def test_prompts_are_shown_as_text(client: Any) -> None:
     page = post(client, kind="text", text=f"</textarea>{DANGER}"[:40], action="read").text
     assert "<script>alert" not in page and "</textarea><script" not in page
     assert "&lt;/textarea&gt;" in page
-    key = re.search(r'href="([^"]+/token/3)"', page)
+    key = re.search(r'href="([^"]+/text/0/token/3)"', page)
     assert key is not None
     token = client.get(unescape(key[1]), headers={"hx-request": "true"})
     assert token.status_code == 200 and "Token 3" in token.text and "<html" not in token.text
@@ -249,6 +250,11 @@ def test_prompts_are_shown_as_text(client: Any) -> None:
         ({"content": "hi", "role": "user", "action": "steer"}, "no latent to steer with is chosen"),
         ({"content": "hi", "role": "user", "action": "steer", "steer": "9999"}, "there is no latent 9999: BatchTopK has 64"),
         ({"content": "hi", "role": "user", "action": "steer", "steer": "1", "strength": "nan"}, "the strength is"),
+        ({"content": "hi", "role": "user", "action": "steer", "steer": "1 1:2"}, "latent 1 is named twice"),
+        ({"content": "hi", "role": "user", "action": "steer", "steer": "1:x"}, "is not a factor of the strength"),
+        ({"content": "hi", "role": "user", "action": "steer", "steer": "1:30"}, "the strength is '30'; expected a number"),
+        ({"content": "hi", "role": "user", "action": "steer", "concept": "1"}, "this run has no concepts"),
+        ({"content": "hi", "role": "assistant", "action": "answer-chat"}, "the conversation ends with an answer"),
         (
             {"content": "hi", "role": "user", "action": "answer-chat", "length": "5000"},
             "the length is 5000 tokens; expected 1 to 120",
@@ -274,7 +280,8 @@ def test_a_form_is_read_in_the_order_of_its_turns() -> None:
         read_form([("role", "user"), ("content", "a"), ("content", "b")])
 
 
-def test_a_conversation_grows_and_shrinks(coder: Coder, live: Live) -> None:
-    form, _ = act(live, coder, Form(turns=(Turn("user", "a"),)), "add")
-    assert form.turns == (Turn("user", "a"), Turn("assistant", ""))
-    assert act(live, coder, form, "remove")[0].turns == (Turn("user", "a"),)
+def test_a_conversation_grows_and_shrinks() -> None:
+    form = edited(Form(turns=(Turn("user", "a"),)), "add")
+    assert form is not None and form.turns == (Turn("user", "a"), Turn("assistant", ""))
+    shorter = edited(form, "remove")
+    assert shorter is not None and shorter.turns == (Turn("user", "a"),)

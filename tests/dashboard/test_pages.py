@@ -233,7 +233,7 @@ def test_white_space_raw_and_as_signs(client: Any) -> None:
         (f"{BATCHTOPK}?f=latent", 422),
         (f"{BATCHTOPK}?show=none", 422),
         (f"{BATCHTOPK}/latent?number=x", 422),
-        (f"{BATCHTOPK}/live/none/token/0", 404),
+        (f"{BATCHTOPK}/live/none/text/0/token/0", 404),
         (f"{BATCHTOPK}/latent/3/lens", 422),
         (f"{BATCHTOPK}/latent/3/sides/99", 404),
     ],

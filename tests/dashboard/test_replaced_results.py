@@ -20,7 +20,11 @@ from showing import ADDRESS, BATCHTOPK, requests_to, write_run
 
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.editions import BeingReplaced
+from crossdiff.dashboard.kept import Kept
 from crossdiff.dashboard.live import Live
+from crossdiff.dashboard.live_actions import Done, Lost, keep, recall
+from crossdiff.dashboard.live_form import Form
+from crossdiff.dashboard.readings import Part
 from crossdiff.dashboard.serve import serving
 from crossdiff.errors import UserError
 from crossdiff.files import read_json, write_json
@@ -184,7 +188,9 @@ def test_models_read_with_the_crosscoder_of_the_page(tmp_path: Path, analysed_ru
     directory = shutil.copytree(analysed_run, tmp_path / "run")
     old, live = Catalogue([directory]).coders["run", "batchtopk"], Live()
     reading = live.read(old, "hi the sea is cold")
-    assert live.recall(old, reading.key) is reading
+    kept = Kept(tmp_path / "kept")
+    key = keep(kept, old, Done(Form(kind="text", text="hi the sea is cold"), "read", (Part(reading),)))
+    assert recall(kept, old, key).parts[0].reading.texts == reading.texts
     manifest = read_json(directory / "manifest.json")
     manifest["stages"]["analyze/batchtopk"]["fingerprint"] = "another"
     write_json(directory / "manifest.json", manifest)
@@ -192,7 +198,10 @@ def test_models_read_with_the_crosscoder_of_the_page(tmp_path: Path, analysed_ru
     with pytest.raises(UserError, match="were replaced after this page was opened; load it again"):
         Live().read(old, "hi the sea is cold")
     new = Catalogue([directory]).coders["run", "batchtopk"]
-    assert live.recall(new, reading.key) is None and live.recall(old, reading.key) is reading
+    assert recall(kept, old, key).form.text == "hi the sea is cold"
+    with pytest.raises(Lost, match="were replaced since this text was read") as lost:
+        recall(kept, new, key)
+    assert (lost.value.form.text, lost.value.status) == ("hi the sea is cold", 409)
     pair = live._diff(old).pair
     assert live.read(new, "hi the sea is cold").texts == reading.texts
     assert live._diff(new).pair is pair  # only the crosscoder was loaded again

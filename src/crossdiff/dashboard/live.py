@@ -36,8 +36,8 @@ PATIENCE = 120.0
 """Seconds that a request waits for the models."""
 
 Prompt = str | Sequence[Mapping[str, str]]
-Hear = Callable[[int, str], bool]
-"""Gets the number of an answer and its text so far after each token; False ends the answers there."""
+Hear = Callable[[int, str, str], bool]
+"""Gets the number of an answer, its name, and its text so far after each token; False ends the answers there."""
 
 
 class Busy(Exception):
@@ -136,7 +136,7 @@ class Live:
             return predicted(diff.pair, read_text(diff.pair.tokenizer, text, diff.harvest.max_length))
 
     def answer(
-        self, coder: Coder, text: Prompt, wanted: Sequence[Wanted], n: int, hear: Hear = lambda number, text: True
+        self, coder: Coder, text: Prompt, wanted: Sequence[Wanted], n: int, hear: Hear = lambda number, name, text: True
     ) -> tuple[Part, ...]:
         """Answers of at most `n` tokens, each read by both models together with the prompt. When `hear` ends them, what is
         written by then is read."""
@@ -237,9 +237,11 @@ def _write(
     for number, each in enumerate(wanted):
         stopped = threading.Event()
 
-        def watch(outputs: Sequence[Sequence[int]], number: int = number, stopped: threading.Event = stopped) -> bool:
+        def watch(
+            outputs: Sequence[Sequence[int]], number: int = number, name: str = each.name, stopped: threading.Event = stopped
+        ) -> bool:
             # A character whose bytes have not all been written yet is left out.
-            if not hear(number, steerer.answerer.text(outputs[0]).rstrip("\N{REPLACEMENT CHARACTER}")):
+            if not hear(number, name, steerer.answerer.text(outputs[0]).rstrip("\N{REPLACEMENT CHARACTER}")):
                 stopped.set()
             return not stopped.is_set()
 

@@ -49,7 +49,7 @@ class Done:
         return continued(self.form, self.parts[0].answer or "") if is_turn else self.form
 
 
-def carry_out(live: Live, coder: Coder, form: Form, action: str, hear: Hear = lambda number, text: True) -> Done:
+def carry_out(live: Live, coder: Coder, form: Form, action: str, hear: Hear = lambda number, name, text: True) -> Done:
     """Read the text, or let the models answer and read it with the answers.
 
     Args:

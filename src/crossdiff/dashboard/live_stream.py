@@ -21,8 +21,8 @@ Line = dict[str, Any]
 
 
 def stream(live: Live, answer: Callable[[Hear], Line]) -> StreamingResponse:
-    """The lines of a request: `running` with the name that stops it, `answer` with its `text` so far after each token, and last
-    what `answer` returns, or `problem`. A reader who goes away stops it as well."""
+    """The lines of a request: `running` with the name that stops it, `answer` with its `name` and `text` so far after each
+    token, and last what `answer` returns, or `problem`. A reader who goes away stops it as well."""
 
     async def lines() -> AsyncIterator[str]:
         loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Line | None]()
@@ -33,8 +33,8 @@ def stream(live: Live, answer: Callable[[Hear], Line]) -> StreamingResponse:
 
         with live.stoppable() as (name, stop):
 
-            def hear(number: int, text: str) -> bool:
-                tell({"answer": number, "text": text})
+            def hear(number: int, name: str, text: str) -> bool:
+                tell({"answer": number, "name": name, "text": text})
                 return not stop.is_set()
 
             def work() -> None:

@@ -32,6 +32,7 @@
 
   async function write(own, button) {
     const headers = JSON.parse(document.body.getAttribute("hx-headers"));
+    const action = own.getAttribute("action"); // own.action is the button of that name
     const body = new URLSearchParams(new FormData(own, button));
     const buttons = [...own.querySelectorAll("button:not(:disabled)")];
     const cards = element("div", { className: "answers" });
@@ -40,8 +41,9 @@
     const result = show(element("p", { className: "actions" }, stop, state), cards);
     for (const each of buttons) each.disabled = true;
     result.setAttribute("aria-busy", "true");
+    result.scrollIntoView({ block: "nearest" });
     try {
-      const answer = await fetch(own.action, { method: "POST", body, headers: { ...headers, accept: "application/x-ndjson", "HX-Request": "true" } });
+      const answer = await fetch(action, { method: "POST", body, headers: { ...headers, accept: "application/x-ndjson", "HX-Request": "true" } });
       if (!answer.ok || !answer.headers.get("content-type").startsWith("application/x-ndjson")) {
         result.innerHTML = await answer.text(); // a message of the server, which has escaped it
         return;
@@ -53,7 +55,7 @@
             stop.disabled = true;
             stop.dataset.used = "yes";
             state.textContent = "Both models are reading what has been written.";
-            fetch(`${own.action}/stop/${line.running}`, { method: "POST", headers });
+            fetch(`${action}/stop/${line.running}`, { method: "POST", headers });
           };
         } else if (line.problem) {
           problem(line.problem);
@@ -62,8 +64,10 @@
         } else {
           stop.disabled = Boolean(stop.dataset.used);
           state.textContent = stop.disabled ? state.textContent : "The model is writing.";
-          while (cards.children.length <= line.answer) cards.append(element("article", { className: "card" }, element("p", { className: "being-written" })));
-          cards.children[line.answer].firstChild.textContent = line.text;
+          while (cards.children.length <= line.answer) {
+            cards.append(element("article", { className: "card" }, element("h3", {}, line.name), element("p", { className: "being-written" })));
+          }
+          cards.children[line.answer].lastChild.textContent = line.text;
         }
       }
       if (address) {
@@ -98,6 +102,12 @@
   });
 
   document.addEventListener("htmx:afterSwap", event => {
-    if (event.target.id === "token") event.target.scrollIntoView({ block: "nearest" });
+    if (event.target.id !== "token") return;
+    const shown = event.detail.pathInfo.requestPath;
+    for (const token of document.querySelectorAll(".strip a")) {
+      if (token.getAttribute("href") === shown) token.setAttribute("aria-current", "true");
+      else token.removeAttribute("aria-current");
+    }
+    event.target.scrollIntoView({ block: "nearest" });
   });
 })();
