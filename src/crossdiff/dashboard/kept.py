@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ MOST, MOST_BYTES = 500, 200 * 2**20
 """Entries and bytes that are kept; the oldest make room, and the newest always stays."""
 IN_MEMORY = 16
 """Entries that are also held in memory, so that a click on a token reads no file."""
+PARTIAL, ABANDONED = ".partial", 3600
+"""End of the name of a file that is being written, and the seconds after which nobody is writing it any more."""
 KEY = re.compile(r"[0-9a-f]{32}")
 
 
@@ -78,7 +81,7 @@ class Kept:
     def _write(self, key: str, content: bytes) -> None:
         """Write a file that only the user may read, completely or not at all, under a name of its own until then."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, partial = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=".partial")
+        handle, partial = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=PARTIAL)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -92,6 +95,8 @@ class Kept:
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):  # another server made room
                 status = entry.stat(follow_symlinks=False)
+                if entry.name.endswith(PARTIAL) and time.time() - status.st_mtime < ABANDONED:
+                    continue  # another server is writing it
                 found.append((entry.name != f"{newest}.json.gz", -status.st_mtime_ns, status.st_size, entry.path))
         total = 0
         for number, (is_older, _, size, path) in enumerate(sorted(found)):

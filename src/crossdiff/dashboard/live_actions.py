@@ -163,7 +163,7 @@ def as_json(coder: Coder, done: Done, address: str) -> Mapping[str, Any]:
 def _text_json(part: Part) -> dict[str, Any]:
     reading = part.reading
     active: list[list[dict[str, Any]]] = [
-        [{"latent": latent, "v": float(f"{v:.7g}")} for latent, v in reading.at(position)]
+        [{"latent": latent, "v": float(f"{v:.9g}")} for latent, v in reading.at(position)]
         for position in range(len(reading.ids))
     ]
     tokens = zip(reading.ids, reading.texts, reading.flags, active, strict=True)

@@ -49,11 +49,11 @@ class Reading:
         return np.bincount(self.token, minlength=len(self.texts))
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; v keeps the seven digits that a float32 has."""
+        """Plain data. Nine digits are enough to give a float32 back exactly."""
         pairs = {
             "token": self.token.tolist(),
             "latent": self.latent.tolist(),
-            "v": [float(f"{v:.7g}") for v in self.v.tolist()],
+            "v": [float(f"{v:.9g}") for v in self.v.tolist()],
         }
         return {"texts": self.texts, "ids": self.ids, "flags": self.flags, **pairs, "answer_from": self.answer_from}
 
