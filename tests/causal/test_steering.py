@@ -53,14 +53,16 @@ def without_cache(steer: Steerer, prompt: Prompt, steering: Steering, n: int) ->
         if steering.tokens == "generated":
             chosen[: len(prompt.token_ids)] = 0
         chosen[0] = 0
-        direction = coder.decoder.view(-1, 2, D)[steering.latent] / coder.scale
-        norms = coder.decoder.view(-1, 2, D)[steering.latent].norm(dim=1)
-        if steering.mode == "add":
-            change = steering.strength * 5.0 / norms.sum() * direction[1] * chosen[:, None]  # mean_activation is 5
-        else:
-            x = ((torch.stack(streams, 1) - coder.mean) * coder.scale).flatten(1)
-            f = (x @ coder.encoder[steering.latent] + coder.encoder_bias[steering.latent]).clamp(min=0)
-            change = -steering.strength * (f * chosen)[:, None] * direction[source]
+        change = torch.zeros(len(ids), D)
+        for latent, strength in ((steering.latent, steering.strength), *steering.others):
+            direction = coder.decoder.view(-1, 2, D)[latent] / coder.scale
+            norms = coder.decoder.view(-1, 2, D)[latent].norm(dim=1)
+            if steering.mode == "add":
+                change += strength * 5.0 / norms.sum() * direction[1] * chosen[:, None]  # mean_activation is 5
+            else:
+                x = ((torch.stack(streams, 1) - coder.mean) * coder.scale).flatten(1)
+                f = (x @ coder.encoder[latent] + coder.encoder_bias[latent]).clamp(min=0)
+                change -= strength * (f * chosen)[:, None] * direction[source]
         with torch.no_grad(), edited_after(model, LAYER, lambda h, change=change: h + change):
             following = int(model(input_ids=tokens).logits[0, -1].argmax())
         if following in ENDS:
@@ -84,6 +86,8 @@ def generate(steer: Steerer, prompts: list[Prompt], steering: Steering, sampling
         Steering(3, "add", 3.0, "chat", "generated"),
         Steering(3, "ablate", 3.0, "chat", "all"),
         Steering(5, "ablate", 3.0, "base", "prompt"),
+        Steering(3, "add", 2.0, others=((7, -1.0), (5, 3.0))),
+        Steering(3, "ablate", 3.0, others=((7, 2.0), (5, -1.0))),
     ],
 )
 def test_the_cached_generation_equals_reading_all_tokens_again(kind: str, steering: Steering) -> None:
@@ -123,6 +127,29 @@ def test_strength_0_changes_nothing_and_a_large_one_does() -> None:
     assert generate(steer, PROMPTS, Steering(3, "add", 0.0)) == plain
     assert generate(steer, PROMPTS, Steering(3, "ablate", 0.0)) == plain
     assert generate(steer, PROMPTS, Steering(3, "add", 20.0)) != plain
+
+
+def test_further_latents_have_their_own_strength() -> None:
+    steer = steerer()
+    for mode in ("add", "ablate"):
+        alone = [generate(steer, PROMPTS, Steering(latent, mode, 3.0)) for latent in (3, 7)]
+        assert generate(steer, PROMPTS, Steering(3, mode, 3.0, others=((7, 0.0),))) == alone[0]
+        assert generate(steer, PROMPTS, Steering(3, mode, 0.0, others=((7, 3.0),))) == alone[1]
+    parts = [steer.vector(Steering(latent, "add", strength)) for latent, strength in ((3, 2.0), (7, -1.0))]
+    torch.testing.assert_close(steer.vector(Steering(3, "add", 2.0, others=((7, -1.0),))), sum(parts))
+
+
+def test_whoever_watches_may_stop_the_answers() -> None:
+    steer, seen = steerer(), []
+    (whole,) = steer.answer_prompts(PROMPTS[:1], None, SAMPLING)
+
+    def watch(outputs: Any) -> bool:
+        seen.append(list(outputs[0]))
+        return len(seen) < 3
+
+    (cut,) = steer.answer_prompts(PROMPTS[:1], None, SAMPLING, watch=watch)
+    assert seen == [list(whole.token_ids[: n + 1]) for n in range(3)]
+    assert cut.token_ids == whole.token_ids[:3] and cut.n_tokens == 3 and not cut.finished
 
 
 def test_ablation_takes_the_contribution_out_of_the_residual_stream() -> None:
