@@ -127,7 +127,7 @@ def test_from_the_overview_to_a_steered_answer(page: Page, address: str) -> None
     page.fill("[name=strength]", "20")
     page.fill("[name=length]", "8")
     page.click("button[value=steer]")
-    page.wait_for_selector(".answers")
+    page.wait_for_selector(".answers .answer-text")
     plain, steered = page.locator(".answers .answer-text").all_inner_texts()
     assert plain != steered
     assert page.locator(".strip b").count() == 0

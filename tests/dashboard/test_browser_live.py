@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 pytest.importorskip("fastapi")
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_chromium() is None, reason="the browser tests need Chromium: install the package chromium"),
 ]
-PATIENCE = 90_000
+PATIENCE = 40_000
 LIVE = "/run/run/batchtopk/live"
 PHONE = {"width": 390, "height": 800}
 
@@ -70,6 +71,13 @@ def page(browser: Any, address: str) -> Iterator[Page]:
     yield opened
     opened.close()
     assert not problems
+
+
+@pytest.fixture(scope="module")
+def latents(run: Path) -> list[int]:
+    """The two latents that are active most often."""
+    table = pl.read_parquet(run / "batchtopk" / "latents.parquet")
+    return [int(latent) for latent in table.sort("n_active")["latent"].to_list()[:-3:-1]]
 
 
 def ask(page: Page, address: str, action: str, text: str = "hi the sea is cold", length: int = 8) -> None:
@@ -163,9 +171,9 @@ def test_several_turns(page: Page, address: str) -> None:
     expect(page.locator("textarea[name=content]")).to_have_count(3)
 
 
-def test_steering_with_several_latents_and_the_slider(page: Page, address: str) -> None:
+def test_steering_with_several_latents_and_the_slider(page: Page, address: str, latents: list[int]) -> None:
     page.goto(address + LIVE)
-    page.fill("[name=steer]", "3, 5:0.5")
+    page.fill("[name=steer]", f"{latents[0]}, {latents[1]}:0.5")
     slider = page.get_by_role("slider", name="Strength")
     slider.focus()
     for _ in range(4):
@@ -176,7 +184,8 @@ def test_steering_with_several_latents_and_the_slider(page: Page, address: str) 
     ask(page, address, "steer")
     plain, steered = page.locator(".answer-text").all_inner_texts()
     assert plain != steered
-    expect(page.locator(".answers h3").last).to_have_text("chat model, added: latents 3 at strength 20, 5 at strength 10")
+    named = f"chat model, added: latents {latents[0]} at strength 20, {latents[1]} at strength 10"
+    expect(page.locator(".answers h3").last).to_have_text(named)
     page.locator(".answers article").last.locator(".strip a").first.click()
     expect(page.locator("#token h3")).to_contain_text("written by the chat model, added")
     expect(page.locator("#token tbody tr .sign").first).to_be_visible()
@@ -194,24 +203,24 @@ def test_tokens_by_keyboard(page: Page, address: str) -> None:
     assert page.locator(".strip a[aria-current]").get_attribute("href").endswith("/token/4")  # type: ignore[union-attr]
 
 
-def test_a_phone_shows_everything_without_scrolling_sideways(page: Page, address: str) -> None:
+def test_a_phone_shows_everything_without_scrolling_sideways(page: Page, address: str, latents: list[int]) -> None:
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
     page.goto(address + LIVE)
-    page.fill("[name=steer]", "3, 5:0.5")
+    page.fill("[name=steer]", f"{latents[0]}, {latents[1]}:0.5")
     ask(page, address, "steer", length=40)
     page.locator(".answer-text a").nth(1).click()
     expect(page.locator("#token h3")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
-def test_problems_leave_what_was_typed(page: Page, address: str) -> None:
+def test_problems_leave_what_was_typed(page: Page, address: str, latents: list[int]) -> None:
     page.goto(address + LIVE)
     page.fill("textarea[name=content]", "hi <b>there</b>")
     page.fill("[name=steer]", "9999")
     page.click("button[value=steer]")
     expect(page.get_by_role("alert")).to_contain_text("there is no latent 9999")
     assert page.input_value("textarea[name=content]") == "hi <b>there</b>"
-    page.fill("[name=steer]", "3")
+    page.fill("[name=steer]", str(latents[0]))
     page.fill("[name=strength]", "20")
     ask(page, address, "steer", "hi <b>there</b>")
     assert page.locator("#result b", has_text="there").count() == 0

@@ -33,7 +33,7 @@ def test_every_answer_has_the_policy(client: Any, path: str) -> None:
     policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'" and policy["script-src"] == "'self'" and policy["connect-src"] == "'self'"
     assert "unsafe-eval" not in headers["content-security-policy"] and "http" not in headers["content-security-policy"]
-    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
 
 
 @pytest.mark.parametrize(

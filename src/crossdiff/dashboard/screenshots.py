@@ -69,7 +69,7 @@ def take(directories: Sequence[Path], folder: Path, live: bool = True) -> list[P
                 page.fill("textarea[name=content]", PROMPT)
                 page.check("[name=order][value=specific]")
                 page.click("button[value=steer]")
-                page.wait_for_selector(".answers")
+                page.wait_for_selector(".answers .strip")
                 page.locator(".strip a").last.click()
                 page.wait_for_selector("#token h3")
                 written.append(_shoot(page, folder / f"live-{name}.png"))
