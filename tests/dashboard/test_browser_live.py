@@ -237,3 +237,16 @@ def test_without_scripts_an_answer_comes_at_once(browser: Any, address: str) -> 
     page.reload()
     assert page.url == here and page.locator(".answer-text a").count() > 0
     context.close()
+
+
+def test_a_server_that_goes_away_leaves_what_was_typed(browser: Any, run: Path, tmp_path: Path) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    with serving([run], tmp_path) as found:
+        page.goto(found + LIVE)
+        page.fill("textarea[name=content]", "hi there")
+    page.click("button[value=answer-chat]")
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached")
+    assert page.input_value("textarea[name=content]") == "hi there"
+    expect(page.locator("button[value=answer-chat]")).to_be_enabled()
+    page.close()

@@ -44,17 +44,20 @@
     result.scrollIntoView({ block: "nearest" });
     try {
       const answer = await fetch(action, { method: "POST", body, headers: { ...headers, accept: "application/x-ndjson", "HX-Request": "true" } });
-      if (!answer.ok || !answer.headers.get("content-type").startsWith("application/x-ndjson")) {
-        result.innerHTML = await answer.text(); // a message of the server, which has escaped it
+      const kind = answer.headers.get("content-type") || "";
+      if (!kind.startsWith("application/x-ndjson")) {
+        const message = await answer.text();
+        if (kind.startsWith("text/html")) result.innerHTML = message; // the server has escaped it
+        else problem(message);
         return;
       }
       let address = "";
       for await (const line of lines(answer.body)) {
         if (line.running) {
+          stop.disabled = false;
           stop.onclick = () => {
             stop.disabled = true;
-            stop.dataset.used = "yes";
-            state.textContent = "Both models are reading what has been written.";
+            state.textContent = "Stopping. Both models read what has been written.";
             fetch(`${action}/stop/${line.running}`, { method: "POST", headers });
           };
         } else if (line.problem) {
@@ -62,8 +65,7 @@
         } else if (line.address) {
           address = line.address;
         } else {
-          stop.disabled = Boolean(stop.dataset.used);
-          state.textContent = stop.disabled ? state.textContent : "The model is writing.";
+          if (!stop.disabled) state.textContent = "The model is writing.";
           while (cards.children.length <= line.answer) {
             cards.append(element("article", { className: "card" }, element("h3", {}, line.name), element("p", { className: "being-written" })));
           }
@@ -77,6 +79,7 @@
         problem("The connection to the server was lost. What you typed is still here; try again.");
       }
     } catch (error) {
+      console.error(error);
       problem("The server cannot be reached. What you typed is still here; try again.");
     } finally {
       result.removeAttribute("aria-busy");
