@@ -12,7 +12,7 @@ from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.concepts import ConceptRow, Concepts
 from crossdiff.dashboard.lists import Lists, Place
-from crossdiff.dashboard.queries import SHOWN, Query, page_numbers
+from crossdiff.dashboard.queries import MINOR, SHOWN, Query, page_numbers
 from crossdiff.dashboard.search import Found, Search
 from crossdiff.latents.ranking import RANKS, title
 from crossdiff.report import concept_wording, figures, overview, wording
@@ -109,6 +109,7 @@ def table(coder: Coder, query: Query, search: Search, lists: Lists) -> dict[str,
         "briefs": briefs(coder, [row["latent"] for row in page.rows], query.search),
         "matches": None if found is None else match_words(found, page.n_rows),
         "columns": columns,
+        "minor": [column for column in MINOR if column not in (query.column, *query.show)],
         "schema": coder.table.schema,
         "verdicts": [verdict for verdict in wording.VERDICTS if verdict in set(coder.table["verdict"].unique())],
         "search_state": search.state,

@@ -21,6 +21,8 @@ SHOWN = (
     "latent", "verdict", "delta_norm", "nu_error", *RECONSTRUCTIONS, "decoder_cosine", "frequency", "max_activation",
     "share_template", "rank_sum",
 )  # fmt: skip
+MINOR = ("nu_reconstruction", "decoder_cosine", "max_activation", "share_template", "rank_sum")
+"""Columns that a narrow window leaves out, unless they sort the table or were asked for: latents' pages have them."""
 MAX_FILTERS = 20
 LIST = "list"
 """Field in the address of a latent that was opened from a list, beside the query of the list."""
