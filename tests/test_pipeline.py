@@ -303,7 +303,7 @@ def test_an_sae_on_the_base_model_stands_beside_the_crosscoder(
     run_command(["harvest", str(run), "--config", str(config)])
     run_command(["analyze", str(run), "--only", "batchtopk"])
     stages = json.loads((run / "manifest.json").read_text())["stages"]
-    assert set(stages) == {"harvest", "train/base_sae", "train/batchtopk", "analyze/batchtopk"}
+    assert set(stages) == {"harvest", "train/base_sae", "train/batchtopk", "analyze/batchtopk", "promoted/batchtopk"}
     rates = {"n_live": 7, "rates": {"chat_specific": 0.25}, "analysis": verdict_settings(run / "batchtopk")}
     (run / "null.json").write_text(json.dumps({"null_run": "null", "crosscoders": {"batchtopk": rates}}))
     capsys.readouterr()

@@ -13,14 +13,11 @@ from crossdiff.concepts.clustering import Grouping
 from crossdiff.concepts.group_scaling import GroupSums, group_table, pooled
 from crossdiff.concepts.similarity import Matrix, Products
 from crossdiff.config import AnalyzeConfig
-from crossdiff.errors import UserError
 from crossdiff.latents.activity import Activity
-from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.latent_table import COLUMNS as LATENT_COLUMNS
 from crossdiff.latents.twins import N_NEIGHBOURS
 from crossdiff.latents.verdict import with_verdicts
-from crossdiff.shapes import Float64, Tensor
 
 PROMOTED = 10
 """Tokens stored at each end of a logit lens."""

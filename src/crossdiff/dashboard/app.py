@@ -14,10 +14,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
 from crossdiff.dashboard import concept_pages, live_pages, look_pages, pages
+from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.current import Current
 from crossdiff.dashboard.live import Busy, Live
-from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.queries import LIST, parse
 from crossdiff.dashboard.security import Guard
 from crossdiff.dashboard.site import ROOT, Site, is_partial

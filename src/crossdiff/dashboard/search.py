@@ -175,7 +175,7 @@ def ranges(text: str) -> list[tuple[str, str]]:
 
 
 class Spans(NamedTuple):
-    """The words of a context of tokens: `begins` and `ends` of each word in the joined text, and `tokens`, where each begins."""
+    """The words of a context, where each begins and ends in the joined text, and where each token begins."""
 
     words: list[str]
     begins: list[int]

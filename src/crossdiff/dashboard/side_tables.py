@@ -89,8 +89,6 @@ class PromotedTokens(SideTable):
         rows = self.rows(number, "rank")
         found = []
         for direction in rows["direction"].unique(maintain_order=True) if rows.height else ():
-            up, down = (
-                tuple(rows.filter(direction=direction, side=side).select("token", "logit").iter_rows()) for side in ("up", "down")
-            )
-            found.append(Promoted(direction, up, down))
+            sides = (rows.filter(direction=direction, side=side).select("token", "logit").rows() for side in ("up", "down"))
+            found.append(Promoted(direction, *map(tuple, sides)))
         return found

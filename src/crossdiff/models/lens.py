@@ -13,7 +13,6 @@ from crossdiff.models.access import decoder_layers
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float, Tensor
 
-
 NAMES = ("base direction, base model", "chat direction, chat model", "chat minus base direction, chat model")
 
 
@@ -54,9 +53,7 @@ def _tokens(tokenizer: Any, logits: Float[Tensor, " vocabulary"], n: int, larges
     return tuple((tokenizer.decode([token]), value) for token, value in pairs)
 
 
-def direction_logits(
-    model: Any, direction: Float[Tensor, "*direction d_model"]
-) -> Float[Tensor, "*direction vocabulary"]:
+def direction_logits(model: Any, direction: Float[Tensor, "*direction d_model"]) -> Float[Tensor, "*direction vocabulary"]:
     """Logits of directions of the residual stream, through the final norm and the unembedding.
 
     Applying the norm module to a direction covers every architecture's way of storing its gain. The norm of a zero vector,
@@ -71,7 +68,7 @@ def direction_logits(
     vectors = direction.to(weight).view(-1, weight.shape[1])
     normed = norm(vectors) - norm(torch.zeros_like(vectors[:1]))
     logits: Tensor = (normed @ weight.T).float()
-    return logits.view(*direction.shape[:-1], -1)
+    return logits.view(*direction.shape[:-1], weight.shape[0])
 
 
 def _final_norm(model: Any) -> nn.Module:

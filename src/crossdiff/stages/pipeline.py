@@ -56,9 +56,10 @@ def run_until(session: Session, last: str = "report") -> None:
         compare(session)
     if "analyze" in stages:
         analyze(session, session.trainings)
-        promoted(session)
-    if "concepts" in stages:
-        concepts(session)
+        pair = promoted(session)
+        if "concepts" in stages:
+            concepts(session, pair)
+        del pair  # the memory of two models
     if "overlap" in stages:
         overlap(session)
     if "causal" in stages:

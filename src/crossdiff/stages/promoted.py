@@ -17,24 +17,28 @@ MOST_ON_CPU = 1e13
 DIFFER = ("chat_specific", "rotated", "base_specific", "complete_shrinkage", "latent_decoupling")
 
 
-def promoted(session: Session) -> None:
+def promoted(session: Session) -> Pair | None:
     """Write `promoted.parquet` for each analysed crosscoder with a direction in both models.
 
     It is a stage of its own, so that runs that were analysed before it existed get it without another analysis.
+
+    Returns:
+        The models, if they were loaded: the next stage needs them too, and loading them takes most of the time.
     """
     stages = {name: promoted_stage(session.config, name) for name in session.paired_names}
     wanted = {name: stage for name, stage in stages.items() if not session.skips(stage)}
     if not wanted:
-        return
+        return None
+    pair = session.load_pair() if session.ranks.is_first else None
 
     def work(folders: list[Path]) -> None:
-        if session.ranks.is_first:
-            pair = session.load_pair()
+        if pair is not None:
             for name, folder in zip(wanted, folders, strict=True):
                 (folder / name).mkdir(exist_ok=True)
                 _write(session, name, pair, folder / name)
 
     run_together([(session, stage) for stage in wanted.values()], work)
+    return pair
 
 
 def _write(session: Session, name: str, pair: Pair, folder: Path) -> None:
@@ -61,7 +65,7 @@ def _latents(session: Session, name: str, pair: Pair, n_latents: int, d_model: i
     table = pl.read_parquet(intact(session.path / name / "latents.parquet"), columns=["latent", "verdict"])
     found = table.filter(pl.col("verdict").is_in(DIFFER))["latent"].to_list()
     session.console.print(
-        f"promoted tokens of {name}: of the {len(found):,} latents that differ between the models, since all {n_latents:,} would "
-        "take this CPU too long; the dashboard reads those of the others when they are asked for"
+        f"promoted tokens of {name}: only of the {len(found):,} latents that differ between the models, since all "
+        f"{n_latents:,} would take this CPU too long; the dashboard reads those of the others when they are asked for"
     )
     return torch.tensor(found, dtype=torch.int64)
