@@ -210,9 +210,9 @@ def _add_contexts(weights: dict[str, int], contexts: list[tuple[int, bytes, byte
         highest = max(highest, *values.values(), 1e-9)
         for at, text in enumerate(texts):
             if (value := values.get(first + at, 0.0)) > 0:
-                for word in where.at(at, len(text)):
-                    weight = max(1, round(FULL * value / highest))
-                    weights[where.words[word]] = max(weights[where.words[word]], weight)
+                for part_of in where.at(at, len(text)):
+                    word, weight = where.words[part_of], max(1, round(FULL * value / highest))
+                    weights[word] = max(weights[word], weight)
 
 
 def _fingerprint(coder: Coder) -> str:

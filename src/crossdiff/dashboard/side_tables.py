@@ -76,7 +76,7 @@ class Activity(SideTable):
 class Promoted(NamedTuple):
     """The tokens that one direction of a latent or concept promotes and demotes most in a model, with their logits."""
 
-    direction: str
+    name: str
     up: tuple[tuple[str, float], ...]
     down: tuple[tuple[str, float], ...]
 

@@ -55,18 +55,19 @@ def promoted_table(
     }).cast(_schema(unit))  # fmt: skip
 
 
-def _schema(unit: str) -> dict[str, Any]:
-    return {
+def _schema(unit: str) -> pl.Schema:
+    return pl.Schema({
         unit: pl.Int64, "direction": pl.String, "side": pl.String, "rank": pl.Int64, "token": pl.String, "logit": pl.Float32,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def _batches(
     pair: Pair, directions: Float[Tensor, "source unit d_model"], advance: Callable[[int], None]
 ) -> Iterator[tuple[Int[Tensor, "unit direction side rank"], Float[Tensor, "unit direction side rank"]]]:
     """Tokens and logits of a batch of units at a time."""
-    n_tokens = max(model.get_output_embeddings().weight.shape[0] for model in pair.models)
-    for batch in directions.split(max(1, LOGITS // n_tokens), dim=1):
+    models: tuple[Any, ...] = pair.models
+    n_tokens = max(model.get_output_embeddings().weight.shape[0] for model in models)
+    for batch in torch.split(directions, max(1, LOGITS // n_tokens), dim=1):
         found: list[tuple[Tensor, Tensor]] = []
         for _, model, direction in read_in(pair, batch[BASE_INDEX].to(pair.device), batch[CHAT_INDEX].to(pair.device)):
             logits = direction_logits(model, direction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crossdiff.stages.definitions import promoted_stage
 from crossdiff.stages.session import Session, run_together
@@ -59,7 +59,8 @@ def _latents(session: Session, name: str, pair: Pair, n_latents: int, d_model: i
 
     from crossdiff.integrity import intact
 
-    n_tokens = sum(model.get_output_embeddings().weight.shape[0] for model in (pair.base, pair.chat, pair.chat))
+    models: tuple[Any, ...] = (pair.base, pair.chat, pair.chat)
+    n_tokens = sum(model.get_output_embeddings().weight.shape[0] for model in models)
     if pair.device.type != "cpu" or n_latents * d_model * n_tokens <= MOST_ON_CPU:
         return torch.arange(n_latents)
     table = pl.read_parquet(intact(session.path / name / "latents.parquet"), columns=["latent", "verdict"])
