@@ -55,7 +55,7 @@ def promoted_table(
     }).cast(_schema(unit))  # fmt: skip
 
 
-def _schema(unit: str) -> pl.Schema:
+def _schema(unit: str) -> Any:  # a polars.Schema, which the run-time check of types cannot name
     return pl.Schema({
         unit: pl.Int64, "direction": pl.String, "side": pl.String, "rank": pl.Int64, "token": pl.String, "logit": pl.Float32,
     })  # fmt: skip
