@@ -19,8 +19,6 @@ from crossdiff.latents.latent_table import COLUMNS as LATENT_COLUMNS
 from crossdiff.latents.twins import N_NEIGHBOURS
 from crossdiff.latents.verdict import with_verdicts
 
-PROMOTED = 10
-"""Tokens stored at each end of a logit lens."""
 NO_TWINS = pl.DataFrame(schema={"latent": pl.Int64, "twin": pl.Int64})
 COLUMNS = {
     "concept": "number of the concept: replicated ones first, then in order of their energy",

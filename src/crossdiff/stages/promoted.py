@@ -43,12 +43,14 @@ def promoted(session: Session) -> Pair | None:
 
 def _write(session: Session, name: str, pair: Pair, folder: Path) -> None:
     from crossdiff.latents.activity import ROW_GROUP
-    from crossdiff.latents.promoted import promoted_table
+    from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
+    from crossdiff.models.promoted_tokens import promoted_table
 
     directions = session.crosscoder(name).directions()
     latents = _latents(session, name, pair, *directions.shape[1:])
     with session.progress(f"promoted tokens of {name}, latents", len(latents)) as advance:
-        table = promoted_table(pair, directions[:, latents.to(directions.device)], latents, "latent", advance)
+        base, chat = (directions[index, latents.to(directions.device)] for index in (BASE_INDEX, CHAT_INDEX))
+        table = promoted_table(pair, base, chat, latents, "latent", advance)
     table.write_parquet(folder / "promoted.parquet", row_group_size=ROW_GROUP)
 
 

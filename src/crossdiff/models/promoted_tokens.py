@@ -11,7 +11,6 @@ import polars as pl
 import torch
 
 from crossdiff.errors import UserError
-from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.models.lens import NAMES, direction_logits, read_in
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float, Int, Tensor
@@ -25,7 +24,8 @@ LOGITS = 2**25
 @torch.no_grad()
 def promoted_table(
     pair: Pair,
-    directions: Float[Tensor, "source unit d_model"],
+    base: Float[Tensor, "unit d_model"],
+    chat: Float[Tensor, "unit d_model"],
     numbers: Int[Tensor, " unit"],
     unit: str,
     advance: Callable[[int], None] = lambda n_units: None,
@@ -35,12 +35,14 @@ def promoted_table(
     It has no rows, and there is a warning, if a model has no logit lens.
 
     Args:
+        base: their directions in the base model.
+        chat: their directions in the chat model.
         numbers: the latents or concepts that the directions belong to.
         unit: name of the column with these numbers, `latent` or `concept`.
     """
     parts: list[tuple[Tensor, Tensor]] = []
     try:
-        parts += _batches(pair, directions, advance)
+        parts += _batches(pair, base, chat, advance)
     except UserError as error:
         warnings.warn(f"{error}; the {unit}s have no promoted tokens", stacklevel=2)
     if not parts:
@@ -62,18 +64,18 @@ def _schema(unit: str) -> Any:  # a polars.Schema, which the run-time check of t
 
 
 def _batches(
-    pair: Pair, directions: Float[Tensor, "source unit d_model"], advance: Callable[[int], None]
+    pair: Pair, base: Float[Tensor, "unit d_model"], chat: Float[Tensor, "unit d_model"], advance: Callable[[int], None]
 ) -> Iterator[tuple[Int[Tensor, "unit direction side rank"], Float[Tensor, "unit direction side rank"]]]:
     """Tokens and logits of a batch of units at a time."""
     models: tuple[Any, ...] = pair.models
     n_tokens = max(model.get_output_embeddings().weight.shape[0] for model in models)
-    for batch in torch.split(directions, max(1, LOGITS // n_tokens), dim=1):
+    for own in torch.split(torch.arange(len(base)), max(1, LOGITS // n_tokens)):
         found: list[tuple[Tensor, Tensor]] = []
-        for _, model, direction in read_in(pair, batch[BASE_INDEX].to(pair.device), batch[CHAT_INDEX].to(pair.device)):
+        for _, model, direction in read_in(pair, base[own].to(pair.device), chat[own].to(pair.device)):
             logits = direction_logits(model, direction)
             n = min(PROMOTED, logits.shape[-1])
             up, down = logits.topk(n), logits.topk(n, largest=False)
             found.append((torch.stack([up.indices, down.indices], 1).cpu(), torch.stack([up.values, down.values], 1).cpu()))
         tokens, values = (torch.stack(each, 1) for each in zip(*found, strict=True))
         yield tokens, values
-        advance(batch.shape[1])
+        advance(len(own))

@@ -13,10 +13,10 @@ import torch
 
 from conftest import forget_digests, make_model
 from crossdiff.cli import run_command
-from crossdiff.latents import promoted
-from crossdiff.latents.promoted import PROMOTED, promoted_table
+from crossdiff.models import promoted_tokens
 from crossdiff.models.lens import lenses
 from crossdiff.models.pair import Pair
+from crossdiff.models.promoted_tokens import PROMOTED, promoted_table
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def pair() -> Pair:
 
 @pytest.mark.parametrize("at_once", [1, 2**25])
 def test_each_row_is_what_the_lens_reads_from_one_direction(pair: Pair, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(promoted, "LOGITS", at_once)  # one latent at a time, or all
+    monkeypatch.setattr(promoted_tokens, "LOGITS", at_once)  # one latent at a time, or all
     directions = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     seen: list[int] = []
-    table = promoted_table(pair, directions, torch.tensor([3, 4, 7, 8, 9]), "latent", seen.append)
+    table = promoted_table(pair, *directions, torch.tensor([3, 4, 7, 8, 9]), "latent", seen.append)
     assert sum(seen) == 5 and table.height == 5 * 3 * 2 * PROMOTED
     for at, latent in enumerate((3, 4, 7, 8, 9)):
         for lens in lenses(pair, directions[0, at], directions[1, at], PROMOTED):
@@ -44,7 +44,7 @@ def test_each_row_is_what_the_lens_reads_from_one_direction(pair: Pair, monkeypa
 def test_models_without_a_lens_leave_a_warning_and_an_empty_table(pair: Pair) -> None:
     pair = replace(pair, base=make_model("opt", word_embed_proj_dim=8))
     with pytest.warns(UserWarning, match="the latents have no promoted tokens"):
-        table = promoted_table(pair, torch.ones(2, 3, 16), torch.arange(3), "latent")
+        table = promoted_table(pair, *torch.ones(2, 3, 16), torch.arange(3), "latent")
     assert table.height == 0 and table.columns == ["latent", "direction", "side", "rank", "token", "logit"]
 
 
