@@ -214,6 +214,10 @@ def main() -> None:
         print("latent                ", timed(port, [f"{coder}/latent/{drawn.randrange(args.latents)}" for _ in range(60)]))
         print("table, filtered       ", timed(port, [f"{coder}?f=delta_norm:0.{n}:&sort=nu_error" for n in range(20, 60, 2)]))
         print("search                ", timed(port, [f"{coder}?q=boat{n}" for n in range(100, 120)]))
+        beginnings = ("b", "c", "s", "th", "wa", "bo", "sea", "li")
+        print("search, a beginning   ", timed(port, [f"{coder}?q={text}" for text in beginnings]))
+        listed = [f"{coder}/latent/{drawn.randrange(args.latents)}?sort=nu_error&dir=desc&list=1" for _ in range(20)]
+        print("latent of a list      ", timed(port, listed))
         paths = [[f"{coder}/latent/{drawn.randrange(args.latents)}" for _ in range(PER_READER)] for _ in range(READERS)]
         with ThreadPoolExecutor(READERS + 1) as pool:
             found = pool.map(lambda mine: [get(port, path)[0] for path in mine], paths)

@@ -74,7 +74,7 @@ def test_a_changed_setting_runs_what_depends_on_it_and_keeps_the_old(tmp_path: P
     run_command(["run", str(run), "--crosscoders.l1.sparsity.mu", "1.5"])
     again = json.loads((run / "manifest.json").read_text())["stages"]
     changed = {name for name in stages if stages[name]["fingerprint"] != again[name]["fingerprint"]}
-    assert changed == {"train/l1", "analyze/l1", "concepts", "report"}
+    assert changed == {"train/l1", "analyze/l1", "promoted/l1", "concepts", "report"}
     kept = {path.name for path in (run / "old").rglob("*") if path.is_file()}
     assert {"model.safetensors", "latents.parquet", "report.html"} <= kept
     run_command(["clean", str(run), "--yes"])
@@ -255,7 +255,7 @@ def test_seeds_are_trained_and_analysed_together_and_make_concepts(tmp_path: Pat
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     names = {"batchtopk", "batchtopk-seed1", "batchtopk-seed2"}
     made = {f"{stage}/{name}" for stage in ("train", "analyze") for name in names}
-    assert set(stages) == {"harvest", "concepts"} | made
+    assert set(stages) == {"harvest", "concepts", "promoted/batchtopk"} | made
     coders = {name: load(run / name) for name in names}
     origins = {name: coder.origin["settings"] for name, coder in coders.items()}
     assert {name: (own["seed"], own.get("batch_seed")) for name, own in origins.items()} == {
@@ -303,7 +303,7 @@ def test_an_sae_on_the_base_model_stands_beside_the_crosscoder(
     run_command(["harvest", str(run), "--config", str(config)])
     run_command(["analyze", str(run), "--only", "batchtopk"])
     stages = json.loads((run / "manifest.json").read_text())["stages"]
-    assert set(stages) == {"harvest", "train/base_sae", "train/batchtopk", "analyze/batchtopk"}
+    assert set(stages) == {"harvest", "train/base_sae", "train/batchtopk", "analyze/batchtopk", "promoted/batchtopk"}
     rates = {"n_live": 7, "rates": {"chat_specific": 0.25}, "analysis": verdict_settings(run / "batchtopk")}
     (run / "null.json").write_text(json.dumps({"null_run": "null", "crosscoders": {"batchtopk": rates}}))
     capsys.readouterr()

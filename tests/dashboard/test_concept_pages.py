@@ -42,7 +42,7 @@ def links(client: Any, path: str) -> list[str]:
 
 def concepts_in(client: Any, path: str) -> list[int]:
     """The concepts that a page links to, in their order."""
-    found = (re.fullmatch(CONCEPTS + r"/(\d+)", link) for link in links(client, path))
+    found = (re.fullmatch(CONCEPTS + r"/(\d+)(?:\?.*)?", link) for link in links(client, path))
     return list(dict.fromkeys(int(match[1]) for match in found if match))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,19 +13,12 @@ from crossdiff.concepts.clustering import Grouping
 from crossdiff.concepts.group_scaling import GroupSums, group_table, pooled
 from crossdiff.concepts.similarity import Matrix, Products
 from crossdiff.config import AnalyzeConfig
-from crossdiff.errors import UserError
 from crossdiff.latents.activity import Activity
-from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.latent_table import COLUMNS as LATENT_COLUMNS
 from crossdiff.latents.twins import N_NEIGHBOURS
 from crossdiff.latents.verdict import with_verdicts
-from crossdiff.models.lens import lenses
-from crossdiff.models.pair import Pair
-from crossdiff.shapes import Float64, Tensor
 
-PROMOTED = 10
-"""Tokens stored at each end of a logit lens."""
 NO_TWINS = pl.DataFrame(schema={"latent": pl.Int64, "twin": pl.Int64})
 COLUMNS = {
     "concept": "number of the concept: replicated ones first, then in order of their energy",
@@ -158,30 +150,6 @@ def member_table(codes: Codes, grouping: Grouping, pool: Pool, products: Product
         },
         schema_overrides={"training": pl.String, "kind": pl.String},
     ).hstack(pl.concat(tables)).sort("concept", maintain_order=True)  # fmt: skip
-
-
-def promoted_table(pair: Pair, directions: Float64[Tensor, "source concept d_model"]) -> pl.DataFrame:
-    """Tokens that each concept's mean contribution promotes and demotes: concept, direction, side, rank, token, logit.
-
-    It has no rows, and there is a warning, if a model has no logit lens.
-    """
-    try:
-        lenses(pair, directions[BASE_INDEX, :1].sum(0), directions[CHAT_INDEX, :1].sum(0), PROMOTED)
-    except UserError as error:
-        warnings.warn(f"{error}; the concepts have no promoted tokens", stacklevel=2)
-        directions = directions[:, :0]
-    rows = [
-        (concept, lens.name, side, rank, token, logit)
-        for concept in range(directions.shape[1])
-        for lens in lenses(pair, directions[BASE_INDEX, concept], directions[CHAT_INDEX, concept], PROMOTED)
-        for side, tokens in (("up", lens.up), ("down", lens.down))
-        for rank, (token, logit) in enumerate(tokens)
-    ]
-    schema = {
-        "concept": pl.Int64, "direction": pl.String, "side": pl.String, "rank": pl.Int64, "token": pl.String,
-        "logit": pl.Float64,
-    }  # fmt: skip
-    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def neighbour_table(grouping: Grouping, codes: Codes, products: Products) -> pl.DataFrame:

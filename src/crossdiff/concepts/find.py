@@ -17,7 +17,7 @@ from crossdiff.concepts.candidates import Codes, Training
 from crossdiff.concepts.clustering import Grouping, group, needed
 from crossdiff.concepts.coder import coded
 from crossdiff.concepts.completeness import Completeness
-from crossdiff.concepts.concept_table import concept_table, member_table, neighbour_table, promoted_table, training_table
+from crossdiff.concepts.concept_table import concept_table, member_table, neighbour_table, training_table
 from crossdiff.concepts.group_scaling import GroupProducts
 from crossdiff.concepts.labels import label_columns, labels
 from crossdiff.concepts.similarity import Similarity, matrix_of
@@ -26,11 +26,13 @@ from crossdiff.files import replacing, write_json
 from crossdiff.latents.activity import ROW_GROUP, Activity, activity_table
 from crossdiff.latents.behaviours import ConversationScores, behaviour_table
 from crossdiff.latents.behaviours import Pool as BehaviourPool
+from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.example_collector import ExampleCollector
 from crossdiff.latents.example_database import write_examples
 from crossdiff.latents.groups import Cells, cells_of
 from crossdiff.latents.stream import read_blocks
 from crossdiff.models.pair import Pair
+from crossdiff.models.promoted_tokens import promoted_table
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float64, Tensor
 
@@ -186,7 +188,9 @@ def _write(
     directions = mean_contributions(codes, grouping)
     with replacing(folder / "directions.safetensors") as partial:
         save_file({"directions": directions.float().contiguous()}, partial)
-    promoted_table(pair, directions).write_parquet(folder / "promoted.parquet")
+    base, chat = directions[BASE_INDEX], directions[CHAT_INDEX]
+    promoted = promoted_table(pair, base, chat, torch.arange(grouping.n_concepts), "concept")
+    promoted.write_parquet(folder / "promoted.parquet")
 
 
 def _behaviours(scores: ConversationScores, grouping: Grouping, seed: int, path: Path) -> None:

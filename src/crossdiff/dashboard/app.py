@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
 from crossdiff.dashboard import concept_pages, live_pages, live_prompts, look_pages, pages
+from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.current import Current
 from crossdiff.dashboard.live import Busy, Live
-from crossdiff.dashboard.queries import parse, select
+from crossdiff.dashboard.queries import LIST, parse
 from crossdiff.dashboard.security import Guard
 from crossdiff.dashboard.site import ROOT, Site, is_partial
 from crossdiff.errors import UserError
@@ -76,10 +77,11 @@ def _add_pages(app: FastAPI, site: Site) -> None:
     def coder(request: Request, run: str, name: str) -> HTMLResponse:
         found = site.coder(run, name)
         query = parse(request.query_params.multi_items(), found.table.schema)
-        values = pages.table(found, query, site.search[run, name])
+        values = pages.table(found, query, site.search[run, name], site.lists)
+        status = 422 if query.entry.problem else 200  # the table stays, and the field is marked
         if is_partial(request):
-            return site.page("table.html.j2", headers={"HX-Push-Url": found.path + query.address()}, **values)
-        return site.page("coder.html.j2", **values, **site.coder_page(found))
+            return site.page("table.html.j2", status, {"HX-Push-Url": found.path + query.address()}, **values)
+        return site.page("coder.html.j2", status, **values, **site.coder_page(found))
 
     @app.get(ROOT + "/points.json")
     @site.in_turn
@@ -97,8 +99,9 @@ def _add_pages(app: FastAPI, site: Site) -> None:
         if kind not in ("csv", "parquet"):
             raise HTTPException(404, "The table can be downloaded as latents.csv or latents.parquet.")
         query = parse(request.query_params.multi_items(), found.table.schema)
-        latents = site.search[run, name].latents(query.search) if query.search else None
-        rows = select(found.table, query, latents)
+        if query.entry.problem:
+            raise UserError(query.entry.problem)
+        rows = found.rows(site.lists.of(found, query).latents)
         file = f"{run}-{_file_part(name)}-latents.{kind}"
         return Response(
             _written(rows, kind),
@@ -115,11 +118,22 @@ def _add_pages(app: FastAPI, site: Site) -> None:
 
     @app.get(ROOT + "/latent/{latent}")
     @site.in_turn
-    def latent(run: str, name: str, latent: int, context: str = "around", whitespace: str = "signs") -> HTMLResponse:
+    def latent(
+        request: Request, run: str, name: str, latent: int, context: str = "around", whitespace: str = "signs"
+    ) -> HTMLResponse:
+        found = site.coder(run, name)
+        row, asked = site.row(found, latent), request.query_params.multi_items()
+        listed = parse(asked, found.table.schema) if LIST in dict(asked) else None
+        place = None if listed is None else site.lists.place(found, listed, latent)
+        values = pages.latent_page(found, row, whole=context == "whole", raw=whitespace == "raw", place=place)
+        return site.page("latent.html.j2", **values)
+
+    @app.get(ROOT + "/latent/{latent}/brief")
+    @site.in_turn
+    def brief(run: str, name: str, latent: int) -> HTMLResponse:
         found = site.coder(run, name)
         row = site.row(found, latent)
-        values = pages.latent_page(found, row, whole=context == "whole", raw=whitespace == "raw")
-        return site.page("latent.html.j2", **values)
+        return site.page("brief.html.j2", coder=found, row=row, brief=briefs(found, [latent])[latent])
 
 
 def _file_part(name: str) -> str:

@@ -18,7 +18,7 @@ import polars as pl
 from crossdiff.dashboard.concepts import Concepts
 from crossdiff.dashboard.editions import Edition, edition_of, one_edition
 from crossdiff.dashboard.looks import RunLook
-from crossdiff.dashboard.side_tables import Activity, OpenExamples
+from crossdiff.dashboard.side_tables import Activity, OpenExamples, Promoted, PromotedTokens
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.latents.ranking import RANKED, title
@@ -67,7 +67,7 @@ class Coder:
         self.look: RunLook | None = None
         paths = [self.folder / name for name in INDEXED]
         self.indexed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
-        hold(self, "database", "_activity", "_neighbours", "_twins", "causal")
+        hold(self, "database", "_activity", "_promoted", "_neighbours", "_twins", "causal")
 
     @property
     def path(self) -> str:
@@ -88,6 +88,10 @@ class Coder:
         at = self._row_of.get(latent)
         return None if at is None else self.table.row(at, named=True)
 
+    def rows(self, latents: npt.NDArray[np.int64]) -> pl.DataFrame:
+        """The rows of several latents in their order."""
+        return self.table[[self._row_of[latent] for latent in latents.tolist()]]
+
     def beside(self, latent: int) -> tuple[int | None, int | None]:
         """The previous and the next latent by number."""
         at, numbers = self._row_of[latent], self.table["latent"]
@@ -100,6 +104,16 @@ class Coder:
     def latent(self, row: dict[str, Any], top: int = TOP, per_quantile: int = PER_QUANTILE) -> Latent:
         """The record of a row, with its examples."""
         return latent_of(row, self.database.examples(row["latent"], top, per_quantile))
+
+    def label(self, latent: int) -> str | None:
+        """Its explanation, or that of its concept; None if neither has one."""
+        explanation = self._explanations.get(latent)
+        concept = None if self.concepts is None or explanation else self.concepts.of_latent(self.name, latent)
+        return explanation if concept is None or self.concepts is None else self.concepts.labels.get(concept)
+
+    @cached_property
+    def _explanations(self) -> dict[int, str]:
+        return dict(self.table.select("latent", "explanation").drop_nulls().rows())
 
     def card(self, latent: Latent) -> Card:
         """The report's card of a latent."""
@@ -126,6 +140,14 @@ class Coder:
     @cached_property
     def _activity(self) -> Activity:
         return Activity(self.folder / "activity.parquet", "latent", "crossdiff analyze")
+
+    def promoted(self, latent: int) -> list[Promoted]:
+        """The tokens that its directions promote, as `crossdiff analyze` has stored them; empty if it has not."""
+        return self._promoted.of(latent)
+
+    @cached_property
+    def _promoted(self) -> PromotedTokens:
+        return PromotedTokens(self.folder / "promoted.parquet", "latent", "crossdiff analyze")
 
     def neighbours(self, latent: int) -> list[dict[str, Any]]:
         """The nearest latents by their chat directions."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlencode
 
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from crossdiff.dashboard.concepts import LIST_PAGE, TRAINING_NUS, Concepts
+from crossdiff.dashboard.lists import Place
+from crossdiff.dashboard.queries import page_numbers
 from crossdiff.dashboard.site import Site
 from crossdiff.report import concept_wording, wording
 from crossdiff.report.records import RunReport
@@ -26,18 +29,21 @@ def add(app: FastAPI, site: Site) -> None:
         found = _concepts_of(site, run)
         if found is None:
             return RedirectResponse("/", 303)
-        if verdict and verdict not in wording.VERDICTS:
-            raise HTTPException(422, f"verdict must be one of {', '.join(wording.VERDICTS)}.")
+        _check_verdict(verdict)
         return site.page("concept_list.html.j2", **_list(found, site.catalogue.reports[run], verdict, every, page))
 
     @app.get(ROOT + "/{concept}")
     @site.in_turn
-    def concept(run: str, concept: int, context: str = "around", whitespace: str = "signs") -> HTMLResponse:
+    def concept(
+        run: str, concept: int, context: str = "around", whitespace: str = "signs", verdict: str = "", every: bool | None = None
+    ) -> HTMLResponse:
         found = _concepts_of(site, run)
         if found is None or not 0 <= concept < found.found.table.height:
             n = 0 if found is None else found.found.table.height
             raise HTTPException(404, f"There is no concept {concept}: this run has {n}.")
-        values = _page(found, concept, whole=context == "whole", raw=whitespace == "raw")
+        _check_verdict(verdict)
+        place = None if every is None else _place(found, concept, verdict, every)
+        values = _page(found, concept, place, whole=context == "whole", raw=whitespace == "raw")
         return site.page("concept.html.j2", **values)
 
 
@@ -45,6 +51,27 @@ def _concepts_of(site: Site, run: str) -> Concepts | None:
     if run not in site.catalogue.reports:
         raise HTTPException(404, "This dashboard has no such run.")
     return site.catalogue.concepts.get(run)
+
+
+def _check_verdict(verdict: str) -> None:
+    if verdict and verdict not in wording.VERDICTS:
+        raise HTTPException(422, f"verdict must be one of {', '.join(wording.VERDICTS)}.")
+
+
+def _carried(verdict: str, every: bool) -> str:
+    """The query part of the address of a concept that was opened from a list."""
+    return "?" + urlencode({"verdict": verdict, "every": str(every).lower()})
+
+
+def _place(concepts: Concepts, number: int, verdict: str, every: bool) -> Place | None:
+    """Where a concept is in a list; None if the list does not have it."""
+    numbers, carried = concepts.chosen(verdict or None, every), _carried(verdict, every)
+    if number not in numbers:
+        return None
+    at = numbers.index(number)
+    previous, following = (numbers[i] if 0 <= i < len(numbers) else None for i in (at - 1, at + 1))
+    path = f"{concepts.path}{carried}&page={at // LIST_PAGE + 1}"
+    return Place(at + 1, len(numbers), previous, following, path, carried)
 
 
 def _list(concepts: Concepts, report: RunReport, verdict: str, every: bool, page: int) -> dict[str, Any]:
@@ -62,13 +89,18 @@ def _list(concepts: Concepts, report: RunReport, verdict: str, every: bool, page
         "verdict": verdict,
         "every": every,
         "can_choose": concepts.found.summary.needed is not None,
+        "carried": _carried(verdict, every),
+        "page_numbers": page_numbers(at, n_pages),
         "page": at,
         "n_pages": n_pages,
     }
 
 
-def _page(concepts: Concepts, number: int, whole: bool, raw: bool) -> dict[str, Any]:
-    """The page of one concept."""
+def _page(concepts: Concepts, number: int, place: Place | None, whole: bool, raw: bool) -> dict[str, Any]:
+    """The page of one concept; `place` is its place in the list that it was opened from."""
+    n = concepts.found.table.height
+    beside = (number - 1 if number else None, number + 1 if number + 1 < n else None)
+    previous, following = beside if place is None else (place.previous, place.following)
     activity = concepts.activity(number)
     trainings = [row | {nu: wording.interval(estimate(row, nu)) for nu in TRAINING_NUS} for row in concepts.trainings(number)]
     return {
@@ -83,8 +115,9 @@ def _page(concepts: Concepts, number: int, whole: bool, raw: bool) -> dict[str, 
         "promoted": concepts.promoted(number),
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),
-        "previous": number - 1 if number else None,
-        "following": number + 1 if number + 1 < concepts.found.table.height else None,
+        "place": place,
+        "previous": previous,
+        "following": following,
         "whole": whole,
         "raw": raw,
     }

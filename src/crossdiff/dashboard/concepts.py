@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from crossdiff.dashboard.side_tables import Activity, OpenExamples
+from crossdiff.dashboard.side_tables import Activity, OpenExamples, Promoted, PromotedTokens
 from crossdiff.latents.ranking import RECONSTRUCTIONS
 from crossdiff.report import wording
 from crossdiff.report.cards import ExampleView, example_view
@@ -16,12 +16,13 @@ from crossdiff.report.concept_cards import ConceptCard, Title, concept_card, tit
 from crossdiff.report.concept_reading import COMMAND, concept_of, ranked
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.concept_wording import counted, prediction_words, told
+from crossdiff.report.examples import visible
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.tables import read_table
 
 TRAINING_NUS = ("nu_error", *RECONSTRUCTIONS)
 """The nus of a concept in each training alone, as its page shows them."""
-LIST_PAGE = 50
+LIST_PAGE = 25
 """Concepts on a page of the list."""
 TOP, PER_QUANTILE = 10, 3
 """Examples on the page of a concept: the strongest, and from each quantile."""
@@ -35,6 +36,7 @@ class ConceptRow(NamedTuple):
     number: int
     title: Title | None
     explanation: str | None
+    tokens: tuple[str, ...]
     sign: Sign
     found: str
     energy: str
@@ -52,14 +54,6 @@ class Member(NamedTuple):
     correlation: str
 
 
-class Promoted(NamedTuple):
-    """The tokens that one direction of a concept promotes and demotes most in a model."""
-
-    direction: str
-    up: tuple[str, ...]
-    down: tuple[str, ...]
-
-
 class Concepts:
     """The concepts of one run; `paths` has the address of each of its crosscoders by name."""
 
@@ -69,6 +63,11 @@ class Concepts:
         self.ranked = ranked(found)
         self._paths = paths
         self.title = lru_cache(TITLES)(self._title)
+
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """The explanations of the concepts that have one."""
+        return dict(self.found.table.select("concept", "explanation").drop_nulls().rows())
 
     @property
     def path(self) -> str:
@@ -93,7 +92,7 @@ class Concepts:
         for number in numbers:
             concept = concept_of(self.found, number, ())
             found.append(ConceptRow(
-                number, self.title(number), concept.explanation,
+                number, self.title(number), concept.explanation, tuple(map(visible, concept.tokens)),
                 sign_of(wording.words(concept.verdict), verdict_mark(concept.verdict)),
                 f"{concept.n_trainings} of {n}", wording.share(concept.energy),
                 tuple(prediction_words(prediction) for prediction in told(concept)),
@@ -148,18 +147,12 @@ class Concepts:
         return read_table(self.found.folder / "trainings.parquet", columns, COMMAND)
 
     def promoted(self, number: int) -> list[Promoted]:
-        """The tokens that its directions promote and demote, from the table of the stage: this needs no model."""
-        rows = self._promoted.filter(pl.col("concept") == number).sort("rank")
-        found = []
-        for direction in rows["direction"].unique(maintain_order=True):
-            sides = (rows.filter(direction=direction, side=side)["token"].to_list() for side in ("up", "down"))
-            found.append(Promoted(direction, *map(tuple, sides)))
-        return found
+        """The tokens that its directions promote and demote, from the table of the stage."""
+        return self._promoted.of(number)
 
     @cached_property
-    def _promoted(self) -> pl.DataFrame:
-        columns = ("concept", "direction", "side", "rank", "token")
-        return read_table(self.found.folder / "promoted.parquet", columns, COMMAND)
+    def _promoted(self) -> PromotedTokens:
+        return PromotedTokens(self.found.folder / "promoted.parquet", "concept", COMMAND)
 
     def activity(self, number: int) -> list[dict[str, Any]]:
         """The groups of tokens on which it is active, the largest share first."""

@@ -8,10 +8,12 @@ from typing import Any
 import jinja2
 
 from crossdiff.dashboard import charts
+from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.concepts import ConceptRow, Concepts
-from crossdiff.dashboard.queries import SHOWN, Query, page_of, select
-from crossdiff.dashboard.search import Search
+from crossdiff.dashboard.lists import Lists, Place
+from crossdiff.dashboard.queries import MINOR, SHOWN, Query, page_numbers
+from crossdiff.dashboard.search import Found, Search
 from crossdiff.latents.ranking import RANKS, title
 from crossdiff.report import concept_wording, figures, overview, wording
 from crossdiff.report.cards import example_view
@@ -95,20 +97,35 @@ def _first_concepts(concepts: Concepts | None) -> list[ConceptRow]:
     return concepts.rows([concept.number for concept in concept_wording.leading(concepts.found)[:HOME_CONCEPTS]])
 
 
-def table(coder: Coder, query: Query, search: Search) -> dict[str, Any]:
+def table(coder: Coder, query: Query, search: Search, lists: Lists) -> dict[str, Any]:
     """A page of the latent table."""
-    found = search.latents(query.search) if query.search else None
-    columns = [*SHOWN, *(["explanation"] if coder.has_explanations else [])]
-    columns += [column for column in query.show if column not in columns]
+    page, found = lists.page(coder, query), lists.of(coder, query).found
+    columns = [*SHOWN, *(column for column in query.show if column not in SHOWN)]
     return {
         "coder": coder,
         "query": query,
-        "page": page_of(select(coder.table, query, found), query),
+        "page": page,
+        "page_numbers": page_numbers(page.number, page.n_pages),
+        "briefs": briefs(coder, [row["latent"] for row in page.rows], query.search),
+        "matches": None if found is None else match_words(found, page.n_rows),
         "columns": columns,
+        "minor": [column for column in MINOR if column not in (query.column, *query.show)],
         "schema": coder.table.schema,
         "verdicts": [verdict for verdict in wording.VERDICTS if verdict in set(coder.table["verdict"].unique())],
         "search_state": search.state,
     }
+
+
+def match_words(found: Found, n_shown: int) -> str:
+    """Where the latents of a search have its words."""
+    rest = len(found.latents) - found.n_explained - found.n_active
+    counted = (
+        (found.n_explained, "in their explanation"), (found.n_active, "on tokens on which they are active"),
+        (rest, "only elsewhere in the text of their examples"),
+    )  # fmt: skip
+    parts = [f"{n:,} {where}" for n, where in counted if n]
+    filtered = "" if n_shown == len(found.latents) else f", of which the filters leave {n_shown:,}"
+    return f"{wording.latents(len(found.latents))} with these words: {', '.join(parts)}{filtered}" if parts else ""
 
 
 def coder_page(coder: Coder) -> dict[str, Any]:
@@ -131,11 +148,11 @@ def coder_page(coder: Coder) -> dict[str, Any]:
     }
 
 
-def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> dict[str, Any]:
-    """The page of a latent."""
+def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool, place: Place | None = None) -> dict[str, Any]:
+    """The page of a latent; `place` is its place in the list that it was opened from."""
     latent = coder.latent(row)
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
-    previous, following = coder.beside(row["latent"])
+    previous, following = coder.beside(row["latent"]) if place is None else (place.previous, place.following)
     activity = coder.activity(row["latent"])
     concepts = coder.concepts
     concept = None if concepts is None else concepts.of_latent(coder.name, row["latent"])
@@ -153,6 +170,8 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> di
         "n_activity": len(activity),
         "neighbours": coder.neighbours(row["latent"]),
         "twins": coder.twins(row["latent"]),
+        "promoted": coder.promoted(row["latent"]),
+        "place": place,
         "previous": previous,
         "following": following,
         "whole": whole,

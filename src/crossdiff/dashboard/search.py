@@ -1,7 +1,8 @@
-"""Full-text search over explanations and example texts, with an SQLite FTS5 index.
+"""Search over explanations and example texts, in which a word on whose tokens a latent is active counts most.
 
 The run itself is only read, so the index is in the user's cache, under a name that changes with the files it is built from. The
-first start builds it in the background. A latent is found by its explanation and the contexts of its strongest examples.
+first start builds it in the background. For each word the index holds the latents that have it in their explanation or in the
+contexts of their strongest examples, each with a weight.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ import os
 import re
 import sqlite3
 import threading
+import unicodedata
+from array import array
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +30,31 @@ from crossdiff.errors import UserError
 from crossdiff.files import open_sqlite
 from crossdiff.report.examples import TOKENS_AFTER, TOKENS_BEFORE
 
-FORMAT = 1
+FORMAT = 2
 CONTEXTS = 5
 """Strongest examples of a latent whose text is indexed."""
 BATCH = 2000
 MAX_WORDS = 12
+EXPLAINED, FULL = 255, 100
+"""Weight of a word of the explanation, and of a word on which a latent is as active as anywhere. A word on which it is less
+active has as many hundredths; one on which it is not active has 0."""
+_WORD = re.compile("(?:[^\\W_]|[\u0300-\u036f])+")
+
+
+class Found(NamedTuple):
+    """What a search has found.
+
+    Attributes:
+        latents: `[latent]`, those that have all the words.
+        weights: `[latent]`, the sum of the words' weights.
+        n_explained: number of latents with a word in their explanation.
+        n_active: number of the others that are active on a word.
+    """
+
+    latents: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.int64]
+    n_explained: int
+    n_active: int
 
 
 def cache_folder() -> Path:
@@ -56,8 +84,8 @@ class Search:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(partial)) as index, index:
-                index.execute("CREATE VIRTUAL TABLE texts USING fts5(explanation, contexts, content='')")
-                self._fill(index)
+                index.execute("CREATE TABLE words (word TEXT PRIMARY KEY, latents BLOB, weights BLOB) WITHOUT ROWID")
+                index.executemany("INSERT INTO words VALUES (?, ?, ?)", self._words())
             partial.replace(self.path)
             self.state = "ready"
         except (OSError, sqlite3.Error, UserError) as error:
@@ -65,44 +93,126 @@ class Search:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _fill(self, index: sqlite3.Connection) -> None:
-        explanations = dict(self.coder.table.select("latent", "explanation").rows()) if self.coder.has_explanations else {}
-        latents = self.coder.table["latent"].to_list()
-        vocabulary = self.coder.database.vocabulary
-        query = (
-            "SELECT latent, position, token_ids FROM examples JOIN sequences USING (sequence) "
-            "WHERE latent >= ? AND latent < ? AND kind = 'top' AND rank < ?"
-        )
-        for first in range(0, max(latents, default=-1) + 1, BATCH):
-            contexts: dict[int, list[str]] = {latent: [] for latent in latents if first <= latent < first + BATCH}
-            for latent, position, blob in self.coder.database.rows(query, (first, first + BATCH, CONTEXTS)):
-                ids = np.frombuffer(blob, "<i4")[max(0, position - TOKENS_BEFORE) : position + TOKENS_AFTER + 1].tolist()
-                contexts.setdefault(latent, []).append("".join(vocabulary.get(token, "") for token in ids))
-            rows = ((latent, explanations.get(latent) or "", "\n".join(texts)) for latent, texts in contexts.items())
-            index.executemany("INSERT INTO texts (rowid, explanation, contexts) VALUES (?, ?, ?)", rows)
+    def _words(self) -> Iterator[tuple[str, bytes, bytes]]:
+        """Every word with its latents and their weights, as bytes of int32 and uint8."""
+        found: dict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("i"), array("B")))
+        for latent, weights in self._weights():
+            for word, weight in weights.items():
+                latents, own = found[word]
+                latents.append(latent)
+                own.append(weight)
+        for word in sorted(found):
+            latents, own = found[word]
+            yield word, np.array(latents, "<i4").tobytes(), own.tobytes()
 
-    def latents(self, text: str) -> npt.NDArray[np.int64]:
-        """The latents whose explanation or contexts have all the words; the last word may be the beginning of one."""
+    def _weights(self) -> Iterator[tuple[int, dict[str, int]]]:
+        """Every latent with the weights of its words."""
+        table, vocabulary = self.coder.table, self.coder.database.vocabulary
+        explanations = table["explanation"].to_list() if self.coder.has_explanations else [None] * table.height
+        said = dict(zip(table["latent"].to_list(), explanations, strict=True))
+        query = (
+            "SELECT latent, position, token_ids, positions, activations FROM examples JOIN sequences USING (sequence) "
+            "WHERE latent >= ? AND latent < ? AND kind <> 'quantile' AND rank < ? ORDER BY latent, quantile DESC, rank"
+        )
+        for first in range(0, max(said, default=-1) + 1, BATCH):
+            contexts: dict[int, list[tuple[int, bytes, bytes, bytes]]] = defaultdict(list)
+            for latent, *example in self.coder.database.rows(query, (first, first + BATCH, CONTEXTS)):
+                if len(contexts[latent]) < CONTEXTS:
+                    contexts[latent].append(tuple(example))
+            for latent in range(first, first + BATCH):
+                if latent in said:
+                    weights = dict.fromkeys(words(said[latent] or ""), EXPLAINED)
+                    _add_contexts(weights, contexts[latent], vocabulary)
+                    yield latent, weights
+
+    def find(self, text: str) -> Found:
+        """The latents that have all the words in their explanation or contexts; the last word may be the beginning of one."""
         if self.state != "ready":
             reason = "the search index is being built; try again in a moment" if self.state == "building" else self.state
             raise UserError(reason)
-        if not (wanted := match(text)):
-            return np.empty(0, np.int64)
+        best = [self._best(*range_of) for range_of in ranges(text)]
+        if not best:
+            return Found(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0)
+        weights = np.stack(best)
+        latents = np.flatnonzero((weights >= 0).all(0))
+        found = weights[:, latents]
+        explained = (found == EXPLAINED).any(0)
+        active = ((found > 0) & (found <= FULL)).any(0) & ~explained
+        return Found(latents, found.sum(0, dtype=np.int64), int(explained.sum()), int(active.sum()))
+
+    def _best(self, first: str, end: str) -> npt.NDArray[np.int16]:
+        """The largest weight `[latent]` of the words from `first` to before `end`; -1 for a latent that has none of them."""
+        best = np.full(int(self.coder.table["latent"].max() or 0) + 1, -1, np.int16)  # type: ignore[arg-type]
         try:
             if not hasattr(self._own, "database"):
                 self._own.database = open_sqlite(self.path, any_thread=True)
-            rows = self._own.database.execute("SELECT rowid FROM texts WHERE texts MATCH ?", (wanted,)).fetchall()
-        except sqlite3.Error as error:
+            rows = self._own.database.execute("SELECT latents, weights FROM words WHERE word >= ? AND word < ?", (first, end))
+            for latents, weights in rows:
+                at = np.frombuffer(latents, "<i4")  # each latent once
+                best[at] = np.maximum(best[at], np.frombuffer(weights, "u1"))
+        except (sqlite3.Error, ValueError, IndexError) as error:
             raise UserError(
                 f"the search index {self.path} cannot be read ({error}); delete it and restart the dashboard"
             ) from error
-        return np.array([row[0] for row in rows], np.int64)
+        return best
 
 
-def match(text: str) -> str:
-    """A query in FTS5's language: each word is quoted, so that none is an operator, and the last one is a prefix."""
-    words = re.findall(r"\w+", text)[:MAX_WORDS]
-    return " ".join(f'"{word}"' for word in words) + ("*" if words else "")
+def words(text: str) -> list[str]:
+    """The words of a text as the index has them: letters and digits, without case or accents."""
+    return [plain_word(word) for word in _WORD.findall(text)]
+
+
+@lru_cache(1 << 16)
+def plain_word(word: str) -> str:
+    """A word without case and accents."""
+    return "".join(letter for letter in unicodedata.normalize("NFKD", word.casefold()) if not unicodedata.combining(letter))
+
+
+def ranges(text: str) -> list[tuple[str, str]]:
+    """What is looked up for each word: all words from the first to before the second. The last word may be a beginning."""
+    wanted = words(text)[:MAX_WORDS]
+    return [(word, word + ("\U0010ffff" if at == len(wanted) - 1 else "\0")) for at, word in enumerate(wanted)]
+
+
+class Spans(NamedTuple):
+    """The words of a context, where each begins and ends in the joined text, and where each token begins."""
+
+    words: list[str]
+    begins: list[int]
+    ends: list[int]
+    tokens: list[int]
+
+    def at(self, token: int, length: int) -> range:
+        """The words that a token of `length` characters is part of."""
+        begin = self.tokens[token]
+        return range(bisect_right(self.ends, begin), bisect_right(self.begins, begin + length - 1))
+
+
+def spans(texts: Sequence[str]) -> Spans:
+    """Where the words of a sequence of tokens are."""
+    found = list(_WORD.finditer("".join(texts)))
+    begins = [0]
+    for text in texts:
+        begins.append(begins[-1] + len(text))
+    return Spans([plain_word(each[0]) for each in found], [e.start() for e in found], [e.end() for e in found], begins)
+
+
+def _add_contexts(weights: dict[str, int], contexts: list[tuple[int, bytes, bytes, bytes]], vocabulary: dict[int, str]) -> None:
+    """Add the words of a latent's examples, each of them position, token ids, positions and activations."""
+    highest = 0.0
+    for position, token_ids, positions, activations in contexts:
+        first, end = max(0, position - TOKENS_BEFORE), position + TOKENS_AFTER + 1
+        texts = [vocabulary.get(token, "") for token in np.frombuffer(token_ids, "<i4")[first:end].tolist()]
+        where = spans(texts)
+        for word in where.words:
+            weights.setdefault(word, 0)
+        values = dict(zip(np.frombuffer(positions, "<i4").tolist(), np.frombuffer(activations, "<f4").tolist(), strict=True))
+        highest = max(highest, *values.values(), 1e-9)
+        for at, text in enumerate(texts):
+            if (value := values.get(first + at, 0.0)) > 0:
+                for part_of in where.at(at, len(text)):
+                    word, weight = where.words[part_of], max(1, round(FULL * value / highest))
+                    weights[word] = max(weights[word], weight)
 
 
 def _fingerprint(coder: Coder) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -38,8 +38,8 @@ class OpenExamples(ExampleDatabase):
             return database.execute(query, values).fetchall()
 
 
-class Activity:
-    """The groups of tokens on which each latent or concept is active: activity.parquet, which a run may lack.
+class SideTable:
+    """A Parquet file with rows of each latent or concept, which a run may lack.
 
     Args:
         unit: column with the number, `latent` or `concept`.
@@ -54,12 +54,41 @@ class Activity:
         if self._file is not None:
             weakref.finalize(self, self._file.close)
 
-    def of(self, number: int) -> list[dict[str, Any]]:
-        """The rows of a latent or concept, the largest share first."""
+    def rows(self, number: int, *order: str, descending: bool = False) -> pl.DataFrame:
+        """The rows of a latent or concept, sorted; without columns if there is no file."""
         if self._file is None:
-            return []
+            return pl.DataFrame()
         try:
             found = pl.scan_parquet(self._file).filter(pl.col(self.unit) == number).collect()
-            return found.sort("share", descending=True, nulls_last=True, maintain_order=True).to_dicts()
+            return found.sort(order, descending=descending, nulls_last=True, maintain_order=True)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(f"{self.path} cannot be read as Parquet ({error}); run `{self.command}` again") from error
+
+
+class Activity(SideTable):
+    """The groups of tokens on which each latent or concept is active: activity.parquet."""
+
+    def of(self, number: int) -> list[dict[str, Any]]:
+        """The rows of a latent or concept, the largest share first."""
+        return self.rows(number, "share", descending=True).to_dicts()
+
+
+class Promoted(NamedTuple):
+    """The tokens that one direction of a latent or concept promotes and demotes most in a model, with their logits."""
+
+    name: str
+    up: tuple[tuple[str, float], ...]
+    down: tuple[tuple[str, float], ...]
+
+
+class PromotedTokens(SideTable):
+    """The tokens that the directions of each latent or concept promote: promoted.parquet. This needs no model."""
+
+    def of(self, number: int) -> list[Promoted]:
+        """Those of each direction of a latent or concept."""
+        rows = self.rows(number, "rank")
+        found = []
+        for direction in rows["direction"].unique(maintain_order=True) if rows.height else ():
+            sides = (rows.filter(direction=direction, side=side).select("token", "logit").rows() for side in ("up", "down"))
+            found.append(Promoted(direction, *map(tuple, sides)))
+        return found

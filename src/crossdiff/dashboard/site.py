@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, Response
 from crossdiff.dashboard import charts, pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.kept import Kept
+from crossdiff.dashboard.lists import Lists
 from crossdiff.dashboard.live import WAITING, Live
 from crossdiff.dashboard.search import Search
 from crossdiff.files import fingerprint
@@ -57,6 +58,7 @@ class Site:
         self.waits = own_threads(WAITING_AT_ONCE)
         self.kept = Kept(cache / "live")
         self.search = {key: Search(coder, cache / "search") for key, coder in catalogue.coders.items()}
+        self.lists = Lists({catalogue.coders[key].path: search for key, search in self.search.items()})
         self.points: Callable[[tuple[str, str], str], bytes] = lru_cache(CACHED_POINTS)(self._points)
         self.home: Callable[[], dict[str, Any]] = lru_cache(1)(lambda: pages.home(catalogue))
         self.coder_page: Callable[[Coder], dict[str, Any]] = lru_cache(None)(pages.coder_page)

@@ -13,6 +13,8 @@ from crossdiff.models.access import decoder_layers
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float, Tensor
 
+NAMES = ("base direction, base model", "chat direction, chat model", "chat minus base direction, chat model")
+
 
 @dataclass(frozen=True)
 class Promoted:
@@ -31,39 +33,42 @@ def lenses(pair: Pair, base: Float[Tensor, " d_model"], chat: Float[Tensor, " d_
         UserError: a model has no norm after its layers, or its unembedding reads other vectors than the residual stream's.
     """
     found = []
-    for name, model, direction in (
-        ("base direction, base model", pair.base, base),
-        ("chat direction, chat model", pair.chat, chat),
-        ("chat minus base direction, chat model", pair.chat, chat - base),
-    ):
+    for name, model, direction in read_in(pair, base, chat):
         logits = direction_logits(model, direction)
         up, down = (_tokens(pair.tokenizer, logits, n, largest) for largest in (True, False))
         found.append(Promoted(name, up, down))
     return tuple(found)
 
 
+def read_in(
+    pair: Pair, base: Float[Tensor, "*direction d_model"], chat: Float[Tensor, "*direction d_model"]
+) -> tuple[tuple[str, Any, Float[Tensor, "*direction d_model"]], ...]:
+    """What the lens reads, in the order of `NAMES`: name, model and directions of each."""
+    return tuple(zip(NAMES, (pair.base, pair.chat, pair.chat), (base, chat, chat - base), strict=True))
+
+
 def _tokens(tokenizer: Any, logits: Float[Tensor, " vocabulary"], n: int, largest: bool) -> tuple[tuple[str, float], ...]:
-    top = logits.topk(min(n, len(logits)), largest=largest)
+    top = logits.cpu().topk(min(n, len(logits)), largest=largest)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return tuple((tokenizer.decode([token]), value) for token, value in pairs)
 
 
-def direction_logits(model: Any, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " vocabulary"]:
-    """Logits of a direction of the residual stream, through the final norm and the unembedding.
+def direction_logits(model: Any, direction: Float[Tensor, "*direction d_model"]) -> Float[Tensor, "*direction vocabulary"]:
+    """Logits of directions of the residual stream, through the final norm and the unembedding.
 
-    Applying the norm module to the direction covers every architecture's way of storing its gain. The norm of a zero vector,
+    Applying the norm module to a direction covers every architecture's way of storing its gain. The norm of a zero vector,
     which is the norm's bias, is subtracted.
     """
     norm, weight = _final_norm(model), model.get_output_embeddings().weight
-    if weight.shape[1] != len(direction):
+    if weight.shape[1] != direction.shape[-1]:
         raise UserError(
             f"the unembedding of {type(model).__name__} reads vectors of {weight.shape[1]} dimensions, and its residual stream "
-            f"has {len(direction)}, so the logit lens is unavailable"
+            f"has {direction.shape[-1]}, so the logit lens is unavailable"
         )
-    vectors = torch.stack([direction.to(weight), torch.zeros_like(direction).to(weight)])
-    normed = norm(vectors)
-    logits: Tensor = ((normed[0] - normed[1]) @ weight.T).float().cpu()
-    return logits
+    vectors = direction.to(weight).view(-1, weight.shape[1])
+    normed = norm(vectors) - norm(torch.zeros_like(vectors[:1]))
+    logits: Tensor = (normed @ weight.T).float()
+    return logits.view(*direction.shape[:-1], weight.shape[0])
 
 
 def _final_norm(model: Any) -> nn.Module:

@@ -35,7 +35,7 @@ FILES = (
     "config.json", "model.safetensors", "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet",
     "examples.sqlite", "health.json", "behaviours.parquet", "train.jsonl", "causal.json", "causal_latents.parquet",
     "causal_conversations.parquet", "interpretation.parquet", "interpretation_contexts.parquet", "interpretation.json",
-    "overlap.parquet",
+    "overlap.parquet", "promoted.parquet",
 )  # fmt: skip
 """The files of each crosscoder that are published if they exist."""
 CONCEPTS = (

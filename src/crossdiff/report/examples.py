@@ -167,6 +167,20 @@ class ExampleDatabase:
         rows = [*shown.values(), *(row for group, rows in groups.items() for row in rows[: most[group[0]]])]
         return tuple(_example(self, row) for row in rows)
 
+    def strongest(self, latents: Sequence[int], n: int) -> dict[int, tuple[Example, ...]]:
+        """The `n` strongest examples of each of several latents that has any, from one query."""
+        check_latents(latents, self.n_latents, f"the crosscoder of {self.path}")
+        marks = ", ".join("?" * len(latents))
+        query = _SELECT.replace("SELECT", "SELECT latent,").replace("latent = ?", f"latent IN ({marks})")
+        found: dict[int, list[Example]] = {}
+        with self._reading() as database:
+            strongest = "kind <> 'quantile' AND rank < ? ORDER BY latent, quantile DESC, rank"
+            for latent, *row in database.execute(f"{query} AND {strongest}", (*latents, n)):
+                own = found.setdefault(latent, [])
+                if len(own) < n:
+                    own.append(_example(self, tuple(row)))
+        return {latent: tuple(examples) for latent, examples in found.items()}
+
 
 def read_examples(
     path: Path, latents: Sequence[int], command: str = "crossdiff analyze", per_band: int = PER_BAND

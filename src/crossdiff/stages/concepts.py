@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crossdiff.stages.definitions import concepts_stage
 from crossdiff.stages.session import Session
 
+if TYPE_CHECKING:
+    from crossdiff.models.pair import Pair
 
-def concepts(session: Session) -> None:
-    """Write the folder `concepts` of the run; a run without a crosscoder that reads both models has none."""
+
+def concepts(session: Session, pair: Pair | None = None) -> None:
+    """Write the folder `concepts` of the run; a run without a crosscoder that reads both models has none.
+
+    Args:
+        pair: the models, if they are loaded.
+    """
     names = session.paired_trainings
     if not names:
         session.console.print("concepts: skipped, since no crosscoder of this run reads both models")
@@ -27,6 +35,6 @@ def concepts(session: Session) -> None:
         target.mkdir(exist_ok=True)
         with session.progress("concepts, tokens", 2 * store.n_tokens) as advance:
             settings = Settings(config.concepts, config.analyze)
-            find_concepts(target, trainings, store, session.load_pair(), settings, advance, session.ranks)
+            find_concepts(target, trainings, store, pair or session.load_pair(), settings, advance, session.ranks)
 
     session.run(concepts_stage(session.config, names), work)

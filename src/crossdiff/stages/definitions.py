@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CODE_FORMAT = 5
 """Raised when the results of the harvest, the comparison or steering change although the settings do not."""
 TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT = 7, 7, 2, 1
-TRUTH_FORMAT, CONCEPTS_FORMAT, LOOK_FORMAT, OVERLAP_FORMAT = 5, 1, 2, 1
+TRUTH_FORMAT, CONCEPTS_FORMAT, LOOK_FORMAT, OVERLAP_FORMAT, PROMOTED_FORMAT = 5, 1, 2, 1, 1
 """The same for the other stages, each of its own, so that nothing is harvested again for them."""
 ANALYSIS = (
     "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
@@ -107,6 +107,12 @@ def analyze_stage(config: RunConfig, name: str) -> Stage:
     }  # fmt: skip
     trainings = (name,) if reference is None else (name, reference)
     return _stage("analyze", name, value, ANALYSIS, tuple(f"train/{training}" for training in trainings))
+
+
+def promoted_stage(config: RunConfig, name: str) -> Stage:
+    """Depends on the latent table, which says of which latents the promoted tokens are stored."""
+    value = {"code": PROMOTED_FORMAT, "analyze": analyze_stage(config, name).fingerprint}
+    return _stage("promoted", name, value, ("promoted.parquet",), (f"analyze/{name}",))
 
 
 def concepts_stage(config: RunConfig, names: tuple[str, ...]) -> Stage:

@@ -13,6 +13,7 @@ from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.harvest import harvest_layers, pin_template_date, prepare_harvest
 from crossdiff.stages.look import look
 from crossdiff.stages.overlap import overlap
+from crossdiff.stages.promoted import promoted
 from crossdiff.stages.report import report
 from crossdiff.stages.session import Session
 from crossdiff.stages.train import train
@@ -55,8 +56,10 @@ def run_until(session: Session, last: str = "report") -> None:
         compare(session)
     if "analyze" in stages:
         analyze(session, session.trainings)
-    if "concepts" in stages:
-        concepts(session)
+        pair = promoted(session)
+        if "concepts" in stages:
+            concepts(session, pair)
+        del pair  # the memory of two models
     if "overlap" in stages:
         overlap(session)
     if "causal" in stages:

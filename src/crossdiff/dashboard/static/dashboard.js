@@ -1,5 +1,5 @@
 "use strict";
-// Figures, brushing and keys. All other parts of the pages work without this file.
+// Figures, brushing, and what a point is about. All other parts of the pages work without this file.
 const roomy = window.matchMedia("(min-width: 700px)").matches;
 const webgl = (() => { const c = document.createElement("canvas"); return !!(c.getContext("webgl2") || c.getContext("webgl")); })();
 const MOST_SVG = 4000;
@@ -30,7 +30,7 @@ function filterTable(holder, range) {
   params.delete("f");
   params.delete("page");
   for (const each of kept) params.append("f", each);
-  htmx.ajax("GET", `${table.dataset.path}?${params}`, { target: "#table", swap: "outerHTML" });
+  htmx.ajax("GET", `${table.dataset.path}?${params}`, { source: table, target: "#table", swap: "outerHTML" });
 }
 
 function draw(canvas, figure, holder) {
@@ -48,7 +48,42 @@ function draw(canvas, figure, holder) {
       const latent = event.points[0] && event.points[0].customdata;
       if (holder.dataset.latent && Number.isInteger(latent)) location.href = holder.dataset.latent + latent;
     });
+    if (holder.dataset.latent) showBriefs(canvas, holder);
   });
+}
+
+// While the pointer rests on a point, a box beside it says what the latent is about.
+const PAUSE = 80;
+function showBriefs(canvas, holder) {
+  const box = document.createElement("div"), known = new Map();
+  box.className = "brief-box";
+  box.hidden = true;
+  holder.after(box);
+  let wanted = null;
+  async function show(latent, at) {
+    await new Promise(resolve => setTimeout(resolve, PAUSE));
+    if (wanted !== latent) return;
+    if (!known.has(latent)) {
+      const headers = JSON.parse(document.body.getAttribute("hx-headers"));
+      const answer = await fetch(`${holder.dataset.latent}${latent}/brief`, { headers });
+      if (!answer.ok) return;
+      known.set(latent, await answer.text());  // the server has escaped every text of the run
+    }
+    if (wanted !== latent) return;
+    box.innerHTML = known.get(latent);
+    box.hidden = false;
+    const left = Math.min(at.clientX + 16, window.innerWidth - box.offsetWidth - 8);
+    const below = at.clientY + 40, above = at.clientY - box.offsetHeight - 40;
+    box.style.left = `${Math.max(8, left)}px`;
+    box.style.top = `${below + box.offsetHeight > window.innerHeight && above > 0 ? above : below}px`;
+  }
+  canvas.on("plotly_hover", event => {
+    const latent = event.points[0] && event.points[0].customdata;
+    if (!Number.isInteger(latent)) return;
+    wanted = latent;
+    show(latent, event.event);
+  });
+  canvas.on("plotly_unhover", () => { wanted = null; box.hidden = true; });
 }
 
 function drawCharts(root) {
@@ -85,41 +120,6 @@ async function drawCloud(canvas) {
   canvas.dataset.drawn = "yes";
 }
 
-function rows() { return [...document.querySelectorAll("#table tbody tr[data-href]")]; }
-function move(step) {
-  const link = document.querySelector(`a[rel=${step > 0 ? "next" : "prev"}]`);
-  const all = rows();
-  if (!all.length) { if (link) link.click(); return; }
-  const at = all.findIndex(row => row.classList.contains("current"));
-  const next = all[Math.min(all.length - 1, Math.max(0, at + step))];
-  all.forEach(row => row.classList.toggle("current", row === next));
-  next.querySelector("a").focus();
-  next.scrollIntoView({ block: "nearest" });
-}
-function focusOn(id) { const field = document.getElementById(id); if (field) { field.focus(); field.select(); } }
-function toggleKeys() {
-  const list = document.getElementById("keys"), button = document.querySelector("[data-keys]");
-  list.hidden = !list.hidden;
-  button.setAttribute("aria-expanded", String(!list.hidden));
-}
-const follow = (key, otherwise) => {
-  const link = document.querySelector(`.bar [data-key=${key}]`);
-  if (link || otherwise) location.href = link ? link.href : otherwise;
-};
-const KEYS = {
-  "/": () => focusOn("search"), g: () => focusOn("goto"), j: () => move(1), k: () => move(-1), "?": toggleKeys,
-  h: () => follow("h", "/"), l: () => follow("l"),
-};
-document.addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select")) return;
-  const action = KEYS[event.key];
-  if (action) { event.preventDefault(); action(); }
-});
-document.addEventListener("click", event => {
-  if (event.target.closest("[data-keys]")) { toggleKeys(); return; }
-  const row = event.target.closest("tr[data-href]");
-  if (row && !event.target.closest("a") && !String(window.getSelection())) location.href = row.dataset.href;
-});
 document.addEventListener("change", event => {
   const cloud = document.querySelector(".cloud");
   if (cloud && event.target.matches("[name=colour]")) drawCloud(cloud);
