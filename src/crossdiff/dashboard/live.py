@@ -46,7 +46,8 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Reading:
-    """One text with its active latents: arrays `[pair]` of token, latent and v, and the text and flags of each token."""
+    """One text with its active latents: arrays `[pair]` of token, latent and v; of each token its text, flags, id, and the bytes
+    of a part of a character."""
 
     key: str
     texts: tuple[str, ...]
@@ -54,6 +55,8 @@ class Reading:
     token: npt.NDArray[np.int64]
     latent: npt.NDArray[np.int64]
     v: npt.NDArray[np.float32]
+    ids: tuple[int, ...]
+    data: tuple[bytes, ...]
 
     def of(self, latent: int) -> npt.NDArray[np.float32]:
         """The latent's v on every token."""
@@ -241,16 +244,21 @@ def check_length(text: Prompt) -> None:
 
 
 def _reading(diff: Diff, sequence: TokenSequence) -> Reading:
+    from crossdiff.text.token_texts import token_text
     from crossdiff.text_activations import active_pairs
 
     found = active_pairs(diff.pair, diff.crosscoder_at_pair, sequence, diff.rule)
+    ids = tuple(sequence.token_ids.tolist())
+    words = [token_text(diff.pair.tokenizer, token) for token in ids]
     return Reading(
         key=secrets.token_urlsafe(12),
-        texts=tuple(diff.pair.tokenizer.decode([token]) for token in sequence.token_ids.tolist()),
+        texts=tuple(word.text for word in words),
         flags=tuple(sequence.flags.tolist()),
         token=found.token,
         latent=found.latent,
         v=found.v,
+        ids=ids,
+        data=tuple(word.data for word in words),
     )
 
 

@@ -113,7 +113,7 @@ def view_of(coder: Coder, reading: Reading, latent: int) -> ExampleView:
 
 
 def _tokens(reading: Reading, values: list[float]) -> tuple[Token, ...]:
-    return tuple(map(Token, reading.texts, reading.flags, values))
+    return tuple(map(Token, reading.texts, reading.flags, values, reading.ids, reading.data))
 
 
 def add(app: FastAPI, site: Site) -> None:
@@ -177,7 +177,7 @@ def add(app: FastAPI, site: Site) -> None:
         example = record.examples[number]
         found = site.live.sides(coder, latent, example.tokens.ids)
         at = example.position
-        highest = float(max(found.base.max(), found.chat.max(), 1e-9))
+        highest = float(max(abs(found.base).max(), abs(found.chat).max(), 1e-9))
         views = []
         for model, parts in ((BASE, found.base), (CHAT, found.chat)):
             side = replace(example, tokens=example.tokens.with_activations(parts), activation=float(parts[at]))

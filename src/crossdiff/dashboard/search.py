@@ -68,7 +68,6 @@ class Search:
     def _fill(self, index: sqlite3.Connection) -> None:
         explanations = dict(self.coder.table.select("latent", "explanation").rows()) if self.coder.has_explanations else {}
         latents = self.coder.table["latent"].to_list()
-        vocabulary = self.coder.database.vocabulary
         query = (
             "SELECT latent, position, token_ids FROM examples JOIN sequences USING (sequence) "
             "WHERE latent >= ? AND latent < ? AND kind = 'top' AND rank < ?"
@@ -77,7 +76,7 @@ class Search:
             contexts: dict[int, list[str]] = {latent: [] for latent in latents if first <= latent < first + BATCH}
             for latent, position, blob in self.coder.database.rows(query, (first, first + BATCH, CONTEXTS)):
                 ids = np.frombuffer(blob, "<i4")[max(0, position - TOKENS_BEFORE) : position + TOKENS_AFTER + 1].tolist()
-                contexts.setdefault(latent, []).append("".join(vocabulary.get(token, "") for token in ids))
+                contexts.setdefault(latent, []).append(self.coder.database.text(ids))
             rows = ((latent, explanations.get(latent) or "", "\n".join(texts)) for latent, texts in contexts.items())
             index.executemany("INSERT INTO texts (rowid, explanation, contexts) VALUES (?, ?, ?)", rows)
 

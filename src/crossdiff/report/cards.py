@@ -14,6 +14,7 @@ from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.overlap import overlap_words
 from crossdiff.report.records import TOKEN_GROUPS, Latent
 from crossdiff.text.chat import Flag
+from crossdiff.text.token_texts import TokenText, characters
 
 LEVELS = 8
 """Steps of the tint that shows an activation."""
@@ -30,7 +31,10 @@ _TEMPLATE, _ASSISTANT = int(Flag.TEMPLATE), int(Flag.ASSISTANT)
 
 
 class Piece(NamedTuple):
-    """One token as the page shows it. `speaker` is the label before the first token of a turn's content."""
+    """What the page shows of one token, or of several that make one character together: `n` tokens from the `first` on.
+
+    `speaker` is the label before the first token of a turn's content. `title` says what is known of each token.
+    """
 
     text: str
     classes: str
@@ -38,6 +42,8 @@ class Piece(NamedTuple):
     begins_line: bool
     speaker: str | None
     ends_line: bool
+    first: int
+    n: int = 1
 
 
 class ExampleView(NamedTuple):
@@ -150,31 +156,47 @@ def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> Examp
 
 
 def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, ...]:
-    """The tokens of a context. Each turn's template begins a new line, and its content begins with the speaker."""
+    """The tokens of a context. Each turn's template begins a new line, and its content begins with the speaker.
+
+    Tokens that make one character together are one piece, with the activation of the strongest of them.
+    """
     found: list[Piece] = []
     tokens, roles = context.tokens, [role_of(token) for token in context.tokens]
-    for index, (token, role) in enumerate(zip(tokens, roles, strict=True)):
-        text = token.text if raw else visible(token.text)
-        active = token.activation > 0
+    for at, own in characters([TokenText(token.text, token.data) for token in tokens]):
+        parts, index = tokens[at], at.start
+        token, role = parts[0], roles[index]
+        text = own if raw else visible(own)
+        value = max((part.activation for part in parts), key=abs)
         classes = ["t"]
         if role in _CHIPS:
             classes.append(role)
-        if active:
-            classes.append(f"a{_level(token.activation, highest)}")
-        if index == context.peak:
+        if value:
+            classes.append(f"{'a' if value > 0 else 'n'}{_level(abs(value), highest)}")
+        if at.start <= context.peak < at.stop:
             classes.append("peak")
         starts = index > 0 and _begins_turn(token, tokens[index - 1], roles[index - 1])
+        titles = (_token_title(part, context.start + index + place) for place, part in enumerate(parts))
         found.append(
             Piece(
                 text=text,
                 classes=" ".join(classes),
-                title=f"{text}  {wording.number(token.activation)}" if active else f"{text}  not active",
+                title="\n".join([*([f"{text}, {len(parts)} tokens"] if len(parts) > 1 else []), *titles]),
                 begins_line=starts and not found[-1].ends_line,
                 speaker=role if role in ("user", "assistant") and (index == 0 or role != roles[index - 1]) else None,
-                ends_line="\n" in token.text and role not in _CHIPS and not raw,
+                ends_line="\n" in own and role not in _CHIPS and not raw,
+                first=index,
+                n=len(parts),
             )
         )
     return tuple(found)
+
+
+def _token_title(token: Token, position: int) -> str:
+    """What is known of a token: its text or bytes, its value, its id and its position, with the value first."""
+    text = visible(token.text)
+    value = wording.number(token.activation) if token.activation else "not active"
+    number = "" if token.id is None else f"token id {token.id} \N{MIDDLE DOT} "
+    return f"{text}  {value}\n{number}position {position}"
 
 
 def _begins_turn(token: Token, previous: Token, previous_role: str) -> bool:
@@ -184,5 +206,5 @@ def _begins_turn(token: Token, previous: Token, previous_role: str) -> bool:
 
 
 def _level(activation: float, highest: float) -> int:
-    """Step of the tint for an activation above 0, from 1 to `LEVELS` for `highest`."""
+    """Step of the tint for the size of an activation, from 1 to `LEVELS` for `highest`."""
     return min(LEVELS, max(1, math.ceil(LEVELS * activation / highest)))
