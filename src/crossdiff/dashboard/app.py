@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.dashboard import concept_pages, live_pages, look_pages, pages
+from crossdiff.dashboard import comparisons, concept_pages, live_pages, look_pages, pages
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.current import Current
 from crossdiff.dashboard.live import Busy, Live
@@ -21,6 +21,7 @@ from crossdiff.dashboard.queries import parse, select
 from crossdiff.dashboard.security import Guard
 from crossdiff.dashboard.site import ROOT, Site, is_partial
 from crossdiff.errors import UserError
+from crossdiff.report.cards import Display
 
 HERE = Path(__file__).parent
 
@@ -52,6 +53,7 @@ def _application(site: Site) -> FastAPI:
     look_pages.add(app, site)
     _add_pages(app, site)
     live_pages.add(app, site)
+    comparisons.add(app, site)
     _add_errors(app, site)
     for search in site.search.values():
         search.start()
@@ -59,11 +61,16 @@ def _application(site: Site) -> FastAPI:
 
 
 def _add_pages(app: FastAPI, site: Site) -> None:
-    sheet = (HERE.parent / "report" / "templates" / "report.css").read_text(encoding="utf-8")
+    shared = HERE.parent / "report" / "templates"
+    sheet, script = ((shared / name).read_text(encoding="utf-8") for name in ("report.css", "popover.js"))
 
     @app.get("/report.css")
     def report_css() -> Response:
         return Response(sheet, media_type="text/css", headers={"cache-control": "max-age=3600"})
+
+    @app.get("/popover.js")
+    def popover_js() -> Response:
+        return Response(script, media_type="text/javascript", headers={"cache-control": "max-age=3600"})
 
     @app.get("/")
     @site.in_turn
@@ -114,10 +121,12 @@ def _add_pages(app: FastAPI, site: Site) -> None:
 
     @app.get(ROOT + "/latent/{latent}")
     @site.in_turn
-    def latent(run: str, name: str, latent: int, context: str = "around", whitespace: str = "signs") -> HTMLResponse:
+    def latent(
+        run: str, name: str, latent: int, context: str = "around", whitespace: str = "signs", tint: str = "all"
+    ) -> HTMLResponse:
         found = site.coder(run, name)
         row = site.row(found, latent)
-        values = pages.latent_page(found, row, whole=context == "whole", raw=whitespace == "raw")
+        values = pages.latent_page(found, row, Display(context == "whole", whitespace == "raw", tint == "each"))
         return site.page("latent.html.j2", **values)
 
 

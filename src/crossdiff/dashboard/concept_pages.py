@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from crossdiff.dashboard.concepts import LIST_PAGE, TRAINING_NUS, Concepts
 from crossdiff.dashboard.site import Site
 from crossdiff.report import concept_wording, wording
+from crossdiff.report.cards import Display
 from crossdiff.report.records import RunReport
 from crossdiff.report.tables import estimate
 
@@ -32,12 +33,12 @@ def add(app: FastAPI, site: Site) -> None:
 
     @app.get(ROOT + "/{concept}")
     @site.in_turn
-    def concept(run: str, concept: int, context: str = "around", whitespace: str = "signs") -> HTMLResponse:
+    def concept(run: str, concept: int, context: str = "around", whitespace: str = "signs", tint: str = "all") -> HTMLResponse:
         found = _concepts_of(site, run)
         if found is None or not 0 <= concept < found.found.table.height:
             n = 0 if found is None else found.found.table.height
             raise HTTPException(404, f"There is no concept {concept}: this run has {n}.")
-        values = _page(found, concept, whole=context == "whole", raw=whitespace == "raw")
+        values = _page(found, concept, Display(context == "whole", whitespace == "raw", tint == "each"))
         return site.page("concept.html.j2", **values)
 
 
@@ -67,7 +68,7 @@ def _list(concepts: Concepts, report: RunReport, verdict: str, every: bool, page
     }
 
 
-def _page(concepts: Concepts, number: int, whole: bool, raw: bool) -> dict[str, Any]:
+def _page(concepts: Concepts, number: int, display: Display) -> dict[str, Any]:
     """The page of one concept."""
     activity = concepts.activity(number)
     trainings = [row | {nu: wording.interval(estimate(row, nu)) for nu in TRAINING_NUS} for row in concepts.trainings(number)]
@@ -76,7 +77,9 @@ def _page(concepts: Concepts, number: int, whole: bool, raw: bool) -> dict[str, 
         "number": number,
         "card": concepts.card(number),
         "key": concept_wording.RUNGS,
-        "views": concepts.views(number, whole, raw),
+        "views": concepts.views(number, display),
+        "histogram_of": concepts.histogram(number),
+        "has_strengths": concepts.database.has_strengths,
         "members": concepts.members(number),
         "trainings": trainings,
         "nus": TRAINING_NUS,
@@ -85,6 +88,5 @@ def _page(concepts: Concepts, number: int, whole: bool, raw: bool) -> dict[str, 
         "n_activity": len(activity),
         "previous": number - 1 if number else None,
         "following": number + 1 if number + 1 < concepts.found.table.height else None,
-        "whole": whole,
-        "raw": raw,
+        "display": display,
     }

@@ -14,14 +14,15 @@ from crossdiff.dashboard.queries import SHOWN, Query, page_of, select
 from crossdiff.dashboard.search import Search
 from crossdiff.latents.ranking import RANKS, title
 from crossdiff.report import concept_wording, figures, overview, wording
-from crossdiff.report.cards import example_view
+from crossdiff.report.cards import Display, example_views
 from crossdiff.report.examples import visible
 from crossdiff.report.figures import AGAINST, NU_RANGE, NUS, scaling_note
+from crossdiff.report.histogram import HistogramView, histogram_view
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.plotly_figures import for_page
 from crossdiff.report.templating import environment
 
-MAX_ACTIVITY_ROWS, HOME_CONCEPTS = 14, 12
+MAX_ACTIVITY_ROWS, HOME_CONCEPTS, SIDE_EXAMPLES = 14, 12, 5
 
 
 def templates() -> jinja2.Environment:
@@ -131,7 +132,7 @@ def coder_page(coder: Coder) -> dict[str, Any]:
     }
 
 
-def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> dict[str, Any]:
+def latent_page(coder: Coder, row: dict[str, Any], display: Display) -> dict[str, Any]:
     """The page of a latent."""
     latent = coder.latent(row)
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
@@ -148,16 +149,39 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool) -> di
         "card": coder.card(replace(latent, examples=())),
         "percentiles": coder.percentiles(row),
         "base_share": row["norm_base"] / norms if norms else None,
-        "views": [example_view(example, latent.max_activation, whole, raw) for example in latent.examples],
+        "views": example_views(latent.examples, latent.max_activation, display),
+        "has_strengths": coder.database.has_strengths,
+        "histogram_of": _histogram(coder, row),
+        "correlated": coder.database.correlated(row["latent"]),
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),
         "neighbours": coder.neighbours(row["latent"]),
         "twins": coder.twins(row["latent"]),
         "previous": previous,
         "following": following,
-        "whole": whole,
-        "raw": raw,
+        "display": display,
         "scores": _scores(row),
+    }
+
+
+def _histogram(coder: Coder, row: dict[str, Any]) -> HistogramView | None:
+    found = coder.database.histogram(row["latent"])
+    return None if found is None else histogram_view(found, row["frequency"])
+
+
+def beside_page(coder: Coder, row: dict[str, Any]) -> dict[str, Any]:
+    """One of two latents that are shown side by side."""
+    latent = coder.latent(row, SIDE_EXAMPLES, 0)
+    concepts = coder.concepts
+    concept = None if concepts is None else concepts.of_latent(coder.name, row["latent"])
+    return {
+        "coder": coder,
+        "row": row,
+        "card": coder.card(replace(latent, examples=())),
+        "concept": concept,
+        "concept_title": None if concepts is None or concept is None else concepts.title(concept),
+        "histogram_of": _histogram(coder, row),
+        "views": example_views(latent.examples, latent.max_activation, Display()),
     }
 
 

@@ -21,8 +21,8 @@ SAMPLE = 1 << 17
 """Tokens in the sample, more or less."""
 N_CORRELATED = 8
 """Correlated latents that are stored of each latent."""
-LEAST = 0.1
-"""The smallest correlation that is stored."""
+LEAST, LEAST_ACTIVE = 0.1, 10
+"""The smallest correlation that is stored, and the sampled tokens on which a latent must be active to have one."""
 BLOCK = 1024
 
 Floats = npt.NDArray[np.float64]
@@ -77,6 +77,7 @@ class Correlations:
         n, active = max(1, matrix.shape[0]), (matrix > 0).astype(np.int64)
         total = np.asarray(matrix.sum(0), np.float64).ravel()
         deviation = np.sqrt(np.maximum(np.asarray(matrix.power(2).sum(0)).ravel() - total**2 / n, 0))
+        deviation[np.asarray(active.sum(0)).ravel() < LEAST_ACTIVE] = 0
         found = []
         for first in range(0, self.n_latents, BLOCK):
             block = slice(first, min(first + BLOCK, self.n_latents))

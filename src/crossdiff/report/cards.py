@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,6 +53,21 @@ class ExampleView(NamedTuple):
     pieces: tuple[Piece, ...]
     cut_before: bool = False
     cut_after: bool = False
+
+
+class Display(NamedTuple):
+    """How a page shows its examples: `whole` or around the maximum, with `raw` white space or symbols, and with a tint relative
+    to the largest activation of `each` example or of all."""
+
+    whole: bool = False
+    raw: bool = False
+    each: bool = False
+
+    def address(self, **changes: bool) -> str:
+        """The query of a page that shows its examples like this, with some changes."""
+        other = self._replace(**changes)
+        context, space = "whole" if other.whole else "around", "raw" if other.raw else "signs"
+        return f"?context={context}&whitespace={space}&tint={'each' if other.each else 'all'}"
 
 
 class Measure(NamedTuple):
@@ -134,8 +149,8 @@ def fires_on(shares: Mapping[str, float]) -> str:
 
 
 def example_view(example: Example, highest: float, whole: bool = False, raw: bool = False) -> ExampleView:
-    """An example around its maximum, or `whole`; `highest` is the activation of the strongest tint, and `raw` leaves white
-    space as it is."""
+    """An example around its maximum, or `whole`; `highest` is the activation of the strongest tint (0 for the example's own
+    maximum), and `raw` leaves white space as it is."""
     context = Context(example.tokens[:], example.position, False, False) if whole else context_of(example)
     kind = "top" if example.quantile is None else f"{example.kind} {wording.number(example.quantile)}"
     parts = [kind, f"maximum {wording.number(example.activation)}"]
@@ -146,6 +161,12 @@ def example_view(example: Example, highest: float, whole: bool = False, raw: boo
     parts.append(f"position {example.position}")
     strongest = highest if highest > 0 else example.activation
     return ExampleView(" \N{MIDDLE DOT} ".join(parts), pieces(context, strongest, raw), context.cut_before, context.cut_after)
+
+
+def example_views(examples: Sequence[Example], highest: float, display: Display) -> list[ExampleView]:
+    """The examples of a page; `highest` is the activation of the strongest tint over all."""
+    strongest = 0.0 if display.each else highest
+    return [example_view(example, strongest, display.whole, display.raw) for example in examples]
 
 
 def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> ExampleView:
