@@ -92,7 +92,7 @@ def _weights(coder: Coder) -> Iterator[Path]:
 def _relation(coder: Coder, latent: int, second: Coder, other: int) -> list[str]:
     """What the run knows of two latents together, in words."""
     found = []
-    if (coder.folder / "model.safetensors").is_file() and (second.folder / "model.safetensors").is_file():
+    if coder.has_weights and second.has_weights:
         with _weights(coder):
             for source in SOURCES:
                 value = cosine_between(coder.folder, latent, second.folder, other, source)

@@ -46,8 +46,10 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Reading:
-    """One text with its active latents: arrays `[pair]` of token, latent and v; of each token its text, flags, id, and the bytes
-    of a part of a character."""
+    """One text with its active latents: arrays `[pair]` of token, latent and v; and the text, flags and id of each token.
+
+    `data` has the bytes of each token that is not made of whole characters, and is empty for the others.
+    """
 
     key: str
     texts: tuple[str, ...]

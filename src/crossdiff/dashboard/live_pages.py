@@ -97,7 +97,9 @@ def read(live: Live, coder: Coder, form: Form) -> Result:
         chosen = reading.strongest("active" if form.order == "active" else "specific", ranks, SHOWN)
     counts = reading.counts()
     strip = pieces(
-        Context(_tokens(reading, counts.astype(float).tolist()), -1, False, False), float(max(counts.max(initial=1), 1))
+        Context(_tokens(reading, counts.astype(float).tolist()), -1, False, False),
+        float(max(counts.max(initial=1), 1)),
+        unit="latents active",
     )
     return Result(reading, strip, tuple((latent, view_of(coder, reading, latent)) for latent in chosen))
 

@@ -119,9 +119,7 @@ class RunLook:
         )
         plain = pieces(Context(tokens, -1, False, False), self.highest or 1.0)
         titles = [after(row, decode) for row in rows.iter_rows(named=True)]
-        return tuple(
-            piece._replace(title="\n\n".join(titles[piece.first : piece.first + piece.n])) for piece in plain
-        )
+        return tuple(piece._replace(title="\n\n".join(titles[piece.first : piece.first + piece.n])) for piece in plain)
 
 
 def decoder(tokenizer: Any) -> Callable[[int], TokenText]:

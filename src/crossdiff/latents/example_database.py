@@ -30,6 +30,9 @@ class Strengths(NamedTuple):
     n_sampled: int | None = None
 
 
+NOT_MEASURED = Strengths()
+
+
 def write_examples(
     path: Path,
     candidates: Candidates,
@@ -37,7 +40,7 @@ def write_examples(
     store: Store,
     tokenizer: Any,
     n_latents: int,
-    strengths: Strengths = Strengths(),
+    strengths: Strengths = NOT_MEASURED,
 ) -> None:
     """Write the examples picked from the candidates."""
     used = np.unique(candidates.sequence[[pick.candidate for pick in picks]])
@@ -51,7 +54,7 @@ def write_database(
     examples: Iterator[tuple[Any, ...]],
     tokenizer: Any,
     n_latents: int,
-    strengths: Strengths = Strengths(),
+    strengths: Strengths = NOT_MEASURED,
 ) -> None:
     """Write a complete database or nothing, from rows in the order of `SCHEMA`; the vocabulary is that of the sequences."""
     ids = np.unique(np.concatenate([np.empty(0, "<i4"), *(np.frombuffer(row[4], "<i4") for row in sequences)]))

@@ -1,5 +1,7 @@
-"""The layout of the example database, shared by its writer and all readers. Databases of older analyses have neither the bytes of
-tokens nor histograms nor correlated latents."""
+"""The layout of the example database, shared by its writer and all readers.
+
+Databases of older analyses have neither the bytes of tokens nor histograms nor correlated latents.
+"""
 
 FORMAT = "2"
 SCHEMA = """

@@ -27,6 +27,7 @@ NUS = {
 }
 """The nus of a card and what each measures."""
 _CHIPS = ("bos", "template")
+_DOT = " \N{MIDDLE DOT} "
 _TEMPLATE, _ASSISTANT = int(Flag.TEMPLATE), int(Flag.ASSISTANT)
 
 
@@ -160,7 +161,7 @@ def example_view(example: Example, highest: float, whole: bool = False, raw: boo
         parts.append(f"labelled {wording.words(example.label)}")
     parts.append(f"position {example.position}")
     strongest = highest if highest > 0 else example.activation
-    return ExampleView(" \N{MIDDLE DOT} ".join(parts), pieces(context, strongest, raw), context.cut_before, context.cut_after)
+    return ExampleView(_DOT.join(parts), pieces(context, strongest, raw), context.cut_before, context.cut_after)
 
 
 def example_views(examples: Sequence[Example], highest: float, display: Display) -> list[ExampleView]:
@@ -176,10 +177,11 @@ def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> Examp
     return ExampleView(origin, pieces(Context(tokens, marked, False, False), highest))
 
 
-def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, ...]:
+def pieces(context: Context, highest: float, raw: bool = False, unit: str = "value") -> tuple[Piece, ...]:
     """The tokens of a context. Each turn's template begins a new line, and its content begins with the speaker.
 
-    Tokens that make one character together are one piece, with the activation of the strongest of them.
+    Tokens that make one character together are one piece, with the activation of the strongest of them. `unit` names what the
+    activations are.
     """
     found: list[Piece] = []
     tokens, roles = context.tokens, [role_of(token) for token in context.tokens]
@@ -196,12 +198,12 @@ def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, 
         if at.start <= context.peak < at.stop:
             classes.append("peak")
         starts = index > 0 and _begins_turn(token, tokens[index - 1], roles[index - 1])
-        titles = (_token_title(part, context.start + index + place) for place, part in enumerate(parts))
+        titles = (_token_title(part, context.start + index + place, unit) for place, part in enumerate(parts))
         found.append(
             Piece(
                 text=text,
                 classes=" ".join(classes),
-                title="\n".join([*([f"{text}, {len(parts)} tokens"] if len(parts) > 1 else []), *titles]),
+                title="\n".join([*([f"{text} is {len(parts)} tokens"] if len(parts) > 1 else []), *titles]),
                 begins_line=starts and not found[-1].ends_line,
                 speaker=role if role in ("user", "assistant") and (index == 0 or role != roles[index - 1]) else None,
                 ends_line="\n" in own and role not in _CHIPS and not raw,
@@ -212,12 +214,12 @@ def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, 
     return tuple(found)
 
 
-def _token_title(token: Token, position: int) -> str:
-    """What is known of a token: its text or bytes, its value, its id and its position, with the value first."""
-    text = visible(token.text)
-    value = wording.number(token.activation) if token.activation else "not active"
-    number = "" if token.id is None else f"token id {token.id} \N{MIDDLE DOT} "
-    return f"{text}  {value}\n{number}position {position}"
+def _token_title(token: Token, position: int, unit: str) -> str:
+    """What is known of a token: its text or bytes, then its value, its id and its position."""
+    facts = [f"{unit} {wording.number(token.activation)}" if token.activation else "not active"]
+    if token.id is not None:
+        facts.append(f"token id {token.id}")
+    return f"{visible(token.text)}\n{_DOT.join([*facts, f'position {position}'])}"
 
 
 def _begins_turn(token: Token, previous: Token, previous_role: str) -> bool:

@@ -200,7 +200,6 @@ class ExampleDatabase:
         rows = [*shown.values(), *(row for group, rows in groups.items() for row in rows[: most[group[0]]])]
         return tuple(_example(self, row) for row in rows)
 
-
     def text(self, ids: Sequence[int]) -> str:
         """The text of several tokens in a row."""
         texts = (TokenText(self.vocabulary.get(token_id, ""), self.data.get(token_id, b"")) for token_id in ids)

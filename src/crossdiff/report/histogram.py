@@ -23,7 +23,7 @@ class Bar(NamedTuple):
     width: float
     height: float
     span: str
-    count: str
+    tokens: str
 
 
 class Tick(NamedTuple):
@@ -53,7 +53,7 @@ def histogram_view(found: Histogram, frequency: float) -> HistogramView:
     step, tall = (WIDTH - LEFT) / n, math.log10(highest) + FLOOR
     room = HEIGHT - TOP - BOTTOM
 
-    def height(count: float) -> float:
+    def height(count: int) -> float:
         return room * (math.log10(count) + FLOOR) / tall
 
     bars = tuple(
@@ -72,7 +72,7 @@ def histogram_view(found: Histogram, frequency: float) -> HistogramView:
     across = tuple(Tick(LEFT + share * (WIDTH - LEFT), wording.number(share * n * found.width)) for share in (0, 0.5, 1))
     total = sum(found.counts)
     summary = (
-        f"{total:,} tokens with v above 0, which are {wording.share(frequency)} of the analysed ones; the tokens with v of 0 are "
-        "not drawn"
+        f"{total:,} tokens with v above 0, which are {wording.share(frequency)} of the analysed ones; the tokens with v of 0 "
+        "are not drawn"
     )
     return HistogramView(bars, across, up, summary)

@@ -1,7 +1,7 @@
 """The text of single tokens, and which tokens together make one character.
 
-A byte-level BPE or a SentencePiece vocabulary with byte fallback may cut a character ("é", an emoji) into several tokens. Such a
-token has no text of its own: it has bytes, which are kept and decoded together with those of its neighbours.
+A byte-level BPE or a SentencePiece vocabulary with byte fallback may cut a character ("é", an emoji) into several tokens.
+Such a token has no text of its own: it has bytes, which are kept and decoded together with those of its neighbours.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def characters(tokens: Sequence[TokenText]) -> Iterator[tuple[slice, str]]:
 
 def _inside_characters(data: bytes) -> frozenset[int]:
     """The offsets at which a cut would divide a character. A byte that belongs to no character stands alone."""
-    found, at = set(), 0
+    found: set[int] = set()
+    at = 0
     for character in data.decode("utf-8", "surrogateescape"):
         length = len(character.encode("utf-8", "surrogateescape"))
         found.update(range(at + 1, at + length))

@@ -8,7 +8,7 @@
   tip.className = "token-tip";
   tip.setAttribute("role", "tooltip");
   tip.hidden = true;
-  let shown = null;
+  let shown = null, pointer = "";
 
   const tokenAt = node => node instanceof Element ? node.closest(TOKEN) : null;
   const tokensOf = text => [...text.querySelectorAll(".t[title], .t[data-tip]")];
@@ -88,9 +88,13 @@
   document.addEventListener("focusin", event => { const token = tokenAt(event.target); if (token) focusOn(token); });
   document.addEventListener("focusout", event => { if (event.target === shown) hide(); });
   document.addEventListener("pointerover", event => {
-    const token = event.pointerType !== "touch" && tokenAt(event.target);
+    const here = `${event.clientX} ${event.clientY}`, moved = here !== pointer;
+    pointer = here;
+    // A text that scrolls under a pointer at rest, while the keyboard moves, shows nothing.
+    const token = moved && event.pointerType !== "touch" && tokenAt(event.target);
     if (token && token !== shown) show(token);
   });
+  document.addEventListener("pointermove", event => { pointer = `${event.clientX} ${event.clientY}`; }, { passive: true });
   document.addEventListener("pointerout", event => {
     if (event.pointerType === "touch" || !shown) return;
     const to = event.relatedTarget;
