@@ -43,10 +43,10 @@ def test_a_character_of_two_tokens_is_one_piece(client: Any) -> None:
 
 
 def test_the_tint_is_switched_by_a_link(client: Any) -> None:
-    page = client.get(f"{BATCHTOPK}/latent/3?whitespace=raw").text
+    page = client.get(f"{BATCHTOPK}/latent/3?whitespace=raw").text.partition('id="examples"')[2]
     link = re.search(r'href="([^"]*)#examples"[^>]*>Tint per example<', page)
     assert link and "whitespace=raw" in link[1]
-    other = client.get(link[1].replace("&amp;", "&")).text
+    other = client.get(link[1].replace("&amp;", "&")).text.partition('id="examples"')[2]
     assert "the largest activation of the same example" in other and "Tint over all examples" in other
     # Each example's own maximum has the strongest tint: there are as many as examples.
     assert len(re.findall(r'class="t [^"]*a8[^"]*peak"', other)) == other.count('class="example"') > 1

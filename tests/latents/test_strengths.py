@@ -89,7 +89,9 @@ def test_correlations_are_those_of_all_tokens_in_a_small_store(
     with np.errstate(invalid="ignore"):
         r = np.corrcoef(v.T)
     for latent in range(24):
-        expected = sorted(((r[latent, other], other) for other in range(24) if other != latent and r[latent, other] >= LEAST))[::-1]
+        expected = sorted(((r[latent, other], other) for other in range(24) if other != latent and r[latent, other] >= LEAST))[
+            ::-1
+        ]
         mine = [row for row in rows if row[0] == latent]
         assert [row[1] for row in mine] == list(range(len(mine)))
         assert [row[2] for row in mine] == [other for _, other in expected[:N_CORRELATED]]

@@ -27,7 +27,9 @@ def byte_level() -> Any:
 def byte_fallback() -> Any:
     """SentencePiece as Llama uses it: letters and "▁" are tokens, everything else is bytes; the first space is left out."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁thecaf"]
-    bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, [], byte_fallback=True, unk_token="<unk>"))
+    bpe = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, [], byte_fallback=True, unk_token="<unk>")
+    )
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
     bpe.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),

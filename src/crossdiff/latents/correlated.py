@@ -1,4 +1,4 @@
-"""Latents that are active together: the Pearson correlation of their v over tokens, 0 where silent (docs/method.md#concepts).
+"""Latents that are active together: the Pearson correlation of their v over tokens, 0 where silent (docs/concepts.md).
 
 All pairs of latents over all tokens would cost more than the rest of the analysis. So the sums run over a random sample of
 about `SAMPLE` tokens (over all of them in a smaller store), and over a block of latents at a time. The sample is chosen by a

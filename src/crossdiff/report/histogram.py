@@ -9,7 +9,7 @@ from typing import NamedTuple
 from crossdiff.report import wording
 from crossdiff.report.examples import Histogram
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 480, 170, 44, 22, 8
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 480, 170, 52, 22, 8
 """Size of the drawing in its own units, and the room for the labels."""
 FLOOR = 0.25
 """Height of a single token, in powers of ten, so that it can be seen on the logarithmic axis."""
@@ -66,7 +66,7 @@ def histogram_view(found: Histogram, frequency: float) -> HistogramView:
         if count
     )  # fmt: skip
     up = tuple(
-        Tick(round(HEIGHT - BOTTOM - height(10**power), 2), f"{10**power:,}")
+        Tick(round(HEIGHT - BOTTOM - height(10**power), 2), _power_of_ten(power))
         for power in range(0, int(math.log10(highest)) + 1, 1 if highest < 10_000 else 2)
     )
     across = tuple(Tick(LEFT + share * (WIDTH - LEFT), wording.number(share * n * found.width)) for share in (0, 0.5, 1))
@@ -76,3 +76,10 @@ def histogram_view(found: Histogram, frequency: float) -> HistogramView:
         "are not drawn"
     )
     return HistogramView(bars, across, up, summary)
+
+
+def _power_of_ten(power: int) -> str:
+    """1, 10, 100, 1,000, 10k, 100k, 1M: short enough for the axis."""
+    if power < 4:
+        return f"{10**power:,}"
+    return f"{10 ** (power % 3)}{'k' if power < 6 else 'M' if power < 9 else 'G'}"
