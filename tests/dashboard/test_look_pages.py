@@ -23,8 +23,8 @@ from crossdiff.dashboard.live import Live
 from crossdiff.dashboard.look_predictions import predicted
 from crossdiff.dashboard.looks import RunLook, after
 from crossdiff.errors import UserError
-from crossdiff.text_activations import read_text
 from crossdiff.text.token_texts import TokenText
+from crossdiff.text_activations import read_text
 from report.synthetic_run import write_look, write_overlap
 
 LOOK = "/run/a-b-1/look"

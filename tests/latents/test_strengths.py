@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from crossdiff.config import AnalyzeConfig, L1Config
+from crossdiff.config import AnalyzeConfig, BatchTopKConfig, L1Config
 from crossdiff.crosscoder import checkpoint
-from crossdiff.crosscoder.crosscoder import Crosscoder, new_crosscoder
+from crossdiff.crosscoder.crosscoder import new_crosscoder
 from crossdiff.errors import UserError
 from crossdiff.latents import correlated
 from crossdiff.latents.correlated import LEAST, N_CORRELATED, Correlations
@@ -21,14 +21,6 @@ from planted import planted_activations
 from stores import make_store
 
 CONFIG = AnalyzeConfig(blocks=5, batch_tokens=300)
-
-
-def coder_of(seed: int = 3) -> Crosscoder:
-    from crossdiff.config import BatchTopKConfig
-
-    torch.manual_seed(seed)
-    h = planted_activations(10)[0]
-    return new_crosscoder(24, torch.zeros(2, h.shape[2]), 1.0, BatchTopKConfig(k=3), 0.7, seed=seed)
 
 
 @pytest.fixture
@@ -89,9 +81,8 @@ def test_correlations_are_those_of_all_tokens_in_a_small_store(
     with np.errstate(invalid="ignore"):
         r = np.corrcoef(v.T)
     for latent in range(24):
-        expected = sorted(((r[latent, other], other) for other in range(24) if other != latent and r[latent, other] >= LEAST))[
-            ::-1
-        ]
+        others = [other for other in range(24) if other != latent and r[latent, other] >= LEAST]
+        expected = sorted(((r[latent, other], other) for other in others), reverse=True)
         mine = [row for row in rows if row[0] == latent]
         assert [row[1] for row in mine] == list(range(len(mine)))
         assert [row[2] for row in mine] == [other for _, other in expected[:N_CORRELATED]]
@@ -115,7 +106,7 @@ def test_the_sample_of_a_large_store_does_not_depend_on_the_batches(tmp_path: Pa
 
 
 def test_matches_have_the_highest_cosines_of_chat_directions(tmp_path: Path) -> None:
-    coders = [coder_of(seed) for seed in (1, 2)]
+    coders = [new_crosscoder(24, torch.zeros(2, 12), 1.0, BatchTopKConfig(k=3), 0.7, seed=seed) for seed in (1, 2)]
     for number, coder in enumerate(coders):
         (tmp_path / str(number)).mkdir()
         checkpoint.save(coder, tmp_path / str(number))

@@ -1,4 +1,4 @@
-"""The pieces of an example: characters of several tokens, values below 0, the tint of one example or of all, older databases."""
+"""The pieces of an example: characters of several tokens, values below 0, the tint of each example or of all, old databases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_tokens_of_one_character_are_one_piece_with_every_value() -> None:
         " café is 2 tokens\n caf<0xC3>\nnot active · token id 70 · position 30\n<0xA9>\nvalue 2.00 · token id 71 · position 31"
     )
     assert (second.text, second.classes, second.first, second.speaker) == (" is", "t n4", 2, None)
-    assert "value −1.00 · token id 72 · position 32" in second.title
+    assert "value \N{MINUS SIGN}1.00 · token id 72 · position 32" in second.title
 
 
 def test_a_part_whose_neighbour_is_cut_off_shows_its_bytes() -> None:

@@ -17,13 +17,14 @@ from crossdiff.latents.example_collector import mixed
 from crossdiff.latents.stream import Coded
 from crossdiff.ranks import Ranks
 
-SAMPLE = 1 << 17
+SAMPLE = 1 << 16
 """Tokens in the sample, more or less."""
-N_CORRELATED = 8
+N_CORRELATED = 5
 """Correlated latents that are stored of each latent."""
 LEAST, LEAST_ACTIVE = 0.1, 10
 """The smallest correlation that is stored, and the sampled tokens on which a latent must be active to have one."""
-BLOCK = 1024
+BLOCK = 256
+"""Latents whose products with all others are in memory at once."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,6 +75,7 @@ class Correlations:
     def rows(self) -> list[tuple[int, int, int, float, int]]:
         """Latent, rank, other latent, correlation, and the tokens of the sample on which both are active; the highest first."""
         matrix = self._matrix()
+        by_token = matrix.tocsr()
         n, active = max(1, matrix.shape[0]), (matrix > 0).astype(np.int64)
         total = np.asarray(matrix.sum(0), np.float64).ravel()
         deviation = np.sqrt(np.maximum(np.asarray(matrix.power(2).sum(0)).ravel() - total**2 / n, 0))
@@ -81,7 +83,7 @@ class Correlations:
         found = []
         for first in range(0, self.n_latents, BLOCK):
             block = slice(first, min(first + BLOCK, self.n_latents))
-            products = (matrix[:, block].T @ matrix).tocoo()
+            products = (matrix[:, block].T @ by_token).tocoo()
             mine, other = products.coords
             mine = mine + first
             scale = deviation[mine] * deviation[other]
