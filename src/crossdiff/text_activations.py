@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from crossdiff.text.chat import tokenise_chat, tokenise_prompt
 from crossdiff.text.documents import Document
 from crossdiff.text.messages import check_messages
 from crossdiff.text.sequences import TokenSequence, tokenise
+from crossdiff.text.token_texts import token_text
 
 if TYPE_CHECKING:
     from crossdiff.crosscoder.crosscoder import Crosscoder
@@ -47,13 +48,15 @@ class Activations:
         ['position', 'token', 'role', 'latent_3', 'latent_1']
 
     Attributes:
-        tokens: the text of each token.
+        tokens: the text of each token; bytes that are not a whole character stand as `<0xE2>`.
         roles: bos, template, user, assistant or plain, for each token.
         flags: bits of `Flag`, for each token.
         latents: numbers of the latents, in the requested order, or the strongest first.
         values: `[token, latent]`, v = f * sum over sources of ||d^s||; 0 at the first positions and on tokens of
             massive norm, which training leaves out.
         highest: the largest known activation of each latent, which gets the strongest tint.
+        ids: the id of each token.
+        data: the bytes of each token that is not made of whole characters; empty for the others.
     """
 
     tokens: tuple[str, ...]
@@ -62,6 +65,8 @@ class Activations:
     latents: tuple[int, ...]
     values: npt.NDArray[np.float32]
     highest: tuple[float, ...]
+    ids: tuple[int, ...] = field(repr=False)
+    data: tuple[bytes, ...] = field(repr=False)
 
     @property
     def table(self) -> pl.DataFrame:
@@ -77,7 +82,8 @@ class Activations:
         views = []
         for index, name in enumerate(self.latents):
             values = self.values[:, index].tolist()
-            tokens = tuple(Token(*token) for token in zip(self.tokens, self.flags, values, strict=True))
+            columns = zip(self.tokens, self.flags, values, self.ids, self.data, strict=True)
+            tokens = tuple(Token(*token) for token in columns)
             peak, highest = max(values), max(self.highest[index], *values)
             origin = f"latent {name} \N{MIDDLE DOT} maximum {number(peak)} here, largest known {number(highest)}"
             views.append(prompt_view(origin, tokens, highest or 1.0))
@@ -158,7 +164,8 @@ def activations_on(
         top = v.max(0)
         latents = [int(latent) for latent in np.argsort(-top, kind="stable")[:STRONGEST] if top[latent] > 0]
     ids, flags = sequence.token_ids.tolist(), tuple(sequence.flags.tolist())
-    texts = tuple(pair.tokenizer.decode([token]) for token in ids)
+    words = [token_text(pair.tokenizer, token) for token in ids]
+    texts = tuple(each.text for each in words)
     return Activations(
         tokens=texts,
         roles=tuple(role_of(Token(text, flag, 0.0)) for text, flag in zip(texts, flags, strict=True)),
@@ -166,4 +173,6 @@ def activations_on(
         latents=tuple(latents),
         values=v[:, list(latents)],
         highest=tuple(largest.get(latent, 0.0) for latent in latents),
+        ids=tuple(ids),
+        data=tuple(each.data for each in words),
     )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from crossdiff.files import write_json
 from crossdiff.interp.explanation_table import FILE, SCHEMA
+from crossdiff.latents.example_schema import SCHEMA as EXAMPLES
 from crossdiff.run_manifest import FORMAT
+from crossdiff.text.token_texts import written
 from report.synthetic_run import latent_table, write_activations, write_concepts, write_crosscoder
 
 DANGER = "<script>alert(1)</script>{{ 1337 * 3 }}\"'><img src=x onerror=alert(2)>"
@@ -18,6 +24,9 @@ BATCHTOPK = "/run/a-b-1/batchtopk"
 """Where the synthetic run's second crosscoder is."""
 CONCEPTS = "/run/a-b-1/concepts"
 """Where its concepts are."""
+
+NEW_TABLES = "".join(re.findall(r"CREATE TABLE (?:histograms|correlated) .*?\n\);", EXAMPLES, re.DOTALL))
+"""The tables of the example database that older analyses lack."""
 
 
 def write_run(folder: Path) -> Path:
@@ -60,3 +69,18 @@ def requests_to(run: Path, cache: Path, live: bool = False, **options: Any) -> A
 
     app = create_app(Catalogue([run]), Live(live), cache, **options)
     return TestClient(app, base_url=ADDRESS, follow_redirects=False)
+
+
+def add_strengths(folder: Path) -> None:
+    """Give a crosscoder's database what a new analysis stores: histograms, correlated latents, and the bytes of tokens.
+
+    Its texts say "café": tokens 12 and 13 are "caf" with the first byte of "é", and its second byte.
+    """
+    with closing(sqlite3.connect(folder / "examples.sqlite")) as database, database:
+        database.executescript(f"ALTER TABLE vocabulary ADD bytes BLOB; {NEW_TABLES}")
+        for token_id, data in ((12, b"caf\xc3"), (13, b"\xa9")):
+            database.execute("UPDATE vocabulary SET text = ?, bytes = ? WHERE token_id = ?", (written(data), data, token_id))
+        counts = np.array([1000, 50, 0, 1], "<i8").tobytes()
+        database.executemany("INSERT INTO histograms VALUES (?, ?, ?)", [(latent, 1.0, counts) for latent in (0, 3)])
+        database.execute("INSERT INTO correlated VALUES (3, 0, 9, 0.75, 41)")
+        database.execute("INSERT INTO metadata VALUES ('correlated_over', '131072')")

@@ -236,6 +236,17 @@ def test_prompts_are_shown_as_text(client: Any) -> None:
     assert token.status_code == 200 and "Token 3" in token.text and "<html" not in token.text
 
 
+def test_a_character_of_several_tokens_is_one_link_and_one_piece(client: Any, run: Path) -> None:
+    page = post(client, kind="text", text="the \N{GRINNING FACE}!", action="read", order="active").text
+    strip = page.partition('class="context strip"')[2].partition("</p>")[0]
+    links = {unescape(text): int(at) for at, text in re.findall(r'/token/(\d+)" hx-get[^>]*>([^<]*)</a>', strip)}
+    # The tokenizer has a token per byte: the emoji is 4, so "!" comes 4 after it. The parts are named in the title.
+    assert links["!"] - links["\N{GRINNING FACE}"] == 4 and "&lt;0x9F&gt;" in strip
+    assert "\N{REPLACEMENT CHARACTER}" not in page
+    view = crossdiff.diff.open(run, "batchtopk").activations("the \N{GRINNING FACE}!", latents=[1])
+    assert view.tokens[-2] == "<0x80>" and ">\N{GRINNING FACE}</span>" in view._repr_html_()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -183,7 +183,10 @@ def test_figures_json_survives_the_script_element(rendered: str) -> None:
 def test_tokens_show_turns_activations_and_whitespace(rendered: str, page: Page) -> None:
     peaks = page.with_class("peak")
     assert peaks and all(re.search(r"\ba\d\b", peak["class"] or "") for peak in peaks)
-    assert next(peak["title"] for peak in peaks if "a8" in (peak["class"] or "")) == f"{DANGER}  4.00"
+    assert (
+        next(peak["title"] for peak in peaks if "a8" in (peak["class"] or ""))
+        == f"{DANGER}\nvalue 4.00 · token id 8 · position 8"
+    )
     assert len(page.with_class("template")) > 10 and page.with_class("bos")
     assert len(page.with_class("speaker")) > 10
     # A content line break is a sign and a break; a template's is only a sign; escape codes are spelt out.

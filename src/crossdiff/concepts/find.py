@@ -28,8 +28,9 @@ from crossdiff.latents.behaviours import ConversationScores, behaviour_table
 from crossdiff.latents.behaviours import Pool as BehaviourPool
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.example_collector import ExampleCollector
-from crossdiff.latents.example_database import write_examples
+from crossdiff.latents.example_database import Strengths, write_examples
 from crossdiff.latents.groups import Cells, cells_of
+from crossdiff.latents.histogram import Histograms
 from crossdiff.latents.stream import read_blocks
 from crossdiff.models.pair import Pair
 from crossdiff.models.promoted_tokens import promoted_table
@@ -64,6 +65,7 @@ class Described(NamedTuple):
     conversations: ConversationScores
     products: GroupProducts
     completeness: Completeness
+    histograms: Histograms
     halves: Halves | None
 
 
@@ -106,7 +108,7 @@ def find_concepts(
         f = matrix_of(found, codes.first, [code.values for code in found])
         v = matrix_of(found, codes.first, codes.v(found))
         chunk = coded(read, v @ weights)
-        for accumulator in (described.activity, described.examples, described.conversations):
+        for accumulator in (described.activity, described.examples, described.conversations, described.histograms):
             accumulator.add(chunk)
         described.products.add(read.block, f)
         described.completeness.add(read, inputs, found)
@@ -156,6 +158,7 @@ def _empty(codes: Codes, grouping: Grouping, pool: Pool, r: Any, cells: Cells, s
         ConversationScores(store, n),
         GroupProducts(codes, grouping, config.blocks),
         Completeness(codes, grouping, config.blocks, config.seed),
+        Histograms(n),
         None if sets is None else Halves(r, pool, sets, settings.concepts, config.blocks),
     )
 
@@ -174,7 +177,8 @@ def _write(
     """Write the tables, the examples and the directions."""
     config, tokenizer = settings.analyze, pair.tokenizer
     candidates, picks = described.examples.finish()
-    write_examples(folder / "examples.sqlite", candidates, picks, store, tokenizer, grouping.n_concepts)
+    strengths = Strengths(described.histograms.rows())
+    write_examples(folder / "examples.sqlite", candidates, picks, store, tokenizer, grouping.n_concepts, strengths)
     named = label_columns(labels(candidates, picks, store, tokenizer), grouping.n_concepts)
     sums = [described.products.sums(t) for t in range(len(codes.trainings))]
     table = concept_table(codes, grouping, pool, sums, described.activity, config).hstack(named)

@@ -6,12 +6,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import polars as pl
 
 from crossdiff.activations.store import Store
 from crossdiff.latents.example_collector import Candidates, ExamplePick
+from crossdiff.text.token_texts import characters, token_text
 
 TOKENS = 4
 """Strongest tokens named, each once."""
@@ -62,16 +64,19 @@ class _Strongest(NamedTuple):
 
 def _strongest(candidates: Candidates, picks: Sequence[ExamplePick], store: Store, tokenizer: Any) -> Iterator[_Strongest]:
     bounds, ids = store.sequences(), store.column("token_id")
+    own_text = lru_cache(None)(lambda token_id: token_text(tokenizer, token_id))
     for pick in picks:
         if pick.kind == "top":
             sequence = int(candidates.sequence[pick.candidate])
             row = int(bounds[sequence]) + int(candidates.peak[pick.candidate])
             first, last = max(int(bounds[sequence]), row - BEFORE), min(int(bounds[sequence + 1]), row + 1 + AFTER)
-            parts = (ids[first:row], ids[row : row + 1], ids[row + 1 : last])
+            groups = list(characters([own_text(token_id) for token_id in ids[first:last].tolist()]))
+            at = next(at for at, (tokens, _) in enumerate(groups) if row - first < tokens.stop)
+            texts = [text for _, text in groups]
+            before, after = "".join(texts[:at]), "".join(texts[at + 1 :])
+            text = tokenizer.decode(ids[first:row].tolist(), skip_special_tokens=True)
             value = float(candidates.value[pick.candidate])
-            before, token, after = (tokenizer.decode(part.tolist()) for part in parts)
-            text = tokenizer.decode(parts[0].tolist(), skip_special_tokens=True)
-            yield _Strongest(pick.latent, pick.rank, value, before, token, after, text)
+            yield _Strongest(pick.latent, pick.rank, value, before, texts[at], after, text)
 
 
 def labels(candidates: Candidates, picks: Sequence[ExamplePick], store: Store, tokenizer: Any) -> dict[int, Label]:

@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.dashboard import concept_pages, live_pages, live_prompts, look_pages, pages
+from crossdiff.dashboard import comparisons, concept_pages, live_pages, live_prompts, look_pages, pages
 from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.current import Current
@@ -22,6 +22,7 @@ from crossdiff.dashboard.queries import LIST, parse
 from crossdiff.dashboard.security import Guard
 from crossdiff.dashboard.site import ROOT, Site, is_partial
 from crossdiff.errors import UserError
+from crossdiff.report.cards import Display
 
 HERE = Path(__file__).parent
 
@@ -54,6 +55,7 @@ def _application(site: Site) -> FastAPI:
     _add_pages(app, site)
     live_pages.add(app, site)
     live_prompts.add(app, site)
+    comparisons.add(app, site)
     _add_errors(app, site)
     for search in site.search.values():
         search.start()
@@ -61,11 +63,16 @@ def _application(site: Site) -> FastAPI:
 
 
 def _add_pages(app: FastAPI, site: Site) -> None:
-    sheet = (HERE.parent / "report" / "templates" / "report.css").read_text(encoding="utf-8")
+    shared = HERE.parent / "report" / "templates"
+    sheet, script = ((shared / name).read_text(encoding="utf-8") for name in ("report.css", "popover.js"))
 
     @app.get("/report.css")
     def report_css() -> Response:
         return Response(sheet, media_type="text/css", headers={"cache-control": "max-age=3600"})
+
+    @app.get("/popover.js")
+    def popover_js() -> Response:
+        return Response(script, media_type="text/javascript", headers={"cache-control": "max-age=3600"})
 
     @app.get("/")
     @site.in_turn
@@ -119,13 +126,13 @@ def _add_pages(app: FastAPI, site: Site) -> None:
     @app.get(ROOT + "/latent/{latent}")
     @site.in_turn
     def latent(
-        request: Request, run: str, name: str, latent: int, context: str = "around", whitespace: str = "signs"
+        request: Request, run: str, name: str, latent: int, context: str = "", whitespace: str = "", tint: str = ""
     ) -> HTMLResponse:
         found = site.coder(run, name)
         row, asked = site.row(found, latent), request.query_params.multi_items()
         listed = parse(asked, found.table.schema) if LIST in dict(asked) else None
         place = None if listed is None else site.lists.place(found, listed, latent)
-        values = pages.latent_page(found, row, whole=context == "whole", raw=whitespace == "raw", place=place)
+        values = pages.latent_page(found, row, Display.of(context, whitespace, tint), place)
         return site.page("latent.html.j2", **values)
 
     @app.get(ROOT + "/latent/{latent}/brief")

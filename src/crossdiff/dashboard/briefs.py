@@ -9,7 +9,7 @@ from typing import NamedTuple
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.search import CONTEXTS, ranges, spans
 from crossdiff.report.concept_cards import Title, title_of
-from crossdiff.report.examples import TOKENS_AFTER, TOKENS_BEFORE, Example, visible
+from crossdiff.report.examples import TOKENS_AFTER, TOKENS_BEFORE, Example, joined, strongest_text, visible
 
 TOKENS = 4
 """Strongest tokens that are shown."""
@@ -40,7 +40,7 @@ def briefs(coder: Coder, latents: Sequence[int], search: str = "") -> dict[int, 
 
 
 def _brief(label: str | None, examples: Sequence[Example], search: str) -> Brief:
-    tokens = dict.fromkeys(visible(example.tokens[example.position].text) for example in examples)
+    tokens = dict.fromkeys(visible(strongest_text(example)) for example in examples)
     shown = tuple(tokens)[:TOKENS]
     if matched := _match(examples, search):
         return Brief(label, shown, title_of(matched, BEFORE, AFTER), True)
@@ -53,10 +53,12 @@ def _match(examples: Sequence[Example], search: str) -> Example | None:
     for example in examples if wanted else ():
         first = max(0, example.position - TOKENS_BEFORE)
         tokens = example.tokens[first : example.position + TOKENS_AFTER + 1]
-        where = spans([token.text for token in tokens])
+        groups = list(joined(tokens))
+        where = spans([text for _, text in groups])
         hits = {at for at, word in enumerate(where.words) if any(low <= word < end for low, end in wanted)}
-        for at, token in enumerate(tokens) if hits else ():
-            is_better = best is None or token.activation > best.activation
-            if is_better and not hits.isdisjoint(where.at(at, len(token.text))):
-                best = replace(example, position=first + at, activation=token.activation)
+        for at, (own, text) in enumerate(groups) if hits else ():
+            activation, position = max((tokens[each].activation, -each) for each in range(own.start, own.stop))
+            is_better = best is None or activation > best.activation
+            if is_better and not hits.isdisjoint(where.at(at, len(text))):
+                best = replace(example, position=first - position, activation=activation)
     return best

@@ -80,6 +80,11 @@ class Coder:
         return self.coder.compares
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the run has the crosscoder itself, whose directions are compared with those of others."""
+        return (self.folder / "model.safetensors").is_file()
+
+    @property
     def has_explanations(self) -> bool:
         return self.table["explanation"].null_count() < self.table.height
 

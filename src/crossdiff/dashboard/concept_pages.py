@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
@@ -9,10 +10,11 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from crossdiff.dashboard.concepts import LIST_PAGE, TRAINING_NUS, Concepts
-from crossdiff.dashboard.lists import Place
+from crossdiff.dashboard.lists import Place, kept
 from crossdiff.dashboard.queries import page_numbers
 from crossdiff.dashboard.site import Site
 from crossdiff.report import concept_wording, wording
+from crossdiff.report.cards import Display
 from crossdiff.report.records import RunReport
 from crossdiff.report.tables import estimate
 
@@ -35,7 +37,13 @@ def add(app: FastAPI, site: Site) -> None:
     @app.get(ROOT + "/{concept}")
     @site.in_turn
     def concept(
-        run: str, concept: int, context: str = "around", whitespace: str = "signs", verdict: str = "", every: bool | None = None
+        run: str,
+        concept: int,
+        context: str = "",
+        whitespace: str = "",
+        tint: str = "",
+        verdict: str = "",
+        every: bool | None = None,
     ) -> HTMLResponse:
         found = _concepts_of(site, run)
         if found is None or not 0 <= concept < found.found.table.height:
@@ -43,7 +51,7 @@ def add(app: FastAPI, site: Site) -> None:
             raise HTTPException(404, f"There is no concept {concept}: this run has {n}.")
         _check_verdict(verdict)
         place = None if every is None else _place(found, concept, verdict, every)
-        values = _page(found, concept, place, whole=context == "whole", raw=whitespace == "raw")
+        values = _page(found, concept, Display.of(context, whitespace, tint), place)
         return site.page("concept.html.j2", **values)
 
 
@@ -96,7 +104,7 @@ def _list(concepts: Concepts, report: RunReport, verdict: str, every: bool, page
     }
 
 
-def _page(concepts: Concepts, number: int, place: Place | None, whole: bool, raw: bool) -> dict[str, Any]:
+def _page(concepts: Concepts, number: int, display: Display, place: Place | None) -> dict[str, Any]:
     """The page of one concept; `place` is its place in the list that it was opened from."""
     n = concepts.found.table.height
     beside = (number - 1 if number else None, number + 1 if number + 1 < n else None)
@@ -108,8 +116,11 @@ def _page(concepts: Concepts, number: int, place: Place | None, whole: bool, raw
         "number": number,
         "card": concepts.card(number),
         "key": concept_wording.RUNGS,
-        "views": concepts.views(number, whole, raw),
+        "views": concepts.views(number, display),
+        "histogram_of": concepts.histogram(number),
+        "has_strengths": concepts.database.has_strengths,
         "members": concepts.members(number),
+        "shown": kept(None, display),
         "trainings": trainings,
         "nus": TRAINING_NUS,
         "promoted": concepts.promoted(number),
@@ -118,6 +129,6 @@ def _page(concepts: Concepts, number: int, place: Place | None, whole: bool, raw
         "place": place,
         "previous": previous,
         "following": following,
-        "whole": whole,
-        "raw": raw,
+        "display": display,
+        "kept": partial(kept, place, display),
     }

@@ -11,12 +11,13 @@ import polars as pl
 from crossdiff.dashboard.side_tables import Activity, OpenExamples, Promoted, PromotedTokens
 from crossdiff.latents.ranking import RECONSTRUCTIONS
 from crossdiff.report import wording
-from crossdiff.report.cards import ExampleView, example_view
+from crossdiff.report.cards import Display, ExampleView, example_views
 from crossdiff.report.concept_cards import ConceptCard, Title, concept_card, title_of
 from crossdiff.report.concept_reading import COMMAND, concept_of, ranked
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.concept_wording import counted, prediction_words, told
 from crossdiff.report.examples import visible
+from crossdiff.report.histogram import HistogramView, histogram_view
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.tables import read_table
 
@@ -107,10 +108,15 @@ class Concepts:
         """The report's card of a concept with the examples of its page."""
         return concept_card(concept_of(self.found, number, self.database.examples(number, TOP, PER_QUANTILE)), self.found)
 
-    def views(self, number: int, whole: bool, raw: bool) -> list[ExampleView]:
+    def views(self, number: int, display: Display) -> list[ExampleView]:
         """The examples of its page."""
         concept = concept_of(self.found, number, self.database.examples(number, TOP, PER_QUANTILE))
-        return [example_view(example, concept.max_activation, whole, raw) for example in concept.examples]
+        return example_views(concept.examples, concept.max_activation, display)
+
+    def histogram(self, number: int) -> HistogramView | None:
+        """How strongly it is active; None if the stage has stored no histogram."""
+        found = self.database.histogram(number)
+        return None if found is None else histogram_view(found, concept_of(self.found, number, ()).frequency)
 
     def members(self, number: int) -> list[Member]:
         """Its latents, in the order of the trainings."""

@@ -14,7 +14,7 @@ from crossdiff.dashboard.editions import BeingReplaced
 from crossdiff.dashboard.site import EDITION, Site
 from crossdiff.errors import UserError
 
-SAME_IN_ALL = ("/static/", "/report.css")
+SAME_IN_ALL = ("/static/", "/report.css", "/popover.js")
 """Paths of files that do not depend on a run."""
 REPLACED = "The results were replaced while this page was open."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.queries import PAGE_SIZE, Query, select
 from crossdiff.dashboard.search import Found, Search
+from crossdiff.report.cards import Display
 
 KEPT = 32
 """Lists that are kept, so that going through one does not sort the table again and again."""
@@ -35,6 +37,14 @@ class Place(NamedTuple):
     following: int | None
     list_path: str
     carried: str
+
+
+def kept(place: Place | None, display: Display, **changes: bool) -> str:
+    """The query part of an address that keeps a place in a list and how examples are shown, with some changes of these."""
+    listed, shown = ("" if place is None else place.carried), urlencode(display._replace(**changes).pairs)
+    if not listed or not shown:
+        return listed or (f"?{shown}" if shown else "")
+    return f"{listed}&{shown}"
 
 
 class Listed(NamedTuple):

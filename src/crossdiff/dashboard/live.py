@@ -256,6 +256,7 @@ def _reading(diff: Diff, sequence: TokenSequence, answer: Sequence[int] = (), is
     """Both models' reading of a prompt with the tokens of an answer."""
     from crossdiff.text.chat import Flag
     from crossdiff.text.sequences import TokenSequence
+    from crossdiff.text.token_texts import token_text
     from crossdiff.text_activations import active_pairs
 
     n = len(answer)
@@ -269,8 +270,10 @@ def _reading(diff: Diff, sequence: TokenSequence, answer: Sequence[int] = (), is
     )
     found = active_pairs(diff.pair, diff.crosscoder_at_pair, whole, diff.rule)
     ids = tuple(whole.token_ids.tolist())
+    words = [token_text(diff.pair.tokenizer, token) for token in ids]
     return Reading(
-        texts=tuple(diff.pair.tokenizer.decode([token]) for token in ids),
+        texts=tuple(word.text for word in words),
+        data=tuple(word.data for word in words),
         ids=ids,
         flags=tuple(whole.flags.tolist()),
         token=found.token,

@@ -20,7 +20,7 @@ from crossdiff.sources import SOURCES
 if TYPE_CHECKING:
     from crossdiff.causal.steering import Steering
 
-FORMAT = 1
+FORMAT = 2
 ANSWERS = {"answer-chat": ("chat",), "answer-base": ("base",), "answer-both": SOURCES}
 """The models that each button lets answer."""
 
@@ -166,12 +166,15 @@ def _text_json(part: Part) -> dict[str, Any]:
         [{"latent": latent, "v": float(f"{v:.9g}")} for latent, v in reading.at(position)]
         for position in range(len(reading.ids))
     ]
-    tokens = zip(reading.ids, reading.texts, reading.flags, active, strict=True)
+    tokens = zip(reading.ids, reading.texts, reading.data, reading.flags, active, strict=True)
     return {
         "name": part.name,
         "answer": part.answer,
         "ending": part.ending if part.answer is not None else None,
         "steered": [{"latent": latent, "strength": strength} for latent, strength in part.strengths],
         "answer_from": reading.answer_from if part.answer is not None else None,
-        "tokens": [{"id": each, "text": text, "flags": flags, "active": latents} for each, text, flags, latents in tokens],
+        "tokens": [
+            {"id": each, "text": text, **({"bytes": data.hex()} if data else {}), "flags": flags, "active": latents}
+            for each, text, data, flags, latents in tokens
+        ],
     }

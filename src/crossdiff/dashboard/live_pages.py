@@ -33,7 +33,7 @@ def add(app: FastAPI, site: Site) -> None:
         example = record.examples[number]
         found = site.live.sides(coder, latent, example.tokens.ids)
         at = example.position
-        highest = float(max(found.base.max(), found.chat.max(), 1e-9))
+        highest = float(max(abs(found.base).max(), abs(found.chat).max(), 1e-9))
         views = []
         for model, parts in ((BASE, found.base), (CHAT, found.chat)):
             side = replace(example, tokens=example.tokens.with_activations(parts), activation=float(parts[at]))

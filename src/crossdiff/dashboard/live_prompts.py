@@ -13,9 +13,10 @@ from crossdiff.dashboard.live import Busy, Hear
 from crossdiff.dashboard.live_actions import Done, Lost, as_json, carry_out, keep, recall
 from crossdiff.dashboard.live_form import Form, continued, edited, read_form, read_json
 from crossdiff.dashboard.live_stream import BUSY, MEDIA_TYPE, Line, stream
-from crossdiff.dashboard.live_views import Shown, active_on, show, token_text
+from crossdiff.dashboard.live_views import Shown, active_on, shared_character, show
 from crossdiff.dashboard.site import ROOT, Site, is_partial
 from crossdiff.errors import UserError
+from crossdiff.report.examples import visible
 
 Pairs = list[tuple[str, str]]
 
@@ -180,6 +181,7 @@ def add(app: FastAPI, site: Site) -> None:
             token_id=reading.ids[position],
             by=parts[number].name,
             written=position >= reading.answer_from,
-            text=token_text(reading, position),
+            text=visible(reading.texts[position]),
+            shared=shared_character(reading, position),
             active=active_on(coder, reading, position),
         )

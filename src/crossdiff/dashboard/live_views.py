@@ -18,14 +18,13 @@ from crossdiff.report.examples import Context, Token, visible
 from crossdiff.report.marks import Sign
 from crossdiff.report.reading import CANDIDATE_DELTA_NORM
 from crossdiff.report.wording import number
+from crossdiff.text.token_texts import TokenText, character_at
 
 SHOWN = 6
 """Latents that are shown unless the reader chooses some."""
 WORDS_BEFORE, WORDS_AFTER = 8, 5
 """Tokens around the strongest one that stand for a latent without an explanation."""
 ENDINGS = {"length": "Cut off at the limit of tokens.", "stopped": "Stopped by you.", "finished": ""}
-Cell = tuple[int, Piece]
-"""A token with its position."""
 
 
 class Meaning(NamedTuple):
@@ -52,8 +51,8 @@ class TextView(NamedTuple):
 
     name: str
     ending: str
-    prompt: tuple[Cell, ...]
-    answer: tuple[Cell, ...] | None
+    prompt: tuple[Piece, ...]
+    answer: tuple[Piece, ...] | None
 
 
 class LatentViews(NamedTuple):
@@ -96,9 +95,9 @@ def _text_view(part: Part) -> TextView:
     reading = part.reading
     counts = reading.counts()
     context = Context(_tokens(reading, counts.astype(float).tolist()), -1, False, False)
-    cells = tuple(enumerate(pieces(context, float(max(counts.max(initial=1), 1)))))
-    answer = None if part.answer is None else cells[reading.answer_from :]
-    return TextView(part.name, ENDINGS[part.ending], cells[: reading.answer_from], answer)
+    found = pieces(context, float(max(counts.max(initial=1), 1)), unit="latents active")
+    prompt, answer = (tuple(each for each in found if (each.first < reading.answer_from) == asked) for asked in (True, False))
+    return TextView(part.name, ENDINGS[part.ending], prompt, None if part.answer is None else answer)
 
 
 def view_of(coder: Coder, reading: Reading, latent: int) -> ExampleView:
@@ -110,13 +109,13 @@ def view_of(coder: Coder, reading: Reading, latent: int) -> ExampleView:
     origin = f"maximum {number(max(values))} here, {number(row['max_activation'])} in the analysed text"
     view = prompt_view(origin, _tokens(reading, values), highest)
     return view._replace(pieces=tuple(
-        piece._replace(classes=f"{piece.classes} written") if at >= reading.answer_from else piece
-        for at, piece in enumerate(view.pieces)
+        piece._replace(classes=f"{piece.classes} written") if piece.first >= reading.answer_from else piece
+        for piece in view.pieces
     ))  # fmt: skip
 
 
 def _tokens(reading: Reading, values: Sequence[float]) -> tuple[Token, ...]:
-    return tuple(map(Token, reading.texts, reading.flags, values))
+    return tuple(map(Token, reading.texts, reading.flags, values, reading.ids, reading.data))
 
 
 def meaning_of(coder: Coder, latent: int) -> Meaning:
@@ -140,6 +139,15 @@ def active_on(coder: Coder, reading: Reading, position: int) -> list[Active]:
     return found
 
 
-def token_text(reading: Reading, position: int) -> str:
-    """The text of a token with signs for white space."""
-    return visible(reading.texts[position])
+class Shared(NamedTuple):
+    """A character that several tokens make together, with the positions of the first and the last of them."""
+
+    text: str
+    first: int
+    last: int
+
+
+def shared_character(reading: Reading, position: int) -> Shared | None:
+    """The character of which a token is a part; None if it is made of whole ones."""
+    at, text = character_at(tuple(map(TokenText, reading.texts, reading.data)), position)
+    return Shared(visible(text), at.start, at.stop - 1) if at.stop - at.start > 1 else None

@@ -20,6 +20,7 @@ from crossdiff.report.examples import Context, Token, visible
 from crossdiff.report.look import LookSection, look_section
 from crossdiff.sources import SOURCES
 from crossdiff.text.chat import Flag
+from crossdiff.text.token_texts import TokenText, token_text
 
 PAGE = 5
 """Documents on a page of the texts."""
@@ -34,7 +35,7 @@ class Predicted(NamedTuple):
     """A text with one row per token, with the columns of `tokens.parquet` about what comes after it."""
 
     table: pl.DataFrame
-    decode: Callable[[int], str]
+    decode: Callable[[int], TokenText]
 
 
 class RunLook:
@@ -72,7 +73,7 @@ class RunLook:
         return float(max(np.quantile(kl, STRONGEST), kl.max() / 10))
 
     @cached_property
-    def decode(self) -> Callable[[int], str]:
+    def decode(self) -> Callable[[int], TokenText]:
         """The text of a token, by the tokenizer of the run's chat model.
 
         Raises:
@@ -82,14 +83,14 @@ class RunLook:
         from crossdiff.models.loading import load_tokenizer
 
         config = diff.open(self.directory).config
-        decode = decoder(load_tokenizer(config.chat, config.base))
+        tokenizer = load_tokenizer(config.chat, config.base)
         for token_id, text in self.found.words.select("token_id", "token").iter_rows():
-            if decode(token_id) != text:
+            if (own := tokenizer.decode([token_id])) != text:
                 raise UserError(
-                    f"the tokenizer of {config.chat} is not the one of this look: token {token_id} is {decode(token_id)!r} in "
+                    f"the tokenizer of {config.chat} is not the one of this look: token {token_id} is {own!r} in "
                     f"it, and was {text!r}; restore the model, or run `{COMMAND} {self.directory}` again"
                 )
-        return decode
+        return decoder(tokenizer)
 
     def text(self, document: int) -> list[ExampleView]:
         """One document tinted by KL: a view of each part that the models read by itself."""
@@ -108,24 +109,25 @@ class RunLook:
         origin = f"{predicted.table.height} tokens \N{MIDDLE DOT} mean KL {mean:.3f} nats"
         return ExampleView(origin, self._tinted(predicted.table, predicted.decode))
 
-    def _tinted(self, rows: pl.DataFrame, decode: Callable[[int], str]) -> tuple[Piece, ...]:
+    def _tinted(self, rows: pl.DataFrame, decode: Callable[[int], TokenText]) -> tuple[Piece, ...]:
         """Tokens tinted by the KL of what comes after them, which the title of each explains."""
         least = self.highest / (2 * LEVELS)
         tokens = tuple(
-            Token(decode(token_id), int(FLAGS.get(group, 0)), kl if kl > least else 0.0)
+            Token(text, int(FLAGS.get(group, 0)), kl if kl > least else 0.0, token_id, data)
             for token_id, group, kl in rows.select("token_id", "group", "kl").iter_rows()
+            for text, data in [decode(token_id)]
         )
         plain = pieces(Context(tokens, -1, False, False), self.highest or 1.0)
-        titles = (after(row, decode) for row in rows.iter_rows(named=True))
-        return tuple(piece._replace(title=title) for piece, title in zip(plain, titles, strict=True))
+        titles = [after(row, decode) for row in rows.iter_rows(named=True)]
+        return tuple(piece._replace(title="\n\n".join(titles[piece.first : piece.first + piece.n])) for piece in plain)
 
 
-def decoder(tokenizer: Any) -> Callable[[int], str]:
+def decoder(tokenizer: Any) -> Callable[[int], TokenText]:
     """The text of each token by itself."""
-    return lru_cache(None)(lambda token_id: str(tokenizer.decode([token_id])))
+    return lru_cache(None)(lambda token_id: token_text(tokenizer, token_id))
 
 
-def after(row: Mapping[str, Any], decode: Callable[[int], str]) -> str:
+def after(row: Mapping[str, Any], decode: Callable[[int], TokenText]) -> str:
     """What both models expect after a token, and what follows."""
     models = [(source, row[f"top_{source}"], row[f"p_{source}"], row[f"log_{source}"]) for source in SOURCES]
     lines = [f"After {_quoted(decode(row['token_id']))}, KL {row['kl']:.2f} nats"]
@@ -136,8 +138,8 @@ def after(row: Mapping[str, Any], decode: Callable[[int], str]) -> str:
     return "\n".join(lines)
 
 
-def _quoted(token: str) -> str:
-    return f"\N{LEFT DOUBLE QUOTATION MARK}{visible(token)}\N{RIGHT DOUBLE QUOTATION MARK}"
+def _quoted(token: TokenText) -> str:
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{visible(token.text)}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def _probability(log_p: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -11,19 +12,20 @@ from crossdiff.dashboard import charts
 from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.concepts import ConceptRow, Concepts
-from crossdiff.dashboard.lists import Lists, Place
+from crossdiff.dashboard.lists import Lists, Place, kept
 from crossdiff.dashboard.queries import MINOR, SHOWN, Query, page_numbers
 from crossdiff.dashboard.search import Found, Search
 from crossdiff.latents.ranking import RANKS, title
 from crossdiff.report import concept_wording, figures, overview, wording
-from crossdiff.report.cards import example_view
+from crossdiff.report.cards import Display, example_views
 from crossdiff.report.examples import visible
 from crossdiff.report.figures import AGAINST, NU_RANGE, NUS, scaling_note
+from crossdiff.report.histogram import HistogramView, histogram_view
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.plotly_figures import for_page
 from crossdiff.report.templating import environment
 
-MAX_ACTIVITY_ROWS, HOME_CONCEPTS = 14, 12
+MAX_ACTIVITY_ROWS, HOME_CONCEPTS, SIDE_EXAMPLES = 14, 12, 5
 
 
 def templates() -> jinja2.Environment:
@@ -148,7 +150,7 @@ def coder_page(coder: Coder) -> dict[str, Any]:
     }
 
 
-def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool, place: Place | None = None) -> dict[str, Any]:
+def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Place | None) -> dict[str, Any]:
     """The page of a latent; `place` is its place in the list that it was opened from."""
     latent = coder.latent(row)
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
@@ -165,7 +167,10 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool, place
         "card": coder.card(replace(latent, examples=())),
         "percentiles": coder.percentiles(row),
         "base_share": row["norm_base"] / norms if norms else None,
-        "views": [example_view(example, latent.max_activation, whole, raw) for example in latent.examples],
+        "views": example_views(latent.examples, latent.max_activation, display),
+        "has_strengths": coder.database.has_strengths,
+        "histogram_of": _histogram(coder, row),
+        "correlated": coder.database.correlated(row["latent"]),
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),
         "neighbours": coder.neighbours(row["latent"]),
@@ -174,9 +179,31 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool, place
         "place": place,
         "previous": previous,
         "following": following,
-        "whole": whole,
-        "raw": raw,
+        "display": display,
+        "kept": partial(kept, place, display),
+        "shown": kept(None, display),
         "scores": _scores(row),
+    }
+
+
+def _histogram(coder: Coder, row: dict[str, Any]) -> HistogramView | None:
+    found = coder.database.histogram(row["latent"])
+    return None if found is None else histogram_view(found, row["frequency"])
+
+
+def beside_page(coder: Coder, row: dict[str, Any]) -> dict[str, Any]:
+    """One of two latents that are shown side by side."""
+    latent = coder.latent(row, SIDE_EXAMPLES, 0)
+    concepts = coder.concepts
+    concept = None if concepts is None else concepts.of_latent(coder.name, row["latent"])
+    return {
+        "coder": coder,
+        "row": row,
+        "card": coder.card(replace(latent, examples=())),
+        "concept": concept,
+        "concept_title": None if concepts is None or concept is None else concepts.title(concept),
+        "histogram_of": _histogram(coder, row),
+        "views": example_views(latent.examples, latent.max_activation, Display()),
     }
 
 

@@ -19,11 +19,13 @@ class Reading:
 
     Attributes:
         texts, ids, flags: of each token; the bits of a flag are those of `Flag`.
+        data: the bytes of each token that is not made of whole characters (see `TokenText`), and empty for the others.
         token, latent, v: `[pair]`, the active (token, latent) pairs and their activation.
         answer_from: position of the first token that a model wrote; the number of tokens if none did.
     """
 
     texts: tuple[str, ...]
+    data: tuple[bytes, ...]
     ids: tuple[int, ...]
     flags: tuple[int, ...]
     token: npt.NDArray[np.int64]
@@ -55,13 +57,15 @@ class Reading:
             "latent": self.latent.tolist(),
             "v": [float(f"{v:.9g}") for v in self.v.tolist()],
         }
-        return {"texts": self.texts, "ids": self.ids, "flags": self.flags, **pairs, "answer_from": self.answer_from}
+        tokens = {"texts": self.texts, "data": [each.hex() for each in self.data], "ids": self.ids, "flags": self.flags}
+        return {**tokens, **pairs, "answer_from": self.answer_from}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Reading:
         """The reading of `as_json`."""
         return cls(
             tuple(found["texts"]),
+            tuple(map(bytes.fromhex, found["data"])),
             tuple(found["ids"]),
             tuple(found["flags"]),
             np.array(found["token"], np.int64),

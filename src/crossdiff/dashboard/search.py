@@ -28,7 +28,7 @@ import numpy.typing as npt
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.errors import UserError
 from crossdiff.files import open_sqlite
-from crossdiff.report.examples import TOKENS_AFTER, TOKENS_BEFORE
+from crossdiff.report.examples import TOKENS_AFTER, TOKENS_BEFORE, ExampleDatabase
 
 FORMAT = 2
 CONTEXTS = 5
@@ -107,7 +107,7 @@ class Search:
 
     def _weights(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Every latent with the weights of its words."""
-        table, vocabulary = self.coder.table, self.coder.database.vocabulary
+        table, database = self.coder.table, self.coder.database
         explanations = table["explanation"].to_list() if self.coder.has_explanations else [None] * table.height
         said = dict(zip(table["latent"].to_list(), explanations, strict=True))
         query = (
@@ -116,13 +116,13 @@ class Search:
         )
         for first in range(0, max(said, default=-1) + 1, BATCH):
             contexts: dict[int, list[tuple[int, bytes, bytes, bytes]]] = defaultdict(list)
-            for latent, *example in self.coder.database.rows(query, (first, first + BATCH, CONTEXTS)):
+            for latent, *example in database.rows(query, (first, first + BATCH, CONTEXTS)):
                 if len(contexts[latent]) < CONTEXTS:
                     contexts[latent].append(tuple(example))
             for latent in range(first, first + BATCH):
                 if latent in said:
                     weights = dict.fromkeys(words(said[latent] or ""), EXPLAINED)
-                    _add_contexts(weights, contexts[latent], vocabulary)
+                    _add_contexts(weights, contexts[latent], database)
                     yield latent, weights
 
     def find(self, text: str) -> Found:
@@ -197,19 +197,19 @@ def spans(texts: Sequence[str]) -> Spans:
     return Spans([plain_word(each[0]) for each in found], [e.start() for e in found], [e.end() for e in found], begins)
 
 
-def _add_contexts(weights: dict[str, int], contexts: list[tuple[int, bytes, bytes, bytes]], vocabulary: dict[int, str]) -> None:
+def _add_contexts(weights: dict[str, int], contexts: list[tuple[int, bytes, bytes, bytes]], database: ExampleDatabase) -> None:
     """Add the words of a latent's examples, each of them position, token ids, positions and activations."""
     highest = 0.0
     for position, token_ids, positions, activations in contexts:
         first, end = max(0, position - TOKENS_BEFORE), position + TOKENS_AFTER + 1
-        texts = [vocabulary.get(token, "") for token in np.frombuffer(token_ids, "<i4")[first:end].tolist()]
-        where = spans(texts)
+        groups = list(database.characters(np.frombuffer(token_ids, "<i4")[first:end].tolist()))
+        where = spans([text for _, text in groups])
         for word in where.words:
             weights.setdefault(word, 0)
         values = dict(zip(np.frombuffer(positions, "<i4").tolist(), np.frombuffer(activations, "<f4").tolist(), strict=True))
         highest = max(highest, *values.values(), 1e-9)
-        for at, text in enumerate(texts):
-            if (value := values.get(first + at, 0.0)) > 0:
+        for at, (own, text) in enumerate(groups):
+            if (value := max(values.get(first + each, 0.0) for each in range(own.start, own.stop))) > 0:
                 for part_of in where.at(at, len(text)):
                     word, weight = where.words[part_of], max(1, round(FULL * value / highest))
                     weights[word] = max(weights[word], weight)

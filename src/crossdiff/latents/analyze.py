@@ -21,11 +21,13 @@ from crossdiff.files import write_json
 from crossdiff.latents.activity import ROW_GROUP, Activity, activity_table
 from crossdiff.latents.behaviours import BASE_SAE_POOL, LIVE_POOL, Pool, behaviour_table, conversation_scores, live_latents
 from crossdiff.latents.controls import random_directions, shared_latents, split_halves
+from crossdiff.latents.correlated import Correlations
 from crossdiff.latents.decoder import CHAT_INDEX
 from crossdiff.latents.difference import DifferenceExplained
 from crossdiff.latents.example_collector import ExampleCollector
-from crossdiff.latents.example_database import write_examples
+from crossdiff.latents.example_database import Strengths, write_examples
 from crossdiff.latents.groups import Cells, cells_of
+from crossdiff.latents.histogram import Histograms
 from crossdiff.latents.latent_table import latent_table, pools
 from crossdiff.latents.ranking import RANKED
 from crossdiff.latents.scaling import ScalingAccumulator
@@ -96,6 +98,8 @@ class Measured(NamedTuple):
     examples: ExampleCollector
     heldout: HeldoutTokens
     difference: DifferenceExplained
+    histograms: Histograms
+    correlations: Correlations
 
 
 class Analysis(NamedTuple):
@@ -129,6 +133,8 @@ def empty(
         ExampleCollector(store, crosscoder.n_latents, config),
         HeldoutTokens(crosscoder, store),
         DifferenceExplained(crosscoder, config.blocks),
+        Histograms(crosscoder.n_latents, device),
+        Correlations(crosscoder.n_latents, int(store.counted.sum()), config.seed),
     )
 
 
@@ -177,7 +183,9 @@ def _write(analysis: Analysis, measured: Measured, store: Store, tokenizer: Any,
     on_host = crosscoder.to(CPU)
     neighbour_table(crosscoder, measured.scaling.sums.n.sum(0) > 0).write_parquet(folder / "neighbours.parquet")
     table = _write_tables(folder, on_host, measured, config)
-    write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents)
+    correlations = measured.correlations
+    strengths = Strengths(measured.histograms.rows(), correlations.rows(), correlations.n_tokens)
+    write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents, strengths)
     measured.scaling.sums.save(folder / "scaling.safetensors")
     made_with = {KEY: config.model_dump(), NUS: list(RANKED)}
     write_json(folder / "health.json", _health_report(on_host, store, measured, table) | made_with)

@@ -1,4 +1,7 @@
-"""The layout of the example database, shared by its writer and all readers."""
+"""The layout of the example database, shared by its writer and all readers.
+
+Databases of older analyses have neither the bytes of tokens nor histograms nor correlated latents.
+"""
 
 FORMAT = "2"
 SCHEMA = """
@@ -10,7 +13,9 @@ CREATE TABLE sequences (
     flags BLOB                      -- uint8: 1 bos, 2 template, 4 user, 8 assistant, 16 massive norm
 );
 CREATE TABLE vocabulary (
-    token_id INTEGER PRIMARY KEY, text TEXT
+    token_id INTEGER PRIMARY KEY,
+    text TEXT,                      -- bytes that are not a whole character stand as <0xE2>
+    bytes BLOB                      -- all bytes of a token with such bytes; NULL for the others
 );
 CREATE TABLE examples (
     latent INTEGER,
@@ -24,6 +29,18 @@ CREATE TABLE examples (
     activation REAL,                -- v = f * sum of decoder norms, at the maximum
     positions BLOB,                 -- int32, little-endian: where in the sequence the latent is active
     activations BLOB                -- float32, little-endian: v there; it is 0 elsewhere
+);
+CREATE TABLE histograms (
+    latent INTEGER PRIMARY KEY,
+    width REAL,                     -- of a bin
+    counts BLOB                     -- int64, little-endian: tokens with k * width <= v < (k + 1) * width and v > 0
+);
+CREATE TABLE correlated (
+    latent INTEGER, rank INTEGER,   -- 0 is the highest correlation
+    other INTEGER,                  -- another latent
+    correlation REAL,               -- Pearson, of v over the sampled tokens; their number is in metadata
+    n_both INTEGER,                 -- sampled tokens on which both are active
+    PRIMARY KEY (latent, rank)
 );
 CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT);
 CREATE INDEX by_latent ON examples (latent, kind, rank);

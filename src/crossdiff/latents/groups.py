@@ -15,6 +15,7 @@ import polars as pl
 
 from crossdiff.activations.store import Store
 from crossdiff.text.chat import Flag
+from crossdiff.text.token_texts import token_text
 
 GROUPS = ("plain", "bos", "template", "user", "assistant")
 """Each token belongs to exactly one. A token with several flags counts as template before user or assistant."""
@@ -62,7 +63,7 @@ def cells_of(store: Store, tokenizer: Any) -> Cells:
         which_dataset, which_group, which_role, number = (int(part) for part in parts)
         row: dict[str, Any] = {"dataset": store.datasets[which_dataset], "group": GROUPS[which_group]}
         if which_group == template:
-            token = tokenizer.decode([int(np.bincount(ids[of_row == cell]).argmax())])
+            token = token_text(tokenizer, int(np.bincount(ids[of_row == cell]).argmax())).text
             row |= {"role": ROLES[which_role], "template_index": number, "token": token}
         rows.append(row)
     schema = {"dataset": pl.String, "group": pl.String, "role": pl.String, "template_index": pl.Int64, "token": pl.String}

@@ -12,6 +12,7 @@ from crossdiff.errors import UserError
 from crossdiff.models.access import decoder_layers
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float, Tensor
+from crossdiff.text.token_texts import token_text
 
 NAMES = ("base direction, base model", "chat direction, chat model", "chat minus base direction, chat model")
 
@@ -50,7 +51,7 @@ def read_in(
 def _tokens(tokenizer: Any, logits: Float[Tensor, " vocabulary"], n: int, largest: bool) -> tuple[tuple[str, float], ...]:
     top = logits.cpu().topk(min(n, len(logits)), largest=largest)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return tuple((tokenizer.decode([token]), value) for token, value in pairs)
+    return tuple((token_text(tokenizer, token).text, value) for token, value in pairs)
 
 
 def direction_logits(model: Any, direction: Float[Tensor, "*direction d_model"]) -> Float[Tensor, "*direction vocabulary"]:

@@ -14,6 +14,7 @@ from crossdiff.errors import UserError
 from crossdiff.models.lens import NAMES, direction_logits, read_in
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float, Int, Tensor
+from crossdiff.text.token_texts import token_text
 
 PROMOTED = 10
 """Tokens on either side of each direction."""
@@ -50,7 +51,7 @@ def promoted_table(
     tokens, logits = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
     unit_at, direction_at, side_at, rank = (each.ravel() for each in np.indices(tokens.shape))
     ids, where = np.unique(tokens, return_inverse=True)
-    texts = pl.Series([pair.tokenizer.decode([token]) for token in ids.tolist()], dtype=pl.String)
+    texts = pl.Series([token_text(pair.tokenizer, token).text for token in ids.tolist()], dtype=pl.String)
     return pl.DataFrame({
         unit: numbers.cpu().numpy()[unit_at], "direction": pl.Series(NAMES)[direction_at],
         "side": pl.Series(["up", "down"])[side_at], "rank": rank, "token": texts[where.ravel()], "logit": logits.ravel(),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report import wording
-from crossdiff.report.examples import Context, Example, Token, context_of, role_of, visible
+from crossdiff.report.examples import Context, Example, Token, context_of, joined, role_of, visible
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.overlap import overlap_words
 from crossdiff.report.records import TOKEN_GROUPS, Latent
@@ -26,11 +26,16 @@ NUS = {
 }
 """The nus of a card and what each measures."""
 _CHIPS = ("bos", "template")
+_DOT = " \N{MIDDLE DOT} "
 _TEMPLATE, _ASSISTANT = int(Flag.TEMPLATE), int(Flag.ASSISTANT)
 
 
 class Piece(NamedTuple):
-    """One token as the page shows it. `speaker` is the label before the first token of a turn's content."""
+    """What the page shows of one token, or of several that make one character together: `n` tokens from the `first` on.
+    The one with the maximum `is_peak`.
+
+    `speaker` is the label before the first token of a turn's content. `title` says what is known of each token.
+    """
 
     text: str
     classes: str
@@ -38,6 +43,9 @@ class Piece(NamedTuple):
     begins_line: bool
     speaker: str | None
     ends_line: bool
+    first: int
+    n: int = 1
+    is_peak: bool = False
 
 
 class ExampleView(NamedTuple):
@@ -47,6 +55,35 @@ class ExampleView(NamedTuple):
     pieces: tuple[Piece, ...]
     cut_before: bool = False
     cut_after: bool = False
+
+
+class Display(NamedTuple):
+    """How a page shows its examples: `whole` or around the maximum, with `raw` white space or symbols, and with a tint relative
+    to the largest activation of `each` example or of all."""
+
+    whole: bool = False
+    raw: bool = False
+    each: bool = False
+
+    @classmethod
+    def of(cls, context: str, whitespace: str, tint: str) -> Display:
+        """What the fields of a page's address ask for."""
+        return cls(context == "whole", whitespace == "raw", tint == "each")
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The fields of the address of a page that shows its examples like this, without the defaults."""
+        fields = ((self.whole, "context", "whole"), (self.raw, "whitespace", "raw"), (self.each, "tint", "each"))
+        return [(name, value) for wanted, name, value in fields if wanted]
+
+    @property
+    def choices(self) -> list[tuple[dict[str, bool], str]]:
+        """What can be changed, each with the words of its link."""
+        return [
+            ({"whole": not self.whole}, "Only around the maximum" if self.whole else "Whole sequences"),
+            ({"raw": not self.raw}, "White space as symbols" if self.raw else "Raw white space"),
+            ({"each": not self.each}, "Tint over all examples" if self.each else "Tint per example"),
+        ]
 
 
 class Measure(NamedTuple):
@@ -128,8 +165,8 @@ def fires_on(shares: Mapping[str, float]) -> str:
 
 
 def example_view(example: Example, highest: float, whole: bool = False, raw: bool = False) -> ExampleView:
-    """An example around its maximum, or `whole`; `highest` is the activation of the strongest tint, and `raw` leaves white
-    space as it is."""
+    """An example around its maximum, or `whole`; `highest` is the activation of the strongest tint (0 for the example's own
+    maximum), and `raw` leaves white space as it is."""
     context = Context(example.tokens[:], example.position, False, False) if whole else context_of(example)
     kind = "top" if example.quantile is None else f"{example.kind} {wording.number(example.quantile)}"
     parts = [kind, f"maximum {wording.number(example.activation)}"]
@@ -139,7 +176,13 @@ def example_view(example: Example, highest: float, whole: bool = False, raw: boo
         parts.append(f"labelled {wording.words(example.label)}")
     parts.append(f"position {example.position}")
     strongest = highest if highest > 0 else example.activation
-    return ExampleView(" \N{MIDDLE DOT} ".join(parts), pieces(context, strongest, raw), context.cut_before, context.cut_after)
+    return ExampleView(_DOT.join(parts), pieces(context, strongest, raw), context.cut_before, context.cut_after)
+
+
+def example_views(examples: Sequence[Example], highest: float, display: Display) -> list[ExampleView]:
+    """The examples of a page; `highest` is the activation of the strongest tint over all."""
+    strongest = 0.0 if display.each else highest
+    return [example_view(example, strongest, display.whole, display.raw) for example in examples]
 
 
 def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> ExampleView:
@@ -149,32 +192,51 @@ def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> Examp
     return ExampleView(origin, pieces(Context(tokens, marked, False, False), highest))
 
 
-def pieces(context: Context, highest: float, raw: bool = False) -> tuple[Piece, ...]:
-    """The tokens of a context. Each turn's template begins a new line, and its content begins with the speaker."""
+def pieces(context: Context, highest: float, raw: bool = False, unit: str = "value") -> tuple[Piece, ...]:
+    """The tokens of a context. Each turn's template begins a new line, and its content begins with the speaker.
+
+    Tokens that make one character together are one piece, with the activation of the strongest of them. `unit` names what the
+    activations are.
+    """
     found: list[Piece] = []
     tokens, roles = context.tokens, [role_of(token) for token in context.tokens]
-    for index, (token, role) in enumerate(zip(tokens, roles, strict=True)):
-        text = token.text if raw else visible(token.text)
-        active = token.activation > 0
+    for at, own in joined(tokens):
+        parts, index = tokens[at], at.start
+        token, role = parts[0], roles[index]
+        text = own if raw else visible(own)
+        value = max((part.activation for part in parts), key=abs)
         classes = ["t"]
         if role in _CHIPS:
             classes.append(role)
-        if active:
-            classes.append(f"a{_level(token.activation, highest)}")
-        if index == context.peak:
+        if value:
+            classes.append(f"{'a' if value > 0 else 'n'}{_level(abs(value), highest)}")
+        is_peak = at.start <= context.peak < at.stop
+        if is_peak:
             classes.append("peak")
         starts = index > 0 and _begins_turn(token, tokens[index - 1], roles[index - 1])
+        titles = (_token_title(part, context.start + index + place, unit) for place, part in enumerate(parts))
         found.append(
             Piece(
                 text=text,
                 classes=" ".join(classes),
-                title=f"{text}  {wording.number(token.activation)}" if active else f"{text}  not active",
+                title="\n".join([*([f"{text} is {len(parts)} tokens"] if len(parts) > 1 else []), *titles]),
                 begins_line=starts and not found[-1].ends_line,
                 speaker=role if role in ("user", "assistant") and (index == 0 or role != roles[index - 1]) else None,
-                ends_line="\n" in token.text and role not in _CHIPS and not raw,
+                ends_line="\n" in own and role not in _CHIPS and not raw,
+                first=index,
+                n=len(parts),
+                is_peak=is_peak,
             )
         )
     return tuple(found)
+
+
+def _token_title(token: Token, position: int, unit: str) -> str:
+    """What is known of a token: its text or bytes, then its value, its id and its position."""
+    facts = [f"{unit} {wording.number(token.activation)}" if token.activation else "not active"]
+    if token.id is not None:
+        facts.append(f"token id {token.id}")
+    return f"{visible(token.text)}\n{_DOT.join([*facts, f'position {position}'])}"
 
 
 def _begins_turn(token: Token, previous: Token, previous_role: str) -> bool:
@@ -184,5 +246,5 @@ def _begins_turn(token: Token, previous: Token, previous_role: str) -> bool:
 
 
 def _level(activation: float, highest: float) -> int:
-    """Step of the tint for an activation above 0, from 1 to `LEVELS` for `highest`."""
+    """Step of the tint for the size of an activation, from 1 to `LEVELS` for `highest`."""
     return min(LEVELS, max(1, math.ceil(LEVELS * activation / highest)))

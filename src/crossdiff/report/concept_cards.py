@@ -121,11 +121,11 @@ def title_of(example: Example, before: int = TITLE_BEFORE, after: int = TITLE_AF
 
 def plain_title(example: Example, before: int = TITLE_BEFORE, after: int = TITLE_AFTER) -> tuple[str, str, str]:
     """The text before an example's strongest token, the token, and the text after it, without invisible characters."""
-    context = context_of(example, before, after)
-    shown = [visible(token.text) for token in context.tokens]
-    peak = shown[context.peak]
+    found = title_of(example, before, after).pieces
+    at = next(at for at, piece in enumerate(found) if piece.is_peak)
+    peak = found[at].text
     space = " " if peak.startswith(" ") else ""
-    return "".join(shown[: context.peak]) + space, peak.strip(), "".join(shown[context.peak + 1 :])
+    return "".join(piece.text for piece in found[:at]) + space, peak.strip(), "".join(piece.text for piece in found[at + 1 :])
 
 
 def groups(concepts: RunConcepts) -> tuple[Group, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -19,6 +20,7 @@ from crossdiff.files import open_sqlite
 from crossdiff.integrity import intact
 from crossdiff.latents.example_schema import FORMAT
 from crossdiff.text.chat import Flag
+from crossdiff.text.token_texts import MOST_BYTES, REPLACEMENT, TokenText, character_at, characters
 
 TOP_EXAMPLES = 5
 PER_BAND = 20
@@ -33,11 +35,21 @@ _SELECT = """
 
 
 class Token(NamedTuple):
-    """One token: its text, its flags and the latent's activation v on it. A page has thousands, hence a tuple."""
+    """One token: its text, its flags, the latent's activation v on it, and its id. A page has thousands, hence a tuple.
+
+    `data` has the bytes of a token that is not made of whole characters (see `TokenText`).
+    """
 
     text: str
     flags: int
     activation: float
+    id: int | None = None
+    data: bytes = b""
+
+
+def joined(tokens: Sequence[Token]) -> Iterator[tuple[slice, str]]:
+    """Tokens in groups that share a character, with the text of each group."""
+    return characters([TokenText(token.text, token.data) for token in tokens])
 
 
 class Tokens(Sequence[Token]):
@@ -55,16 +67,18 @@ class Tokens(Sequence[Token]):
         flags: npt.NDArray[np.uint8],
         activations: npt.NDArray[np.float32],
         vocabulary: Mapping[int, str],
+        data: Mapping[int, bytes] = MappingProxyType({}),
     ) -> None:
         assert len(ids) == len(flags) == len(activations)
         self.ids = ids
         self.flags = flags
         self.activations = activations
         self._vocabulary = vocabulary
+        self._data = data
 
     def with_activations(self, activations: npt.NDArray[np.float32]) -> Tokens:
         """The same tokens with other activations."""
-        return Tokens(self.ids, self.flags, activations, self._vocabulary)
+        return Tokens(self.ids, self.flags, activations, self._vocabulary, self._data)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,8 +89,10 @@ class Tokens(Sequence[Token]):
     def __getitem__(self, at: slice) -> tuple[Token, ...]: ...
     def __getitem__(self, at: int | slice) -> Token | tuple[Token, ...]:
         if isinstance(at, slice):
-            texts = [self._vocabulary.get(token_id, f"[token {token_id}]") for token_id in self.ids[at].tolist()]
-            return tuple(map(Token, texts, self.flags[at].tolist(), self.activations[at].tolist()))
+            ids = self.ids[at].tolist()
+            texts = [self._vocabulary.get(token_id, unknown(token_id)) for token_id in ids]
+            data = [self._data.get(token_id, b"") for token_id in ids]
+            return tuple(map(Token, texts, self.flags[at].tolist(), self.activations[at].tolist(), ids, data))
         at = range(len(self))[at]
         return self[at : at + 1][0]
 
@@ -105,14 +121,41 @@ class Example:
     tokens: Tokens
 
 
+def strongest_text(example: Example) -> str:
+    """The token with an example's maximum as text, together with those that make one character with it."""
+    first = max(0, example.position - MOST_BYTES + 1)
+    tokens = example.tokens[first : example.position + MOST_BYTES]
+    return character_at([TokenText(token.text, token.data) for token in tokens], example.position - first)[1]
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The tokens around an example's maximum, which is `tokens[peak]`, and whether text was cut off on either side."""
+    """The tokens around an example's maximum, which is `tokens[peak]`, and whether text was cut off on either side.
+
+    `start` is the position of the first one in its sequence.
+    """
 
     tokens: tuple[Token, ...]
     peak: int
     cut_before: bool
     cut_after: bool
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Tokens by activation: `counts[k]` have k * width <= v < (k + 1) * width and v > 0."""
+
+    width: float
+    counts: tuple[int, ...]
+
+
+class Correlated(NamedTuple):
+    """Another latent, the correlation of its activations with the latent's, and the sampled tokens on which both are active."""
+
+    other: int
+    correlation: float
+    n_both: int
 
 
 class ExampleDatabase:
@@ -130,7 +173,9 @@ class ExampleDatabase:
                 found = metadata.get("format")
                 raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}; run `{command}` again")
             self.n_latents = int(metadata["n_latents"])
-            self.vocabulary: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
+            self.has_strengths = bool(database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'histograms'").fetchone())
+            self.n_sampled = int(metadata.get("correlated_over", 0))
+            self.vocabulary, self.data = _vocabulary(database)
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -181,6 +226,45 @@ class ExampleDatabase:
                     own.append(_example(self, tuple(row)))
         return {latent: tuple(examples) for latent, examples in found.items()}
 
+    def characters(self, ids: Sequence[int]) -> Iterator[tuple[slice, str]]:
+        """Several tokens in a row, in groups that share a character, with the text of each group."""
+        return characters([TokenText(self.vocabulary.get(each, ""), self.data.get(each, b"")) for each in ids])
+
+    def histogram(self, latent: int) -> Histogram | None:
+        """The histogram of a latent; None if it is never active, or if the analysis has none (`has_strengths`)."""
+        rows = self._of(latent, "SELECT width, counts FROM histograms WHERE latent = ?")
+        try:
+            return Histogram(rows[0][0], tuple(np.frombuffer(rows[0][1], "<i8").tolist())) if rows else None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: histogram {latent} is damaged ({error}); run `{self.command}` again") from error
+
+    def correlated(self, latent: int) -> list[Correlated]:
+        """The latents whose activations correlate most with the latent's, over `n_sampled` tokens; the highest first."""
+        query = "SELECT other, correlation, n_both FROM correlated WHERE latent = ? ORDER BY rank"
+        return [Correlated(*row) for row in self._of(latent, query)]
+
+    def _of(self, latent: int, query: str) -> list[tuple[Any, ...]]:
+        """The rows about one latent in a table that older analyses lack."""
+        check_latents([latent], self.n_latents, f"the crosscoder of {self.path}")
+        if not self.has_strengths:
+            return []
+        with self._reading() as database:
+            return database.execute(query, (latent,)).fetchall()
+
+
+def _vocabulary(database: sqlite3.Connection) -> tuple[dict[int, str], dict[int, bytes]]:
+    """The text of each token, and the bytes of those that are parts of a character, which older analyses do not have."""
+    columns = {name for (name,) in database.execute("SELECT name FROM pragma_table_info('vocabulary')")}
+    texts: dict[int, str] = dict(database.execute("SELECT token_id, text FROM vocabulary"))
+    if "bytes" in columns:
+        return texts, dict(database.execute("SELECT token_id, bytes FROM vocabulary WHERE bytes IS NOT NULL"))
+    return {token_id: unknown(token_id) if REPLACEMENT in text else text for token_id, text in texts.items()}, {}
+
+
+def unknown(token_id: int) -> str:
+    """What stands for a token whose text is not known."""
+    return f"[token {token_id}]"
+
 
 def read_examples(
     path: Path, latents: Sequence[int], command: str = "crossdiff analyze", per_band: int = PER_BAND
@@ -209,7 +293,7 @@ def _example(database: ExampleDatabase, row: tuple[Any, ...]) -> Example:
         )
     activations = np.zeros(len(ids), dtype=np.float32)
     activations[positions] = active
-    tokens = Tokens(ids, flags, activations, database.vocabulary)
+    tokens = Tokens(ids, flags, activations, database.vocabulary, database.data)
     return Example(kind, quantile, dataset, label, document, position, activation, tokens)
 
 
@@ -219,7 +303,7 @@ def context_of(example: Example, before: int = TOKENS_BEFORE, after: int = TOKEN
     length = before + after + 1
     start = max(0, min(example.position - before, len(example.tokens) - length))
     end = min(len(example.tokens), start + length)
-    return Context(example.tokens[start:end], example.position - start, start > 0, end < len(example.tokens))
+    return Context(example.tokens[start:end], example.position - start, start > 0, end < len(example.tokens), start)
 
 
 def _role(flags: int) -> str:
@@ -245,7 +329,7 @@ def visible(text: str) -> str:
         return "\N{EMPTY SET}"
     if not text.strip(" "):
         return "\N{OPEN BOX}" * len(text)
-    if text.isprintable():
+    if text.isprintable() and REPLACEMENT not in text:
         return text
     return "".join(_sign(character) for character in text.replace("\r\n", "\n"))
 
@@ -257,4 +341,4 @@ def _sign(character: str) -> str:
         return "\N{RIGHTWARDS ARROW TO BAR}"
     # Joiners are part of emoji and scripts; other format characters could reverse the direction of the page's own text.
     shown = unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") or character in "\u200c\u200d"
-    return character if shown else f"[U+{ord(character):04X}]"
+    return character if shown and character != REPLACEMENT else f"[U+{ord(character):04X}]"

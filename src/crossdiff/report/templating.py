@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,13 @@ def environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("crossdiff.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    assert made.loader is not None
     made.filters["script_json"] = _script_json
     made.globals |= {"levels": range(1, LEVELS + 1), "open_examples": OPEN_EXAMPLES, "ranked": tuple(map(title, RANKED))}
     made.globals["same"] = f"{SAME:g}"
+    script, _, _ = made.loader.get_source(made, "popover.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    made.globals |= {"popover": Markup(script), "popover_hash": f"sha256-{digest}"}
     return made
 
 

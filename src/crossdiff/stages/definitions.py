@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 CODE_FORMAT = 5
 """Raised when the results of the harvest, the comparison or steering change although the settings do not."""
-TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT = 7, 7, 2, 1
-TRUTH_FORMAT, CONCEPTS_FORMAT, LOOK_FORMAT, OVERLAP_FORMAT, PROMOTED_FORMAT = 5, 1, 2, 1, 1
+TRAINING_FORMAT, ANALYSIS_FORMAT, CAUSAL_FORMAT, INTERPRETATION_FORMAT = 7, 8, 2, 1
+TRUTH_FORMAT, CONCEPTS_FORMAT, LOOK_FORMAT, OVERLAP_FORMAT, PROMOTED_FORMAT = 5, 2, 2, 1, 1
 """The same for the other stages, each of its own, so that nothing is harvested again for them."""
 ANALYSIS = (
     "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",

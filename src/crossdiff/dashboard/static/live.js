@@ -106,9 +106,10 @@
 
   document.addEventListener("htmx:afterSwap", event => {
     if (event.target.id !== "token") return;
-    const shown = event.detail.pathInfo.requestPath;
+    const [, text, shown] = event.detail.pathInfo.requestPath.match(/(.*\/)(\d+)$/);
     for (const token of document.querySelectorAll(".strip a")) {
-      if (token.getAttribute("href") === shown) token.setAttribute("aria-current", "true");
+      const [, own, first] = token.getAttribute("href").match(/(.*\/)(\d+)$/), past = Number(shown) - Number(first);
+      if (own === text && past >= 0 && past < Number(token.dataset.tokens)) token.setAttribute("aria-current", "true");
       else token.removeAttribute("aria-current");
     }
     event.target.scrollIntoView({ block: "nearest" });
