@@ -46,7 +46,7 @@ def test_the_tint_is_relative_to_all_examples_or_to_each() -> None:
     over_all, each = (example_views(both, 4.0, Display(each=each)) for each in (False, True))
     assert [[piece.classes for piece in view.pieces] for view in over_all] == [["t a8 peak", "t a2"], ["t a1", "t a2 peak"]]
     assert [[piece.classes for piece in view.pieces] for view in each] == [["t a8 peak", "t a2"], ["t a4", "t a8 peak"]]
-    assert Display(raw=True).address(each=True) == "?context=around&whitespace=raw&tint=each"
+    assert Display(raw=True)._replace(each=True).pairs == [("whitespace", "raw"), ("tint", "each")] and not Display().pairs
 
 
 def test_an_older_database_shows_the_number_of_a_token_without_text(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class Coder:
 
     def latent(self, row: dict[str, Any], top: int = TOP, per_quantile: int = PER_QUANTILE) -> Latent:
         """The record of a row, with its examples."""
-        return latent_of(row, self.database.examples(row["latent"], top, per_quantile))
+        return latent_of(row, self.database, top=top, per_quantile=per_quantile)
 
     def label(self, latent: int) -> str | None:
         """Its explanation, or that of its concept; None if neither has one."""

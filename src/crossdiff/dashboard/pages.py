@@ -20,7 +20,6 @@ from crossdiff.report import concept_wording, figures, overview, wording
 from crossdiff.report.cards import Display, example_views
 from crossdiff.report.examples import visible
 from crossdiff.report.figures import AGAINST, NU_RANGE, NUS, scaling_note
-from crossdiff.report.histogram import HistogramView, histogram_view
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.plotly_figures import for_page
 from crossdiff.report.templating import environment
@@ -169,7 +168,6 @@ def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Plac
         "base_share": row["norm_base"] / norms if norms else None,
         "views": example_views(latent.examples, latent.max_activation, display),
         "has_strengths": coder.database.has_strengths,
-        "histogram_of": _histogram(coder, row),
         "correlated": coder.database.correlated(row["latent"]),
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),
@@ -186,11 +184,6 @@ def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Plac
     }
 
 
-def _histogram(coder: Coder, row: dict[str, Any]) -> HistogramView | None:
-    found = coder.database.histogram(row["latent"])
-    return None if found is None else histogram_view(found, row["frequency"])
-
-
 def beside_page(coder: Coder, row: dict[str, Any]) -> dict[str, Any]:
     """One of two latents that are shown side by side."""
     latent = coder.latent(row, SIDE_EXAMPLES, 0)
@@ -202,7 +195,6 @@ def beside_page(coder: Coder, row: dict[str, Any]) -> dict[str, Any]:
         "card": coder.card(replace(latent, examples=())),
         "concept": concept,
         "concept_title": None if concepts is None or concept is None else concepts.title(concept),
-        "histogram_of": _histogram(coder, row),
         "views": example_views(latent.examples, latent.max_activation, Display()),
     }
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report import wording
 from crossdiff.report.examples import Context, Example, Token, context_of, joined, role_of, visible
+from crossdiff.report.histogram import HistogramView, histogram_view
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
 from crossdiff.report.overlap import overlap_words
 from crossdiff.report.records import TOKEN_GROUPS, Latent
@@ -107,6 +108,7 @@ class Card:
     fires_on: str
     explanation: str | None
     look: str
+    histogram: HistogramView | None
     examples: tuple[ExampleView, ...]
 
 
@@ -127,6 +129,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         fires_on=fires_on(latent.shares),
         explanation=latent.explanation,
         look=overlap_words(latent.overlap, "latent"),
+        histogram=None if latent.histogram is None else histogram_view(latent.histogram, latent.frequency),
         examples=tuple(example_view(example, latent.max_activation) for example in latent.examples),
     )
 

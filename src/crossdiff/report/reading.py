@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from crossdiff.latents.settings import analysis_settings, verdict_settings
 from crossdiff.look.reading import OVERLAP_FILE, read_look, with_overlap
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
-from crossdiff.report.examples import TOP_EXAMPLES, Example, read_examples
+from crossdiff.report.examples import TOP_EXAMPLES, ExampleDatabase
 from crossdiff.report.records import (
     TOKEN_GROUPS,
     BehaviourResult,
@@ -113,9 +114,9 @@ def repetitions(directory: Path, folders: Sequence[str]) -> set[str]:
 
 def read_latent(folder: Path, latents: pl.DataFrame, latent: int) -> Latent:
     """Read one latent of a crosscoder's folder, with its examples."""
-    examples = read_examples(folder / "examples.sqlite", [latent])
     row = latents.row(by_predicate=pl.col("latent") == latent, named=True)
-    return latent_of(row, examples[latent])
+    with closing(ExampleDatabase(folder / "examples.sqlite")) as database:
+        return latent_of(row, database)
 
 
 def read_latents(folder: Path) -> pl.DataFrame:
@@ -135,8 +136,8 @@ def _read_crosscoder(folder: Path) -> CrosscoderReport:
     shown = top_rows["latent"].to_list()
     best = [latent for latent in _best_specific(behaviours) if latent not in shown]
     wanted = pl.concat([top_rows, latents.filter(pl.col("latent").is_in(best))])
-    examples = read_examples(folder / "examples.sqlite", wanted["latent"].to_list(), per_band=TOP_EXAMPLES)
-    records = tuple(latent_of(row, examples[row["latent"]]) for row in wanted.iter_rows(named=True))
+    with closing(ExampleDatabase(folder / "examples.sqlite")) as database:
+        records = tuple(latent_of(row, database, per_band=TOP_EXAMPLES) for row in wanted.iter_rows(named=True))
     top = TopLatents(records[: len(shown)], n_specific)
     settings = analysis_settings(folder)
     limits = Limits(settings.nu_error, settings.nu_reconstruction, settings.delta_norm)
@@ -177,8 +178,8 @@ def _read_summary(folder: Path, latents: pl.DataFrame) -> Interpretation | None:
     return Interpretation.model_validate(summarise(verdicts.join(rows, on="latent"), found.seed))
 
 
-def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
-    """The record of one row of the latent table."""
+def latent_of(row: Mapping[str, Any], database: ExampleDatabase, **most: int) -> Latent:
+    """The record of one row of the latent table, with at most so many examples (see `ExampleDatabase.examples`)."""
     return Latent(
         latent=row["latent"],
         verdict=row["verdict"],
@@ -196,7 +197,8 @@ def latent_of(row: Mapping[str, Any], examples: tuple[Example, ...]) -> Latent:
         alone=estimate(row, _ALONE),
         rank_sum=as_float(row["rank_sum"]),
         shares={group: as_float(row[f"share_{group}"]) for group in TOKEN_GROUPS},
-        examples=examples,
+        examples=database.examples(row["latent"], **most),
+        histogram=database.histogram(row["latent"]),
         explanation=_explanation(row),
         overlap=overlap_of(row),
     )

@@ -19,7 +19,7 @@ from crossdiff.errors import UserError
 from crossdiff.files import number, read_json
 from crossdiff.integrity import intact
 from crossdiff.latents.settings import verdict_settings
-from crossdiff.report.examples import Example
+from crossdiff.report.examples import Example, Histogram
 from crossdiff.statistics import Estimate
 
 TOKEN_GROUPS = ("plain", "bos", "template", "user", "assistant")
@@ -249,6 +249,7 @@ class Latent:
     """One row of the latent table with the examples read for it. Activations are v (f times the sum of the decoder norms).
 
     alone: nats by which the latent reduces the KL to the chat model when patched alone (`crossdiff causal`).
+    histogram: of its activations; None if it is never active, or if an older analysis has stored none.
     """
 
     latent: int
@@ -270,6 +271,7 @@ class Latent:
     examples: tuple[Example, ...]
     overlap: Overlap
     explanation: str | None = None
+    histogram: Histogram | None = None
 
 
 @dataclass(frozen=True, slots=True)
