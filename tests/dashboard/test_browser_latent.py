@@ -12,7 +12,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 
 from playwright.sync_api import Page, expect, sync_playwright
-from showing import BATCHTOPK, add_strengths, write_run
+from showing import BATCHTOPK, CONCEPTS, add_strengths, write_run
 
 from crossdiff.cli import run_command
 from crossdiff.dashboard.screenshots import find_chromium, launch
@@ -149,6 +149,33 @@ def test_a_tap_opens_and_a_tap_elsewhere_closes(browser: Any, address: str) -> N
     page.locator("#examples h2").tap()
     expect(page.locator(TIP)).to_be_hidden()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+
+
+def test_measures_and_promoted_tokens_say_more_at_the_keyboard_and_by_touch(browser: Any, address: str) -> None:
+    page = opened(browser, address + LATENT, viewport={"width": 390, "height": 800}, has_touch=True)
+    measures = page.locator("dl [title], dl [data-tip]")
+    measures.first.focus()
+    expect(page.locator(TIP)).to_contain_text("share in what the crosscoder misses")
+    page.keyboard.press("End")
+    expect(page.locator(TIP)).to_contain_text("divided between the two reconstructions")
+    page.goto(f"{address}{CONCEPTS}/0")
+    token = page.locator(".promoted code").first
+    token.tap()
+    expect(page.locator(TIP)).to_contain_text("logit ")
+    assert page.locator(".promoted code[tabindex='0']").count() == page.locator(".promoted [data-tips]").count() > 1
+    page.close()
+
+
+def test_a_change_of_the_examples_changes_the_links_around_them(browser: Any, address: str) -> None:
+    page = opened(browser, f"{address}{BATCHTOPK}?sort=latent&dir=asc")
+    page.locator("#table tbody a").nth(3).click()
+    page.get_by_role("link", name="Tint per example").click()
+    page.wait_for_url("**tint=each**")
+    page.keyboard.press("j")
+    page.wait_for_url("**/latent/4?**")
+    expect(page.locator(".steps span")).to_contain_text("5 of ")
+    expect(page.get_by_role("link", name="Tint over all examples")).to_be_visible()
     page.close()
 
 

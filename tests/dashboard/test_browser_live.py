@@ -194,7 +194,8 @@ def test_steering_with_several_latents_and_the_slider(page: Page, address: str, 
 def test_tokens_by_keyboard(page: Page, address: str) -> None:
     ask(page, address, "read")
     page.locator(".strip a").nth(2).focus()
-    page.keyboard.press("Tab")
+    expect(page.locator("#token-tip")).to_contain_text("latents active")
+    page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     expect(page.locator("#token h3")).to_contain_text("Token 3")
     expect(page.locator(".strip a[aria-current]")).to_have_count(1)

@@ -34,6 +34,7 @@ from crossdiff.dashboard.serve import serving
 from crossdiff.dashboard.site import PAGES_AT_ONCE
 from crossdiff.errors import UserError
 from crossdiff.models.lens import direction_logits
+from crossdiff.text.token_texts import token_text
 
 CODER = "/run/run/batchtopk"
 QUESTION = [{"role": "user", "content": "hi the sea is cold"}]
@@ -126,7 +127,7 @@ def test_logit_lens_by_hand(coder: Coder, live: Live, run: Path) -> None:
     expected = unembedding @ (gain * vector / (vector.square().mean() + model.model.norm.variance_epsilon).sqrt())
     torch.testing.assert_close(direction_logits(model, direction).double(), expected, rtol=1e-4, atol=1e-5)
     base, chat, difference = live.lens(coder, 2)
-    assert chat.up[0][0] == opened.pair.tokenizer.decode([int(expected.argmax())])
+    assert chat.up[0][0] == token_text(opened.pair.tokenizer, int(expected.argmax())).text
     assert (base.name, difference.name) == ("base direction, base model", "chat minus base direction, chat model")
 
 

@@ -72,7 +72,7 @@ def test_an_older_database_shows_the_number_of_a_token_without_text(tmp_path: Pa
     assert [token.text for token in old.tokens] == ["x", "[token 1]"]
     opened = ExampleDatabase(path)
     assert not opened.has_strengths and opened.histogram(0) is None and opened.correlated(0) == []
-    assert opened.text([0, 1, 0]) == "x[token 1]x"
+    assert [text for _, text in opened.characters([0, 1, 0])] == ["x", "[token 1]", "x"]
 
 
 def test_the_bars_stand_on_a_logarithmic_axis() -> None:
