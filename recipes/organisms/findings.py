@@ -37,8 +37,9 @@ LEARNED = ("chat_specific", "rotated")
 AUROC, LOW = 0.9, 0.8
 """A finding is the behaviour if its AUROC is at least this, and the lower end of its interval at least that."""
 N_RANDOM = 200
-PATCHED = CausalConfig(max_conversations=None)
-"""Concepts are patched in all held-out conversations: a rare behaviour occurs in few of them."""
+PATCHED, MAX_PATCHED = CausalConfig(max_conversations=None), 30
+"""Concepts are patched in all held-out conversations, since a rare behaviour occurs in few of them: those of most energy, and
+the others do not pass."""
 
 
 @dataclass(frozen=True)
@@ -168,16 +169,19 @@ def concept_findings(session: Session, kind: str, labelled: Labelled, pair: Pair
         find_concepts(folder, trainings, session.store(), pair, settings)
         done.touch()
     table = pl.read_parquet(folder / "concepts.parquet").filter("replicated", pl.col("verdict").is_in(LEARNED))
+    table = table.sort("energy", descending=True)
     if not table.height:
         return []
     members = pl.read_parquet(folder / "members.parquet")
     coders = {name: training.crosscoder for name, training in zip(names, trainings, strict=True)}
     if not (folder / TABLE_FILE).is_file():
-        ours = members.filter(pl.col("concept").is_in(table["concept"].to_list()))
+        patched = table.head(MAX_PATCHED)
+        ours = members.filter(pl.col("concept").is_in(patched["concept"].to_list()))
         coders_alone = {name: (coder, ()) for name, coder in coders.items()}
-        concept_test(folder, folder / f"parts-{key}", pair, session.store(), coders_alone, table, ours, PATCHED)
+        concept_test(folder, folder / f"parts-{key}", pair, session.store(), coders_alone, patched, ours, PATCHED)
     acts = pl.read_parquet(folder / TABLE_FILE).group_by("concept").agg(acts=(pl.col("kl_reduction_low") > 0).all())
-    table = table.join(acts, on="concept").sort("acts", "energy", descending=True)
+    table = table.join(acts, on="concept", how="left").with_columns(pl.col("acts").fill_null(False))  # noqa: FBT003
+    table = table.sort("acts", "energy", descending=True)
     scores = labelled.largest(ConceptCoder(coders, members), table["concept"].to_list())
     rows = table.select("label", "before", "token", "after").iter_rows()
     shown = [(label, f"{label}: {before}{OPEN}{token}{CLOSE}{after}") for label, before, token, after in rows]
