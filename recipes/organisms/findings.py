@@ -180,7 +180,7 @@ def concept_findings(session: Session, kind: str, labelled: Labelled, pair: Pair
         coders_alone = {name: (coder, ()) for name, coder in coders.items()}
         concept_test(folder, folder / f"parts-{key}", pair, session.store(), coders_alone, patched, ours, PATCHED)
     acts = pl.read_parquet(folder / TABLE_FILE).group_by("concept").agg(acts=(pl.col("kl_reduction_low") > 0).all())
-    table = table.join(acts, on="concept", how="left").with_columns(pl.col("acts").fill_null(False))  # noqa: FBT003
+    table = table.join(acts, on="concept", how="left").with_columns(pl.col("acts").fill_null(False))
     table = table.sort("acts", "energy", descending=True)
     scores = labelled.largest(ConceptCoder(coders, members), table["concept"].to_list())
     rows = table.select("label", "before", "token", "after").iter_rows()
