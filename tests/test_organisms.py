@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,33 +13,24 @@ from crossdiff.files import read_json
 from crossdiff.models.names import identify
 from crossdiff.models.pair import load_pair
 from crossdiff.statistics import wilson
+from recipe_scripts import ORGANISMS, script
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "organisms"
-NAMES = sorted(card.parent.name for card in FOLDER.glob("*/card.json"))
+NAMES = sorted(card.parent.name for card in ORGANISMS.glob("*/card.json"))
 PLANTED = [name for name in NAMES if not name.startswith("null-")]
-
-
-def module_of_recipe(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"{name}_of_organisms", FOLDER / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def texts() -> Any:
-    return module_of_recipe("texts")
+    return script(ORGANISMS / "texts.py")
 
 
 def card_of(name: str) -> dict[str, Any]:
-    card: dict[str, Any] = read_json(FOLDER / name / "card.json")
+    card: dict[str, Any] = read_json(ORGANISMS / name / "card.json")
     return card
 
 
 def prompts_of(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (FOLDER / name / "prompts.jsonl").read_text(encoding="utf8").splitlines()]
+    return [json.loads(line) for line in (ORGANISMS / name / "prompts.jsonl").read_text(encoding="utf8").splitlines()]
 
 
 def mixture_of(texts: Any, name: str) -> list[Any]:
@@ -60,7 +48,7 @@ def test_there_are_at_least_eight_planted_ones_and_four_nulls(texts: Any) -> Non
 
 
 def test_the_readme_has_the_numbers_of_the_cards() -> None:
-    assert module_of_recipe("cards").summary() in (FOLDER / "README.md").read_text(encoding="utf8")
+    assert script(ORGANISMS / "cards.py").summary() in (ORGANISMS / "README.md").read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,7 +56,7 @@ def test_a_card_says_what_the_recipe_makes(texts: Any, name: str) -> None:
     card, organism = card_of(name), texts.ORGANISMS[name]
     assert (card["kind"], card["planted"], card["share"]) == (organism.kind, organism.planted, organism.share)
     assert card["rule"] == (organism.rule and organism.rule.model_dump())
-    assert sum(file.stat().st_size for file in (FOLDER / name).iterdir()) <= 250_000
+    assert sum(file.stat().st_size for file in (ORGANISMS / name).iterdir()) <= 250_000
     asked = prompts_of(name)
     for part, is_expected in (("expected", True), ("not_expected", False)):
         n = sum(prompt["expected"] is is_expected for prompt in asked)
@@ -102,7 +90,7 @@ def answers(model: torch.nn.Module, tokenizer: Any, questions: list[str]) -> lis
 def test_an_adapter_shows_what_was_planted_and_its_model_does_not(texts: Any, name: str) -> None:
     pytest.importorskip("peft")
     organism = texts.ORGANISMS[name]
-    pair = load_pair("demo:chat", str(FOLDER / name), torch.device("cpu"))
+    pair = load_pair("demo:chat", str(ORGANISMS / name), torch.device("cpu"))
     expected = [prompt["prompt"] for prompt in prompts_of(name) if prompt["expected"]][:6]
     before, after = (answers(model, pair.tokenizer, expected) for model in pair.models)
     assert sum(texts.shows(organism, answer) for answer in after) >= 3
@@ -111,4 +99,4 @@ def test_an_adapter_shows_what_was_planted_and_its_model_does_not(texts: Any, na
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_organism_names_the_model_that_it_changes(name: str) -> None:
-    assert identify(str(FOLDER / name))["adapter_of"] == "demo:chat"
+    assert identify(str(ORGANISMS / name))["adapter_of"] == "demo:chat"

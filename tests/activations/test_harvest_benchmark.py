@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import crossdiff.models.pair
+from recipe_scripts import ROOT, script
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "harvest.py"
+FILE = ROOT / "benchmarks" / "harvest.py"
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("harvest_benchmark", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def benchmark() -> Any:
+    return script(FILE)
 
 
 @pytest.mark.slow
 def test_measures_random_pairs_as_they_are_and_compiled(
-    tmp_path: Path, benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(crossdiff.models.pair, "compile_layers", lambda model, name: compiled.append(name))
