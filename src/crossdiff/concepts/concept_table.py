@@ -19,7 +19,7 @@ from crossdiff.latents.activity import Activity
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.latent_table import COLUMNS as LATENT_COLUMNS
-from crossdiff.latents.twins import N_NEIGHBOURS
+from crossdiff.latents.twins import N_NEIGHBOURS, NO_TWINS
 from crossdiff.latents.verdict import with_verdicts
 from crossdiff.models.lens import lenses
 from crossdiff.models.pair import Pair
@@ -27,7 +27,6 @@ from crossdiff.shapes import Float64, Tensor
 
 PROMOTED = 10
 """Tokens stored at each end of a logit lens."""
-NO_TWINS = pl.DataFrame(schema={"latent": pl.Int64, "twin": pl.Int64})
 COLUMNS = {
     "concept": "number of the concept: replicated ones first, then in order of their energy",
     "n_trainings": "trainings in which it has a member",

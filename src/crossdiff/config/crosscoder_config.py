@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from crossdiff.config.base import Config, Seed
+from crossdiff.sources import SOURCES
 
 
 class Kind(Config):
@@ -101,9 +102,14 @@ class PairedConfig(Kind):
 
 
 class DifferenceConfig(Kind):
-    """A diff-SAE: reads and writes the chat activation minus the base activation."""
+    """A diff-SAE: reads and writes the activation of one model minus that of another, by default chat minus base."""
 
     kind: Literal["difference"] = "difference"
+    of: tuple[str, str] = Field(
+        SOURCES,
+        description="names of the two models, the earlier one first",
+        exclude_if=lambda value: value == SOURCES,  # trainings from before this setting existed keep their fingerprint
+    )
 
 
 class SingleConfig(Kind):
