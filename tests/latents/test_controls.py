@@ -53,7 +53,7 @@ def test_shared_latents_are_chosen_by_their_directions() -> None:
 def test_random_directions_name_the_sources() -> None:
     coder = crosscoder()
     coder.origin = {"sources": ["base", "chat"]}
-    found = random_directions(coder, collect(coder, activations()))
+    found = random_directions(coder, collect(coder, activations()), 1)
     assert set(found) == {
         f"random_direction_{target}_{source}" for target in ("error", "activation_nobias") for source in ("base", "chat")
     }

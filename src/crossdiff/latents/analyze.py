@@ -237,7 +237,7 @@ def _chain(crosscoder: Crosscoder, measured: Measured, config: AnalyzeConfig) ->
 
 
 def _health_report(crosscoder: Crosscoder, store: Store, measured: Measured, table: pl.DataFrame) -> dict[str, Any]:
-    sums = measured.scaling.sums
+    ends = of_pair(crosscoder, measured.scaling.sums, BASE_INDEX, CHAT_INDEX)
     return {
         "architecture": crosscoder.sparsity.kind,
         "sources": list(crosscoder.sources),
@@ -253,9 +253,9 @@ def _health_report(crosscoder: Crosscoder, store: Store, measured: Measured, tab
         "decoder_norm_movement": _norm_movement(crosscoder),
         "counts": counts(table),
         "controls": {
-            **random_directions(*of_pair(crosscoder, sums, BASE_INDEX, CHAT_INDEX)),
+            **random_directions(*ends, ends[0].n_sources),
             "shared_latents": shared_latents(table),
-            "split_halves": split_halves(*of_pair(crosscoder, sums, BASE_INDEX, CHAT_INDEX), table),
+            "split_halves": split_halves(*ends, table),
         },
     }
 

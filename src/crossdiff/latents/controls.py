@@ -19,9 +19,9 @@ ALIKE = 0.9
 """Decoder cosine above which a latent with equal norms is certainly the same in both models."""
 
 
-def random_directions(crosscoder: Crosscoder, sums: Sums) -> dict[str, float]:
-    """Median beta along the random directions, which follow the crosscoder's own; it must be near 0."""
-    result = scaling(crosscoder, sums, crosscoder.n_sources, BASE_INDEX, CHAT_INDEX, ("error", "activation_nobias"))
+def random_directions(crosscoder: Crosscoder, sums: Sums, direction: int) -> dict[str, float]:
+    """Median beta along random directions, which must be near 0."""
+    result = scaling(crosscoder, sums, direction, BASE_INDEX, CHAT_INDEX, ("error", "activation_nobias"))
     return {
         f"random_direction_{target}_{SOURCES[model]}": float(beta.value.nanmedian())
         for (target, model), beta in result.betas.items()
