@@ -157,7 +157,7 @@ class CrosscoderConfig(Config):
     difference_weight: float = Field(
         0.0,
         ge=0,
-        description="weight of the error in the difference between the two models, beside the error in each (the idea of "
+        description="weight of the error in the difference between a model and the one before it, beside the error in each (the idea of "
         "delta-crosscoders, arXiv 2603.04426); at 1 the difference counts as much as the activations of one model",
         exclude_if=lambda value: value == 0,
     )

@@ -32,6 +32,8 @@ CHANGES = {
 OF_VERDICT = {
     "chat_specific": "appears", "base_specific": "vanishes", "rotated": "turns", "undecided": "undecided", "dead": "dead",
 }  # fmt: skip
+NEW = ("appears", "turns")
+"""Changes by which the later model has a direction that the earlier one lacks."""
 ENDS = ("", "_low", "_high")
 COLUMNS = {
     "latent": "number of the latent",
@@ -107,20 +109,15 @@ def step_table(judged: pl.DataFrame, before: str, after: str) -> pl.DataFrame:
 def emergence(chain: pl.DataFrame, sources: tuple[str, ...]) -> pl.DataFrame:
     """Where each latent first appears: latent, emerges_at.
 
-    That is the first model that has it where the one before lacks it; the first model of the chain, for a latent that none of
-    the steps adds and that the last model does not have alone; null where the intervals do not say.
+    That is the first model whose direction the model before lacks (the step is in `NEW`). It is the first model of the chain for
+    a latent that no step and not the whole chain adds, and null where the intervals leave that open.
     """
-    number = {source: index for index, source in enumerate(sources)}
-    steps = pl.struct("before", "after").is_in([{"before": a, "after": b} for a, b in pairwise(sources)])
-    appears = chain.filter(steps, pl.col("change") == "appears").with_columns(step=pl.col("after").replace_strict(number))
-    first = appears.group_by("latent").agg(step=pl.col("step").min())
-    open_ = pl.col("change").is_in(["undecided", "dead"]).any() | (pl.col("change") == "appears").any()
-    unknown = chain.group_by("latent").agg(unknown=open_)
-    found = unknown.join(first, on="latent", how="left").with_columns(
-        emerges_at=pl.when(pl.col("step").is_not_null())
-        .then(pl.col("step"))
-        .when(~pl.col("unknown"))
-        .then(0)
-        .replace_strict({index: source for source, index in number.items()}, return_dtype=pl.String)
+    step_of = {after: number for number, after in enumerate(sources[1:], 1)}
+    is_step = pl.struct("before", "after").is_in([{"before": a, "after": b} for a, b in pairwise(sources)])
+    is_new, is_open = pl.col("change").is_in(NEW), pl.col("change").is_in(["undecided", "dead"])
+    step = pl.col("after").replace_strict(step_of)
+    found = chain.group_by("latent").agg(first=step.filter(is_step & is_new).min(), unknown=(is_new | is_open).any())
+    name = pl.when(pl.col("first").is_not_null()).then("first").when(~pl.col("unknown")).then(0)
+    return found.select("latent", emerges_at=name.replace_strict(dict(enumerate(sources)), return_dtype=pl.String)).sort(
+        "latent"
     )
-    return found.select("latent", "emerges_at").sort("latent")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -206,18 +207,25 @@ def load_pair(
         step: Step(model, reading.stand_ins) for step, model, reading in zip(steps, models[1:-1], readings[1:], strict=True)
     }
     unreadable = {token: text for reading in readings for token, text in reading.unreadable.items()}
-    remarks = _remarks(base, chat, identity)
-    return Pair(models[0], models[-1], tokenizer, identity, readings[0].stand_ins, unreadable, remarks, between)
+    remarks = [remark for before, name in pairwise(names) for remark in _remarks(before, name, names)]
+    return Pair(
+        models[0], models[-1], tokenizer, identity, readings[0].stand_ins, unreadable, tuple(dict.fromkeys(remarks)), between
+    )
 
 
-def _remarks(base: str, chat: str, identity: dict[str, Any]) -> tuple[str, ...]:
-    """What the user should know before the models run."""
+def _remarks(before: str, after: str, names: Sequence[str]) -> list[str]:
+    """What the user should know about two models of a pair, or of a chain of all these, before they run."""
+    base = names[0]
     remarks = []
-    if same_weights(identity["base"], identity["chat"]):
-        remarks.append(f"{base} and {chat} are the same model: their files are equal, so there is nothing to compare")
-    adapter = find_adapter(chat, base)
+    if same_weights(identify(before, base), identify(after, base)):
+        remarks.append(f"{before} and {after} are the same model: their files are equal, so there is nothing to compare")
+    adapter = find_adapter(after, base)
     if adapter is not None and adapter.remark is not None:
         remarks.append(adapter.remark)
-    elif adapter is not None and not same_weights(identify(adapter.model), identity["base"]):
-        remarks.append(f"{chat} is an adapter for {adapter.model}, not for {base}; the diff also shows how those two differ")
-    return tuple(remarks)
+    elif adapter is not None:
+        made_for = identify(adapter.model)
+        if not any(same_weights(made_for, identify(name, base)) for name in names):
+            remarks.append(
+                f"{after} is an adapter for {adapter.model}, not for {base}; the diff also shows how those two differ"
+            )
+    return remarks
