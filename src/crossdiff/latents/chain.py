@@ -109,8 +109,8 @@ def step_table(judged: pl.DataFrame, before: str, after: str) -> pl.DataFrame:
 def emergence(chain: pl.DataFrame, sources: tuple[str, ...]) -> pl.DataFrame:
     """Where each latent first appears: latent, emerges_at.
 
-    That is the first model whose direction the model before lacks (the step is in `NEW`). It is the first model of the chain for
-    a latent that no step and not the whole chain adds, and null where the intervals leave that open.
+    That is the first model whose direction the model before lacks (the change is in `NEW`). It is the first model of the chain
+    for a latent that no step adds, nor all of them together, and null where the intervals leave that open.
     """
     step_of = {after: number for number, after in enumerate(sources[1:], 1)}
     is_step = pl.struct("before", "after").is_in([{"before": a, "after": b} for a, b in pairwise(sources)])
@@ -118,6 +118,5 @@ def emergence(chain: pl.DataFrame, sources: tuple[str, ...]) -> pl.DataFrame:
     step = pl.col("after").replace_strict(step_of)
     found = chain.group_by("latent").agg(first=step.filter(is_step & is_new).min(), unknown=(is_new | is_open).any())
     name = pl.when(pl.col("first").is_not_null()).then("first").when(~pl.col("unknown")).then(0)
-    return found.select("latent", emerges_at=name.replace_strict(dict(enumerate(sources)), return_dtype=pl.String)).sort(
-        "latent"
-    )
+    names = name.replace_strict(dict(enumerate(sources)), return_dtype=pl.String)
+    return found.select("latent", emerges_at=names).sort("latent")

@@ -207,25 +207,25 @@ def load_pair(
         step: Step(model, reading.stand_ins) for step, model, reading in zip(steps, models[1:-1], readings[1:], strict=True)
     }
     unreadable = {token: text for reading in readings for token, text in reading.unreadable.items()}
-    remarks = [remark for before, name in pairwise(names) for remark in _remarks(before, name, names)]
-    return Pair(
-        models[0], models[-1], tokenizer, identity, readings[0].stand_ins, unreadable, tuple(dict.fromkeys(remarks)), between
-    )
+    remarks = _remarks([identity[source] for source in (BASE, *steps, CHAT)])
+    return Pair(models[0], models[-1], tokenizer, identity, readings[0].stand_ins, unreadable, remarks, between)
 
 
-def _remarks(before: str, after: str, names: Sequence[str]) -> list[str]:
-    """What the user should know about two models of a pair, or of a chain of all these, before they run."""
-    base = names[0]
+def _remarks(identities: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What the user should know before the models with these identities run, which are in the order of the training."""
     remarks = []
-    if same_weights(identify(before, base), identify(after, base)):
-        remarks.append(f"{before} and {after} are the same model: their files are equal, so there is nothing to compare")
-    adapter = find_adapter(after, base)
-    if adapter is not None and adapter.remark is not None:
-        remarks.append(adapter.remark)
-    elif adapter is not None:
-        made_for = identify(adapter.model)
-        if not any(same_weights(made_for, identify(name, base)) for name in names):
+    base = identities[0]["name"]
+    for before, after in pairwise(identities):
+        name = after["name"]
+        if same_weights(before, after):
             remarks.append(
-                f"{after} is an adapter for {adapter.model}, not for {base}; the diff also shows how those two differ"
+                f"{before['name']} and {name} are the same model: their files are equal, so there is nothing to compare"
             )
-    return remarks
+        adapter = find_adapter(name, base)
+        if adapter is not None and adapter.remark is not None:
+            remarks.append(adapter.remark)
+        elif adapter is not None and not any(same_weights(identify(adapter.model), each) for each in identities):
+            remarks.append(
+                f"{name} is an adapter for {adapter.model}, not for {base}; the diff also shows how those two differ"
+            )
+    return tuple(remarks)
