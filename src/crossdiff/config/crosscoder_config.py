@@ -158,7 +158,7 @@ class CrosscoderConfig(Config):
         0.0,
         ge=0,
         description="weight of the error in the difference between each model and the one before it, beside the error in "
-        "each (the idea of delta-crosscoders, arXiv 2603.04426); at 1 the difference counts as much as the activations of one model",
+        "each (the idea of delta-crosscoders, arXiv 2603.04426); at 1 the difference counts as much as one model's activations",
         exclude_if=lambda value: value == 0,
     )
     decoder_norm: float = Field(1.0, gt=0, description="initial norm of each decoder direction")

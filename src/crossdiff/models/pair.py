@@ -202,12 +202,13 @@ def load_pair(
         check_embeddings(model, own, name)
         decoder_layers(model)
         probe(model, name)
-    identity = {**identify_all({BASE: base, **steps, CHAT: chat}), "tokenizer": tokenizer_digest(tokenizer)}
+    identities = identify_all({BASE: base, **steps, CHAT: chat})
+    identity = {**identities, "tokenizer": tokenizer_digest(tokenizer)}
     between = {
         step: Step(model, reading.stand_ins) for step, model, reading in zip(steps, models[1:-1], readings[1:], strict=True)
     }
     unreadable = {token: text for reading in readings for token, text in reading.unreadable.items()}
-    remarks = _remarks([identity[source] for source in (BASE, *steps, CHAT)])
+    remarks = _remarks(list(identities.values()))
     return Pair(models[0], models[-1], tokenizer, identity, readings[0].stand_ins, unreadable, remarks, between)
 
 
