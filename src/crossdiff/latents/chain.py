@@ -101,7 +101,7 @@ def step_table(judged: pl.DataFrame, before: str, after: str) -> pl.DataFrame:
         .then(pl.lit("shrinks"))
         .otherwise(pl.lit("steady"))
     )
-    models = {"before": pl.lit(before), "after": pl.lit(after)}
+    models = {"latent": pl.col("latent").cast(pl.Int64), "before": pl.lit(before), "after": pl.lit(after)}
     table = judged.select(KEPT).with_columns(**models, change=change)
     return table.rename({"norm_base": "norm_before", "norm_chat": "norm_after"})
 
