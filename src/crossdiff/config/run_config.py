@@ -65,6 +65,11 @@ class CausalConfig(Config):
     """The causal test: which conversations are patched, and how the numbers are computed."""
 
     interventions: str | None = Field(None, description="YAML file of interventions; default: the list in the package")
+    between: tuple[str, str] = Field(
+        SOURCES,
+        description="the model that is patched and the one that it is to become: of a chain, any two",
+        exclude_if=lambda value: value == SOURCES,  # results from before this setting existed keep their fingerprint
+    )
     split: Literal["heldout", "train"] = Field("heldout", description="split of the conversations")
     max_conversations: int | None = Field(256, ge=2, description="conversations, chosen by content hash; null for all")
     pool: int | None = Field(None, ge=2, description="number of latents that are ranked against each other; default: 5% of all")
