@@ -110,7 +110,7 @@ def test_a_difference_is_that_of_the_named_models(run: Path) -> None:
 
 def test_patching_between_two_models_of_the_chain(run: Path) -> None:
     found = read_json(run / "batchtopk" / "causal.json")
-    full = next(each for each in found["results"] if each["intervention"] == "full_replacement" and each["span"] == "response")
+    full = next(each for each in found["results"] if each["intervention"] == "full_swap" and each["span"] == "response")
     assert full["kl"]["value"] == pytest.approx(0, abs=1e-5)
     assert pl.read_parquet(run / "concepts" / "causal.parquet").height > 0
 
