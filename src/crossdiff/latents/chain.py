@@ -1,4 +1,4 @@
-"""Along a chain of models: what each step changes in a latent, and where it first appears (docs/chains.md).
+"""Along a chain of models: what each step changes in a latent, and where it first appears (docs/how-to/chain.md).
 
 Each pair of models is judged like a base and a chat model: `of_pair` restricts a crosscoder and its sums to two sources, and
 the tables of a pair are made from that. The pairs are each model with the one before it, and the last with the first.

@@ -108,7 +108,8 @@ def analyze_stage(config: RunConfig, name: str) -> Stage:
         "reference": None if reference is None else train_stage(config, reference).fingerprint,
     }  # fmt: skip
     trainings = (name,) if reference is None else (name, reference)
-    files = ANALYSIS + (OF_CHAIN if config.steps and config.trainings[name].inputs.kind == "paired" else ())
+    coder = config.trainings[name]
+    files = ANALYSIS + (OF_CHAIN if config.steps and coder.inputs.kind == "paired" and coder.published is None else ())
     return _stage("analyze", name, value, files, tuple(f"train/{training}" for training in trainings))
 
 
