@@ -65,8 +65,9 @@ def loss(parameters: dict[str, Tensor], x: Tensor, mask: Tensor, kind: str, term
     squares = (error**2).sum(2)
     reconstruction = squares.sum(1).mean() if kind == "squared" else squares.sqrt().mean()
     if terms.difference:
-        share = sum(((e[1] - e[0]) ** 2).sum() for e in error) / sum(((row[1] - row[0]) ** 2).sum() for row in x)
-        reconstruction = reconstruction + terms.difference * share * (x**2).sum(2).mean()
+        for a in range(x.shape[1] - 1):
+            share = ((error[:, a + 1] - error[:, a]) ** 2).sum() / ((x[:, a + 1] - x[:, a]) ** 2).sum()
+            reconstruction = reconstruction + terms.difference * share * (x**2).sum(2).mean()
     aux = _aux(parameters, pre, error, norms, terms) if terms.dead else torch.zeros((), dtype=x.dtype)
     return {"reconstruction": reconstruction, "sparsity": sparsity, "aux": aux, "loss": reconstruction + sparsity + aux}
 

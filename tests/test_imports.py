@@ -20,7 +20,7 @@ ALLOWED = {
     "sources": set(),
     "files": {"errors"},
     "yaml_files": {"errors"},
-    "config": {"errors", "files"},
+    "config": {"errors", "files", "sources"},
     "run_manifest": {"errors", "files"},
     "integrity": {"errors", "files", "run_manifest"},
     "shapes": set(),

@@ -328,14 +328,15 @@ class Diff:
         origin = self.crosscoder.origin if self.name else {}
         trained_on: dict[str, Any] = origin.get("pair") or {}
         names = {}
-        for source in SOURCES:
+        for source in self.config.sources:
             model = trained_on.get(source, {})
             # A folder may have been moved, and its digest shows whether it is the same; a name on the Hub is what it is.
             is_gone = not model or ("digest" in model and local_path(model["name"]) is None)
-            names[source] = getattr(self.config, source) if is_gone else model["name"]
+            names[source] = self.config.model_of[source] if is_gone else model["name"]
         harvest = self.harvest
         device, dtype = choose_device("auto"), origin.get("model_dtype") or self.config.model_dtype
-        pair = load_pair(names[BASE], names[CHAT], device, harvest.base_tokens, harvest.template_date, dtype)
+        steps = {source: name for source, name in names.items() if source not in SOURCES}
+        pair = load_pair(names[BASE], names[CHAT], device, harvest.base_tokens, harvest.template_date, dtype, steps)
         for source, name in names.items():
             ours, theirs = pair.identity[source].get("digest"), trained_on.get(source, {}).get("digest")
             if ours != theirs and ours is not None and theirs is not None:

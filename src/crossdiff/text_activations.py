@@ -18,7 +18,6 @@ from crossdiff.report.cards import prompt_view
 from crossdiff.report.examples import Token, role_of
 from crossdiff.report.templating import fragment
 from crossdiff.report.wording import number
-from crossdiff.sources import SOURCES
 from crossdiff.text.chat import tokenise_chat, tokenise_prompt
 from crossdiff.text.documents import Document
 from crossdiff.text.messages import check_messages
@@ -129,10 +128,10 @@ class Pairs:
 
 @torch.no_grad()
 def active_pairs(pair: Pair, crosscoder: Crosscoder, sequence: TokenSequence, rule: Counted) -> Pairs:
-    """Run both models and the crosscoder on a text, without the tokens that do not count in training."""
+    """Run the models and the crosscoder on a text, without the tokens that do not count in training."""
     layer, device = crosscoder.origin["layer"], crosscoder.encoder.device
     found = (stream.to(device) for stream in paired_residuals(pair, [sequence.token_ids], [layer])[0])
-    streams = dict(zip(SOURCES, found, strict=True))
+    streams = dict(zip(pair.sources, found, strict=True))
     h = torch.stack([streams[name] for name in crosscoder.view.reads], dim=1)
     code = crosscoder.sparse_code(crosscoder.normalise(h))
     v = crosscoder.v(code)

@@ -153,12 +153,12 @@ def resident() -> int:
 
 def test_a_store_of_other_models_is_refused_with_both_sides(tmp_path: Path, activations: torch.Tensor) -> None:
     store = make_store(tmp_path, activations)
-    store.check_pair({"name": "a"}, {"name": "b"}, 1)
-    store.check_pair({"name": "a"}, {"name": "b"}, None)
+    store.check_models({"base": {"name": "a"}, "chat": {"name": "b"}}, 1)
+    store.check_models({"base": {"name": "a"}, "chat": {"name": "b"}}, None)
     with pytest.raises(UserError, match=r"harvested from .*'a'.* at layer 1, but .*'c'.* at layer 1"):
-        store.check_pair({"name": "c"}, {"name": "b"}, 1)
+        store.check_models({"base": {"name": "c"}, "chat": {"name": "b"}}, 1)
     with pytest.raises(UserError, match=r"at layer 1, but .* at layer 0"):
-        store.check_pair({"name": "a"}, {"name": "b"}, 0)
+        store.check_models({"base": {"name": "a"}, "chat": {"name": "b"}}, 0)
 
 
 @settings(max_examples=50, deadline=None)

@@ -202,7 +202,7 @@ def test_chat_reconstruction_with_base_error_is_all_latents_with_the_bias_differ
     patch, coder = patcher(), make_crosscoder()
     generator = torch.Generator().manual_seed(5)
     base, chat = torch.randn(2, 9, D, generator=generator).unbind(0)
-    differences = patch.differences(base, chat, *torch.zeros(2, 9, dtype=torch.long))
+    differences = patch.differences((base, chat), *torch.zeros(2, 9, dtype=torch.long))
     reconstruction = coder.reconstruct(torch.stack([base, chat], 1))
     error = torch.stack([base, chat], 1) - reconstruction
     named = {entry.name: entry for entry in ARMS}
@@ -219,7 +219,7 @@ def test_a_coder_of_the_difference_against_its_formula() -> None:
             arm("full", (), ("activation",)), arm("parts", None, ("error", "bias")))  # fmt: skip
     patch = Patcher(pair_of("llama"), coder, LAYER, arms, MEANS, Counted(1))
     base, chat = torch.randn(2, 9, D, generator=torch.Generator().manual_seed(5)).unbind(0)
-    differences = patch.differences(base, chat, *torch.zeros(2, 9, dtype=torch.long))
+    differences = patch.differences((base, chat), *torch.zeros(2, 9, dtype=torch.long))
     x = (chat - base - coder.mean) * coder.scale
     f = (x @ coder.encoder.T + coder.encoder_bias).clamp(min=0)
     assert float(f[:, 7].max()) > 0
@@ -283,7 +283,7 @@ def test_projections_split_the_difference_and_more_directions_than_dimensions_ar
     patch = patcher()
     generator = torch.Generator().manual_seed(6)
     base, chat = torch.randn(2, 9, D, generator=generator).unbind(0)
-    differences = patch.differences(base, chat, *torch.zeros(2, 9, dtype=torch.long))
+    differences = patch.differences((base, chat), *torch.zeros(2, 9, dtype=torch.long))
     named = {entry.name: entry for entry in ARMS}
     for left, right in (("projection", "complement"), ("principal", "principal_complement")):
         both = differences.change(named[left]) + differences.change(named[right])

@@ -103,10 +103,11 @@ def test_l1(n_sources: int, kind: str, shift: float) -> None:
     check(crosscoder, x, torch.ones(400, N_LATENTS), kind, oracles.Terms(mu=0.3))
 
 
+@pytest.mark.parametrize("n_sources", [2, 3])
 @pytest.mark.parametrize("kind", ["squared", "norm"])
-def test_error_in_the_difference(kind: str) -> None:
-    crosscoder = make(2, L1Config())
-    check(crosscoder, inputs(400, 2), torch.ones(400, N_LATENTS), kind, oracles.Terms(mu=0.3, difference=0.7))
+def test_error_in_the_difference(n_sources: int, kind: str) -> None:
+    crosscoder = make(n_sources, L1Config())
+    check(crosscoder, inputs(400, n_sources), torch.ones(400, N_LATENTS), kind, oracles.Terms(mu=0.3, difference=0.7))
 
 
 def test_equal_sources_have_no_error_in_the_difference() -> None:

@@ -145,7 +145,7 @@ def test_a_base_model_without_the_chat_tokens(tmp_path: Path) -> None:
 def test_models_of_different_width_are_refused(tmp_path: Path) -> None:
     base, chat = save_pair(tmp_path)
     make_model(hidden_size=24).save_pretrained(chat)
-    with pytest.raises(UserError, match=r"has 16 residual dimensions, .* has 24; a pair needs the same number"):
+    with pytest.raises(UserError, match=r"has 16 residual dimensions, .* has 24; all models need the same number"):
         load_pair(str(base), str(chat), torch.device("cpu"))
 
 

@@ -40,7 +40,6 @@ from crossdiff.errors import UserError
 from crossdiff.models.pair import Pair
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Tensor
-from crossdiff.sources import SOURCES
 from crossdiff.text.chat import Flag
 from crossdiff.text.documents import check_datasets
 from crossdiff.text.sequences import POOL, TokenSequence, bucketed
@@ -102,7 +101,9 @@ def harvest(
         names = tuple(record.name for record in texts.records)
         entries = log.entries()
         massive = _massive(log.folder, entries, rules[layer], pair.tokenizer) | {"multiple": config.max_norm_multiple or 0.0}
-        origin = Origin(pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions, pair.dtype, massive)
+        origin = Origin(
+            pair.identity, layer, pair.n_layers, names, texts.report(), pair.revisions, pair.dtype, massive, pair.sources
+        )
         assert len(entries) == n_shards, f"{log.folder.location} has {len(entries)} of {n_shards} shards"
         assert sum(entry.n_tokens for entry in entries) == sum(record.n_tokens for record in texts.records)
         if config.storage == "live":
@@ -129,7 +130,7 @@ def _write_shards(
     ranks.wait()  # all ranks must read the logs before any of them writes
     dtype = None if config.storage == "live" else DTYPES[config.dtype]
     capacity, layers = config.shard_tokens + config.batch_tokens, list(logs)
-    writers = ShardWriters(list(logs.values()), capacity, len(SOURCES), pair.d_model, dtype, pair.device)
+    writers = ShardWriters(list(logs.values()), capacity, len(pair.sources), pair.d_model, dtype, pair.device)
     number, n_before, since = -1, 0, time.time()
     rules = {layer: Counted(config.leave_out) for layer in logs}
     try:

@@ -26,7 +26,6 @@ from crossdiff.config import HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float32, Tensor
-from crossdiff.sources import SOURCES
 
 STATISTICS_TOKENS = 1_000_000
 """Number of training tokens, from randomly chosen passes, that give a live store its mean and scale."""
@@ -149,7 +148,7 @@ def sampled_moments(
     per_pass = np.add.reduceat(counted.astype(np.int64), passes.bounds[:-1])
     order = np.random.default_rng(0).permutation(len(per_pass))
     n_chosen = int(np.searchsorted(np.cumsum(per_pass[order]), STATISTICS_TOKENS)) + 1
-    moments = Moments.zero(len(SOURCES), pair.d_model, pair.device)
+    moments = Moments.zero(len(pair.sources), pair.d_model, pair.device)
     norms = []
     for index in np.sort(order[:n_chosen]):
         chosen = torch.from_numpy(counted[passes.bounds[index] : passes.bounds[index + 1]])

@@ -1,4 +1,4 @@
-"""One forward pass of both models over a batch of sequences, up to a layer, returned without padding."""
+"""One forward pass of all models over a batch of sequences, up to a layer, returned without padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from crossdiff.errors import UserError
 from crossdiff.models.access import residuals_after
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Float32, Int, Tensor
-from crossdiff.sources import SOURCES
 
 TokenIds = npt.NDArray[np.int32]
 _ONE_PASS = threading.Lock()
@@ -43,7 +42,7 @@ def right_padded(batch: Sequence[TokenIds]) -> tuple[Int[Tensor, "sequence posit
 
 
 class ForwardPass:
-    """One pass of both models over a batch of sequences, which an accelerator may still be computing.
+    """One pass of all models over a batch of sequences, which an accelerator may still be computing.
 
     Attributes:
         streams: residual streams `[layer][source]` of the same tokens, without padding, on the models' device.
@@ -59,7 +58,8 @@ class ForwardPass:
     def __init__(self, pair: Pair, batch: Sequence[TokenIds], layers: Sequence[int]) -> None:
         ids, self._kept = right_padded(batch)
         pair.check_length(ids.shape[1], f"a sequence of {ids.shape[1]} tokens", "shorten it")
-        self._pair, self._read, self._lengths = pair, (pair.base_ids(ids), ids), [len(token_ids) for token_ids in batch]
+        self._pair, self._lengths = pair, [len(token_ids) for token_ids in batch]
+        self._read = [pair.ids_of(source, ids) for source in pair.sources]
         kept = None if self._kept is None else send(self._kept, pair.device)
         by_source = []
         for model, read in zip(pair.models, self._read, strict=True):
@@ -76,7 +76,7 @@ class ForwardPass:
         """Raise `NotFiniteError` if a model gives NaN or infinite activations; `norms` is a copy of its own on the CPU."""
         if bool(norms.isfinite().all()):
             return
-        for source in range(len(SOURCES)):
+        for source in range(len(self._pair.sources)):
             for streams in self.streams:
                 # The squares in a norm may overflow although the values do not.
                 wrong = torch.nonzero(~streams[source].isfinite().all(1)).flatten()
@@ -87,7 +87,7 @@ class ForwardPass:
         """The error for the first row that is not finite; it names the token if its embedding is damaged."""
         pair, model, read = self._pair, self._pair.models[source], self._read[source].flatten()
         read = read if self._kept is None else read[self._kept]
-        name = SOURCES[source]
+        name = pair.sources[source]
         message = f"the {name} model ({pair.identity[name]['name']}) gives NaN or infinite activations"
         # Attention spreads a NaN over the whole sequence, so the token with the damaged embedding need not be the first.
         ends = np.cumsum(self._lengths)
@@ -108,7 +108,7 @@ class ForwardPass:
 def paired_residuals(
     pair: Pair, batch: Sequence[TokenIds], layers: Sequence[int]
 ) -> list[list[Float32[Tensor, "token d_model"]]]:
-    """Residual streams `[layer][source]` of both models on the same ids, without padding, on the models' device.
+    """Residual streams `[layer][source]` of all models on the same ids, without padding, on the models' device.
 
     Raises:
         UserError: a sequence is longer than a model can read, or a model gives NaN or infinite activations (`NotFiniteError`).

@@ -20,7 +20,6 @@ from crossdiff.activations.texts import DatasetRecord, sample
 from crossdiff.config import DatasetConfig, HarvestConfig
 from crossdiff.errors import UserError
 from crossdiff.models.pair import Pair
-from crossdiff.sources import SOURCES
 from crossdiff.text.documents import check_datasets
 from crossdiff.text.readers import count_records
 from crossdiff.text.sequences import POOL, bucketed
@@ -80,12 +79,12 @@ class Plan:
         return free
 
 
-def bytes_per_token(d_model: int, config: HarvestConfig) -> int:
+def bytes_per_token(d_model: int, config: HarvestConfig, n_sources: int = 2) -> int:
     """Number of bytes that the store needs for one token, with its columns."""
     if config.storage == "live":
         return COLUMN_BYTES
     per_source = d_model * DTYPES[config.dtype].itemsize + (4 if config.dtype == "int8" else 0)
-    return len(SOURCES) * per_source + COLUMN_BYTES
+    return n_sources * per_source + COLUMN_BYTES
 
 
 def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: HarvestConfig) -> Plan:
@@ -115,7 +114,7 @@ def plan(pair: Pair, layer: int, datasets: tuple[DatasetConfig, ...], config: Ha
         if time.perf_counter() - started > SECONDS:
             break
     per_token = reading + (time.perf_counter() - started) / measured
-    size = bytes_per_token(pair.d_model, config)
+    size = bytes_per_token(pair.d_model, config, len(pair.sources))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # Two shards are in memory: one is filled while the other is written.
     shards = 2 * size * min(config.shard_tokens + config.batch_tokens, n_tokens)

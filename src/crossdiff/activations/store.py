@@ -12,7 +12,7 @@ The tokens of a sequence are consecutive rows of one shard, in order. There is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -343,18 +343,19 @@ class Store:
             rows = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in members])
             yield SequenceBatch(members, rows, np.repeat(np.arange(len(members)), lengths[first:last]))
 
-    def check_pair(self, base: dict[str, Any], chat: dict[str, Any], layer: int | None) -> None:
-        """Check that the store was harvested from these models at this layer (None: any layer).
+    def check_models(self, models: Mapping[str, dict[str, Any]], layer: int | None) -> None:
+        """Check that the store was harvested from the models with these identities at this layer (None: any layer).
 
         Raises:
             UserError: it was not. The message names both sides.
         """
         layer = self.layer if layer is None else layer
-        found = (self.pair["base"], self.pair["chat"], self.layer)
-        if found != (base, chat, layer):
+        found = {source: self.pair[source] for source in self.sources}
+        if (found, self.layer) != (dict(models), layer):
+            ours, theirs = (" and ".join(map(str, each.values())) for each in (found, models))
             raise UserError(
-                f"the store {self.folder} was harvested from {found[0]} and {found[1]} at layer {found[2]}, but {base} and "
-                f"{chat} at layer {layer} are requested; use another run directory, or harvest again with --force"
+                f"the store {self.folder} was harvested from {ours} at layer {self.layer}, but {theirs} at layer {layer} are "
+                "requested; use another run directory, or harvest again with --force"
             )
 
 

@@ -29,8 +29,9 @@ DOCUMENT_COLUMNS = {
 class Origin:
     """Where a store's activations come from.
 
-    pair: identity of the two models. datasets: names. texts: record of each dataset. revisions: Hub commit of each model.
+    pair: identity of the models. datasets: names. texts: record of each dataset. revisions: Hub commit of each model.
     model_dtype: dtype that the models ran in. massive: `norm_limits` of the rule `Counted`, and what it found.
+    sources: names of the models, in the order of the source axis.
     """
 
     pair: dict[str, Any]
@@ -41,6 +42,7 @@ class Origin:
     revisions: dict[str, str | None] = field(default_factory=dict)
     model_dtype: str = "float32"
     massive: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = SOURCES
 
 
 def finish_store(
@@ -74,7 +76,7 @@ def finish_store(
         "sources_equal": normalisation.sources_equal,
         "base_tokens": config.base_tokens,
         "template_date": None if config.template_date is None else config.template_date.isoformat(),
-        "sources": list(SOURCES),
+        "sources": list(origin.sources),
         "layer": origin.layer,
         "n_layers": origin.n_layers,
         "d_model": normalisation.mean.shape[1],

@@ -37,7 +37,6 @@ from crossdiff.latents.stream import check_fits
 from crossdiff.models.pair import Pair
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Tensor
-from crossdiff.sources import SOURCES
 from crossdiff.text.sequences import TokenSequence, bucketed
 
 LISTS = {"default": DEFAULT, "published": DEFAULT.with_name("published.yaml")}
@@ -74,18 +73,18 @@ def _make_arms(
     others = [part for arm in arms.arms for part in arm.others]
     means, device = torch.zeros(len(GROUPS) + 1, store.d_model), crosscoder.encoder.device
     if any(isinstance(part, MeanDifferencePart) for part in others):
-        means = mean_differences(store, config.batch_tokens, device).float()
+        means = mean_differences(store, config.batch_tokens, device, config.between).float()
     numbers = [number for part in others if isinstance(part, PrincipalPart) for number in part.components]
-    return Prepared(arms, means, _principal(store, max(numbers), config.batch_tokens, device) if numbers else None)
+    return Prepared(arms, means, _principal(store, max(numbers), config, device) if numbers else None)
 
 
-def _principal(store: Store, last: int, batch_tokens: int, device: torch.device) -> Float[Tensor, "component d_model"]:
+def _principal(store: Store, last: int, config: CausalConfig, device: torch.device) -> Float[Tensor, "component d_model"]:
     """The principal directions up to the number `last`."""
     if last >= store.d_model:
         raise UserError(
             f"there is no principal direction {last}: the activations have {store.d_model} dimensions; count from 0"
         )
-    return principal_directions(store, batch_tokens, device)[: last + 1].float()
+    return principal_directions(store, config.batch_tokens, device, config.between)[: last + 1].float()
 
 
 def _measure(path: Path, patcher: Patcher, batch: list[TokenSequence]) -> Divergences:
@@ -174,9 +173,11 @@ def causal_test(
         ranks: the processes that share the batches; all of them see both folders, and the first writes the results.
     """
     check_fits(crosscoder, store)
-    if crosscoder.view.reads != SOURCES:
+    missing = [name for name in config.between if name not in crosscoder.view.reads]
+    if missing:
         raise UserError(
-            f"patching needs a coder that reads base and chat; this one reads only {', '.join(crosscoder.view.reads)}"
+            f"patching needs a coder that reads {' and '.join(config.between)}; this one reads "
+            f"{' and '.join(crosscoder.view.reads)}"
         )
     experiment = load_experiment(config)
     pool = max(2, crosscoder.n_latents // 20) if config.pool is None else config.pool
@@ -184,7 +185,7 @@ def causal_test(
     arms, means, principal = ranks.once(lambda: _make_arms(experiment, store, crosscoder, table, pool, config))
     sequences, n_without_assistant = read_conversations(store, config.split, config.max_conversations, config.seed)
     measures = (KL, *experiment.measures)
-    patcher = Patcher(pair, crosscoder, store.layer, arms.arms, means, store.rule, principal, measures)
+    patcher = Patcher(pair, crosscoder, store.layer, arms.arms, means, store.rule, principal, measures, config.between)
     samples = measure_arms(patcher, sequences, parts, config, advance, ranks)
     if not ranks.is_first:
         return

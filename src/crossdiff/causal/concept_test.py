@@ -97,7 +97,7 @@ def concept_test(
 
     for name, (crosscoder, others) in trainings.items():
         arms = arms_of(members.filter(pl.col("training") == name), replicated, others, config.seed)
-        patcher = Patcher(pair, crosscoder, store.layer, arms, means, store.rule)
+        patcher = Patcher(pair, crosscoder, store.layer, arms, means, store.rule, between=config.between)
         samples = measure_arms(patcher, sequences, parts / name, config, count, ranks)
         if ranks.is_first:
             tables.append(_alone(latent_results(samples[KL], arms), name))

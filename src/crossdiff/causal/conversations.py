@@ -17,7 +17,7 @@ from crossdiff.activations.transfer import CPU
 from crossdiff.errors import UserError
 from crossdiff.latents.groups import GROUPS, group_of
 from crossdiff.shapes import Float64, Int, Tensor
-from crossdiff.sources import BASE, CHAT
+from crossdiff.sources import SOURCES
 from crossdiff.text.chat import Flag
 from crossdiff.text.sequences import TokenSequence
 
@@ -111,14 +111,16 @@ def training_rows(store: Store) -> npt.NDArray[np.int64]:
     return rows
 
 
-def mean_differences(store: Store, batch_tokens: int, device: torch.device = CPU) -> Float64[Tensor, "group d_model"]:
+def mean_differences(
+    store: Store, batch_tokens: int, device: torch.device = CPU, between: tuple[str, str] = SOURCES
+) -> Float64[Tensor, "group d_model"]:
     """Mean of h^chat - h^base over the training conversations: one row per group in `GROUPS`, then one over all tokens.
 
     A group that does not occur gets the mean over all tokens. They are computed on `device`, and come to the host.
     """
     rows = training_rows(store)
     group = group_of(store.column("flags")[rows])
-    base, chat = store.sources.index(BASE), store.sources.index(CHAT)
+    base, chat = (store.sources.index(name) for name in between)
     total = torch.zeros(len(GROUPS), store.d_model, dtype=torch.float64, device=device)
     for first in range(0, len(rows), batch_tokens):
         part = slice(first, first + batch_tokens)
@@ -130,13 +132,15 @@ def mean_differences(store: Store, batch_tokens: int, device: torch.device = CPU
     return torch.cat([torch.where(counts > 0, total / counts.clamp(min=1), overall), overall])
 
 
-def principal_directions(store: Store, batch_tokens: int, device: torch.device = CPU) -> Float64[Tensor, "component d_model"]:
+def principal_directions(
+    store: Store, batch_tokens: int, device: torch.device = CPU, between: tuple[str, str] = SOURCES
+) -> Float64[Tensor, "component d_model"]:
     """Unit eigenvectors of the covariance of h^chat - h^base over the training conversations, the largest variance first.
 
     They are computed on `device`, and come to the host.
     """
     rows = training_rows(store)
-    base, chat = store.sources.index(BASE), store.sources.index(CHAT)
+    base, chat = (store.sources.index(name) for name in between)
     total = torch.zeros(store.d_model, dtype=torch.float64, device=device)
     squares = torch.zeros(store.d_model, store.d_model, dtype=torch.float64, device=device)
     for first in range(0, len(rows), batch_tokens):

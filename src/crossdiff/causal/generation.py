@@ -144,7 +144,7 @@ class Answerer:
         Raises:
             UserError: a prompt with its answer is longer than the model can read.
         """
-        answering, read = getattr(self.pair, source), partial(self.pair.ids_of, source)
+        answering, read = self.pair.model(source), partial(self.pair.ids_of, source)
         _check_length(answering, prompts, sampling)
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):

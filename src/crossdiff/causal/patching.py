@@ -27,6 +27,7 @@ from crossdiff.causal.interventions import (
 )
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.crosscoder.kernels import SparseCode
+from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.groups import GROUPS, group_of
 from crossdiff.models.access import UpperHalf, residuals_after
 from crossdiff.models.pair import Pair
@@ -36,7 +37,6 @@ from crossdiff.text.sequences import TokenSequence
 
 RANK_TOLERANCE = 1e-10
 """Squared singular values below this share of the largest are 0."""
-BASE_INDEX, CHAT_INDEX = SOURCES.index(BASE), SOURCES.index(CHAT)
 KL = "kl"
 """The first measure of every arm: KL(p_chat || p). The others are those of `interventions.Measure`."""
 ROWS = 64
@@ -58,6 +58,7 @@ class DecoderDifference:
         bias: the difference of the reconstructions when no latent is active.
         means: see `conversations.mean_differences`.
         principal: see `conversations.principal_directions`; None where no arm needs them.
+        ends: the sources of the crosscoder that are the base and the chat model here, as indices.
     """
 
     crosscoder: Crosscoder
@@ -65,6 +66,7 @@ class DecoderDifference:
     bias: Float[Tensor, " d_model"]
     means: Float[Tensor, "group d_model"]
     principal: Float[Tensor, "component d_model"] | None = None
+    ends: tuple[int, int] = (BASE_INDEX, CHAT_INDEX)
 
     @classmethod
     def from_crosscoder(
@@ -72,6 +74,7 @@ class DecoderDifference:
         crosscoder: Crosscoder,
         means: Float[Tensor, "group d_model"],
         principal: Tensor | None = None,
+        ends: tuple[int, int] = (BASE_INDEX, CHAT_INDEX),
     ) -> DecoderDifference:
         """Undo the normalisation: direction d_j / scale, bias mean_m + b_m / scale."""
         directions = crosscoder.directions() / crosscoder.scale
@@ -80,8 +83,9 @@ class DecoderDifference:
         principal = None if principal is None else principal.to(directions)
         if crosscoder.n_sources == 1:
             return cls(crosscoder, directions[0].contiguous(), biases[0], means, principal)
-        difference = directions[CHAT_INDEX] - directions[BASE_INDEX]
-        return cls(crosscoder, difference.contiguous(), biases[CHAT_INDEX] - biases[BASE_INDEX], means, principal)
+        before, after = ends
+        difference = directions[after] - directions[before]
+        return cls(crosscoder, difference.contiguous(), biases[after] - biases[before], means, principal, ends)
 
     def of_model(self, model: int) -> Float[Tensor, "latent d_model"]:
         """d_j of one model."""
@@ -90,7 +94,7 @@ class DecoderDifference:
     @cached_property
     def chat(self) -> Float[Tensor, "latent d_model"]:
         """d_j^chat."""
-        return self.of_model(CHAT_INDEX)
+        return self.of_model(self.ends[1])
 
     @cached_property
     def _projections(self) -> dict[tuple[int, ...] | None, Tensor]:
@@ -182,7 +186,7 @@ class Differences:
                 return self.base
             case "chat":
                 return self.chat
-        model = CHAT_INDEX if start == "chat_reconstruction" else BASE_INDEX
+        model = self.decoder.ends[start == "chat_reconstruction"]
         return self.code.decode(self.decoder.of_model(model)) + _biases(self.decoder.crosscoder)[model]
 
     def change(self, arm: Arm) -> Float[Tensor, "token d_model"]:
@@ -286,6 +290,7 @@ class Patcher:
         rule: tokens that it does not count take the activations of the model that continues.
         principal: principal directions of the difference, for the arms that project onto some.
         measures: names of the measures.
+        between: the models that are the base and the chat model here: of a chain, any two of them.
     """
 
     def __init__(
@@ -298,6 +303,7 @@ class Patcher:
         rule: Counted,
         principal: Float[Tensor, "component d_model"] | None = None,
         measures: tuple[str, ...] = (KL,),
+        between: tuple[str, str] = SOURCES,
     ) -> None:
         self.pair = pair
         self.crosscoder = crosscoder
@@ -305,22 +311,26 @@ class Patcher:
         self.arms = arms
         self.rule = rule
         self.measures = measures
-        self.decoder = DecoderDifference.from_crosscoder(crosscoder, means, principal)
+        self.reads = crosscoder.view.reads
+        self.ends = (self.reads.index(between[0]), self.reads.index(between[1]))
+        self.decoder = DecoderDifference.from_crosscoder(crosscoder, means, principal, self.ends)
         needed = {CHAT, *(arm.continues for arm in arms), *([BASE] if "kl_base" in measures else [])}
-        self.upper: Mapping[str, UpperHalf] = {name: UpperHalf(getattr(pair, name), layer) for name in sorted(needed)}
+        self.model_of = dict(zip(SOURCES, between, strict=True))
+        self.upper: Mapping[str, UpperHalf] = {
+            name: UpperHalf(pair.model(self.model_of[name]), layer) for name in sorted(needed)
+        }
 
     def differences(
         self,
-        base: Float[Tensor, "token d_model"],
-        chat: Float[Tensor, "token d_model"],
+        streams: Sequence[Float[Tensor, "token d_model"]],
         groups: Int[Tensor, " token"],
         numbers: Int[Tensor, " token"],
     ) -> Differences:
-        """The parts of the models' difference on some tokens, on the crosscoder's device."""
+        """The parts of the models' difference on some tokens, on the crosscoder's device, from all streams that it reads."""
         device = self.crosscoder.encoder.device
-        base = base.float().to(device)
-        chat = chat.float().to(device)
-        code = self.crosscoder.sparse_code(self.crosscoder.normalise(torch.stack([base, chat], dim=1)))
+        streams = [stream.float().to(device) for stream in streams]
+        code = self.crosscoder.sparse_code(self.crosscoder.normalise(torch.stack(streams, dim=1)))
+        base, chat = (streams[end] for end in self.ends)
         return Differences(self.decoder, base, chat, groups.to(device), numbers.to(device), code)
 
     @torch.no_grad()
@@ -333,14 +343,16 @@ class Patcher:
             pad_column([of(sequence.flags) for sequence in batch], fill, device)
             for of, fill in ((span_of, -1), (group_of, 0), (number_in_message, 0))
         )
-        base = residuals_after(self.pair.base, self.pair.base_ids(ids), [self.layer])[0]
-        chat = residuals_after(self.pair.chat, ids, [self.layer])[0]
-        counted = mask.bool() & self.rule(torch.arange(ids.shape[1], device=device), [base, chat])
+        streams = [
+            residuals_after(self.pair.model(source), self.pair.ids_of(source, ids), [self.layer])[0] for source in self.reads
+        ]
+        base, chat = (streams[end] for end in self.ends)
+        counted = mask.bool() & self.rule(torch.arange(ids.shape[1], device=device), streams)
         predicts = span >= 0
         conversation = predicts.nonzero()[:, 0]
 
         def logits(hidden: Tensor, continues: str, rows: Bool[Tensor, " sequence"]) -> Float[Tensor, "row vocabulary"]:
-            read = self.pair.ids_of(continues, ids[rows])
+            read = self.pair.ids_of(self.model_of[continues], ids[rows])
             return self.upper[continues].logits(hidden[rows], read, mask[rows], predicts[rows])
 
         every_row = torch.ones(len(batch), dtype=torch.bool, device=device)
@@ -353,7 +365,7 @@ class Patcher:
         def measured(hidden: Tensor, continues: str, rows: Bool[Tensor, " sequence"]) -> Float[Tensor, "measure row"]:
             return references.measured(self.measures, logits(hidden, continues, rows), rows[conversation])
 
-        differences = self.differences(base[counted], chat[counted], group[counted], number[counted])
+        differences = self.differences([stream[counted] for stream in streams], group[counted], number[counted])
         unedited, of_unedited = {}, {}
         for key in dict.fromkeys((arm.start, arm.continues) for arm in self.arms):
             hidden = (chat if key[1] == CHAT else base).clone()

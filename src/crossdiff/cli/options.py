@@ -170,7 +170,7 @@ def _add(group: Any, setting: _Setting, value: str, hidden: bool = False) -> Non
 
 def _is_list(annotation: Any) -> bool:
     """Whether a setting has several values, each a word of its own on the command line."""
-    return get_origin(annotation) is tuple or (
+    return get_origin(annotation) in (tuple, dict) or (
         get_origin(annotation) in (Union, UnionType) and any(map(_is_list, get_args(annotation)))
     )
 
@@ -181,6 +181,8 @@ def _reading(annotation: Any) -> str:
     Texts are taken as they are: read as YAML, a question with a colon would be a mapping.
     """
     members = [member for member in get_args(annotation) if member is not Ellipsis]
+    if get_origin(annotation) is dict:
+        return "named" if members[1] is str else "yaml"
     if get_origin(annotation) in (tuple, Annotated):
         return _reading(members[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -197,10 +199,22 @@ def _parse_value(key: str, text: str) -> Any:
         raise UserError(f"--{key}: {text!r} cannot be read as a value") from None
 
 
+def _parse_named(key: str, text: str) -> dict[str, Any]:
+    """A mapping as YAML, or one entry of it as NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not text.startswith("{") and name and equals and value:
+        return {name: value}
+    found = _parse_value(key, text)
+    if not isinstance(found, dict):
+        raise UserError(f"--{key}: {text!r} is not of the form NAME=VALUE")
+    return found
+
+
 READINGS: dict[str, Callable[[str, str], Any]] = {
     "text": lambda key, text: text,
     "optional": lambda key, text: None if text == "null" else text,
     "dataset": lambda key, text: _parse_value(key, text) if text.startswith("{") and text.endswith("}") else text,
+    "named": _parse_named,
     "yaml": _parse_value,
 }
 """Functions from a setting's key and a word of the command line to the value."""
@@ -217,12 +231,22 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--{key}: put the name of a crosscoder in place of <NAME>")
         read = READINGS[kind]
         parsed = [read(key, item) for item in value] if isinstance(value, list) else read(key, value)
+        if kind == "named":
+            parsed = _joined(key, parsed)
         *sections, last = key.split(".")
         nested: dict[str, Any] = {last: parsed}
         for section in reversed(sections):
             nested = {section: nested}
         changes = merge(changes, nested)
     return changes
+
+
+def _joined(key: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One mapping from those of several words, in their order."""
+    names = [name for part in parts for name in part]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--{key}: {twice[0]!r} is given twice")
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def scan(argv: Sequence[str]) -> tuple[str | None, dict[str, str]]:
@@ -246,7 +270,8 @@ def starting_config(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
     if directory is not None and (Path(directory) / "config.yaml").exists():
         path = Path(directory) / "config.yaml"
         return read_yaml(path), str(path)
-    if not options.get("base", "demo:").startswith("demo:"):
+    first = options["models"].partition("=")[2] if "models" in options else options.get("base", "demo:")
+    if not first.startswith("demo:"):
         return {}, "the command line"
     from crossdiff.pairs import CONFIG
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from crossdiff.cli.options import Commands, add_settings, changes_of, starting_config
 from crossdiff.config import CrosscoderConfig, PairedConfig, RunConfig, merge, validate
+from crossdiff.sources import SOURCES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +66,8 @@ def _add(commands: Commands, name: str, summary: str) -> None:
 
 def _config(args: Namespace) -> RunConfig:
     changes = changes_of(args)
-    return validate(RunConfig, merge(args.start, changes), "the command line" if changes else args.origin)
+    start = {key: value for key, value in args.start.items() if "models" not in changes or key not in (*SOURCES, "models")}
+    return validate(RunConfig, merge(start, changes), "the command line" if changes else args.origin)
 
 
 def _directory(given: Path | None, config: RunConfig, layers: Sequence[int]) -> Path:
@@ -122,7 +124,8 @@ def plan(args: Namespace) -> None:
     if config.harvest.store is not None:
         open_folder(config.harvest.store).prepare()
     device, harvest = choose_device(config.device), config.harvest
-    pair = load_pair(config.base, config.chat, device, harvest.base_tokens, harvest.template_date, config.model_dtype)
+    reading = (harvest.base_tokens, harvest.template_date)
+    pair = load_pair(config.base, config.chat, device, *reading, config.model_dtype, config.steps)
     layer = pair.check_layer(config.layer)
     for remark in (*pair.remarks, *pair.check_max_length(config.harvest.max_length)):
         console.print(f"[yellow]{escape(remark)}[/yellow]")

@@ -193,7 +193,7 @@ def _make_run(args: Namespace, coder: Crosscoder) -> None:
     from crossdiff.config import RunConfig, validate
     from crossdiff.corpus import check_texts
     from crossdiff.models.loading import stored_sizes
-    from crossdiff.models.names import fetch_adapter, identify
+    from crossdiff.models.names import fetch_adapter, identify_all
     from crossdiff.published.hub import pinned
     from crossdiff.published.in_run import check_in_run, settings_of, texts_of
     from crossdiff.run import Run
@@ -216,7 +216,7 @@ def _make_run(args: Namespace, coder: Crosscoder) -> None:
     d_model, n_layers = stored_sizes(args.base)
     if not 0 <= layer < n_layers:
         raise UserError(f"layer {layer} does not exist: {args.base} has {n_layers} layers, 0 to {n_layers - 1}")
-    pair = {"base": identify(args.base), "chat": identify(args.chat, args.base)}
+    pair = identify_all({"base": args.base, "chat": args.chat})
     check_in_run(args.name, coder, config.crosscoders[args.name], pair, d_model, layer)
     run = Run.open(args.target, create=True)
     run.write_config(config.model_dump(mode="json"))

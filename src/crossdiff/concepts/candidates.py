@@ -60,16 +60,23 @@ class Training:
     def energy(self) -> Float64[Tensor, " candidate"]:
         """E_j = sum_i f_ij^2 ||d_j||^2, with the direction of the model that has the latent (docs/concepts.md#energy)."""
         directions = self.crosscoder.directions()[:, self.latents].cpu().double()
+        if len(directions) > 2:  # of a chain, the model that has most of it
+            return directions.square().sum(2).amax(0) * self.sums.f2.sum(0)
         side = torch.from_numpy((self.table["verdict"] == "base_specific").to_numpy())
         square = torch.where(side, directions[BASE_INDEX].square().sum(1), directions[CHAT_INDEX].square().sum(1))
         return square * self.sums.f2.sum(0)
 
 
-def training_of(name: str, crosscoder: Crosscoder, table: pl.DataFrame, sums: Sums) -> Training:
-    """A training from its whole latent table and the sums of its analysis."""
-    chosen = table.filter(pl.col("verdict").is_in(CANDIDATES))
+def training_of(
+    name: str, crosscoder: Crosscoder, table: pl.DataFrame, sums: Sums, chain: pl.DataFrame | None = None
+) -> Training:
+    """A training from its whole latent table, the sums of its analysis and, for more than two models, its `chain.parquet`."""
+    is_candidate = pl.col("verdict").is_in(CANDIDATES)
+    if chain is not None:
+        is_candidate |= pl.col("latent").is_in(chain.filter(pl.col("verdict").is_in(CANDIDATES))["latent"].unique().implode())
+    chosen = table.filter(is_candidate)
     latents = torch.tensor(chosen["latent"].to_list(), dtype=torch.int64)
-    others = table.filter(~pl.col("verdict").is_in((*CANDIDATES, "dead")))["latent"].to_list()
+    others = table.filter(~is_candidate & (pl.col("verdict") != "dead"))["latent"].to_list()
     kind = crosscoder.sparsity.kind
     return Training(name, kind, crosscoder, chosen, sums.of_latents(latents), torch.tensor(others, dtype=torch.int64))
 
@@ -84,7 +91,14 @@ def read_training(folder: Path, name: str, device: torch.device = CPU) -> Traini
     path = folder / name / "latents.parquet"
     if not path.is_file():
         raise UserError(f"{path} is missing; run `crossdiff analyze {folder}` first")
-    return training_of(name, crosscoder, read_parquet(path), Sums.load(folder / name / "scaling.safetensors"))
+    chain = folder / name / "chain.parquet"
+    return training_of(
+        name,
+        crosscoder,
+        read_parquet(path),
+        Sums.load(folder / name / "scaling.safetensors"),
+        read_parquet(chain) if chain.is_file() else None,
+    )
 
 
 class Codes:

@@ -16,10 +16,9 @@ from crossdiff.config import AnalyzeConfig
 from crossdiff.latents.activity import Activity
 from crossdiff.latents.groups import GROUPS
 from crossdiff.latents.latent_table import COLUMNS as LATENT_COLUMNS
-from crossdiff.latents.twins import N_NEIGHBOURS
+from crossdiff.latents.twins import N_NEIGHBOURS, NO_TWINS
 from crossdiff.latents.verdict import with_verdicts
 
-NO_TWINS = pl.DataFrame(schema={"latent": pl.Int64, "twin": pl.Int64})
 COLUMNS = {
     "concept": "number of the concept: replicated ones first, then in order of their energy",
     "n_trainings": "trainings in which it has a member",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import torch
 from safetensors.torch import save_file
 
@@ -17,8 +18,14 @@ from crossdiff.concepts.candidates import Codes, Training
 from crossdiff.concepts.clustering import Grouping, group, needed
 from crossdiff.concepts.coder import coded
 from crossdiff.concepts.completeness import Completeness
-from crossdiff.concepts.concept_table import concept_table, member_table, neighbour_table, training_table
-from crossdiff.concepts.group_scaling import GroupProducts
+from crossdiff.concepts.concept_table import (
+    concept_table,
+    judged,
+    member_table,
+    neighbour_table,
+    training_table,
+)
+from crossdiff.concepts.group_scaling import GroupProducts, group_table, pooled
 from crossdiff.concepts.labels import label_columns, labels
 from crossdiff.concepts.similarity import Similarity, matrix_of
 from crossdiff.config import AnalyzeConfig, ConceptsConfig
@@ -26,6 +33,7 @@ from crossdiff.files import replacing, write_json
 from crossdiff.latents.activity import ROW_GROUP, Activity, activity_table
 from crossdiff.latents.behaviours import ConversationScores, behaviour_table
 from crossdiff.latents.behaviours import Pool as BehaviourPool
+from crossdiff.latents.chain import emergence, pairs_of, step_table
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.example_collector import ExampleCollector
 from crossdiff.latents.example_database import Strengths, write_examples
@@ -45,6 +53,8 @@ OUTPUTS = (
     "promoted.parquet", "neighbours.parquet", "directions.safetensors",
 )  # fmt: skip
 """Files in the folder `concepts` of a run."""
+CHAIN_FILE = "chain.parquet"
+"""A further file if the run has more than two models."""
 POOL = "concepts"
 """Pool of the behaviours: the replicated concepts."""
 
@@ -182,6 +192,11 @@ def _write(
     named = label_columns(labels(candidates, picks, store, tokenizer), grouping.n_concepts)
     sums = [described.products.sums(t) for t in range(len(codes.trainings))]
     table = concept_table(codes, grouping, pool, sums, described.activity, config).hstack(named)
+    if len(store.sources) > 2:
+        chain = _chain(described.products, codes, table, store.sources, config)
+        chain.rename({"latent": "concept"}).write_parquet(folder / CHAIN_FILE)
+        first = emergence(chain, store.sources).rename({"latent": "concept"})
+        table = table.join(first, on="concept", how="left", maintain_order="left")
     table.write_parquet(folder / CONCEPTS_FILE)
     member_table(codes, grouping, pool, similarity.products).write_parquet(folder / MEMBERS_FILE)
     neighbour_table(grouping, codes, similarity.products).write_parquet(folder / "neighbours.parquet")
@@ -195,6 +210,19 @@ def _write(
     base, chat = directions[BASE_INDEX], directions[CHAT_INDEX]
     promoted = promoted_table(pair, base, chat, torch.arange(grouping.n_concepts), "concept")
     promoted.write_parquet(folder / "promoted.parquet")
+
+
+def _chain(
+    products: GroupProducts, codes: Codes, table: pl.DataFrame, sources: tuple[str, ...], config: AnalyzeConfig
+) -> pl.DataFrame:
+    """What each step of a chain does to each concept, as `crossdiff.latents.chain` says of latents."""
+    tables = []
+    for before, after in pairs_of(sources):
+        ends = (sources.index(before), sources.index(after))
+        sums = pooled([products.sums(t, *ends) for t in range(len(codes.trainings))])
+        found = judged(group_table(sums, config), table["share_template"], config).with_row_index("latent")
+        tables.append(step_table(found, before, after))
+    return pl.concat(tables)
 
 
 def _behaviours(scores: ConversationScores, grouping: Grouping, seed: int, path: Path) -> None:

@@ -23,6 +23,7 @@ from crossdiff.concepts.candidates import Codes, Training
 from crossdiff.concepts.clustering import Grouping
 from crossdiff.concepts.similarity import Matrix
 from crossdiff.config import AnalyzeConfig
+from crossdiff.latents.chain import of_pair
 from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX, delta_norm, delta_norm_class
 from crossdiff.latents.latent_table import MIRRORED, REASONS, scaling_columns
 from crossdiff.latents.scaling import TARGETS, estimates, numerators
@@ -79,15 +80,20 @@ class GroupProducts:
         ranks.sum(torch.from_numpy(self.n))
         return self
 
-    def sums(self, training: int) -> GroupSums:
-        """The sums of one training, for all concepts; 0 for those without a member in it."""
+    def sums(self, training: int, before: int = BASE_INDEX, after: int = CHAT_INDEX) -> GroupSums:
+        """The sums of one training, for all concepts; 0 for those without a member in it.
+
+        Args:
+            before, after: indices of the sources that take the places of base and chat.
+        """
         trained: Training = self._codes.trainings[training]
         first, last = self._codes.first[training], self._codes.first[training + 1]
         mine = (self.left >= first) & (self.left < last)
         left, right = (torch.from_numpy(side[mine] - first) for side in (self.left, self.right))
         concept = torch.from_numpy(self._grouping.concept[self.left[mine]])
         products = torch.from_numpy(self.products[:, mine])
-        coder = trained.crosscoder.of_latents(trained.latents).to(CPU)  # where the sums are
+        chosen = trained.crosscoder.of_latents(trained.latents).to(CPU)  # where the sums are
+        coder, of_latent = of_pair(chosen, trained.sums, before, after)
         directions = coder.directions().double()
         member = torch.from_numpy(self._member[first:last].toarray())
 
@@ -99,9 +105,9 @@ class GroupProducts:
 
         found: dict[tuple[int, str], Float64[Tensor, "model block concept"]] = {}
         for d in SIDES:
-            of_latents = numerators(coder, trained.sums, d)
+            of_latents = numerators(coder, of_latent, d)
             own_parts = torch.stack([own(m, d) for m in range(coder.n_sources)])
-            of_latents["error"] = trained.sums.products["error"][d if d >= 0 else coder.n_sources + d]
+            of_latents["error"] = of_latent.products["error"][d if d >= 0 else coder.n_sources + d]
             for target in TARGETS:
                 found[d, target] = of_latents[target] @ member
             found[d, "error"] = found[d, "error"] + own_parts

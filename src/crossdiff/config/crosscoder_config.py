@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from crossdiff.config.base import Config, Seed
+from crossdiff.sources import SOURCES
 
 
 class Kind(Config):
@@ -101,9 +102,14 @@ class PairedConfig(Kind):
 
 
 class DifferenceConfig(Kind):
-    """A diff-SAE: reads and writes the chat activation minus the base activation."""
+    """A diff-SAE: reads and writes the activation of one model minus that of another, by default chat minus base."""
 
     kind: Literal["difference"] = "difference"
+    of: tuple[str, str] = Field(
+        SOURCES,
+        description="names of the two models, the earlier one first",
+        exclude_if=lambda value: value == SOURCES,  # trainings from before this setting existed keep their fingerprint
+    )
 
 
 class SingleConfig(Kind):
@@ -151,8 +157,8 @@ class CrosscoderConfig(Config):
     difference_weight: float = Field(
         0.0,
         ge=0,
-        description="weight of the error in the difference between the two models, beside the error in each (the idea of "
-        "delta-crosscoders, arXiv 2603.04426); at 1 the difference counts as much as the activations of one model",
+        description="weight of the error in the difference between each model and the one before it, beside the error in "
+        "each (the idea of delta-crosscoders, arXiv 2603.04426); at 1 the difference counts as much as one model's activations",
         exclude_if=lambda value: value == 0,
     )
     decoder_norm: float = Field(1.0, gt=0, description="initial norm of each decoder direction")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -20,6 +20,7 @@ from crossdiff.config.crosscoder_config import (
 )
 from crossdiff.config.harvest_config import DatasetConfig, HarvestConfig, _dataset_from_text
 from crossdiff.config.look_config import LookConfig
+from crossdiff.sources import BASE, CHAT, SOURCES
 
 
 class AnalyzeConfig(Config):
@@ -64,6 +65,11 @@ class CausalConfig(Config):
     """The causal test: which conversations are patched, and how the numbers are computed."""
 
     interventions: str | None = Field(None, description="YAML file of interventions; default: the list in the package")
+    between: tuple[str, str] = Field(
+        SOURCES,
+        description="the model that is patched and the one that it is to become: of a chain, any two",
+        exclude_if=lambda value: value == SOURCES,  # results from before this setting existed keep their fingerprint
+    )
     split: Literal["heldout", "train"] = Field("heldout", description="split of the conversations")
     max_conversations: int | None = Field(256, ge=2, description="conversations, chosen by content hash; null for all")
     pool: int | None = Field(None, ge=2, description="number of latents that are ranked against each other; default: 5% of all")
@@ -98,6 +104,7 @@ class SteerConfig(Config):
     seed: Seed = 0
 
 
+MAX_MODELS = 8
 TAKEN = {"activations", "concepts", "interpretation", "look", "old", "tensorboard", "work"}
 """Folders of a run that do not hold a crosscoder."""
 
@@ -113,6 +120,12 @@ class RunConfig(Config):
 
     base: str = Field("demo:base", description="Hub name or folder of the base model")
     chat: str = Field("demo:chat", description="Hub name or folder of the model fine-tuned from it")
+    models: dict[str, str] = Field(
+        {},
+        description="instead of base and chat: two to eight models by name, in the order of the training, as in base=ORG/BASE "
+        "sft=ORG/SFT dpo=ORG/DPO; the first is the base model and the last the chat model",
+        exclude_if=lambda value: not value,
+    )
     layer: int | None = Field(None, ge=0, description="decoder layer after which activations are taken; default: the middle")
     dataset: tuple[Annotated[DatasetConfig, BeforeValidator(_dataset_from_text)], ...] = Field(
         (), description="texts: paths, Hub names, or mappings with the keys of a dataset"
@@ -164,6 +177,53 @@ class RunConfig(Config):
                 repeated = {"seed": coder.seed + number, "batch_seed": coder.order_seed, "seeds": None}
                 found[training] = coder if number == 0 else coder.model_copy(update=repeated)
         return found
+
+    @property
+    def steps(self) -> dict[str, str]:
+        """The models between the base and the chat model by name, in the order of the training."""
+        return dict(list(self.models.items())[1:-1])
+
+    @property
+    def model_of(self) -> dict[str, str]:
+        """The model of each source, in the order of every source axis."""
+        return {BASE: self.base, **self.steps, CHAT: self.chat}
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the models in the order of every source axis."""
+        return tuple(self.model_of)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What the user calls each source: the names of `models`, whose first and last are `base` and `chat` elsewhere."""
+        return dict(zip(self.sources, self.models or SOURCES, strict=True))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ends_of_the_chain(cls, values: Any) -> Any:
+        """The first of `models` is the base model and the last the chat model."""
+        models = values.get("models") if isinstance(values, dict) else None
+        if not models:
+            return values
+        if not isinstance(models, dict) or not all(isinstance(model, str) for model in models.values()):
+            raise ValueError(f"models must be a mapping of names to models, such as base: ORG/BASE; found {models!r}")
+        if not 2 <= len(models) <= MAX_MODELS:
+            raise ValueError(f"models has {len(models)}, {', '.join(models)}; a chain has two to {MAX_MODELS}")
+        for name in models:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"models.{name}: use letters, digits, - and _ in the name of a model")
+        for name in list(models)[1:-1]:
+            if name in SOURCES:
+                raise ValueError(
+                    f"models.{name}: the first model is called base and the last one chat in all tables, so none between them "
+                    "can have that name; call it by its training, such as sft"
+                )
+        first, *_, last = models.values()
+        ends = {BASE: first, CHAT: last}
+        for end, model in ends.items():
+            if values.get(end, model) != model:
+                raise ValueError(f"{end} is {values[end]!r}, but models has {model!r} there; give one or the other")
+        return values | ends
 
     @property
     def published(self) -> dict[str, CrosscoderConfig]:

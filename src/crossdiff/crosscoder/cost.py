@@ -82,7 +82,13 @@ class Size:
         return reconstruction + gradients + (ranks - 1) / ranks * 4 * 1.1 * self.batch * self.active
 
 
-def check_memory(configs: Mapping[str, CrosscoderConfig], d_model: int, device: torch.device, latent_ranks: int = 1) -> None:
+def check_memory(
+    configs: Mapping[str, CrosscoderConfig],
+    d_model: int,
+    device: torch.device,
+    latent_ranks: int = 1,
+    sources: tuple[str, ...] = SOURCES,
+) -> None:
     """Check that the weights of crosscoders that are trained together fit into a device's memory.
 
     Only weights, gradients and Adam's moments are counted, so it refuses what cannot work, and not what may be tight.
@@ -90,7 +96,7 @@ def check_memory(configs: Mapping[str, CrosscoderConfig], d_model: int, device: 
     Raises:
         UserError: they do not fit.
     """
-    n_sources = {name: len(view_of(config.inputs, SOURCES).names) for name, config in configs.items()}
+    n_sources = {name: len(view_of(config.inputs, sources).names) for name, config in configs.items()}
     sizes = {name: Size(d_model, config.latents_for(d_model), 1, 0, n_sources[name]) for name, config in configs.items()}
     needed = {name: size.memory_bytes(latent_ranks) for name, size in sizes.items()}
     available = _total_memory(device)

@@ -210,14 +210,17 @@ def new_crosscoder(
     seed: int,
     view: View | None = None,
 ) -> Crosscoder:
-    """A new crosscoder: random directions of norm `decoder_norm`, equal in every source; the encoder is their transpose."""
+    """A new crosscoder: random directions of norm `decoder_norm`, equal in every source; the encoder is their transpose.
+
+    With more than two sources the encoder is shorter, so that its sum over the sources stays that of two.
+    """
     n_sources, d_model = mean.shape
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(n_latents, d_model, generator=generator)
     direction *= decoder_norm / direction.norm(dim=1, keepdim=True)
     decoder = direction.repeat(1, n_sources)
     return Crosscoder(
-        encoder=decoder.clone(),
+        encoder=decoder * (2 / n_sources) if n_sources > 2 else decoder.clone(),
         encoder_bias=torch.zeros(n_latents),
         decoder=decoder,
         decoder_bias=torch.zeros(n_sources * d_model),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -78,15 +79,19 @@ def reconstruction_loss(
 def difference_loss(
     error: Float[Tensor, "batch source d_model"], x: Float[Tensor, "batch source d_model"], mesh: Mesh
 ) -> Tensor:
-    """Error in the difference between two sources, on the scale of one source's activations.
+    """Error in the difference between each source and the one before it, on the scale of one source's activations.
 
-    sum_i ||e_i2 - e_i1||^2 / sum_i ||x_i2 - x_i1||^2 times the mean over i and s of ||x_is||^2; 0 if the sources are equal. A
-    narrow fine-tune moves the activations so little that the reconstruction loss alone hardly sees it (Kassem et al. 2026,
-    arXiv 2603.04426).
+    sum_i ||e_i2 - e_i1||^2 / sum_i ||x_i2 - x_i1||^2 times the mean over i and s of ||x_is||^2, added up over the steps of a
+    chain; 0 for a step that changes nothing. A narrow fine-tune moves the activations so little that the reconstruction loss
+    alone hardly sees it (Kassem et al. 2026, arXiv 2603.04426).
     """
-    size, scale = mesh.data.mean(torch.stack([(x[:, 1] - x[:, 0]).square().sum(), x.square().sum() / (len(x) * x.shape[1])]))
-    found: Tensor = (error[:, 1] - error[:, 0]).square().sum() * torch.where(size > 0, scale / size, 0.0)
-    return found
+    steps = list(pairwise(range(x.shape[1])))
+    sizes = [(x[:, after] - x[:, before]).square().sum() for before, after in steps]
+    *sizes, scale = mesh.data.mean(torch.stack([*sizes, x.square().sum() / (len(x) * x.shape[1])]))
+    total = error.new_zeros(())
+    for (before, after), size in zip(steps, sizes, strict=True):
+        total = total + (error[:, after] - error[:, before]).square().sum() * torch.where(size > 0, scale / size, 0.0)
+    return total
 
 
 @dataclass(frozen=True)

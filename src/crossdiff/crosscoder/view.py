@@ -58,7 +58,9 @@ def view_of(inputs: Inputs, sources: tuple[str, ...]) -> View:
             raise UserError(f"inputs.source {inputs.source!r} is not in the store; it has {', '.join(sources)}")
         return identity((inputs.source,))
     if isinstance(inputs, DifferenceConfig):
-        if len(sources) != 2:
-            raise UserError(f"a difference needs two sources; the store has {', '.join(sources)}")
-        return View(torch.tensor([[-1.0, 1.0]]), sources, (f"{sources[1]}-{sources[0]}",))
+        before, after = inputs.of
+        for name in inputs.of:
+            if name not in sources:
+                raise UserError(f"inputs.of has {name!r}, which is not in the store; it has {', '.join(sources)}")
+        return View(torch.tensor([[-1.0, 1.0]]), (before, after), (f"{after}-{before}",))
     return identity(sources)

@@ -19,7 +19,8 @@ def predicted(pair: Pair, sequence: TokenSequence) -> Predicted:
     """Compare both models' predictions after each token of a text, as the first look does."""
     ids = torch.from_numpy(sequence.token_ids.astype("int64")).unsqueeze(0)
     logits, following = [], []
-    for source, model in zip(SOURCES, pair.models, strict=True):
+    for source in SOURCES:
+        model = pair.model(source)
         own = pair.ids_of(source, ids)
         logits.append(model(input_ids=own.to(next(model.parameters()).device), use_cache=False).logits[0])
         following.append(torch.cat([own[0, 1:], torch.tensor([-1])]))

@@ -20,9 +20,10 @@ from crossdiff.errors import UserError
 from crossdiff.files import write_json
 from crossdiff.latents.activity import ROW_GROUP, Activity, activity_table
 from crossdiff.latents.behaviours import BASE_SAE_POOL, LIVE_POOL, Pool, behaviour_table, conversation_scores, live_latents
+from crossdiff.latents.chain import emergence, of_pair, pairs_of, step_table
 from crossdiff.latents.controls import random_directions, shared_latents, split_halves
 from crossdiff.latents.correlated import Correlations
-from crossdiff.latents.decoder import CHAT_INDEX
+from crossdiff.latents.decoder import BASE_INDEX, CHAT_INDEX
 from crossdiff.latents.difference import DifferenceExplained
 from crossdiff.latents.example_collector import ExampleCollector
 from crossdiff.latents.example_database import Strengths, write_examples
@@ -33,7 +34,7 @@ from crossdiff.latents.ranking import RANKED
 from crossdiff.latents.scaling import ScalingAccumulator
 from crossdiff.latents.settings import KEY, NUS
 from crossdiff.latents.stream import Chunk, accumulate, blocks_of_sequences, check_fits
-from crossdiff.latents.twins import CoActivation, neighbour_table, twin_candidates, twin_table
+from crossdiff.latents.twins import NO_TWINS, CoActivation, neighbour_table, twin_candidates, twin_table
 from crossdiff.latents.verdict import counts, with_verdicts
 from crossdiff.ranks import ALONE, Ranks
 from crossdiff.shapes import Float, Tensor
@@ -42,7 +43,7 @@ from crossdiff.sources import SOURCES
 
 def check_store(store: Store, config: AnalyzeConfig) -> None:
     """Check that a store has what an analysis needs, before any long work."""
-    if store.sources != SOURCES:
+    if (store.sources[0], store.sources[-1]) != SOURCES:
         found = ", ".join(store.sources)
         raise UserError(
             f"the store {store.folder} has the sources {found}; the latent table compares {' and '.join(SOURCES)}: "
@@ -182,7 +183,7 @@ def _write(analysis: Analysis, measured: Measured, store: Store, tokenizer: Any,
     folder, crosscoder, reference = analysis
     on_host = crosscoder.to(CPU)
     neighbour_table(crosscoder, measured.scaling.sums.n.sum(0) > 0).write_parquet(folder / "neighbours.parquet")
-    table = _write_tables(folder, on_host, measured, config)
+    table = _write_tables(folder, on_host, measured, store.sources, config)
     correlations = measured.correlations
     strengths = Strengths(measured.histograms.rows(), correlations.rows(), correlations.n_tokens)
     write_examples(folder / "examples.sqlite", *measured.examples.finish(), store, tokenizer, crosscoder.n_latents, strengths)
@@ -210,21 +211,41 @@ def _pools(
     return found
 
 
-def _write_tables(folder: Path, crosscoder: Crosscoder, measured: Measured, config: AnalyzeConfig) -> pl.DataFrame:
-    """Write the tables of latents, twins and activity; return the latent table."""
+def _write_tables(
+    folder: Path, crosscoder: Crosscoder, measured: Measured, sources: tuple[str, ...], config: AnalyzeConfig
+) -> pl.DataFrame:
+    """Write the tables of latents, twins and activity, and of a chain's steps; return the latent table.
+
+    Args:
+        sources: the models of the store.
+    """
     sums = measured.scaling.sums
     n_active = sums.n.sum(0)
     twins = twin_table(crosscoder, measured.coactive, n_active)
     twins.write_parquet(folder / "twins.parquet")
     activity_table(measured.activity).write_parquet(folder / "activity.parquet", row_group_size=ROW_GROUP)
-    table = latent_table(crosscoder, sums, measured.activity, config)
+    table = latent_table(*of_pair(crosscoder, sums, BASE_INDEX, CHAT_INDEX), measured.activity, config)
     table = with_verdicts(table, twins.filter(pl.col("n_both") > 0), config)
+    if len(sources) > 2 and crosscoder.sources == sources:
+        chain = _chain(crosscoder, measured, config)
+        chain.write_parquet(folder / "chain.parquet")
+        table = table.join(emergence(chain, sources), on="latent", maintain_order="left")
     table.write_parquet(folder / "latents.parquet")
     return table
 
 
+def _chain(crosscoder: Crosscoder, measured: Measured, config: AnalyzeConfig) -> pl.DataFrame:
+    """What each step of a chain does to each latent; see `crossdiff.latents.chain.COLUMNS`."""
+    tables, sources = [], crosscoder.sources
+    for before, after in pairs_of(sources):
+        pair = of_pair(crosscoder, measured.scaling.sums, sources.index(before), sources.index(after))
+        judged = with_verdicts(latent_table(*pair, measured.activity, config), NO_TWINS, config)
+        tables.append(step_table(judged, before, after))
+    return pl.concat(tables)
+
+
 def _health_report(crosscoder: Crosscoder, store: Store, measured: Measured, table: pl.DataFrame) -> dict[str, Any]:
-    sums = measured.scaling.sums
+    ends = of_pair(crosscoder, measured.scaling.sums, BASE_INDEX, CHAT_INDEX)
     return {
         "architecture": crosscoder.sparsity.kind,
         "sources": list(crosscoder.sources),
@@ -240,9 +261,9 @@ def _health_report(crosscoder: Crosscoder, store: Store, measured: Measured, tab
         "decoder_norm_movement": _norm_movement(crosscoder),
         "counts": counts(table),
         "controls": {
-            **random_directions(crosscoder, sums, crosscoder.n_sources),
+            **random_directions(*ends, ends[0].n_sources),
             "shared_latents": shared_latents(table),
-            "split_halves": split_halves(crosscoder, sums, table),
+            "split_halves": split_halves(*ends, table),
         },
     }
 

@@ -24,7 +24,7 @@ def delta_norm(norms: Float[Tensor, "latent source"]) -> Float[Tensor, " latent"
     """
     if norms.shape[1] == 1:
         return torch.full((len(norms),), torch.nan, dtype=torch.float64)
-    base, chat = norms.double().unbind(1)
+    base, chat = norms.double()[:, BASE_INDEX], norms.double()[:, CHAT_INDEX]
     return 0.5 * ((chat - base) / torch.maximum(base, chat) + 1)
 
 
@@ -39,10 +39,13 @@ def delta_norm_class(value: float) -> str:
 
 
 def cosine(directions: Float[Tensor, "source latent d_model"]) -> Float[Tensor, " latent"]:
-    """Cosine of each latent's two decoder directions; NaN where one vanishes, and for a coder with one decoder."""
+    """Cosine of each latent's decoder directions in the base and the chat model.
+
+    NaN where one of them vanishes, and for a coder with one decoder.
+    """
     if len(directions) == 1:
         return torch.full((directions.shape[1],), torch.nan, dtype=torch.float64)
-    base, chat = directions.double().unbind(0)
+    base, chat = directions[BASE_INDEX].double(), directions[CHAT_INDEX].double()
     cosines: Tensor = (base * chat).sum(1) / (base.norm(dim=1) * chat.norm(dim=1))
     return cosines
 

@@ -104,7 +104,7 @@ class ScalingAccumulator:
         if crosscoder.n_sources == 1:
             assert means is not None
             self._one_decoder = (crosscoder.scale, means)
-        self._n_models = crosscoder.n_sources if means is None else len(means)
+        self._n_models = crosscoder.n_sources if self._one_decoder is None else len(self._one_decoder[1])
         targets = ("reconstruction", "error") if self._one_decoder is None else TARGETS_OF_ONE_DECODER
         per_block = (n_blocks, crosscoder.n_latents)
         per_pair = (len(directions), self._n_models, *per_block)

@@ -50,6 +50,7 @@ NEIGHBOUR_COLUMNS = {
     "neighbour": "another live latent",
     "cosine": "cosine of the two chat directions",
 }
+NO_TWINS = pl.DataFrame(schema={"latent": pl.Int64, "twin": pl.Int64})
 
 
 class TwinCandidates(NamedTuple):

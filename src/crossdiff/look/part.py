@@ -55,7 +55,8 @@ class Part:
         pair.check_length(ids.shape[1], f"a sequence of {ids.shape[1]} tokens", "lower harvest.max_length")
         ends = torch.tensor([len(sequence.token_ids) for sequence in batch]).cumsum(0) - 1
         nexts, streams, logits = [], [], []
-        for source, model in zip(SOURCES, pair.models, strict=True):
+        for source in SOURCES:
+            model = pair.model(source)
             own = pair.ids_of(source, ids)
             hidden, predicted = residuals_and_logits(model, own.to(next(model.parameters()).device))
             streams.append([_unpadded(h, kept) for h in hidden])

@@ -47,10 +47,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(setting: str, device: torch.device, base: str, chat: str) -> torch.dtype:
-    """The dtype that both models of a pair run in.
+def choose_dtype(setting: str, device: torch.device, base: str, *others: str) -> torch.dtype:
+    """The dtype that all models of a pair, or of a chain, run in.
 
-    `auto` is float32 on the CPU. On an accelerator it is the dtype of the two models' files if they have the same one, and
+    `auto` is float32 on the CPU. On an accelerator it is the dtype of the models' files if they have the same one, and
     bfloat16 otherwise: run in two dtypes, even equal models would differ.
     """
     if setting != "auto":
@@ -58,7 +58,7 @@ def choose_dtype(setting: str, device: torch.device, base: str, chat: str) -> to
         return dtype
     if device.type == "cpu":
         return torch.float32
-    stored = {stored_dtype(base), stored_dtype(chat, base)}
+    stored = {stored_dtype(base), *(stored_dtype(other, base) for other in others)}
     return (stored.pop() if len(stored) == 1 else None) or torch.bfloat16
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -73,6 +74,12 @@ def identify(name: str, base: str | None = None) -> dict[str, Any]:
         return {"name": name, "digest": digest.hexdigest()[:16], "adapter_of": adapter.model}
     path = local_path(name)
     return {"name": name} if path is None else {"name": name, "digest": _digest(path).hexdigest()[:16]}
+
+
+def identify_all(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The identity of each model of a pair or a chain, of which the first is the base model."""
+    base = next(iter(models.values()))
+    return {source: identify(name, None if number == 0 else base) for number, (source, name) in enumerate(models.items())}
 
 
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,21 +18,29 @@ from crossdiff.errors import UserError
 from crossdiff.models.access import d_model, decoder_layers, n_layers
 from crossdiff.models.compiled import compile_layers
 from crossdiff.models.loading import choose_dtype, load_model, load_tokenizer
-from crossdiff.models.names import find_adapter, identify, same_weights
+from crossdiff.models.names import find_adapter, identify, identify_all, same_weights
 from crossdiff.models.positions import Positions, check_length, positions
 from crossdiff.models.probe import probe
-from crossdiff.models.tokenizers import check_tokenizers, pin_date, unknown_token
+from crossdiff.models.tokenizers import BaseReading, check_tokenizers, pin_date, unknown_token
 from crossdiff.shapes import Int, Tensor
-from crossdiff.sources import BASE, SOURCES
+from crossdiff.sources import BASE, CHAT
+
+
+class Step(NamedTuple):
+    """A model between the base and the chat model, and the ids that it reads in place of ids that it lacks."""
+
+    model: nn.Module
+    stand_ins: dict[int, int]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models that read the same token ids, and the tokenizer of the chat model.
+    """A base and a chat model that read the same token ids, with the tokenizer of the chat model.
 
     stand_ins: ids that the base model was never trained on, and the ids that it reads instead.
-    unreadable: ids that the base model lacks, with their tokens.
+    unreadable: ids that a model lacks, with their tokens.
     remarks: what the user should know about the choice of the models.
+    steps: the models between the two by name, in the order of the training; a chain has some.
     """
 
     base: nn.Module
@@ -41,14 +50,25 @@ class Pair:
     stand_ins: dict[int, int] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    steps: Mapping[str, Step] = field(default_factory=dict)
 
     @property
-    def models(self) -> tuple[nn.Module, nn.Module]:
-        return self.base, self.chat
+    def sources(self) -> tuple[str, ...]:
+        """Names of the models, in the order of every source axis."""
+        return (BASE, *self.steps, CHAT)
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The models in the order of `sources`."""
+        return (self.base, *(step.model for step in self.steps.values()), self.chat)
+
+    def model(self, source: str) -> nn.Module:
+        """The model of a source."""
+        return self.models[self.sources.index(source)]
 
     def compile(self) -> None:
         """Compile the decoder layers of both models; see `compile_layers`."""
-        for source, model in zip(SOURCES, self.models, strict=True):
+        for source, model in zip(self.sources, self.models, strict=True):
             compile_layers(model, self.identity[source]["name"])
 
     @property
@@ -71,23 +91,22 @@ class Pair:
     @property
     def revisions(self) -> dict[str, str | None]:
         """The commit of each model that came from the Hub."""
-        return {name: getattr(model.config, "_commit_hash", None) for name, model in zip(SOURCES, self.models, strict=True)}
+        return {
+            name: getattr(model.config, "_commit_hash", None) for name, model in zip(self.sources, self.models, strict=True)
+        }
 
     def base_ids(self, token_ids: Int[Tensor, "sequence position"]) -> Int[Tensor, "sequence position"]:
         """The ids that the base model reads where the chat model reads `token_ids`. Raises `UserError` if it lacks one."""
         for token in set(token_ids.flatten().tolist()) if self.unreadable else ():
             if token in self.unreadable:
                 raise unknown_token(self.unreadable[token])
-        if not self.stand_ins:
-            return token_ids
-        mapped = token_ids.clone()
-        for token, stand_in in self.stand_ins.items():
-            mapped[token_ids == token] = stand_in
-        return mapped
+        return _with_stand_ins(token_ids, self.stand_ins)
 
     def ids_of(self, source: str, token_ids: Int[Tensor, "sequence position"]) -> Int[Tensor, "sequence position"]:
         """The ids that a source's model reads."""
-        return self.base_ids(token_ids) if source == BASE else token_ids
+        if source == BASE:
+            return self.base_ids(token_ids)
+        return _with_stand_ins(token_ids, self.steps[source].stand_ins) if source in self.steps else token_ids
 
     def check_layer(self, layer: int | None) -> int:
         """The layer to use: the given one, or the middle one."""
@@ -99,7 +118,7 @@ class Pair:
 
     @cached_property
     def _positions(self) -> list[tuple[str, Positions | None]]:
-        names = [self.identity[source]["name"] for source in SOURCES]
+        names = [self.identity[source]["name"] for source in self.sources]
         return [(name, positions(model)) for name, model in zip(names, self.models, strict=True)]
 
     def check_length(self, n_tokens: int, what: str, remedy: str) -> list[str]:
@@ -110,6 +129,15 @@ class Pair:
     def check_max_length(self, max_length: int) -> list[str]:
         """The same for a harvest's longest sequences."""
         return self.check_length(max_length, f"harvest.max_length {max_length}", "lower it")
+
+
+def _with_stand_ins(ids: Int[Tensor, "sequence position"], stand_ins: dict[int, int]) -> Int[Tensor, "sequence position"]:
+    if not stand_ins:
+        return ids
+    mapped = ids.clone()
+    for token, stand_in in stand_ins.items():
+        mapped[ids == token] = stand_in
+    return mapped
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -139,44 +167,66 @@ def load_pair(
     base_tokens: Mapping[str, str] | None = None,
     template_date: date | None = None,
     dtype: str = "auto",
+    steps: Mapping[str, str] | None = None,
 ) -> Pair:
     """Load two models with one tokenizer, in one dtype, and check that they are a pair.
 
     Args:
         base_tokens: tokens that the base model lacks or was never trained on, and its own tokens that it reads instead.
         template_date: the date that the chat template writes where it asks for today's.
-        dtype: name of the dtype that both run in; see `choose_dtype` for `auto`.
+        dtype: name of the dtype that all run in; see `choose_dtype` for `auto`.
+        steps: models between the two by name. They read `base_tokens` in place of those that they lack themselves.
     """
-    base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(chat, base)
+    steps = steps or {}
+    names = (base, *steps.values(), chat)
+    tokenizers = [load_tokenizer(base), *(load_tokenizer(name, base) for name in names[1:])]
+    tokenizer = tokenizers[-1]
     if template_date is not None:
         pin_date(tokenizer, template_date)
-    reading = check_tokenizers(base_tokenizer, tokenizer, base, chat, base_tokens or {})
-    chosen = choose_dtype(dtype, device, base, chat)
-    models = load_model(base, device, chosen), load_model(chat, device, chosen, base)
+    readings: list[BaseReading] = []
+    for own, name in zip(tokenizers[:-1], names[:-1], strict=True):
+        known = own.get_vocab() if readings else {}  # the base model may have base_tokens, but never have been trained on them
+        lacking = {token: stand_in for token, stand_in in (base_tokens or {}).items() if token not in known}
+        readings.append(check_tokenizers(own, tokenizer, name, chat, lacking))
+    chosen = choose_dtype(dtype, device, *names)
+    models = [load_model(base, device, chosen), *(load_model(name, device, chosen, base) for name in names[1:])]
     for what, count in (("decoder layers", n_layers), ("residual dimensions", d_model)):
         found = [count(model) for model in models]
-        if found[0] != found[1]:
-            raise UserError(
-                f"{base} has {found[0]} {what}, {chat} has {found[1]}; a pair needs the same number, because both models' "
-                "activations at a layer are stored in one tensor"
-            )
-    for model, own, name in zip(models, (base_tokenizer, tokenizer), (base, chat), strict=True):
+        for other, name in zip(found[1:], names[1:], strict=True):
+            if other != found[0]:
+                raise UserError(
+                    f"{base} has {found[0]} {what}, {name} has {other}; all models need the same number, because their "
+                    "activations at a layer are stored in one tensor"
+                )
+    for model, own, name in zip(models, tokenizers, names, strict=True):
         check_embeddings(model, own, name)
         decoder_layers(model)
         probe(model, name)
-    identity = {"base": identify(base), "chat": identify(chat, base), "tokenizer": tokenizer_digest(tokenizer)}
-    remarks = _remarks(base, chat, identity)
-    return Pair(models[0], models[1], tokenizer, identity, reading.stand_ins, reading.unreadable, remarks)
+    identities = identify_all({BASE: base, **steps, CHAT: chat})
+    identity = {**identities, "tokenizer": tokenizer_digest(tokenizer)}
+    between = {
+        step: Step(model, reading.stand_ins) for step, model, reading in zip(steps, models[1:-1], readings[1:], strict=True)
+    }
+    unreadable = {token: text for reading in readings for token, text in reading.unreadable.items()}
+    remarks = _remarks(list(identities.values()))
+    return Pair(models[0], models[-1], tokenizer, identity, readings[0].stand_ins, unreadable, remarks, between)
 
 
-def _remarks(base: str, chat: str, identity: dict[str, Any]) -> tuple[str, ...]:
-    """What the user should know before the models run."""
+def _remarks(identities: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What the user should know before the models with these identities run, which are in the order of the training."""
     remarks = []
-    if same_weights(identity["base"], identity["chat"]):
-        remarks.append(f"{base} and {chat} are the same model: their files are equal, so there is nothing to compare")
-    adapter = find_adapter(chat, base)
-    if adapter is not None and adapter.remark is not None:
-        remarks.append(adapter.remark)
-    elif adapter is not None and not same_weights(identify(adapter.model), identity["base"]):
-        remarks.append(f"{chat} is an adapter for {adapter.model}, not for {base}; the diff also shows how those two differ")
+    base = identities[0]["name"]
+    for before, after in pairwise(identities):
+        name = after["name"]
+        if same_weights(before, after):
+            remarks.append(
+                f"{before['name']} and {name} are the same model: their files are equal, so there is nothing to compare"
+            )
+        adapter = find_adapter(name, base)
+        if adapter is not None and adapter.remark is not None:
+            remarks.append(adapter.remark)
+        elif adapter is not None and not any(same_weights(identify(adapter.model), each) for each in identities):
+            remarks.append(
+                f"{name} is an adapter for {adapter.model}, not for {base}; the diff also shows how those two differ"
+            )
     return tuple(remarks)

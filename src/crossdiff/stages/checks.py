@@ -121,7 +121,7 @@ def check_with_store(session: Session, last: str, was_harvested: bool) -> None:
         if to_train:
             waiting = {name: coders[name] for name in to_train}
             n_latent_ranks = number_of_latent_ranks(session.ranks, config.latent_ranks)
-            check_memory(waiting, store.d_model, choose_device(config.device), n_latent_ranks)
+            check_memory(waiting, store.d_model, choose_device(config.device), n_latent_ranks, store.sources)
         check_trainings(coders, store)
     if analyses or (was_harvested and session.changes("analyze")):
         from crossdiff.latents.analyze import check_store

@@ -25,6 +25,8 @@ ANALYSIS = (
     "latents.parquet", "twins.parquet", "neighbours.parquet", "activity.parquet", "examples.sqlite", "health.json",
     "behaviours.parquet", "scaling.safetensors",
 )  # fmt: skip
+OF_CHAIN = ("chain.parquet",)
+"""Further files of the analysis of a crosscoder on more than two models."""
 WITHOUT_EFFECT = {
     "crosscoders", "key_variable", "concurrency", "timeout", "attempts", "input_price", "output_price", "batch_tokens",
     "answer_limit",
@@ -58,16 +60,16 @@ def base_sae(config: RunConfig, name: str) -> str | None:
 
 def harvest_stage(config: RunConfig) -> Stage:
     """Depends on the models' weights, the texts and the harvest settings."""
-    from crossdiff.models.names import identify
+    from crossdiff.models.names import identify_all
 
-    models = {"base": identify(config.base), "chat": identify(config.chat, config.base)}
+    models = identify_all(config.model_of)
     texts = [identify_dataset(dataset) for dataset in config.dataset]
     value = {
         "code": CODE_FORMAT, **models, "layer": config.layer, "texts": texts,
         "settings": config.harvest.model_dump(exclude={"store"}),
         **config.model_dump(include={"model_dtype"}),
     }  # fmt: skip
-    included = {*SOURCES, "layer", "model_dtype", "dataset", "harvest"}
+    included = {*SOURCES, "models", "layer", "model_dtype", "dataset", "harvest"}
     settings = config.model_dump(mode="json", include=included, exclude={"harvest": {"store"}})
     contents = {source: model.get("digest") for source, model in models.items()}
     contents |= {dataset.title: found.get("sha256") for dataset, found in zip(config.dataset, texts, strict=True)}
@@ -106,7 +108,9 @@ def analyze_stage(config: RunConfig, name: str) -> Stage:
         "reference": None if reference is None else train_stage(config, reference).fingerprint,
     }  # fmt: skip
     trainings = (name,) if reference is None else (name, reference)
-    return _stage("analyze", name, value, ANALYSIS, tuple(f"train/{training}" for training in trainings))
+    coder = config.trainings[name]
+    files = ANALYSIS + (OF_CHAIN if config.steps and coder.inputs.kind == "paired" and coder.published is None else ())
+    return _stage("analyze", name, value, files, tuple(f"train/{training}" for training in trainings))
 
 
 def promoted_stage(config: RunConfig, name: str) -> Stage:

@@ -12,7 +12,6 @@ from crossdiff.corpus import resolve
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.integrity import intact
-from crossdiff.sources import SOURCES
 from crossdiff.stages.definitions import harvest_stage
 from crossdiff.stages.session import Session, run_together
 
@@ -61,7 +60,7 @@ def load_checked_pair(sessions: Sequence[Session]) -> Pair:
     from crossdiff.text.documents import check_datasets
 
     session, config = sessions[0], sessions[0].config
-    for name in (config.base, config.chat):
+    for name in config.model_of.values():
         fetch_adapter(name)  # its digest is part of the fingerprint
     check_datasets(tuple(resolve(dataset) for dataset in config.dataset))
     pair = session.load_pair()
@@ -102,7 +101,7 @@ def prepare_harvest(sessions: Sequence[Session]) -> Harvesting | None:
         open_folder(url).prepare()  # before the models are loaded, which takes long
     pair = load_checked_pair(waiting)
     for crosscoder in config.crosscoders.values():
-        check_sizes(crosscoder, pair.d_model, SOURCES)
+        check_sizes(crosscoder, pair.d_model, pair.sources)
     if config.published and len(waiting) > 1:
         raise UserError(
             f"{', '.join(config.published)}: a published crosscoder reads one layer, so it cannot be in the runs of several "

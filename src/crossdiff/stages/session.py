@@ -19,7 +19,6 @@ from crossdiff.integrity import intact
 from crossdiff.progress import progress_bar
 from crossdiff.ranks import Ranks
 from crossdiff.run import Run, Stage
-from crossdiff.sources import SOURCES
 from crossdiff.stages.definitions import analyze_stage, differences, harvest_stage, train_stage
 from crossdiff.yaml_files import read_yaml
 
@@ -157,12 +156,12 @@ class Session:
         if record is not None and record.fingerprint == harvest_stage(config).fingerprint:
             dtype = read_json(intact(self.path / "activations" / "manifest.json")).get("model_dtype", dtype)
         harvest = config.harvest
-        return load_pair(config.base, config.chat, self.device, harvest.base_tokens, harvest.template_date, dtype)
+        return load_pair(config.base, config.chat, self.device, harvest.base_tokens, harvest.template_date, dtype, config.steps)
 
     def store(self) -> Store:
         """The finished store of this run."""
         from crossdiff.activations.live import open_store
-        from crossdiff.models.names import identify
+        from crossdiff.models.names import identify_all
 
         if not self.run_directory.is_done(harvest_stage(self.config)):
             self.check_may_harvest()
@@ -170,7 +169,7 @@ class Session:
         store = open_store(self.path / "activations", self.load_pair)
         if store.normalisation.sources_equal:
             self.remark_same_model()
-        store.check_pair(identify(self.config.base), identify(self.config.chat, self.config.base), self.config.layer)
+        store.check_models(identify_all(self.config.model_of), self.config.layer)
         return store
 
     def columns(self) -> Store:
@@ -187,7 +186,7 @@ class Session:
         old = read_json(manifest)
         self.check_models_exist()
         size = sum(shard["bytes"] for shard in old["shards"]) / 1e6
-        known = {"layer": old["layer"]} | {source: old["pair"][source]["name"] for source in SOURCES}
+        known = {"layer": old["layer"]} | {source: old["pair"][source]["name"] for source in old["sources"]}
         raise UserError(
             f"the models, texts or harvest settings differ from those of the store in {manifest.parent} "
             f"({old['n_tokens']:,} tokens, layer {old['layer']}):\n{self.differences(harvest_stage(self.config), known)}\n"
@@ -224,9 +223,9 @@ class Session:
 
         manifest = self.path / "activations" / "manifest.json"
         harvested = read_json(manifest)["pair"] if manifest.exists() else {}
-        for source in SOURCES if harvested else ():
-            name = getattr(self.config, source)
-            if harvested[source]["name"] == name and "digest" in harvested[source] and local_path(name) is None:
+        for source, name in self.config.model_of.items() if harvested else ():
+            known = harvested.get(source, {})
+            if known.get("name") == name and "digest" in known and local_path(name) is None:
                 raise UserError(
                     f"the {source} model of this run is gone: {name!r} was a folder when the activations were harvested, "
                     "and it no longer exists; put it back, or start a run with other models in another directory"
