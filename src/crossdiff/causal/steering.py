@@ -26,12 +26,11 @@ from crossdiff.activations.counted import Counted
 from crossdiff.causal.generation import Addition, Answer, Answerer, Edit, Hidden, Prompt, Sampling, SteeredTokens, Watch, ask
 from crossdiff.crosscoder.crosscoder import Crosscoder
 from crossdiff.errors import UserError, check_latents
+from crossdiff.latents.decoder import CHAT_INDEX
 from crossdiff.models.access import next_residual_after, residuals_after
 from crossdiff.models.pair import Pair
 from crossdiff.shapes import Bool, Float, Int, Tensor
-from crossdiff.sources import BASE, CHAT, SOURCES
-
-CHAT_INDEX = SOURCES.index(CHAT)
+from crossdiff.sources import CHAT
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Steering:
     latent: int
     mode: Literal["add", "ablate"]
     strength: float
-    model: Literal["base", "chat"] = "chat"
+    model: str = CHAT
     tokens: SteeredTokens = "all"
     norm: float | None = None
     others: tuple[tuple[int, float], ...] = ()
@@ -60,8 +59,8 @@ class Steering:
 class Ablation:
     """Removes the latents' contributions from the chosen tokens.
 
-    The crosscoder reads both models, so the lower half of the other model reads the same tokens, with its own cache. If not
-    `cached`, it gets all tokens in each step.
+    The crosscoder reads all models, so the lower halves of the others read the same tokens, each with its own cache. If not
+    `cached`, they get all tokens in each step.
     """
 
     def __init__(
@@ -70,8 +69,7 @@ class Ablation:
         from transformers import DynamicCache
 
         self.pair = pair
-        self.source = BASE if steering.model == CHAT else CHAT
-        self.other = getattr(pair, self.source)
+        self.others = [source for source in crosscoder.view.reads if source != steering.model]
         self.crosscoder = crosscoder
         self.layer = layer
         self.steering = steering
@@ -81,16 +79,13 @@ class Ablation:
         self.column = torch.full((crosscoder.n_latents,), -1, device=device)
         self.column[latents] = torch.arange(len(latents), device=device)
         strengths = torch.tensor(list(steering.strengths.values()), device=device).unsqueeze(1)
-        self.removed = strengths * crosscoder.directions()[SOURCES.index(steering.model), latents] / crosscoder.scale
-        self.cache: Any = DynamicCache(config=self.other.config) if cached else None
+        self.removed = strengths * crosscoder.directions()[crosscoder.sources.index(steering.model), latents] / crosscoder.scale
+        configs: dict[str, Any] = {source: pair.model(source).config for source in self.others}
+        self.caches: dict[str, Any] = {source: DynamicCache(config=configs[source]) for source in self.others if cached}
 
     def __call__(self, hidden: Hidden, token_ids: Int[Tensor, "row position"], chosen: Bool[Tensor, "row position"]) -> Hidden:
-        read = self.pair.ids_of(self.source, token_ids)
-        if self.cache is None:
-            of_other = residuals_after(self.other, read, [self.layer])[0]
-        else:
-            of_other = next_residual_after(self.other, read, self.layer, self.cache)
-        streams = [hidden, of_other] if self.steering.model == BASE else [of_other, hidden]
+        of = {source: self._residual(source, token_ids) for source in self.others} | {self.steering.model: hidden}
+        streams = [of[source] for source in self.crosscoder.view.reads]
         device = self.crosscoder.encoder.device
         h = torch.stack([stream.flatten(0, 1).float().to(device) for stream in streams], dim=1)
         code = self.crosscoder.sparse_code(self.crosscoder.normalise(h))
@@ -103,10 +98,17 @@ class Ablation:
         removed = (f.to(hidden) @ self.removed.to(hidden)).view(hidden.shape)
         return hidden - chosen.unsqueeze(2) * removed
 
+    def _residual(self, source: str, token_ids: Int[Tensor, "row position"]) -> Hidden:
+        """The residual stream of another model on the tokens of this step."""
+        model, read = self.pair.model(source), self.pair.ids_of(source, token_ids)
+        if source not in self.caches:
+            return residuals_after(model, read, [self.layer])[0]
+        return next_residual_after(model, read, self.layer, self.caches[source])
+
     def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
-        """Drop all other rows from the cache."""
-        if self.cache is not None:
-            self.cache.batch_select_indices(rows)
+        """Drop all other rows from the caches."""
+        for cache in self.caches.values():
+            cache.batch_select_indices(rows)
 
 
 class Steerer:
@@ -132,6 +134,8 @@ class Steerer:
                 f"this coder has one source, {self.crosscoder.sources[0]}, and no direction in the chat model; "
                 "steer with a crosscoder that reads both models"
             )
+        if steering.model not in self.crosscoder.sources:
+            raise UserError(f"there is no model {steering.model!r} to steer; choose from {', '.join(self.crosscoder.sources)}")
         check_latents(steering.strengths, self.crosscoder.n_latents)
         for latent in steering.strengths if steering.mode == "add" else ():
             has_norm = latent == steering.latent and steering.norm is not None

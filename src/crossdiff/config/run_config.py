@@ -89,7 +89,7 @@ class SteerConfig(Config):
     strength: tuple[float, ...] = Field(
         (1.0,), min_length=1, description="in units of the latent's mean contribution where it is active"
     )
-    model: Literal["chat", "base"] = Field("chat", description="the model that is steered")
+    model: str = Field("chat", description="the model that is steered: chat, base, or one between them by its name")
     tokens: Literal["all", "prompt", "template", "generated"] = Field("all", description="tokens that are edited")
     prompt: tuple[str, ...] = Field((), description="questions to ask; default: the labelled prompts of the run")
     labels: tuple[str, ...] = Field((), description="labels of the prompts to ask; default: all")

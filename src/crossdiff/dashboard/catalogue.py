@@ -24,6 +24,7 @@ from crossdiff.files import read_json
 from crossdiff.latents.ranking import RANKED, title
 from crossdiff.look.reading import read_look
 from crossdiff.report.cards import Card, card_of
+from crossdiff.report.chain import StepLine, read_chain, step_lines
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.reading import latent_of, read_run
 from crossdiff.report.records import CrosscoderReport, Latent, RunReport
@@ -67,7 +68,7 @@ class Coder:
         self.look: RunLook | None = None
         paths = [self.folder / name for name in INDEXED]
         self.indexed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
-        hold(self, "database", "_activity", "_promoted", "_neighbours", "_twins", "causal")
+        hold(self, "database", "_activity", "_chain", "_promoted", "_neighbours", "_twins", "causal")
 
     @property
     def path(self) -> str:
@@ -145,6 +146,14 @@ class Coder:
     @cached_property
     def _activity(self) -> Activity:
         return Activity(self.folder / "activity.parquet", "latent", "crossdiff analyze")
+
+    def steps(self, latent: int) -> tuple[StepLine, ...]:
+        """What each step of a chain does to it; nothing in a run with two models."""
+        return () if self._chain is None else step_lines(self._chain, "latent", latent, self.report.titles)
+
+    @cached_property
+    def _chain(self) -> pl.DataFrame | None:
+        return read_chain(self.folder, "latent", "crossdiff analyze")
 
     def promoted(self, latent: int) -> list[Promoted]:
         """The tokens that its directions promote, as `crossdiff analyze` has stored them; empty if it has not."""
@@ -226,8 +235,9 @@ class Catalogue:
 
     def _add_concepts(self, slug: str, found: RunConcepts) -> None:
         own = [coder for coder in self if coder.run == slug]
-        concepts = self.concepts[slug] = Concepts(slug, found, {coder.name: coder.path for coder in own})
-        hold(concepts, "database", "_activity", "_trainings", "_promoted")
+        paths = {coder.name: coder.path for coder in own}
+        concepts = self.concepts[slug] = Concepts(slug, found, paths, self.reports[slug].titles)
+        hold(concepts, "database", "_activity", "_chain", "_trainings", "_promoted")
         for coder in own:
             coder.concepts = concepts
 

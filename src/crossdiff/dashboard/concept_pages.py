@@ -15,6 +15,7 @@ from crossdiff.dashboard.queries import page_numbers
 from crossdiff.dashboard.site import Site
 from crossdiff.report import concept_wording, wording
 from crossdiff.report.cards import Display
+from crossdiff.report.chain import MEANINGS, RATIOS
 from crossdiff.report.records import RunReport
 from crossdiff.report.tables import estimate
 
@@ -120,6 +121,9 @@ def _page(concepts: Concepts, number: int, display: Display, place: Place | None
         "histogram_of": concepts.histogram(number),
         "has_strengths": concepts.database.has_strengths,
         "members": concepts.members(number),
+        "steps": concepts.steps(number),
+        "ratios": RATIOS,
+        "changes": MEANINGS,
         "shown": kept(None, display),
         "trainings": trainings,
         "nus": TRAINING_NUS,

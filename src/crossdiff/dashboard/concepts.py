@@ -12,6 +12,7 @@ from crossdiff.dashboard.side_tables import Activity, OpenExamples, Promoted, Pr
 from crossdiff.latents.ranking import RECONSTRUCTIONS
 from crossdiff.report import wording
 from crossdiff.report.cards import Display, ExampleView, example_views
+from crossdiff.report.chain import StepLine, read_chain, step_lines
 from crossdiff.report.concept_cards import ConceptCard, Title, concept_card, title_of
 from crossdiff.report.concept_reading import COMMAND, concept_of, ranked
 from crossdiff.report.concept_records import RunConcepts
@@ -56,10 +57,11 @@ class Member(NamedTuple):
 
 
 class Concepts:
-    """The concepts of one run; `paths` has the address of each of its crosscoders by name."""
+    """The concepts of one run: `paths` has the address of each of its crosscoders by name, `titles` the names of its models."""
 
-    def __init__(self, run: str, found: RunConcepts, paths: Mapping[str, str]) -> None:
+    def __init__(self, run: str, found: RunConcepts, paths: Mapping[str, str], titles: Mapping[str, str]) -> None:
         self.run = run
+        self.titles = titles
         self.found = found
         self.ranked = ranked(found)
         self._paths = paths
@@ -74,6 +76,14 @@ class Concepts:
     def path(self) -> str:
         """The address of the list of concepts."""
         return f"/run/{self.run}/concepts"
+
+    def steps(self, number: int) -> tuple[StepLine, ...]:
+        """What each step of a chain does to a concept; nothing in a run with two models."""
+        return () if self._chain is None else step_lines(self._chain, "concept", number, self.titles)
+
+    @cached_property
+    def _chain(self) -> pl.DataFrame | None:
+        return read_chain(self.found.folder, "concept", COMMAND)
 
     @cached_property
     def database(self) -> OpenExamples:

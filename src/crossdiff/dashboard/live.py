@@ -56,8 +56,7 @@ class Wanted(NamedTuple):
 class Sides:
     """One latent's input from each model on a stored example: `<x_s, e^s>` per token, and the bias added to their sum."""
 
-    base: npt.NDArray[np.float32]
-    chat: npt.NDArray[np.float32]
+    parts: dict[str, npt.NDArray[np.float32]]
     bias: float
 
 
@@ -184,8 +183,8 @@ class Live:
                 # In the unit of v, like every activation that is shown.
                 scale = crosscoder.norm_sums()[latent]
                 parts = torch.einsum("tsd,sd->ts", x, encoder) * scale
-            base, chat = parts.cpu().numpy().T
-            return Sides(base, chat, float(crosscoder.encoder_bias[latent] * scale))
+            by_source = dict(zip(crosscoder.sources, parts.cpu().numpy().T, strict=True))
+            return Sides(by_source, float(crosscoder.encoder_bias[latent] * scale))
 
     def lens(self, coder: Coder, latent: int, n: int = 10) -> tuple[Promoted, ...]:
         """Tokens that a latent's directions promote: base in the base model, chat and chat minus base in the chat model."""

@@ -9,7 +9,6 @@ from fastapi.responses import HTMLResponse
 
 from crossdiff.dashboard.site import ROOT, Site, is_partial
 from crossdiff.report.cards import example_view
-from crossdiff.sources import BASE, CHAT
 
 
 def add(app: FastAPI, site: Site) -> None:
@@ -33,11 +32,23 @@ def add(app: FastAPI, site: Site) -> None:
         example = record.examples[number]
         found = site.live.sides(coder, latent, example.tokens.ids)
         at = example.position
-        highest = float(max(abs(found.base).max(), abs(found.chat).max(), 1e-9))
+        titles = coder.report.titles
+        highest = float(max(1e-9, *(abs(parts).max() for parts in found.parts.values())))
         views = []
-        for model, parts in ((BASE, found.base), (CHAT, found.chat)):
+        for model, parts in found.parts.items():
             side = replace(example, tokens=example.tokens.with_activations(parts), activation=float(parts[at]))
             view = example_view(side, highest)
-            views.append(view._replace(origin=f"{model} side: {parts[at]:+.2f} at the marked token"))
+            views.append(view._replace(origin=f"{titles[model]} side: {parts[at]:+.2f} at the marked token"))
         template = "sides.html.j2" if is_partial(request) else "sides_page.html.j2"
-        return site.page(template, coder=coder, latent=latent, views=views, sides=found, at=at, v=example.activation)
+        parts_at = [(titles[model], float(parts[at])) for model, parts in found.parts.items()]
+        total = sum(part for _, part in parts_at) + found.bias
+        return site.page(
+            template,
+            coder=coder,
+            latent=latent,
+            views=views,
+            parts=parts_at,
+            bias=found.bias,
+            total=total,
+            v=example.activation,
+        )

@@ -18,6 +18,7 @@ from crossdiff.dashboard.search import Found, Search
 from crossdiff.latents.ranking import RANKS, title
 from crossdiff.report import concept_wording, figures, overview, wording
 from crossdiff.report.cards import Display, example_views
+from crossdiff.report.chain import MEANINGS, RATIOS
 from crossdiff.report.examples import visible
 from crossdiff.report.figures import AGAINST, NU_RANGE, NUS, scaling_note
 from crossdiff.report.marks import Sign, sign_of, verdict_mark
@@ -171,6 +172,9 @@ def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Plac
         "correlated": coder.database.correlated(row["latent"]),
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),
+        "steps": coder.steps(row["latent"]),
+        "ratios": RATIOS,
+        "changes": MEANINGS,
         "neighbours": coder.neighbours(row["latent"]),
         "twins": coder.twins(row["latent"]),
         "promoted": coder.promoted(row["latent"]),

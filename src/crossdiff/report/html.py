@@ -11,7 +11,7 @@ from crossdiff.files import write_text
 from crossdiff.look.reading import LookResults
 from crossdiff.report import concept_wording, figures, wording
 from crossdiff.report.cards import Card, anchor_of, card_of
-from crossdiff.report.chain import chain_section, titles_of
+from crossdiff.report.chain import chain_section
 from crossdiff.report.concept_cards import BehaviourLine, Group, behaviour_lines, groups
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.interpretation import score_table
@@ -115,7 +115,7 @@ def render_html(report: RunReport) -> str:
         facts=facts(report),
         headline=concept_wording.lead(report),
         concepts=None if report.concepts is None else concept_section(report.concepts),
-        chain=None if report.concepts is None else chain_section(report.concepts, titles_of(report.directory)),
+        chain=None if report.concepts is None else chain_section(report.concepts, report.titles),
         look=None if report.look is None else _look(report.look, report),
         answer=wording.answer(report),
         one_decoder=wording.one_decoder(report),

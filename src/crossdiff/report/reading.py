@@ -18,6 +18,7 @@ from crossdiff.interp.summary import summarise
 from crossdiff.latents.ranking import by_rank, plausible
 from crossdiff.latents.settings import analysis_settings, verdict_settings
 from crossdiff.look.reading import OVERLAP_FILE, read_look, with_overlap
+from crossdiff.report.chain import titles_of
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
 from crossdiff.report.examples import TOP_EXAMPLES, ExampleDatabase
@@ -85,6 +86,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         same_model=manifest.same_model,
         massive=manifest.massive,
         look=read_look(directory / "look"),
+        titles=titles_of(directory),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
@@ -366,6 +366,7 @@ class RunReport:
         look: the first look; None if the run has none.
         same_model: base and chat are one model.
         massive: the tokens of massive norm that were left out; None if nothing is known of them.
+        titles: what the models are called, by source, in the order of the training.
     """
 
     directory: Path
@@ -383,6 +384,7 @@ class RunReport:
     massive: MassiveTokens | None = None
     null_outdated: tuple[str, ...] = ()
     look: LookResults | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def primary(self) -> CrosscoderReport:

@@ -33,6 +33,8 @@ def steer(session: Session, config: SteerConfig) -> None:
         raise UserError(f"this run has no crosscoder {name!r} that reads both models; it has {', '.join(names)}")
     if config.latent is None:
         raise UserError("no latent given: pass its number with --latent; the report and latents.parquet list them")
+    if config.model not in session.config.sources:
+        raise UserError(f"there is no model {config.model!r} to steer; choose from {', '.join(session.config.sources)}")
     rules = read_rules(RULES if config.rules is None else Path(config.rules))
     store = session.store()
     crosscoder = session.crosscoder(name)
