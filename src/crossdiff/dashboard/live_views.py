@@ -95,9 +95,13 @@ def _text_view(part: Part) -> TextView:
     reading = part.reading
     counts = reading.counts()
     context = Context(_tokens(reading, counts.astype(float).tolist()), -1, False, False)
-    found = pieces(context, float(max(counts.max(initial=1), 1)), unit="latents active")
+    found = pieces(context, float(max(counts.max(initial=1), 1)), told=_count)
     prompt, answer = (tuple(each for each in found if (each.first < reading.answer_from) == asked) for asked in (True, False))
     return TextView(part.name, ENDINGS[part.ending], prompt, None if part.answer is None else answer)
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f} {'latent' if n == 1 else 'latents'} active"
 
 
 def view_of(coder: Coder, reading: Reading, latent: int) -> ExampleView:
