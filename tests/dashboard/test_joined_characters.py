@@ -56,7 +56,7 @@ def test_a_live_text_has_one_link_per_character(coder: Coder) -> None:
     shown = show(coder, Done(Form(order="active"), "answer-chat", (Part(READING, "chat model", " is"),)), "key")
     (text,) = shown.texts
     assert [(piece.text, piece.first, piece.n) for piece in text.prompt] == [("<s>", 0, 1), ("café", 1, 2)]
-    assert "<0xA9>\nlatents active 2.00 · token id 71 · position 2" in text.prompt[1].title
+    assert "<0xA9>\n2 latents active · token id 71 · position 2" in text.prompt[1].title
     assert text.answer is not None and [piece.text for piece in text.answer] == [" is", " <0xF0><0x9F>"]
 
 

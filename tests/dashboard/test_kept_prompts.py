@@ -358,5 +358,5 @@ def test_a_token_lists_its_latents_with_verdict_and_meaning(client: Any) -> None
     assert f"id {text['tokens'][position]['id']}" in page
     for each in text["tokens"][position]["active"]:
         assert f'href="{CODER}/latent/{each["latent"]}"' in page
-    assert page.count('class="where"') + page.count("never active") == len(text["tokens"][position]["active"])
+    assert page.count('class="brief"') + page.count("never active") == len(text["tokens"][position]["active"])
     assert client.get(f"{address}/text/1/token/0").status_code == client.get(f"{address}/text/0/token/999").status_code == 404

@@ -120,7 +120,7 @@ def index(run: Path, tmp_path: Path) -> Search:
             arrays = np.array(positions, "<i4").tobytes(), np.array(values, "<f4").tobytes()
             change = "UPDATE examples SET position = ?, positions = ?, activations = ? WHERE latent = ?"
             database.execute(change, (positions[0], *arrays, latent))
-    search = Search(Catalogue([own]).coders["a-b-1", "batchtopk"], tmp_path / "cache")
+    search = Search(Catalogue([own]).coders["a-b-1", "batchtopk"], tmp_path / "cache" / "search")
     search.build()
     assert search.state == "ready"
     return search

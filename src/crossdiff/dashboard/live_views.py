@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 
+from crossdiff.dashboard.briefs import Brief, briefs
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.live_actions import Done, check_shown
 from crossdiff.dashboard.pages import sign_of_verdict
 from crossdiff.dashboard.readings import Part, Reading, strongest
 from crossdiff.latents.ranking import plausible
 from crossdiff.report.cards import ExampleView, Piece, pieces, prompt_view
-from crossdiff.report.concept_cards import plain_title
 from crossdiff.report.examples import Context, Token, visible
 from crossdiff.report.marks import Sign
 from crossdiff.report.reading import CANDIDATE_DELTA_NORM
@@ -22,20 +23,15 @@ from crossdiff.text.token_texts import TokenText, character_at
 
 SHOWN = 6
 """Latents that are shown unless the reader chooses some."""
-WORDS_BEFORE, WORDS_AFTER = 8, 5
-"""Tokens around the strongest one that stand for a latent without an explanation."""
 ENDINGS = {"length": "Cut off at the limit of tokens.", "stopped": "Stopped by you.", "finished": ""}
 
 
 class Meaning(NamedTuple):
-    """One latent in a line: its verdict, and its explanation, or else the words around its strongest token (`marked`)."""
+    """What a latent is about: its verdict, and the same in brief as in a list."""
 
     latent: int
     sign: Sign
-    explanation: str
-    before: str = ""
-    marked: str = ""
-    after: str = ""
+    brief: Brief
 
 
 class Active(NamedTuple):
@@ -82,10 +78,8 @@ def show(coder: Coder, done: Done, key: str) -> Shown:
         key,
         tuple(map(_text_view, done.parts)),
         tuple(
-            LatentViews(
-                meaning_of(coder, latent), tuple((part.name, view_of(coder, part.reading, latent)) for part in done.parts)
-            )
-            for latent in latents
+            LatentViews(meaning, tuple((part.name, view_of(coder, part.reading, meaning.latent)) for part in done.parts))
+            for meaning in meanings(coder, latents)
         ),
         can_continue=done.form.kind == "chat" and len(done.parts) > 1,
     )
@@ -95,9 +89,13 @@ def _text_view(part: Part) -> TextView:
     reading = part.reading
     counts = reading.counts()
     context = Context(_tokens(reading, counts.astype(float).tolist()), -1, False, False)
-    found = pieces(context, float(max(counts.max(initial=1), 1)), unit="latents active")
+    found = pieces(context, float(max(counts.max(initial=1), 1)), told=_count)
     prompt, answer = (tuple(each for each in found if (each.first < reading.answer_from) == asked) for asked in (True, False))
     return TextView(part.name, ENDINGS[part.ending], prompt, None if part.answer is None else answer)
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f} {'latent' if n == 1 else 'latents'} active"
 
 
 def view_of(coder: Coder, reading: Reading, latent: int) -> ExampleView:
@@ -118,25 +116,19 @@ def _tokens(reading: Reading, values: Sequence[float]) -> tuple[Token, ...]:
     return tuple(map(Token, reading.texts, reading.flags, values, reading.ids, reading.data))
 
 
-def meaning_of(coder: Coder, latent: int) -> Meaning:
-    """One latent in a line."""
-    row = coder.row(latent)
-    assert row is not None
-    sign = sign_of_verdict(row["verdict"])
-    if row["explanation"]:
-        return Meaning(latent, sign, row["explanation"])
-    examples = coder.database.examples(latent, 1, 0)
-    return Meaning(latent, sign, "", *(plain_title(examples[0], WORDS_BEFORE, WORDS_AFTER) if examples else ()))
+def meanings(coder: Coder, latents: Sequence[int]) -> list[Meaning]:
+    """What each of several latents is about."""
+    verdicts = coder.rows(np.array(latents, np.int64))["verdict"]
+    found = briefs(coder, latents)
+    return [Meaning(latent, sign_of_verdict(verdict), found[latent]) for latent, verdict in zip(latents, verdicts, strict=True)]
 
 
 def active_on(coder: Coder, reading: Reading, position: int) -> list[Active]:
     """The latents of a token, the strongest first."""
-    found = []
-    for latent, v in reading.at(position):
-        row = coder.row(latent)
-        assert row is not None
-        found.append(Active(meaning_of(coder, latent), v, v / row["max_activation"] if row["max_activation"] else None))
-    return found
+    active = dict(reading.at(position))
+    highest = coder.rows(np.array([*active], np.int64))["max_activation"]
+    found = zip(meanings(coder, [*active]), active.values(), highest, strict=True)
+    return [Active(meaning, v, v / most if most else None) for meaning, v, most in found]
 
 
 class Shared(NamedTuple):

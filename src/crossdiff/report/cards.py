@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -195,11 +195,15 @@ def prompt_view(origin: str, tokens: tuple[Token, ...], highest: float) -> Examp
     return ExampleView(origin, pieces(Context(tokens, marked, False, False), highest))
 
 
-def pieces(context: Context, highest: float, raw: bool = False, unit: str = "value") -> tuple[Piece, ...]:
+def _value(activation: float) -> str:
+    return f"value {wording.number(activation)}" if activation else "not active"
+
+
+def pieces(context: Context, highest: float, raw: bool = False, told: Callable[[float], str] = _value) -> tuple[Piece, ...]:
     """The tokens of a context. Each turn's template begins a new line, and its content begins with the speaker.
 
-    Tokens that make one character together are one piece, with the activation of the strongest of them. `unit` names what the
-    activations are.
+    Tokens that make one character together are one piece, with the activation of the strongest of them. `told` says what an
+    activation is.
     """
     found: list[Piece] = []
     tokens, roles = context.tokens, [role_of(token) for token in context.tokens]
@@ -217,7 +221,7 @@ def pieces(context: Context, highest: float, raw: bool = False, unit: str = "val
         if is_peak:
             classes.append("peak")
         starts = index > 0 and _begins_turn(token, tokens[index - 1], roles[index - 1])
-        titles = (_token_title(part, context.start + index + place, unit) for place, part in enumerate(parts))
+        titles = (_token_title(part, context.start + index + place, told) for place, part in enumerate(parts))
         found.append(
             Piece(
                 text=text,
@@ -234,9 +238,9 @@ def pieces(context: Context, highest: float, raw: bool = False, unit: str = "val
     return tuple(found)
 
 
-def _token_title(token: Token, position: int, unit: str) -> str:
+def _token_title(token: Token, position: int, told: Callable[[float], str]) -> str:
     """What is known of a token: its text or bytes, then its value, its id and its position."""
-    facts = [f"{unit} {wording.number(token.activation)}" if token.activation else "not active"]
+    facts = [told(token.activation)]
     if token.id is not None:
         facts.append(f"token id {token.id}")
     return f"{visible(token.text)}\n{_DOT.join([*facts, f'position {position}'])}"

@@ -20,7 +20,7 @@ DIFFER = ("chat_specific", "rotated", "base_specific", "complete_shrinkage", "la
 def promoted(session: Session) -> Pair | None:
     """Write `promoted.parquet` for each analysed crosscoder with a direction in both models.
 
-    It is a stage of its own, so that runs that were analysed before it existed get it without another analysis.
+    It is a stage of its own: if the file alone is missing, nothing is analysed again.
 
     Returns:
         The models, if they were loaded: the next stage needs them too, and loading them takes most of the time.

@@ -104,7 +104,7 @@
     else if (event.target === field) slider.value = field.value;
   });
 
-  document.addEventListener("htmx:afterSwap", event => {
+  document.addEventListener("htmx:afterSettle", event => {
     if (event.target.id !== "token") return;
     const [, text, shown] = event.detail.pathInfo.requestPath.match(/(.*\/)(\d+)$/);
     for (const token of document.querySelectorAll(".strip a")) {
