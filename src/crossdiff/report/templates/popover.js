@@ -1,8 +1,9 @@
 "use strict";
-// Shows what is known of a token (its title) on hover, on a tap and at the keyboard. Without this file the title itself is left.
+// Shows what is known of a token, or the meaning of a measure (its title), on hover, on a tap and at the keyboard. Without this
+// file the title itself is left.
 // A text is one stop of the Tab key; the arrow keys, Home and End move inside it, and Esc closes.
 (() => {
-  const TEXT = ".context", TOKEN = ".context .t[title], .context .t[data-tip]";
+  const TEXT = ".context", TOKEN = ".context .t[title], .context .t[data-tip], .meaning[title], .meaning[data-tip]";
   const tip = document.createElement("div");
   tip.id = "token-tip";
   tip.className = "token-tip";
@@ -40,7 +41,8 @@
     place();
   }
   function focusOn(token) {
-    for (const other of token.closest(TEXT).querySelectorAll(".t[tabindex='0']")) other.tabIndex = -1;
+    const text = token.closest(TEXT);
+    if (text) for (const other of text.querySelectorAll(".t[tabindex='0']")) other.tabIndex = -1;
     token.tabIndex = 0;
     if (document.activeElement === token) show(token); else token.focus();
   }
@@ -82,7 +84,7 @@
   document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape" && shown) { hide(); event.stopPropagation(); return; }
-    const token = tokenAt(event.target), to = token && next(token, event.key);
+    const token = tokenAt(event.target), to = token && token.closest(TEXT) && next(token, event.key);
     if (to) { event.preventDefault(); focusOn(to); }
   }, true);
   document.addEventListener("focusin", event => { const token = tokenAt(event.target); if (token) focusOn(token); });
