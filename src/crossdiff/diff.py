@@ -75,8 +75,7 @@ class Diff:
         return f"<Diff of {self.config.chat} and {self.config.base}, crosscoder {self.name}{also}>"
 
     def _repr_html_(self) -> str:
-        has_look = (self.path / "look").is_dir()
-        return fragment(run=run_view(self.path, self.config.base, self.config.chat, has_look))
+        return fragment(run=run_view(self.path, self.config))
 
     @cached_property
     def store(self) -> Store:
@@ -266,8 +265,8 @@ class Diff:
 
         Args:
             prompt: what is read at once; a string is a user's question to the chat model.
-            measure: a function of your own, which is shown like a latent. It gets the `Activations` of all latents, with
-                `values` of `[token, latent]`, and returns one finite number per token.
+            measure: a function of your own, which is shown like a latent: it gets the `Activations` of all latents (`values`
+                is `[token, latent]`) and returns one finite number per token.
 
         Examples:
             >>> run = crossdiff.open("runs/demo")
@@ -276,18 +275,15 @@ class Diff:
             True
 
         Raises:
-            UserError: the package anywidget is missing, nothing is trained, or, with a prompt, what `activations` raises and
-                a measure that is not one finite number per token.
+            UserError: the package anywidget is missing, nothing is trained, or the prompt or the measure cannot be read.
         """
         try:
             from crossdiff.notebook.widget import Explorer
         except ModuleNotFoundError as error:
             raise UserError(f"run.widget() needs the package {error.name}; run `pip install 'crossdiff[notebook]'`") from None
-        _ = self.folder
         return Explorer(self._read, self._known, choices(self._found, self.name), measure, prompt)
 
     def _read(self, text: Text) -> Reading:
-        """Run both models on a text."""
         from crossdiff.text_activations import check_text, read, read_text
 
         check_text(text)
@@ -296,7 +292,6 @@ class Diff:
 
     @cached_property
     def _known(self) -> dict[int, Known]:
-        """What is known of each latent; nothing before the analysis."""
         from crossdiff.text_activations import known_latents
 
         if not (self.folder / "latents.parquet").is_file():

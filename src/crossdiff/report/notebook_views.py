@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from crossdiff.config import RunConfig
 from crossdiff.errors import UserError
 from crossdiff.report import concept_wording, overview
 from crossdiff.report.cards import Card, example_view
@@ -17,8 +18,15 @@ from crossdiff.report.templating import fragment
 
 LEADING = 6
 """Concepts that the view of a run lists."""
-HEALTH = ("latents", "FVE, ", "L0, active latents per token", "never active on held-out tokens", "chat-specific")
-"""Beginnings of the rows of the health table that the view of a run has."""
+HEALTH = {
+    "latents",
+    "FVE, base",
+    "FVE, chat",
+    "L0, active latents per token",
+    "never active on held-out tokens",
+    "chat-specific",
+}
+"""The rows of the health table that the view of a run has."""
 CAVEATS = 3
 """Caveats that the view of a run has."""
 
@@ -84,14 +92,14 @@ class ConceptView:
         return fragment(concepts=[self._card])
 
 
-def run_view(path: Path, base: str, chat: str, has_look: bool) -> RunView:
+def run_view(path: Path, config: RunConfig) -> RunView:
     """What a notebook shows of a run directory, however far the run has come."""
-    look = [("run.look", "where and how the two models predict differently")] if has_look else []
+    look = [("run.look", "where and how the two models predict differently")] if (path / "look").is_dir() else []
     try:
         report = read_run(path)
     except UserError as error:
-        names = f"What {overview.short(chat, 'the chat model')} has that {overview.short(base, 'its base')} lacks"
-        return RunView(names, [], f"Not known yet: {error}.", (), (), [], [], look)
+        title = f"What {overview.short(config.chat, '')} has that {overview.short(config.base, '')} lacks"
+        return RunView(title, [], f"Not known yet: {error}.", (), (), [], [], look)
     found, coder = report.concepts, report.primary
     leading = [] if found is None else concept_wording.leading(found)[:LEADING]
     latent = coder.top.latents[0].latent if coder.top.latents else 0
@@ -105,7 +113,7 @@ def run_view(path: Path, base: str, chat: str, has_look: bool) -> RunView:
         headline=concept_wording.lead(report),
         leading=() if found is None else tuple(concept_card(concept, found) for concept in leading),
         crosscoders=tuple(each.title for each in report.crosscoders),
-        health=[row for row in overview.health_rows(report) if row.name.startswith(HEALTH)],
+        health=[row for row in overview.health_rows(report) if row.name in HEALTH],
         caveats=overview.caveats(report)[:CAVEATS],
         calls=[
             *calls,

@@ -29,6 +29,10 @@ DARK_THEMES = (
     '[data-theme="dark"]', "html[theme=dark]",
 )  # fmt: skip
 """How JupyterLab, VS Code, Colab and documentation sites say which theme a page has, on its root or its body."""
+_OVER_JUPYTER = """:scope { padding: 12px 16px; max-width: 1080px; }
+th, td { text-align: left !important; }
+tr { background: none !important; }"""
+"""Jupyter aligns cells to the right and stripes rows, by rules that would win over those of the sheet."""
 _LIGHT = re.compile(r":root \{\n  color-scheme: light dark;(.*?)\}", re.DOTALL)
 _DARK = re.compile(r"@media \(prefers-color-scheme: dark\) \{\n  :root \{(.*?)\}\n\}", re.DOTALL)
 
@@ -73,7 +77,7 @@ def scoped_style() -> str:
         f":is({', '.join(DARK_THEMES)}) :scope {{{colours} color-scheme: dark; }}"
     )
     sheet = sheet.replace(found[0], themes).replace(":root", ":scope").replace("\nbody {", "\n:scope {")
-    return f"@scope (.crossdiff) {{\n{sheet}\n:scope {{ padding: 12px 16px; max-width: 1080px; }}\n}}"
+    return f"@scope (.crossdiff) {{\n{sheet}\n{_OVER_JUPYTER}\n}}"
 
 
 def fragment(
