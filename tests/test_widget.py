@@ -73,7 +73,7 @@ def test_activations_say_how_strong_they_are_and_what_the_latents_are(run: cross
     assert "latent 3 · chat-specific" in page and "of the decoder norms" in page
     known = Known(largest=8.0)
     assert known.strength(2.0) == "strongest here 2.00, 25% of its largest on the analysed text"
-    assert known.strength(8.001) == "strongest here 8.00, as on the analysed text"
+    assert known.strength(8.001) == "strongest here 8.00, as strong as on the analysed text"
     assert known.strength(9.0) == "strongest here 9.00, above the 8.00 of the analysed text"
     assert Known().strength(2.0) == "strongest here 2.00"
 

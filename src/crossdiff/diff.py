@@ -68,11 +68,10 @@ class Diff:
         self.names = _names(path, config)
 
     def __repr__(self) -> str:
-        if not self.name:
-            return f"<Diff of {self.config.chat} and {self.config.base}, with a first look only>"
+        pair = f"<Diff of {self.config.chat} and {self.config.base}"
         others = ", ".join(name for name in self.names if name != self.name)
         also = f"; also: {others}" if others else ""
-        return f"<Diff of {self.config.chat} and {self.config.base}, crosscoder {self.name}{also}>"
+        return f"{pair}, crosscoder {self.name}{also}>" if self.name else f"{pair}, with a first look only>"
 
     def _repr_html_(self) -> str:
         return fragment(run=run_view(self.path, self.config))
@@ -252,8 +251,7 @@ class Diff:
             ('template', True)
 
         Raises:
-            UserError: the text is empty or too long, a latent does not exist, or the models are missing or not those of the
-                run.
+            UserError: the text is empty or too long, a latent does not exist, or the models are missing or not the run's.
         """
         from crossdiff.text_activations import activations_on
 

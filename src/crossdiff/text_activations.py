@@ -52,7 +52,7 @@ class Known(NamedTuple):
         if not self.largest:
             return f"strongest here {number(peak)}"
         if number(peak) == number(self.largest):
-            return f"strongest here {number(peak)}, as on the analysed text"
+            return f"strongest here {number(peak)}, as strong as on the analysed text"
         if peak > self.largest:
             return f"strongest here {number(peak)}, above the {number(self.largest)} of the analysed text"
         return f"strongest here {number(peak)}, {share(peak / self.largest)} of its largest on the analysed text"

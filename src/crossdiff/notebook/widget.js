@@ -56,7 +56,7 @@ function render({ model, el }) {
     } else about.append("your own measure");
     const at = values.findIndex(value => Math.abs(value) === peak);
     about.append(peak ? ` \u00b7 strongest here ${number(values[at])}, on \u00ab${reading.texts[at]}\u00bb` : " \u00b7 0 on this text");
-    if (peak && known) about.append(number(peak) === number(known) ? ", as on the analysed text" : peak > known ? `, above the ${number(known)} of the analysed text` : `, ${Math.round(100 * peak / known)}% of its largest on the analysed text`);
+    if (peak && known) about.append(number(peak) === number(known) ? ", as strong as on the analysed text" : peak > known ? `, above the ${number(known)} of the analysed text` : `, ${Math.round(100 * peak / known)}% of its largest on the analysed text`);
     about.append(known ? ". The tint is relative to the largest known value." : ". The tint is relative to the largest value on this text.");
   }
   function draw() {
