@@ -38,7 +38,7 @@ class Explorer(anywidget.AnyWidget):
     _css = scoped_style() + "\n" + (_FOLDER / "widget.css").read_text(encoding="utf-8")
     prompt = traitlets.Unicode("").tag(sync=True)
     asks = traitlets.Bool(True).tag(sync=True)
-    choices = traitlets.List().tag(sync=True)
+    choices: Any = traitlets.List().tag(sync=True)
     levels = traitlets.Int(LEVELS).tag(sync=True)
     n_latents = traitlets.Int(0).tag(sync=True)
     reading = traitlets.Dict().tag(sync=True)
