@@ -43,6 +43,7 @@ def test_a_run_shows_its_answer_its_health_and_what_to_call_next(run: crossdiff.
     for part in ("The chat model has 2 concepts", "FVE, chat", "L0, active latents", "run.concept(0)", "run.widget()"):
         assert part in page
     assert page.count('class="fold"') == 2  # the two concepts that only the chat model has
+    assert 'class="example"' not in page  # they would be most of the notebook's size
     assert "run.look" not in page and "<script>alert(1)</script>" not in page and "\n\n" not in page
     assert page.count("<div") == page.count("</div>")
 
