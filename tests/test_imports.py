@@ -44,7 +44,8 @@ ALLOWED = {
     "progress": set(),
     "corpus": {"config", "errors", "files", "pairs"},
     "text_activations": FOUNDATION | {"models", "text", "activations", "crosscoder", "report"},
-    "diff": FOUNDATION | {"models", "activations", "crosscoder", "latents", "report", "text_activations"},
+    "notebook": {"errors", "report", "text_activations"},
+    "diff": FOUNDATION | {"models", "activations", "crosscoder", "latents", "report", "text_activations", "notebook"},
     "published": FOUNDATION | {"text", "activations", "crosscoder", "latents", "report", "diff"},
     "dashboard": FOUNDATION
     | {"models", "text", "activations", "latents", "look", "causal", "report"}

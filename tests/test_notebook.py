@@ -38,4 +38,4 @@ def test_its_outputs_are_kept_without_errors() -> None:
     assert kinds <= {"execute_result", "display_data"}  # no errors, no noise of libraries
     pages = ["".join(output["data"].get("text/html", "")) for cell in CODE for output in cell["outputs"]]
     cards = [page for page in pages if 'class="crossdiff"' in page]
-    assert len(cards) == 5 and all("@scope" in page and "<script" not in page for page in cards)
+    assert len(cards) >= 5 and all("@scope" in page and "<script" not in page for page in cards)

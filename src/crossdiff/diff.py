@@ -13,18 +13,18 @@ import polars as pl
 
 from crossdiff.config import CrosscoderConfig, HarvestConfig, RunConfig, default_crosscoder, validate
 from crossdiff.errors import UserError, check_latents
-from crossdiff.files import read_json
-from crossdiff.integrity import intact
 from crossdiff.latents.ranking import by_rank
-from crossdiff.report.cards import Card, card_of, example_view
-from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_title
+from crossdiff.report.cards import card_of
+from crossdiff.report.concept_cards import concept_card
+from crossdiff.report.concept_choices import choices, concept_labels
 from crossdiff.report.concept_reading import COMMAND, check_concept, concept_of, read_concepts
-from crossdiff.report.concept_records import Concept, RunConcepts
-from crossdiff.report.examples import Example, read_examples
+from crossdiff.report.concept_records import RunConcepts
+from crossdiff.report.examples import read_examples
 from crossdiff.report.look import NotebookLook, notebook_look
+from crossdiff.report.notebook_views import ConceptView, Examples, LatentView, run_view
 from crossdiff.report.reading import read_latent, read_latents
 from crossdiff.report.records import Latent
-from crossdiff.report.tables import read_behaviours
+from crossdiff.report.tables import read_behaviours, read_causal
 from crossdiff.report.templating import fragment
 from crossdiff.report.wording import predicted
 from crossdiff.run_manifest import MANIFEST, RunManifest, check_links
@@ -36,59 +36,12 @@ if TYPE_CHECKING:
     from crossdiff.activations.store import Store
     from crossdiff.crosscoder.crosscoder import Crosscoder
     from crossdiff.models.pair import Pair
-    from crossdiff.text_activations import Activations, Text
+    from crossdiff.notebook.widget import Explorer
+    from crossdiff.text_activations import Activations, Known, Measure, Reading, Text
 
 SCALING_COLUMNS = (
     "latent", "verdict", "delta_norm", "rank_sum", "rank_sum_paper", "^nu_.*$", "^beta_.*$", "undefined_reason", "n_active",
 )  # fmt: skip
-
-
-class Examples(tuple[Example, ...]):
-    """Stored examples of one latent, the strongest first. A notebook tints each token by the latent's activation."""
-
-    latent: Latent
-
-    def __repr__(self) -> str:
-        maxima = ", ".join(f"{example.activation:.3g}" for example in self)
-        return f"<{len(self)} examples of latent {self.latent.latent}, maxima {maxima}>"
-
-    def _repr_html_(self) -> str:
-        views = [example_view(example, self.latent.max_activation) for example in self]
-        return fragment(views=views, title=f"Latent {self.latent.latent}")
-
-
-class LatentView:
-    """One latent: `record` has its measures and examples. A notebook shows it as the card of the report."""
-
-    def __init__(self, record: Latent, card: Card) -> None:
-        self.record = record
-        self._card = card
-
-    def __repr__(self) -> str:
-        lines = [f"latent {self.record.latent}: {self._card.sign.name} ({self.record.verdict_reason})"]
-        lines += [f"  {name:<34}{value}" for name, value, _ in self._card.measures]
-        return "\n".join([*lines, f"  {'active tokens':<34}{self._card.fires_on}"])
-
-    def _repr_html_(self) -> str:
-        return fragment(cards=[self._card])
-
-
-class ConceptView:
-    """One concept: `record` has its measures and examples. A notebook shows it as the card of the report."""
-
-    def __init__(self, record: Concept, card: ConceptCard) -> None:
-        self.record = record
-        self._card = card
-
-    def __repr__(self) -> str:
-        name = self.record.explanation
-        if name is None and self.record.examples:
-            name = "{}«{}»{}".format(*plain_title(self.record.examples[0]))
-        lines = [f"concept {self.record.number}: {name}", f"  {self._card.verdict}"]
-        return "\n".join([*lines, *(f"  {rung.name:<28}{rung.state}: {rung.why}" for rung in self._card.rungs)])
-
-    def _repr_html_(self) -> str:
-        return fragment(concepts=[self._card])
 
 
 class Diff:
@@ -115,11 +68,13 @@ class Diff:
         self.names = _names(path, config)
 
     def __repr__(self) -> str:
-        if not self.name:
-            return f"<Diff of {self.config.chat} and {self.config.base}, with a first look only>"
+        pair = f"<Diff of {self.config.chat} and {self.config.base}"
         others = ", ".join(name for name in self.names if name != self.name)
         also = f"; also: {others}" if others else ""
-        return f"<Diff of {self.config.chat} and {self.config.base}, crosscoder {self.name}{also}>"
+        return f"{pair}, crosscoder {self.name}{also}>" if self.name else f"{pair}, with a first look only>"
+
+    def _repr_html_(self) -> str:
+        return fragment(run=run_view(self.path, self.config))
 
     @cached_property
     def store(self) -> Store:
@@ -176,11 +131,14 @@ class Diff:
         return ConceptView(record, concept_card(record, found))
 
     @cached_property
+    def _found(self) -> RunConcepts | None:
+        return read_concepts(self.path, with_examples=False)
+
+    @property
     def _concepts(self) -> RunConcepts:
-        found = read_concepts(self.path, with_examples=False)
-        if found is None:
+        if self._found is None:
             raise UserError(f"{self.path} has no concepts; run `crossdiff concepts {self.path}` first")
-        return found
+        return self._found
 
     @cached_property
     def look(self) -> NotebookLook:
@@ -246,15 +204,7 @@ class Diff:
             UserError: the causal test was not run.
         """
         self._need("causal.json", "crossdiff causal", "no causal test")
-        rows = []
-        for result in read_json(intact(self.folder / "causal.json"))["results"]:
-            row = {key: result[key] for key in ("intervention", "span", "n_latents", "n_conversations", "n_arms")}
-            row["n_outside"] = result.get("n_outside")  # earlier versions left no latent out and had no other measures
-            for key, estimate in {"kl": result["kl"], "closed": result["closed"], **result.get("measures", {})}.items():
-                ends = ("value", ""), ("low", "_low"), ("high", "_high")
-                row |= {f"{key}{suffix}": estimate[end] for end, suffix in ends}
-            rows.append(row)
-        return pl.DataFrame(rows, infer_schema_length=None)
+        return read_causal(self.folder / "causal.json")
 
     def examples(self, latent: SupportsIndex) -> Examples:
         """The stored contexts of a latent: the strongest, then one per quantile of its activations; imported ones by band.
@@ -301,18 +251,50 @@ class Diff:
             ('template', True)
 
         Raises:
-            UserError: the text is empty or too long, a latent does not exist, or the models are missing or not those of the
-                run.
+            UserError: the text is empty or too long, a latent does not exist, or the models are missing or not the run's.
         """
-        from crossdiff.text_activations import activations_on, check_text, read_text
+        from crossdiff.text_activations import activations_on
 
-        settings = self.harvest
-        check_text(text)
         check_latents(() if latents is None else latents, self.crosscoder.n_latents)
-        sequence = read_text(self.pair.tokenizer, text, settings.max_length)
-        known = (self.folder / "latents.parquet").is_file()
-        largest = dict(self.latents.select("latent", "max_activation").iter_rows()) if known else {}
-        return activations_on(sequence, self.pair, self.crosscoder_at_pair, self.rule, latents, largest)
+        return activations_on(self._read(text), latents, self._known)
+
+    def widget(self, prompt: Text = "", measure: Measure | None = None) -> Explorer:
+        """A widget for notebooks: type a prompt, choose a concept or latent, and click on tokens for the latents active there.
+
+        Args:
+            prompt: what is read at once; a string is a user's question to the chat model.
+            measure: a function of your own, which is shown like a latent: it gets the `Activations` of all latents (`values`
+                is `[token, latent]`) and returns one finite number per token.
+
+        Examples:
+            >>> run = crossdiff.open("runs/demo")
+            >>> widget = run.widget("Hello", measure=lambda activations: (activations.values > 0).sum(1))
+            >>> len(widget.reading["measure"]) == len(widget.reading["texts"])
+            True
+
+        Raises:
+            UserError: the package anywidget is missing, nothing is trained, or the prompt or the measure cannot be read.
+        """
+        try:
+            from crossdiff.notebook.widget import Explorer
+        except ModuleNotFoundError as error:
+            raise UserError(f"run.widget() needs the package {error.name}; run `pip install 'crossdiff[notebook]'`") from None
+        return Explorer(self._read, self._known, choices(self._found, self.name), measure, prompt)
+
+    def _read(self, text: Text) -> Reading:
+        from crossdiff.text_activations import check_text, read, read_text
+
+        check_text(text)
+        sequence = read_text(self.pair.tokenizer, text, self.harvest.max_length)
+        return read(sequence, self.pair, self.crosscoder_at_pair, self.rule)
+
+    @cached_property
+    def _known(self) -> dict[int, Known]:
+        from crossdiff.text_activations import known_latents
+
+        if not (self.folder / "latents.parquet").is_file():
+            return {}
+        return known_latents(self.latents, concept_labels(self._found, self.name))
 
     @cached_property
     def pair(self) -> Pair:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from crossdiff.errors import UserError, check_latents
 from crossdiff.report.cards import prompt_view
 from crossdiff.report.examples import Token, role_of
 from crossdiff.report.templating import fragment
-from crossdiff.report.wording import number
+from crossdiff.report.wording import number, share, words
 from crossdiff.text.chat import tokenise_chat, tokenise_prompt
 from crossdiff.text.documents import Document
 from crossdiff.text.messages import check_messages
@@ -31,7 +31,39 @@ if TYPE_CHECKING:
 STRONGEST = 5
 """Number of latents that are shown by default."""
 
+NOTE = (
+    "The value is v, the activation times the sum of the decoder norms. The strongest tint is the largest value that the "
+    "latent is known to reach, on the text that was analysed or on this one."
+)
+
 Text = str | Sequence[Mapping[str, Any]]
+
+
+class Known(NamedTuple):
+    """What is known of a latent: the largest activation on the analysed text, its verdict, and its meaning; 0 and "" if not."""
+
+    largest: float = 0.0
+    verdict: str = ""
+    label: str = ""
+
+    def strength(self, peak: float) -> str:
+        """The largest value on a text, compared with the largest on the analysed text."""
+        if not self.largest:
+            return f"strongest here {number(peak)}"
+        if number(peak) == number(self.largest):
+            return f"strongest here {number(peak)}, as strong as on the analysed text"
+        if peak > self.largest:
+            return f"strongest here {number(peak)}, above the {number(self.largest)} of the analysed text"
+        return f"strongest here {number(peak)}, {share(peak / self.largest)} of its largest on the analysed text"
+
+
+def known_latents(latents: pl.DataFrame, labels: Mapping[int, str]) -> dict[int, Known]:
+    """What the latent table says of each latent; `labels` name those that nobody has explained."""
+    columns = latents.select("latent", "max_activation", "verdict", "explanation")
+    return {
+        latent: Known(largest, verdict, explanation or labels.get(latent, ""))
+        for latent, largest, verdict, explanation in columns.iter_rows()
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +88,7 @@ class Activations:
         highest: the largest known activation of each latent, which gets the strongest tint.
         ids: the id of each token.
         data: the bytes of each token that is not made of whole characters; empty for the others.
+        verdicts, labels: of each latent, as far as they are known; else "".
     """
 
     tokens: tuple[str, ...]
@@ -66,6 +99,8 @@ class Activations:
     highest: tuple[float, ...]
     ids: tuple[int, ...] = field(repr=False)
     data: tuple[bytes, ...] = field(repr=False)
+    verdicts: tuple[str, ...] = field(default=(), repr=False)
+    labels: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def table(self) -> pl.DataFrame:
@@ -83,10 +118,17 @@ class Activations:
             values = self.values[:, index].tolist()
             columns = zip(self.tokens, self.flags, values, self.ids, self.data, strict=True)
             tokens = tuple(Token(*token) for token in columns)
-            peak, highest = max(values), max(self.highest[index], *values)
-            origin = f"latent {name} \N{MIDDLE DOT} maximum {number(peak)} here, largest known {number(highest)}"
-            views.append(prompt_view(origin, tokens, highest or 1.0))
-        return fragment(views=views, title="" if views else "No latent is active on this text")
+            known = Known(self.highest[index], self.verdicts[index], self.labels[index])
+            parts = (f"latent {name}", words(known.verdict), known.label, known.strength(max(values)))
+            origin = " \N{MIDDLE DOT} ".join(part for part in parts if part)
+            views.append(prompt_view(origin, tokens, max(known.largest, *values) or 1.0))
+        if not views:
+            return fragment(title="No latent is active on this text")
+        return fragment(views=views, title="Activations on a text", note=NOTE)
+
+
+Measure = Callable[[Activations], npt.ArrayLike]
+"""A function of the activations of all latents that gives one number per token."""
 
 
 def check_text(text: object) -> None:
@@ -140,38 +182,51 @@ def active_pairs(pair: Pair, crosscoder: Crosscoder, sequence: TokenSequence, ru
     return Pairs(*(values[kept].cpu().numpy() for values in (code.token, code.latent, v.float())))
 
 
-def activations_on(
-    sequence: TokenSequence,
-    pair: Pair,
-    crosscoder: Crosscoder,
-    rule: Counted,
-    latents: Sequence[int] | None,
-    largest: Mapping[int, float],
-) -> Activations:
+@dataclass(frozen=True)
+class Reading:
+    """A text that both models have read: its tokens, without activations, and the active latents of each."""
+
+    tokens: tuple[Token, ...]
+    pairs: Pairs
+    n_latents: int
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """The activation of every latent on every token, `[token, latent]`."""
+        v = np.zeros((len(self.tokens), self.n_latents), np.float32)
+        v[self.pairs.token, self.pairs.latent] = self.pairs.v
+        return v
+
+
+def read(sequence: TokenSequence, pair: Pair, crosscoder: Crosscoder, rule: Counted) -> Reading:
+    """Run both models and the crosscoder on a text; `rule` says which tokens have activations, as in training."""
+    ids, flags = sequence.token_ids.tolist(), sequence.flags.tolist()
+    texts = [token_text(pair.tokenizer, token) for token in ids]
+    tokens = tuple(Token(own.text, flag, 0.0, token, own.data) for own, flag, token in zip(texts, flags, ids, strict=True))
+    return Reading(tokens, active_pairs(pair, crosscoder, sequence, rule), crosscoder.n_latents)
+
+
+def activations_on(reading: Reading, latents: Sequence[int] | None, known: Mapping[int, Known]) -> Activations:
     """The activations of latents on a text.
 
     Args:
-        rule: which tokens have activations, as in training.
         latents: numbers of the latents; None for the strongest on this text.
-        largest: the largest known activation of each latent, from the latent table.
+        known: what is known of each latent.
     """
-    check_latents(latents or (), crosscoder.n_latents)
-    found = active_pairs(pair, crosscoder, sequence, rule)
-    v = np.zeros((len(sequence.token_ids), crosscoder.n_latents), np.float32)
-    v[found.token, found.latent] = found.v
+    check_latents(latents or (), reading.n_latents)
+    v = reading.values()
     if latents is None:
         top = v.max(0)
         latents = [int(latent) for latent in np.argsort(-top, kind="stable")[:STRONGEST] if top[latent] > 0]
-    ids, flags = sequence.token_ids.tolist(), tuple(sequence.flags.tolist())
-    words = [token_text(pair.tokenizer, token) for token in ids]
-    texts = tuple(each.text for each in words)
+    about = [known.get(latent, Known()) for latent in latents]
     return Activations(
-        tokens=texts,
-        roles=tuple(role_of(Token(text, flag, 0.0)) for text, flag in zip(texts, flags, strict=True)),
-        flags=flags,
+        tokens=tuple(token.text for token in reading.tokens),
+        roles=tuple(map(role_of, reading.tokens)),
+        flags=tuple(token.flags for token in reading.tokens),
         latents=tuple(latents),
         values=v[:, list(latents)],
-        highest=tuple(largest.get(latent, 0.0) for latent in latents),
-        ids=tuple(ids),
-        data=tuple(each.data for each in words),
+        highest=tuple(each.largest for each in about),
+        ids=tuple(token.id or 0 for token in reading.tokens),
+        data=tuple(token.data for token in reading.tokens),
+        verdicts=tuple(each.verdict for each in about),
+        labels=tuple(each.label for each in about),
     )

@@ -77,9 +77,10 @@ def test_the_page_begins_with_the_concepts_and_explains_each_term_before_its_use
     page = Page(rendered)
     assert page.stack == [] and DANGER not in rendered and html.escape(DANGER) in rendered
     places = [page.text.index(part) for part in (
-        "The chat model has 2 concepts", "A concept is a group of latents", "What they predict", "AUROC is the chance",
-        "How to read the cards", "Only the chat model has them", "Both models have them, in different directions",
-        "Are the crosscoders any good?",
+        "The chat model has 2 concepts", "Only the chat model has them (2)", "A concept is a group of latents",
+        "An AUROC of 1 is",
+        "Both models have them, in different directions (1)", "What they predict", "AUROC is the chance",
+        "How to read the concepts", "Are the crosscoders any good?",
     )]  # fmt: skip
     assert places == sorted(places)
     cards = [card["id"] for card in page.with_class("concept")]

@@ -41,7 +41,7 @@ class Series:
 
     Attributes:
         name: label in the legend; "" for none.
-        hover: text of each mark, with <br> between its lines.
+        hover: text of each mark, in lines.
         width: of each bar.
         hollow: bars have only an outline.
         low, high: ends of each point's error bar; NaN where it has none.
@@ -118,7 +118,7 @@ def delta_norm_histogram(coder: CrosscoderReport, highest: int) -> Figure:
                     "bars",
                     x=(edges[:-1] + edges[1:]) / 2,
                     y=counts,
-                    hover=[f"{low:.2f} to {high:.2f}<br>{name}: {count}" for (low, high), count in bins],
+                    hover=[f"delta_norm {low:.2f} to {high:.2f}\n{name}: {latents(count)}" for (low, high), count in bins],
                     mark=Mark(VERMILLION if dead else BLUE, "square"),
                     name=name,
                     width=np.diff(edges),
@@ -203,7 +203,7 @@ def scaling_note(table: pl.DataFrame) -> str:
 
 def _points(rows: pl.DataFrame, verdict: str, mark: Mark) -> Series:
     hover = [
-        "<br>".join([
+        "\n".join([
             f"latent {row['latent']}, {VERDICTS[verdict]}", f"delta_norm {number(row['delta_norm'])}",
             *(f"{title(nu)} {interval(estimate(row, nu))}" for nu in ("nu_error", *RECONSTRUCTIONS)),
             f"active on {share(row['frequency'])} of tokens",
@@ -224,14 +224,17 @@ def behaviour_figure(coder: CrosscoderReport, question: str) -> Figure:
         shift = 0.6 * ((place + 0.5) / len(pools) - 0.5)
         scored = {row + shift: result.scores[pool].auroc for row, result in enumerate(results) if pool in result.scores}
         scored = {row: auroc for row, auroc in scored.items() if not math.isnan(auroc.value)}
+        title = POOLS.get(pool, words(pool))
         series.append(
             Series(
                 "points",
                 x=[auroc.value for auroc in scored.values()],
                 y=list(scored),
-                hover=[interval(auroc) for auroc in scored.values()],
+                hover=[
+                    f"{words(results[round(row)].behaviour)}\n{title}: AUROC {interval(auroc)}" for row, auroc in scored.items()
+                ],
                 mark=pool_mark(pool, pools),
-                name=POOLS.get(pool, words(pool)),
+                name=title,
                 low=[auroc.low for auroc in scored.values()],
                 high=[auroc.high for auroc in scored.values()],
             )
@@ -258,7 +261,7 @@ def frequency_histogram(coder: CrosscoderReport) -> Figure:
         "bars",
         x=(edges[:-1] + edges[1:]) / 2,
         y=histogram.counts,
-        hover=[f"{_percent(low)} to {_percent(high)} of tokens<br>{latents(count)}" for (low, high), count in bins],
+        hover=[f"{_percent(low)} to {_percent(high)} of tokens\n{latents(count)}" for (low, high), count in bins],
         mark=Mark(BLUE, "square"),
         width=np.diff(edges),
     )

@@ -127,7 +127,9 @@ def render_html(report: RunReport) -> str:
         interpretation=score_table([(coder.title, coder.interpretation) for coder in coders if coder.interpretation]),
         caveats=caveats(report),
         datasets=report.datasets,
+        labels=report.labels,
         whole=wording.whole,
+        words=wording.words,
         plotly=Markup(plotly_script()),
     )  # fmt: skip
 

@@ -144,7 +144,7 @@ def depth_figure(look: LookResults) -> Figure:
     for name, mine, colour in (("earliest layer worth trying", True, VERMILLION), ("other layers", False, BLUE)):
         rows = [row for row in look.depth.iter_rows(named=True) if (row["layer"] == chosen) == mine]
         if rows:
-            hover = [f"after layer {row['layer']}<br>{wording.interval(estimate(row, 'kl'), 3)} nats" for row in rows]
+            hover = [f"after layer {row['layer']}\n{wording.interval(estimate(row, 'kl'), 3)} nats" for row in rows]
             x, y = ([row[column] for row in rows] for column in ("layer", "kl"))
             series.append(Series("bars", x, y, hover, Mark(colour, "square"), name, width=[0.8] * len(rows)))
     step = max(1, math.ceil(look.depth.height / 12))

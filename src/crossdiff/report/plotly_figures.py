@@ -85,11 +85,15 @@ def plain(text: str) -> str:
     return escape(text, quote=False)
 
 
+def _lines(series: Series) -> list[str]:
+    return [plain(text).replace("\n", "<br>") for text in series.hover]
+
+
 def _bars(series: Series) -> dict[str, Any]:
     outline = {"color": series.mark.colour, "width": 1} if series.hollow else {"width": 0}
     return {
         "type": "bar", "name": plain(series.name), "x": series.x, "y": series.y, "width": series.width,
-        "customdata": series.hover, "hovertemplate": "%{customdata}<extra></extra>",
+        "customdata": _lines(series), "hovertemplate": "%{customdata}<extra></extra>",
         "marker": {"color": _CLEAR if series.hollow else series.mark.colour, "line": outline},
     }  # fmt: skip
 
@@ -98,7 +102,7 @@ def _points(series: Series) -> dict[str, Any]:
     mark = series.mark
     trace = {
         "type": "scatter", "mode": "markers", "name": plain(series.name), "showlegend": True, "x": series.x, "y": series.y,
-        "text": series.hover, "hovertemplate": "%{text}<extra></extra>",
+        "text": _lines(series), "hovertemplate": "%{text}<extra></extra>",
         "marker": {"color": mark.colour, "symbol": mark.symbol, "opacity": mark.opacity, "size": mark.size},
     }  # fmt: skip
     if series.low:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import polars as pl
@@ -29,6 +30,7 @@ from crossdiff.report.records import (
     DatasetShare,
     Health,
     Interpretation,
+    Label,
     Latent,
     Limits,
     NullDiff,
@@ -40,6 +42,9 @@ from crossdiff.report.tables import as_float, estimate, overlap_of, read_behavio
 from crossdiff.sources import BASE, CHAT
 from crossdiff.yaml_files import read_yaml
 
+DOCUMENTS = Path("activations", "documents.parquet")
+PROMPT_CHARACTERS = 160
+"""Of the prompt that stands for a label."""
 N_TOP_LATENTS = 12
 FEW_SPECIFIC = 5
 """With fewer chat-specific latents than this, the list is filled up with candidates that missed a condition."""
@@ -76,7 +81,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         chat=manifest.model(CHAT),
         layer=crosscoders[0].health.layer,
         n_tokens=manifest.n_tokens,
-        datasets=_read_datasets(directory / "activations" / "documents.parquet"),
+        datasets=_read_datasets(directory / DOCUMENTS),
         crosscoders=crosscoders,
         not_analysed=waiting,
         null=null,
@@ -87,6 +92,7 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         massive=manifest.massive,
         look=read_look(directory / "look"),
         titles=titles_of(directory),
+        labels=_read_labels(directory / DOCUMENTS),
     )
 
 
@@ -233,3 +239,25 @@ def _read_datasets(path: Path) -> tuple[DatasetShare, ...]:
     shares = documents.group_by("dataset", "split").agg(pl.len().alias("n_documents"), pl.col("n_tokens").sum())
     rows = shares.sort("dataset", "split").select("dataset", "split", "n_documents", "n_tokens").rows()
     return tuple(DatasetShare(*row) for row in rows)
+
+
+def _read_labels(path: Path) -> tuple[Label, ...]:
+    """The labels of the texts by name; none if the store is of an earlier version, which keeps no prompts."""
+    if not path.is_file():
+        return ()
+    documents = read_table(path, ("label",), "crossdiff harvest").filter(pl.col("label").is_not_null())
+    if not {"prompt", "n_messages"} <= set(documents.columns):
+        return ()
+    turns = (pl.col("n_messages") + 1) // 2
+    groups = documents.group_by("label").agg(
+        pl.len().alias("n"), turns.min().alias("least"), turns.max().alias("most"), pl.col("prompt").drop_nulls().first()
+    )
+    return tuple(
+        Label(
+            row["label"],
+            row["n"],
+            f"{row['least']}" if row["least"] == row["most"] else f"{row['least']} to {row['most']}",
+            shorten(row["prompt"] or "", PROMPT_CHARACTERS, placeholder=" \N{HORIZONTAL ELLIPSIS}"),
+        )
+        for row in groups.sort("label").iter_rows(named=True)
+    )

@@ -355,6 +355,16 @@ class DatasetShare:
 
 
 @dataclass(frozen=True, slots=True)
+class Label:
+    """A label of the texts: how many conversations have it, how many user turns those have, and the prompt of one."""
+
+    name: str
+    n_documents: int
+    turns: str
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """A whole run.
 
@@ -385,6 +395,7 @@ class RunReport:
     null_outdated: tuple[str, ...] = ()
     look: LookResults | None = None
     titles: Mapping[str, str] = field(default_factory=dict)
+    labels: tuple[Label, ...] = ()
 
     @property
     def primary(self) -> CrosscoderReport:

@@ -10,7 +10,8 @@ from typing import Any
 import polars as pl
 
 from crossdiff.errors import UserError
-from crossdiff.integrity import read_parquet
+from crossdiff.files import read_json
+from crossdiff.integrity import intact, read_parquet
 from crossdiff.look.reading import OVERLAP_COLUMNS
 from crossdiff.report.records import BehaviourResult, Overlap, PoolScore
 from crossdiff.statistics import Estimate
@@ -43,6 +44,19 @@ def read_behaviours(folder: Path, unit: str = "latent") -> tuple[BehaviourResult
             row["pool"], row["pool_size"], row[unit], estimate(row, "auroc"), row["n_positive"] or 0, row["n_negative"] or 0
         )
     return tuple(BehaviourResult(*key, by_pool) for key, by_pool in scores.items())
+
+
+def read_causal(path: Path) -> pl.DataFrame:
+    """The results of a causal test: one row per intervention and span, each measure with the ends of its interval."""
+    rows = []
+    for result in read_json(intact(path))["results"]:
+        row = {key: result[key] for key in ("intervention", "span", "n_latents", "n_conversations", "n_arms")}
+        row["n_outside"] = result.get("n_outside")  # earlier versions left no latent out and had no other measures
+        for key, found in {"kl": result["kl"], "closed": result["closed"], **result.get("measures", {})}.items():
+            ends = ("value", ""), ("low", "_low"), ("high", "_high")
+            row |= {f"{key}{suffix}": found[end] for end, suffix in ends}
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def estimate(row: Mapping[str, Any], column: str) -> Estimate[float]:

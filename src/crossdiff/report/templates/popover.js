@@ -1,8 +1,10 @@
 "use strict";
-// Shows what a title says, such as the value of a token, on hover, on a tap and at the keyboard. Without this file the title
-// itself is left. A text, or a part of the page with `data-tips`, which names it, is one stop of the Tab key; the arrow keys, Home and End move inside it, and Esc closes.
+// Shows what a title says, such as the value of a token or the meaning of a measure, on hover, on a tap and at the keyboard.
+// Without this file the title itself is left. A text, or a part of the page with `data-tips`, which names it, is one stop of the
+// Tab key; the arrow keys, Home and End move inside it, and Esc closes. A `.meaning` is a stop of its own.
 (() => {
-  const TEXT = ".context, [data-tips]", TITLED = ":is([title], [data-tip])", TOKEN = `:is(${TEXT}) ${TITLED}`;
+  const TEXT = ".context, [data-tips]", TITLED = ":is([title], [data-tip])";
+  const TOKEN = `:is(${TEXT}) ${TITLED}, .meaning${TITLED}`;
   const tip = document.createElement("div");
   tip.id = "token-tip";
   tip.className = "token-tip";
@@ -40,7 +42,8 @@
     place();
   }
   function focusOn(token) {
-    for (const other of token.closest(TEXT).querySelectorAll(`${TITLED}[tabindex='0']`)) other.tabIndex = -1;
+    const text = token.closest(TEXT);
+    if (text) for (const other of text.querySelectorAll(`${TITLED}[tabindex='0']`)) other.tabIndex = -1;
     token.tabIndex = 0;
     if (document.activeElement === token) show(token); else token.focus();
   }
@@ -82,7 +85,7 @@
   document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape" && shown) { hide(); event.stopPropagation(); return; }
-    const token = tokenAt(event.target), to = token && next(token, event.key);
+    const token = tokenAt(event.target), to = token && token.closest(TEXT) && next(token, event.key);
     if (to) { event.preventDefault(); focusOn(to); }
   }, true);
   document.addEventListener("focusin", event => { const token = tokenAt(event.target); if (token) focusOn(token); });
