@@ -40,14 +40,15 @@ ALLOWED = {
     "truth": FOUNDATION | {"activations", "crosscoder", "latents", "concepts"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
-    "report": FOUNDATION | {"text", "latents", "look", "interp"},
+    "notes": FOUNDATION,
+    "report": FOUNDATION | {"text", "latents", "look", "interp", "notes"},
     "progress": set(),
     "corpus": {"config", "errors", "files", "pairs"},
     "text_activations": FOUNDATION | {"models", "text", "activations", "crosscoder", "report"},
-    "diff": FOUNDATION | {"models", "activations", "crosscoder", "latents", "report", "text_activations"},
+    "diff": FOUNDATION | {"models", "activations", "crosscoder", "latents", "notes", "report", "text_activations"},
     "published": FOUNDATION | {"text", "activations", "crosscoder", "latents", "report", "diff"},
     "dashboard": FOUNDATION
-    | {"models", "text", "activations", "latents", "look", "causal", "report"}
+    | {"models", "text", "activations", "latents", "look", "causal", "notes", "report"}
     | {"text_activations", "diff"},
     "stages": FOUNDATION
     | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "concepts", "compare", "truth"}
@@ -65,6 +66,7 @@ ALLOWED = {
         "truth",
         "interp",
         "published",
+        "notes",
         "corpus",
     }
     | {"corpus", "stages", "dashboard"},

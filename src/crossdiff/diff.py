@@ -16,6 +16,9 @@ from crossdiff.errors import UserError, check_latents
 from crossdiff.files import read_json
 from crossdiff.integrity import intact
 from crossdiff.latents.ranking import by_rank
+from crossdiff.notes.identity import concept_notes, latent_notes
+from crossdiff.notes.of_run import RunNotes
+from crossdiff.notes.store import Note, Notebook, Notes
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_title
 from crossdiff.report.concept_reading import COMMAND, check_concept, concept_of, read_concepts
@@ -58,26 +61,29 @@ class Examples(tuple[Example, ...]):
 
 
 class LatentView:
-    """One latent: `record` has its measures and examples. A notebook shows it as the card of the report."""
+    """One latent: `record` has its measures and examples, `note` is what you noted about it. A notebook shows it as the card of the report."""
 
-    def __init__(self, record: Latent, card: Card) -> None:
+    def __init__(self, record: Latent, card: Card, note: Note) -> None:
         self.record = record
+        self.note = note
         self._card = card
 
     def __repr__(self) -> str:
         lines = [f"latent {self.record.latent}: {self._card.sign.name} ({self.record.verdict_reason})"]
         lines += [f"  {name:<34}{value}" for name, value, _ in self._card.measures]
-        return "\n".join([*lines, f"  {'active tokens':<34}{self._card.fires_on}"])
+        lines += [f"  {'active tokens':<34}{self._card.fires_on}"]
+        return "\n".join([*lines, *(f"  {line}" for line in self.note.lines)])
 
     def _repr_html_(self) -> str:
-        return fragment(cards=[self._card])
+        return fragment(cards=[self._card], notes={self.record.latent: self.note})
 
 
 class ConceptView:
-    """One concept: `record` has its measures and examples. A notebook shows it as the card of the report."""
+    """One concept: `record` has its measures and examples, `note` is what you noted about it. A notebook shows it as the card of the report."""
 
-    def __init__(self, record: Concept, card: ConceptCard) -> None:
+    def __init__(self, record: Concept, card: ConceptCard, note: Note) -> None:
         self.record = record
+        self.note = note
         self._card = card
 
     def __repr__(self) -> str:
@@ -85,10 +91,11 @@ class ConceptView:
         if name is None and self.record.examples:
             name = "{}«{}»{}".format(*plain_title(self.record.examples[0]))
         lines = [f"concept {self.record.number}: {name}", f"  {self._card.verdict}"]
-        return "\n".join([*lines, *(f"  {rung.name:<28}{rung.state}: {rung.why}" for rung in self._card.rungs)])
+        lines += [f"  {rung.name:<28}{rung.state}: {rung.why}" for rung in self._card.rungs]
+        return "\n".join([*lines, *(f"  {line}" for line in self.note.lines)])
 
     def _repr_html_(self) -> str:
-        return fragment(concepts=[self._card])
+        return fragment(concepts=[self._card], notes={self.record.number: self.note})
 
 
 class Diff:
@@ -173,13 +180,36 @@ class Diff:
         number = index(concept)
         examples = read_examples(found.folder / "examples.sqlite", [number], COMMAND)[number]
         record = concept_of(found, number, examples)
-        return ConceptView(record, concept_card(record, found))
+        return ConceptView(record, concept_card(record, found), self.notes.concept(number))
 
     @cached_property
     def _concepts(self) -> RunConcepts:
         found = read_concepts(self.path, with_examples=False)
         if found is None:
             raise UserError(f"{self.path} has no concepts; run `crossdiff concepts {self.path}` first")
+        return found
+
+    @cached_property
+    def notes(self) -> RunNotes:
+        """Your labels, stars, comments and lists for the run's latents and concepts: see `RunNotes`."""
+        notes = Notes()
+
+        def books(unit: str) -> tuple[Notebook, int, str]:
+            if unit == "latent":
+                return latent_notes(notes, self.folder), self.latents.height, self.name
+            found = self._concepts
+            book = concept_notes(notes, found.folder, found.table, found.members)
+            return book, found.table.height, "the run"
+
+        return RunNotes(books)
+
+    @property
+    def note_digests(self) -> set[str]:
+        """What identifies the run's crosscoders and concepts in a file of notes."""
+        found = {latent_notes(Notes(), self.path / name).of for name in self.names}
+        with suppress(UserError):  # it may have no concepts
+            concepts = self._concepts
+            found.add(concept_notes(Notes(), concepts.folder, concepts.table, concepts.members).of)
         return found
 
     @cached_property
@@ -284,7 +314,7 @@ class Diff:
         """
         record = self._record(latent)
         predicts = predicted(read_behaviours(self.folder)).get(record.latent, ())
-        return LatentView(record, card_of(self.name, record, predicts))
+        return LatentView(record, card_of(self.name, record, predicts), self.notes.latent(record.latent))
 
     def activations(self, text: Text, latents: Sequence[int] | None = None) -> Activations:
         """Run both models on a text and return where latents are active. The first call loads the models.

@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.dashboard import concept_pages, live_pages, live_prompts, look_pages, pages
+from crossdiff.dashboard import concept_pages, live_pages, live_prompts, look_pages, note_pages, pages
 from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.current import Current
@@ -33,6 +33,7 @@ def create_app(
     host: str = "127.0.0.1",
     token: str | None = None,
     names: tuple[str, ...] = (),
+    embed_in: tuple[str, ...] = (),
 ) -> ASGIApp:
     """The application behind its guard.
 
@@ -41,8 +42,9 @@ def create_app(
         host: the address that the server listens on.
         token: secret that readers must present; None on loopback.
         names: further host names of the server.
+        embed_in: origins whose pages may show cards in a frame.
     """
-    return Guard(Current(Site(catalogue, live, cache), _application), host, token, names)
+    return Guard(Current(Site(catalogue, live, cache), _application), host, token, names, embed_in)
 
 
 def _application(site: Site) -> FastAPI:
@@ -54,6 +56,7 @@ def _application(site: Site) -> FastAPI:
     _add_pages(app, site)
     live_pages.add(app, site)
     live_prompts.add(app, site)
+    note_pages.add(app, site)
     _add_errors(app, site)
     for search in site.search.values():
         search.start()

@@ -10,6 +10,7 @@ import polars as pl
 
 from crossdiff.dashboard.side_tables import Activity, OpenExamples, Promoted, PromotedTokens
 from crossdiff.latents.ranking import RECONSTRUCTIONS
+from crossdiff.notes.store import Notebook
 from crossdiff.report import wording
 from crossdiff.report.cards import ExampleView, example_view
 from crossdiff.report.concept_cards import ConceptCard, Title, concept_card, title_of
@@ -31,7 +32,7 @@ TITLES = 20_000
 
 
 class ConceptRow(NamedTuple):
-    """A concept in a list."""
+    """A concept in a list; `explanation` is the user's label if there is one."""
 
     number: int
     title: Title | None
@@ -57,9 +58,10 @@ class Member(NamedTuple):
 class Concepts:
     """The concepts of one run; `paths` has the address of each of its crosscoders by name."""
 
-    def __init__(self, run: str, found: RunConcepts, paths: Mapping[str, str]) -> None:
+    def __init__(self, run: str, found: RunConcepts, paths: Mapping[str, str], notes: Notebook) -> None:
         self.run = run
         self.found = found
+        self.notes = notes
         self.ranked = ranked(found)
         self._paths = paths
         self.title = lru_cache(TITLES)(self._title)
@@ -68,6 +70,10 @@ class Concepts:
     def labels(self) -> dict[int, str]:
         """The explanations of the concepts that have one."""
         return dict(self.found.table.select("concept", "explanation").drop_nulls().rows())
+
+    def label(self, number: int) -> str | None:
+        """The user's label, or its explanation; None if there is neither."""
+        return self.notes.note(number).label or self.labels.get(number)
 
     @property
     def path(self) -> str:
@@ -78,11 +84,14 @@ class Concepts:
     def database(self) -> OpenExamples:
         return OpenExamples(self.found.folder / "examples.sqlite", COMMAND)
 
-    def chosen(self, verdict: str | None, every: bool) -> list[int]:
-        """The concepts of a verdict, or of all; only those that replicate unless `every` or there is one training."""
+    def chosen(self, verdict: str | None, every: bool, noted: str = "") -> list[int]:
+        """The concepts of a verdict, or of all; only those that replicate unless `every` or there is one training; and only
+        those with a note, see `Notebook.numbers`, if one is asked for."""
         rows = self.ranked if verdict is None else self.ranked.filter(verdict=verdict)
         if not every and self.found.summary.needed is not None:
             rows = rows.filter("replicated")
+        if noted:
+            rows = rows.filter(pl.col("concept").is_in(self.notes.numbers(noted)))
         return rows["concept"].to_list()
 
     def rows(self, numbers: Sequence[int]) -> list[ConceptRow]:
@@ -92,7 +101,7 @@ class Concepts:
         for number in numbers:
             concept = concept_of(self.found, number, ())
             found.append(ConceptRow(
-                number, self.title(number), concept.explanation, tuple(map(visible, concept.tokens)),
+                number, self.title(number), self.label(number), tuple(map(visible, concept.tokens)),
                 sign_of(wording.words(concept.verdict), verdict_mark(concept.verdict)),
                 f"{concept.n_trainings} of {n}", wording.share(concept.energy),
                 tuple(prediction_words(prediction) for prediction in told(concept)),

@@ -124,8 +124,8 @@ def meaning_of(coder: Coder, latent: int) -> Meaning:
     row = coder.row(latent)
     assert row is not None
     sign = sign_of_verdict(row["verdict"])
-    if row["explanation"]:
-        return Meaning(latent, sign, row["explanation"])
+    if label := coder.label(latent):
+        return Meaning(latent, sign, label)
     examples = coder.database.examples(latent, 1, 0)
     return Meaning(latent, sign, "", *(plain_title(examples[0], WORDS_BEFORE, WORDS_AFTER) if examples else ()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -14,6 +14,7 @@ from crossdiff.report.concept_cards import ConceptCard
 from crossdiff.report.records import SAME
 
 if TYPE_CHECKING:
+    from crossdiff.notes.store import Note
     from crossdiff.report.look import LookSection
 
 OPEN_EXAMPLES = 3
@@ -44,16 +45,17 @@ def fragment(
     title: str = "",
     concepts: Sequence[ConceptCard] = (),
     look: LookSection | None = None,
+    notes: Mapping[int, Note] | None = None,
 ) -> str:
     """HTML of cards of latents or concepts, of texts under a title, or of a first look. It needs no script, no other file and
-    no network."""
+    no network. `notes` are the user's on the cards, by number."""
     templates = environment()
     assert templates.loader is not None
     sheet, _, _ = templates.loader.get_source(templates, "report.css")
     # Inside @scope the fragment itself takes the place of the page's root and body.
     style = sheet.replace(":root", ":scope").replace("\nbody {", "\n:scope {")
     page = templates.get_template("inline.html.j2").render(
-        cards=cards, concepts=concepts, views=views, title=title, look=look, style=Markup(style)
+        cards=cards, concepts=concepts, views=views, title=title, look=look, notes=notes or {}, style=Markup(style)
     )
     # A blank line would end the fragment where Markdown is read around it.
     return "\n".join(line for line in page.splitlines() if line.strip())

@@ -1,0 +1,163 @@
+"""The pages of the user's notes: the form on the pages of latents and concepts, the list of all notes, export and import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+
+from crossdiff.dashboard.catalogue import Coder
+from crossdiff.dashboard.concept_pages import ROOT as CONCEPTS
+from crossdiff.dashboard.concept_pages import concept_page, concepts_with
+from crossdiff.dashboard.concepts import Concepts
+from crossdiff.dashboard.live_prompts import Pairs, posted
+from crossdiff.dashboard.note_views import my_note, read_posted
+from crossdiff.dashboard.pages import latent_page
+from crossdiff.dashboard.site import ROOT, Site, is_partial
+from crossdiff.errors import UserError
+from crossdiff.notes.exchange import export_notes, import_notes
+from crossdiff.notes.store import LABEL, Note, Notebook, Stale
+
+CHOOSE = "Make one of them, and save."
+OTHER_RESULTS = "The results were replaced since this page was opened, so the note may be about something else."
+
+
+class Row(NamedTuple):
+    """A note in the list of all notes."""
+
+    number: int
+    address: str
+    label: str | None
+    note: Note
+
+
+class Group(NamedTuple):
+    """The notes on the latents of a crosscoder, or on the concepts of a run."""
+
+    title: str
+    path: str
+    unit: str
+    rows: list[Row]
+    n_replaced: int
+    lists: dict[str, int]
+
+
+def add(app: FastAPI, site: Site) -> None:
+    """Add the pages of notes."""
+
+    @app.post(ROOT + "/latent/{latent}/notes")
+    async def note_latent(request: Request, run: str, name: str, latent: int) -> Response:
+        return await write_latent(request=request, run=run, name=name, latent=latent, pairs=await posted(request))
+
+    @site.in_turn
+    def write_latent(request: Request, run: str, name: str, latent: int, pairs: Pairs) -> Response:
+        coder = site.coder(run, name)
+        row = site.row(coder, latent)
+        page = "latent.html.j2", latent_page(coder, row, whole=False, raw=False)
+        return _written(site, request, coder.notes, latent, f"{coder.path}/latent/{latent}", pairs, page)
+
+    @app.post(CONCEPTS + "/{concept}/notes")
+    async def note_concept(request: Request, run: str, concept: int) -> Response:
+        return await write_concept(request=request, run=run, concept=concept, pairs=await posted(request))
+
+    @site.in_turn
+    def write_concept(request: Request, run: str, concept: int, pairs: Pairs) -> Response:
+        found = concepts_with(site, run, concept)
+        page = "concept.html.j2", concept_page(found, concept)
+        return _written(site, request, found.notes, concept, f"{found.path}/{concept}", pairs, page)
+
+    @app.get("/notes")
+    @site.in_turn
+    def notes(merged: str = "") -> Response:
+        return _notes_page(site, merged=merged)
+
+    @app.get("/notes.json")
+    @site.in_turn
+    def notes_json(run: str = "") -> Response:
+        """All notes; with `run`, those about the present results of one run."""
+        if run and run not in site.catalogue.reports:
+            raise HTTPException(404, "This dashboard has no such run.")
+        own = {book.of for owner in _owners(site) if owner.run == run for book in [owner.notes]} if run else None
+        name = f"notes-{run}.json" if run else "notes.json"
+        headers = {"content-disposition": f'attachment; filename="{name}"'}
+        return Response(export_notes(site.catalogue.notes, own).model_dump_json(indent=1), 200, headers, "application/json")
+
+    @app.post("/notes/import")
+    async def import_posted(request: Request) -> Response:
+        if request.headers.get("content-type", "").startswith("application/json"):
+            return await merge(text=await request.body(), for_program=True)
+        return await merge(text=dict(await posted(request)).get("notes", "").encode(), for_program=False)
+
+    @site.in_turn
+    def merge(text: bytes, for_program: bool) -> Response:
+        try:
+            merged = import_notes(site.catalogue.notes, text, "the text" if not for_program else "the request")
+        except UserError as error:
+            if for_program:
+                return JSONResponse({"error": f"{error}."}, 422)
+            return _notes_page(site, 422, problem=f"{error}.", typed=text.decode(errors="replace"))
+        if for_program:
+            return JSONResponse({"subjects": merged.n_subjects, "new": merged.n_new})
+        return RedirectResponse(f"/notes?merged={merged.n_new}", 303)
+
+
+def _written(
+    site: Site, request: Request, book: Notebook, number: int, path: str, pairs: Pairs, page: tuple[str, dict[str, Any]]
+) -> Response:
+    """Write what was posted. What could not be written stays in the form, beside what is there now."""
+    status, typed, problem, back = 200, {}, "", ""
+    try:
+        sent = read_posted(pairs)
+        back = sent.back
+        if sent.of and sent.of != book.of:
+            raise UserError(OTHER_RESULTS)
+        book.edit(number, sent.values, sent.seen)
+    except Stale as stale:
+        status, typed = 409, stale.mine
+        problem = (
+            f"The {' and the '.join(typed)} was changed elsewhere since you opened the page. Both texts are below. {CHOOSE}"
+        )
+    except UserError as error:
+        status, problem = (409 if str(error) == OTHER_RESULTS else 422), f"{error}".removesuffix(".") + "."
+        typed = {key: value for key, value in pairs if key in (LABEL, "comment")}
+    if "application/json" in request.headers.get("accept", ""):
+        return _as_json(book.note(number), status, problem)
+    shown = my_note(book, path, number, back, typed, problem)
+    if is_partial(request):
+        return site.page("my_note.html.j2", status, my=shown)
+    if status != 200:
+        template, values = page
+        return site.page(template, status, **values | {"my": shown})
+    return RedirectResponse(path + quote(back, safe="?=&%:+") + "#notes", 303)
+
+
+def _as_json(note: Note, status: int, problem: str) -> JSONResponse:
+    values: dict[str, Any] = {"label": note.label, "star": note.star, "comment": note.comment, "lists": note.lists}
+    return JSONResponse(values | ({"error": problem} if problem else {}), status)
+
+
+def _owners(site: Site) -> list[Coder | Concepts]:
+    return [*site.catalogue.concepts.values(), *site.catalogue]
+
+
+def _notes_page(site: Site, status: int = 200, merged: str = "", problem: str = "", typed: str = "") -> Response:
+    groups = [group for owner in _owners(site) if (group := _group(owner)).rows or group.n_replaced]
+    here = sum(len(group.rows) for group in groups)
+    rest = len(site.catalogue.notes.all()) - here
+    return site.page(
+        "notes.html.j2", status, groups=groups, n_elsewhere=rest, file=str(site.catalogue.notes.path),
+        n_merged=int(merged) if merged.isdecimal() else None, problem=problem or site.catalogue.notes.problem, typed=typed,
+        runs=list(site.catalogue.reports),
+    )  # fmt: skip
+
+
+def _group(owner: Coder | Concepts) -> Group:
+    is_coder = isinstance(owner, Coder)
+    base = f"{owner.path}/latent" if is_coder else owner.path
+    title = f"{owner.run} \N{MIDDLE DOT} {owner.title}" if isinstance(owner, Coder) else f"{owner.run} \N{MIDDLE DOT} Concepts"
+    notes: Sequence[tuple[int, Note]] = sorted(owner.notes.by_number().items())
+    rows = [Row(number, f"{base}/{number}", owner.label(number), note) for number, note in notes]
+    return Group(title, owner.path, "latent" if is_coder else "concept", rows, owner.notes.replaced(), owner.notes.lists())
