@@ -61,7 +61,8 @@ class Examples(tuple[Example, ...]):
 
 
 class LatentView:
-    """One latent: `record` has its measures and examples, `note` is what you noted about it. A notebook shows it as the card of the report."""
+    """One latent: `record` has its measures and examples, `note` is what you noted. A notebook shows it as the card of the
+    report."""
 
     def __init__(self, record: Latent, card: Card, note: Note) -> None:
         self.record = record
@@ -79,7 +80,8 @@ class LatentView:
 
 
 class ConceptView:
-    """One concept: `record` has its measures and examples, `note` is what you noted about it. A notebook shows it as the card of the report."""
+    """One concept: `record` has its measures and examples, `note` is what you noted. A notebook shows it as the card of the
+    report."""
 
     def __init__(self, record: Concept, card: ConceptCard, note: Note) -> None:
         self.record = record
@@ -202,15 +204,6 @@ class Diff:
             return book, found.table.height, "the run"
 
         return RunNotes(books)
-
-    @property
-    def note_digests(self) -> set[str]:
-        """What identifies the run's crosscoders and concepts in a file of notes."""
-        found = {latent_notes(Notes(), self.path / name).of for name in self.names}
-        with suppress(UserError):  # it may have no concepts
-            concepts = self._concepts
-            found.add(concept_notes(Notes(), concepts.folder, concepts.table, concepts.members).of)
-        return found
 
     @cached_property
     def look(self) -> NotebookLook:

@@ -148,8 +148,8 @@ def notes(args: Namespace) -> None:
     from crossdiff.diff import open as open_run
     from crossdiff.files import write_text
 
-    of = {digest for run in args.runs for digest in open_run(run).note_digests} if args.runs else None
-    found = export_notes(mine, of)
+    coders = [open_run(run, name) for run in args.runs for name in open_run(run).names]
+    found = export_notes(mine, {digest for coder in coders for digest in coder.notes.digests} if args.runs else None)
     write_text(args.file, found.model_dump_json(indent=1) + "\n")
     print(f"notes on {len(found.notes)} latents and concepts written to {args.file}")
 

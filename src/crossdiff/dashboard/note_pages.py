@@ -21,7 +21,7 @@ from crossdiff.errors import UserError
 from crossdiff.notes.exchange import export_notes, import_notes
 from crossdiff.notes.store import LABEL, Note, Notebook, Stale
 
-CHOOSE = "Make one of them, and save."
+CHOOSE = "Both texts are below: make one of them, and save."
 OTHER_RESULTS = "The results were replaced since this page was opened, so the note may be about something else."
 
 
@@ -117,9 +117,7 @@ def _written(
         book.edit(number, sent.values, sent.seen)
     except Stale as stale:
         status, typed = 409, stale.mine
-        problem = (
-            f"The {' and the '.join(typed)} was changed elsewhere since you opened the page. Both texts are below. {CHOOSE}"
-        )
+        problem = f"The {' and the '.join(typed)} was changed elsewhere since you opened the page. {CHOOSE}"
     except UserError as error:
         status, problem = (409 if str(error) == OTHER_RESULTS else 422), f"{error}".removesuffix(".") + "."
         typed = {key: value for key, value in pairs if key in (LABEL, "comment")}
@@ -146,7 +144,7 @@ def _owners(site: Site) -> list[Coder | Concepts]:
 def _notes_page(site: Site, status: int = 200, merged: str = "", problem: str = "", typed: str = "") -> Response:
     groups = [group for owner in _owners(site) if (group := _group(owner)).rows or group.n_replaced]
     here = sum(len(group.rows) for group in groups)
-    rest = len(site.catalogue.notes.all()) - here
+    rest = sum(map(bool, site.catalogue.notes.all().values())) - here
     return site.page(
         "notes.html.j2", status, groups=groups, n_elsewhere=rest, file=str(site.catalogue.notes.path),
         n_merged=int(merged) if merged.isdecimal() else None, problem=problem or site.catalogue.notes.problem, typed=typed,

@@ -155,6 +155,7 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool, place
     """The page of a latent; `place` is its place in the list that it was opened from."""
     latent = coder.latent(row)
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
+    back = "" if place is None else place.carried
     previous, following = coder.beside(row["latent"]) if place is None else (place.previous, place.following)
     activity = coder.activity(row["latent"])
     concepts = coder.concepts
@@ -174,9 +175,7 @@ def latent_page(coder: Coder, row: dict[str, Any], whole: bool, raw: bool, place
         "neighbours": coder.neighbours(row["latent"]),
         "twins": coder.twins(row["latent"]),
         "promoted": coder.promoted(row["latent"]),
-        "my": my_note(
-            coder.notes, f"{coder.path}/latent/{row['latent']}", row["latent"], "" if place is None else place.carried
-        ),
+        "my": my_note(coder.notes, f"{coder.path}/latent/{row['latent']}", row["latent"], back),
         "place": place,
         "previous": previous,
         "following": following,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from operator import index
 from typing import SupportsIndex
 
 import polars as pl
 
 from crossdiff.errors import UserError, check_latents
-from crossdiff.notes.store import COMMENT, LABEL, LIST, STAR, Note, Notebook
+from crossdiff.notes.store import COMMENT, KINDS, LABEL, LIST, STAR, Note, Notebook
 
-COLUMNS = {"note_label": pl.String, "starred": pl.Boolean, "comment": pl.String, "lists": pl.List(pl.String)}
+COLUMNS = {"note_label": pl.String(), "starred": pl.Boolean(), "comment": pl.String(), "lists": pl.List(pl.String)}
 
 
 class RunNotes:
@@ -33,7 +34,7 @@ class RunNotes:
         self._books = books
 
     def __repr__(self) -> str:
-        found = {unit: len(self._book(unit).by_number()) for unit in ("latent", "concept") if self._has(unit)}
+        found = {book.kind: len(book.by_number()) for book in self._existing()}
         return f"<notes on {' and '.join(f'{n} {unit}s' for unit, n in found.items())}>"
 
     @property
@@ -69,7 +70,7 @@ class RunNotes:
         unit = "latent" if "latent" in table.columns else "concept"
         if unit not in table.columns:
             raise UserError(
-                "the table has no column latent or concept, so notes cannot be joined to it; select one of them too"
+                "the table has no column latent or concept, by which notes are joined to it; select one of them too"
             )
         notes = self._table(unit).cast({unit: table.schema[unit]})
         return table.join(notes, on=unit, how="left", maintain_order="left").with_columns(pl.col("starred").fill_null(False))
@@ -106,12 +107,15 @@ class RunNotes:
         given = {name: value for name, value in values.items() if value is not None}
         self._book(unit).edit(self._checked(unit, number), given, times)
 
-    def _has(self, unit: str) -> bool:
-        try:
-            self._books(unit)
-        except UserError:
-            return False
-        return True
+    @property
+    def digests(self) -> set[str]:
+        """What identifies the crosscoder and the concepts in a file of notes."""
+        return {book.of for book in self._existing()}
+
+    def _existing(self) -> Iterator[Notebook]:
+        for unit in KINDS:
+            with suppress(UserError):  # a run may have no concepts
+                yield self._books(unit)[0]
 
     def _book(self, unit: str) -> Notebook:
         book = self._books(unit)[0]
@@ -131,4 +135,4 @@ class RunNotes:
     def _table(self, unit: str) -> pl.DataFrame:
         notes = sorted(self._book(unit).by_number().items())
         rows = [(number, note.label, note.star, note.comment, list(note.lists)) for number, note in notes]
-        return pl.DataFrame(rows, schema={unit: pl.Int64, **COLUMNS}, orient="row")
+        return pl.DataFrame(rows, schema=pl.Schema({unit: pl.Int64(), **COLUMNS}), orient="row")

@@ -1,4 +1,4 @@
-"""The user's notes on latents and concepts: labels, stars, comments and lists, in one SQLite file that belongs to the user, not to a run.
+"""The user's notes on latents and concepts, in one SQLite file that belongs to the user and not to a run.
 
 Every value that a field ever had stays in the file with its time; the newest is the present one. So an edit is one more row,
 merging two files is the union of their rows, and neither loses anything. A field that was emptied has the value "".
@@ -32,6 +32,7 @@ _TABLES = """
         PRIMARY KEY(subject, field, time, value)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS place(subject TEXT PRIMARY KEY, run TEXT NOT NULL, results TEXT NOT NULL) WITHOUT ROWID;
 """
+_HISTORY = "SELECT field, time, value FROM value WHERE subject = ?"
 
 
 def notes_path() -> Path:
@@ -103,7 +104,12 @@ class Note:
             rest = {each for each in self.lists if each != at.field.removeprefix(LIST)}
             own = {at.field.removeprefix(LIST)} if at.value else set()
             return replace(self, lists=tuple(sorted(rest | own)), times=times)
-        return replace(self, times=times, **{at.field: bool(at.value) if at.field == STAR else at.value})
+        if at.field == STAR:
+            return replace(self, star=bool(at.value), times=times)
+        is_label = at.field == LABEL
+        return replace(
+            self, label=at.value if is_label else self.label, comment=self.comment if is_label else at.value, times=times
+        )
 
 
 class Stale(UserError):
@@ -132,7 +138,7 @@ class Notes:
         self._read: tuple[object, dict[Subject, Note], dict[Subject, Place]] = (None, {}, {})
 
     def all(self) -> Mapping[Subject, Note]:
-        """Every note that is not empty. If the file cannot be read there is none, and `problem` says why."""
+        """Every note, also one that was emptied. If the file cannot be read there is none, and `problem` says why."""
         return self._current()[1]
 
     def places(self) -> Mapping[Subject, Place]:
@@ -142,7 +148,7 @@ class Notes:
     def history(self, subject: Subject) -> list[Value]:
         """Every value that the fields of a note had, the newest first."""
         with self._reading() as database:
-            found = database.execute("SELECT field, time, value FROM value WHERE subject = ?", [str(subject)]).fetchall()
+            found = database.execute(_HISTORY, [str(subject)]).fetchall()
         return sorted((Value(*row) for row in found), key=lambda value: (value.time, value.value), reverse=True)
 
     def edit(self, subject: Subject, values: Mapping[str, str], place: Place, seen: Mapping[str, int] | None = None) -> None:
@@ -160,9 +166,7 @@ class Notes:
         checked = {name: check_value(name, value) for name, value in values.items()}
         with self._writing() as database:
             past: dict[str, list[Value]] = {}
-            for row in database.execute(
-                "SELECT field, time, value FROM value WHERE subject = ? ORDER BY 1, 2, 3", [str(subject)]
-            ):
+            for row in database.execute(f"{_HISTORY} ORDER BY 1, 2, 3", [str(subject)]):
                 past.setdefault(row[0], []).append(Value(*row))
             new, stale = [], {}
             for name, value in checked.items():
@@ -210,7 +214,7 @@ class Notes:
             except UserError as error:
                 self.problem, self._read = f"{error}", (object(), {}, {})  # the next page tries again
                 return self._read
-            notes = {subject: note for subject, values in newest.items() if (note := _note(values))}
+            notes = {subject: _note(values) for subject, values in newest.items()}
             self.problem = ""
             self._read = state, notes, {Subject.read(row[0]): Place(*row[1:]) for row in rows}
         return self._read
@@ -288,7 +292,8 @@ class Notebook:
     def by_number(self) -> dict[int, Note]:
         """Every note that is not empty."""
         every = self.notes.all()
-        return {subject.number: note for subject, note in every.items() if (subject.kind, subject.of) == (self.kind, self.of)}
+        own = (self.kind, self.of)
+        return {subject.number: note for subject, note in every.items() if note and (subject.kind, subject.of) == own}
 
     def note(self, number: int) -> Note:
         """The note about one of them; an empty one if there is none."""
@@ -329,7 +334,8 @@ class Notebook:
         """The number of notes that were made here about results that are not here any more."""
         places, every = self.notes.places(), self.notes.all()
         return sum(
-            places.get(subject) == self.place and subject.kind == self.kind and subject.of != self.of for subject in every
+            bool(note) and subject.of != self.of and subject.kind == self.kind and places.get(subject) == self.place
+            for subject, note in every.items()
         )
 
 
