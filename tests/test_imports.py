@@ -67,6 +67,7 @@ ALLOWED = {
         "interp",
         "published",
         "notes",
+        "diff",
         "corpus",
     }
     | {"corpus", "stages", "dashboard"},

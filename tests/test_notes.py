@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crossdiff
@@ -135,6 +135,7 @@ VALUES = st.lists(
 )
 
 
+@settings(deadline=None, max_examples=40)
 @given(mine=VALUES, theirs=VALUES)
 def test_merging_is_the_same_in_either_order_and_keeps_every_value(
     tmp_path_factory: pytest.TempPathFactory, mine: list[tuple[str, int, str]], theirs: list[tuple[str, int, str]]

@@ -78,6 +78,11 @@ class Coder:
         return f"/run/{self.run}/{quote(self.name, safe='')}"
 
     @property
+    def embed_path(self) -> str:
+        """The beginning of the addresses of its cards that other pages may show."""
+        return f"/embed/{self.run}/{quote(self.name, safe='')}"
+
+    @property
     def compares(self) -> bool:
         """Whether its latents have a direction in both models."""
         return self.coder.compares

@@ -123,17 +123,21 @@ class Concepts:
 
     def members(self, number: int) -> list[Member]:
         """Its latents, in the order of the trainings."""
-        rows = self.found.members.filter(pl.col("concept") == number).to_dicts()
         return [
             Member(
-                row["training"], row["latent"], self._page_of(row["training"], row["latent"]),
+                row["training"], row["latent"], self.page_of(row["training"], row["latent"]),
                 sign_of(wording.words(row["verdict"]), verdict_mark(row["verdict"])), wording.share(row["energy"]),
                 wording.fixed(row["correlation"]),
             )
-            for row in rows
+            for row in self.member_rows(number)
         ]  # fmt: skip
 
-    def _page_of(self, training: str, latent: int) -> str | None:
+    def member_rows(self, number: int) -> list[dict[str, Any]]:
+        """Rows of members.parquet: its latents, in the order of the trainings."""
+        return self.found.members.filter(pl.col("concept") == number).to_dicts()
+
+    def page_of(self, training: str, latent: int) -> str | None:
+        """The page of a latent; None if the dashboard has none."""
         path = self._paths.get(training)
         return None if path is None else f"{path}/latent/{latent}"
 

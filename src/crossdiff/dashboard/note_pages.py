@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
+from pydantic import BaseModel, Field
 
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.concept_pages import ROOT as CONCEPTS
@@ -16,13 +17,34 @@ from crossdiff.dashboard.concepts import Concepts
 from crossdiff.dashboard.live_prompts import Pairs, posted
 from crossdiff.dashboard.note_views import my_note, read_posted
 from crossdiff.dashboard.pages import latent_page
-from crossdiff.dashboard.site import ROOT, Site, is_partial
+from crossdiff.dashboard.records import NoteRecord, note_record
+from crossdiff.dashboard.site import DATA, ROOT, Site, is_partial, json_body
 from crossdiff.errors import UserError
-from crossdiff.notes.exchange import export_notes, import_notes
+from crossdiff.notes.exchange import NotesFile, export_notes, import_notes
 from crossdiff.notes.store import LABEL, Note, Notebook, Stale
 
 CHOOSE = "Both texts are below: make one of them, and save."
+FORM = "application/x-www-form-urlencoded"
 OTHER_RESULTS = "The results were replaced since this page was opened, so the note may be about something else."
+
+
+class NoteForm(BaseModel):
+    """The form of a note."""
+
+    star: Literal["yes", "no"] | None = None
+    label: str | None = None
+    comment: str | None = None
+    list: str | None = Field(None, description="a list to be on; may be repeated")
+    was: str | None = Field(
+        None, description="a list that it was on; it is taken off unless `list` names it too; may be repeated"
+    )
+
+
+class MergedRecord(BaseModel):
+    """On how many latents and concepts there were notes, and how many values were new."""
+
+    subjects: int
+    new: int
 
 
 class Row(NamedTuple):
@@ -48,8 +70,11 @@ class Group(NamedTuple):
 def add(app: FastAPI, site: Site) -> None:
     """Add the pages of notes."""
 
-    @app.post(ROOT + "/latent/{latent}/notes")
+    form = {"tags": [DATA], "response_model": NoteRecord, "openapi_extra": json_body(NoteForm, FORM)}
+
+    @app.post(ROOT + "/latent/{latent}/notes", summary="Note on a latent", **form)
     async def note_latent(request: Request, run: str, name: str, latent: int) -> Response:
+        """Write fields of a note; a field that is absent stays. With `Accept: application/json` the answer is the note."""
         return await write_latent(request=request, run=run, name=name, latent=latent, pairs=await posted(request))
 
     @site.in_turn
@@ -59,8 +84,9 @@ def add(app: FastAPI, site: Site) -> None:
         page = "latent.html.j2", latent_page(coder, row, whole=False, raw=False)
         return _written(site, request, coder.notes, latent, f"{coder.path}/latent/{latent}", pairs, page)
 
-    @app.post(CONCEPTS + "/{concept}/notes")
+    @app.post(CONCEPTS + "/{concept}/notes", summary="Note on a concept", **form)
     async def note_concept(request: Request, run: str, concept: int) -> Response:
+        """As for a latent."""
         return await write_concept(request=request, run=run, concept=concept, pairs=await posted(request))
 
     @site.in_turn
@@ -74,10 +100,10 @@ def add(app: FastAPI, site: Site) -> None:
     def notes(merged: str = "") -> Response:
         return _notes_page(site, merged=merged)
 
-    @app.get("/notes.json")
+    @app.get("/notes.json", tags=[DATA], response_model=NotesFile, summary="Your notes")
     @site.in_turn
     def notes_json(run: str = "") -> Response:
-        """All notes; with `run`, those about the present results of one run."""
+        """All notes with every value that they had; with `run`, those about the present results of one run."""
         if run and run not in site.catalogue.reports:
             raise HTTPException(404, "This dashboard has no such run.")
         own = {book.of for owner in _owners(site) if owner.run == run for book in [owner.notes]} if run else None
@@ -85,8 +111,11 @@ def add(app: FastAPI, site: Site) -> None:
         headers = {"content-disposition": f'attachment; filename="{name}"'}
         return Response(export_notes(site.catalogue.notes, own).model_dump_json(indent=1), 200, headers, "application/json")
 
-    @app.post("/notes/import")
+    @app.post(
+        "/notes/import", tags=[DATA], response_model=MergedRecord, summary="Merge notes", openapi_extra=json_body(NotesFile)
+    )
     async def import_posted(request: Request) -> Response:
+        """Merge notes that were exported: the newest value of each field counts, and all others are kept."""
         if request.headers.get("content-type", "").startswith("application/json"):
             return await merge(text=await request.body(), for_program=True)
         return await merge(text=dict(await posted(request)).get("notes", "").encode(), for_program=False)
@@ -100,7 +129,7 @@ def add(app: FastAPI, site: Site) -> None:
                 return JSONResponse({"error": f"{error}."}, 422)
             return _notes_page(site, 422, problem=f"{error}.", typed=text.decode(errors="replace"))
         if for_program:
-            return JSONResponse({"subjects": merged.n_subjects, "new": merged.n_new})
+            return JSONResponse(MergedRecord(subjects=merged.n_subjects, new=merged.n_new).model_dump())
         return RedirectResponse(f"/notes?merged={merged.n_new}", 303)
 
 
@@ -133,8 +162,7 @@ def _written(
 
 
 def _as_json(note: Note, status: int, problem: str) -> JSONResponse:
-    values: dict[str, Any] = {"label": note.label, "star": note.star, "comment": note.comment, "lists": note.lists}
-    return JSONResponse(values | ({"error": problem} if problem else {}), status)
+    return JSONResponse(note_record(note).model_dump() | ({"error": problem} if problem else {}), status)
 
 
 def _owners(site: Site) -> list[Coder | Concepts]:

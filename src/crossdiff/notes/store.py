@@ -21,9 +21,11 @@ VERSION = 1
 """Version of the file, in SQLite's `user_version`."""
 PATIENCE = 10.0
 """Seconds that a writer waits for another one."""
+FRESH = 50_000_000
+"""Nanoseconds after a change in which another change may not be seen from the time of the file."""
 LABEL, STAR, COMMENT, LIST = "label", "star", "comment", "list/"
 """Fields; that of a list is followed by its name. The value of a star or a list is "yes" or ""."""
-LONGEST = {LABEL: 200, COMMENT: 20_000, STAR: 3}
+LONGEST = {LABEL: 200, COMMENT: 20_000}
 LONGEST_LIST = 60
 KINDS = ("latent", "concept")
 _TABLES = """
@@ -225,9 +227,9 @@ class Notes:
             yield database
 
     def _open(self) -> sqlite3.Connection:
-        """A connection that only reads; to an empty database if nothing was ever written."""
+        """A connection for reading, which undoes what a killed writer left; to an empty database if nothing was ever written."""
         is_there = self.path.is_file() and self.path.stat().st_size > 0
-        name = f"{self.path.resolve().as_uri()}?mode=ro" if is_there else ":memory:"
+        name = f"{self.path.resolve().as_uri()}?mode=rw" if is_there else ":memory:"
         database = sqlite3.connect(name, uri=is_there, timeout=PATIENCE)
         if not is_there:
             database.executescript(_TABLES)
@@ -240,9 +242,9 @@ class Notes:
         """A transaction. No other writer is between its reading and its writing."""
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would let others read it
             with closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as database:
                 database.execute("BEGIN IMMEDIATE")
+                os.chmod(self.path, 0o600)
                 try:
                     self._check_version(database)
                     for statement in _TABLES.split(";"):
@@ -347,16 +349,15 @@ def check_value(name: str, value: str) -> str:
     """
     if name.startswith(LIST):
         _check_list(name.removeprefix(LIST))
-    elif name not in LONGEST:
+    elif name not in (LABEL, STAR, COMMENT):
         raise UserError(f"a note has no field {name[:60]!r}; it has a label, a star, a comment and lists")
-    longest = LONGEST.get(name, 3)
     text = value.replace("\r\n", "\n").strip()
     if name == LABEL:
         text = " ".join(text.split())
-    if len(text) > longest:
-        raise UserError(f"the {name} has {len(text):,} characters; at most {longest:,} are kept, so shorten it")
-    if name not in (LABEL, COMMENT) and text not in ("yes", ""):
-        raise UserError(f"{name} is {text!r}; expected yes, or nothing")
+    if name not in LONGEST and text not in ("yes", ""):
+        raise UserError(f"{name} is {text[:40]!r}; expected yes, or nothing")
+    if len(text) > LONGEST.get(name, 3):
+        raise UserError(f"the {name} has {len(text):,} characters; at most {LONGEST[name]:,} are kept, so shorten it")
     _check_characters(name, text)
     return text
 
@@ -390,9 +391,11 @@ def _note(values: Iterator[Value] | Sequence[Value]) -> Note:
 
 
 def _state(path: Path) -> object:
-    """What changes with every transaction: the counter in the file's header. None if there is no file."""
+    """What changes with every transaction. Nothing here may open the file: closing it would end the locks that SQLite holds."""
     try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_ino, file.read(28)[24:]
+        found = path.stat()
     except OSError as error:
         return error.errno
+    if time.time_ns() - found.st_mtime_ns < FRESH:  # the next change may get the same time
+        return object()
+    return found.st_ino, found.st_size, found.st_mtime_ns
