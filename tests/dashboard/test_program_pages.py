@@ -49,7 +49,7 @@ def test_the_json_of_a_latent_is_what_its_page_shows(client: Any) -> None:
     assert (record.run, record.crosscoder, record.latent, record.address) == ("a-b-1", "batchtopk", 3, LATENT)
     assert record.explanation == DANGER == record.label and record.verdict == "chat_specific"
     assert record.measures["delta_norm"] == pytest.approx(0.95, abs=0.1) and record.measures["latent"] == 3
-    assert record.concept == 0 and record.predicts == ["identity"]
+    assert record.concept == 0 and record.predicts[0].startswith("identity, AUROC 0.91")
     assert len(record.examples) == 7
     example = record.examples[0]
     assert len(example.ids) == len(example.texts) == len(example.flags) == len(example.activations) == 24
@@ -130,13 +130,14 @@ def test_the_vectors_of_a_latent_give_its_activation(opened: Any, tmp_path: Path
         pre = file["encoder_bias"] + sum(h[:, s] @ file[f"encoder.{name}"] for s, name in enumerate(("base", "chat")))
         own = pre.relu() * file["norm_sum"]
         torch.testing.assert_close(torch.where(own > coder.threshold, own, 0), v[:, latent], rtol=1e-4, atol=1e-5)
-    code = coder.code(coder.normalise(h))
-    without = code.clone()
+    f = coder.code(coder.normalise(h)).values
+    without = f.clone()
     without[:, active] = 0
     file = load(client.get(f"/run/demo/batchtopk/latent/{active}/directions.safetensors").content)
-    added = torch.stack([code[:, active, None] * file[f"decoder.{name}"] for name in ("base", "chat")], 1)
+    added = torch.stack([f[:, active, None] * file[f"decoder.{name}"] for name in ("base", "chat")], 1)
     assert added.abs().max() > 0
-    torch.testing.assert_close((coder.decode(code) - coder.decode(without)) / coder.scale, added, rtol=1e-3, atol=1e-5)
+    parts = ((f - without) @ coder.decoder).view(-1, 2, coder.d_model) / coder.scale
+    torch.testing.assert_close(parts, added, rtol=1e-4, atol=1e-6)
     path = tmp_path / "latent.safetensors"
     path.write_bytes(client.get(f"/run/demo/batchtopk/latent/{active}/directions.safetensors").content)
     with safe_open(path, framework="pt") as opened_file:

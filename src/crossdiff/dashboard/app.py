@@ -49,7 +49,7 @@ def create_app(
 
 def _application(site: Site) -> FastAPI:
     """The application that shows one set of results."""
-    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None, responses=program_pages.ERRORS)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     program_pages.add(app, site)
     concept_pages.add(app, site)  # before those of a crosscoder, whose name is never `concepts` or `look`

@@ -22,7 +22,7 @@ class LiveRequest(BaseModel):
     turns: list[Turn] = []
     system: str = ""
     text: str = ""
-    length: int = Field(40, description="most tokens of an answer")
+    length: int = Field(60, description="most tokens of an answer")
     steer: str = Field("", description='latents, such as "3, 17:0.5"')
     concept: str = Field("", description="a concept whose latents steer")
     mode: Literal["add", "ablate"] = "add"

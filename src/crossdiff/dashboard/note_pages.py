@@ -70,7 +70,7 @@ class Group(NamedTuple):
 def add(app: FastAPI, site: Site) -> None:
     """Add the pages of notes."""
 
-    form = {"tags": [DATA], "response_model": NoteRecord, "openapi_extra": json_body(NoteForm, FORM)}
+    form: dict[str, Any] = {"tags": [DATA], "response_model": NoteRecord, "openapi_extra": json_body(NoteForm, FORM)}
 
     @app.post(ROOT + "/latent/{latent}/notes", summary="Note on a latent", **form)
     async def note_latent(request: Request, run: str, name: str, latent: int) -> Response:

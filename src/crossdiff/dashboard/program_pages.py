@@ -18,10 +18,11 @@ from crossdiff.sources import SOURCES
 
 ABOUT = (
     "What the dashboard shows, for other programs. Addresses under /run/RUN/CROSSCODER are those of the pages. A number that "
-    "is not defined is null. A failed request has a status of 4xx or 503, and `error` says why."
+    "is not defined is null. A request that fails has a status of 4xx or 503, and the field error says why."
 )
-ERRORS: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorRecord, "description": "There is no such run, crosscoder, latent or concept."}
+ERRORS: dict[int | str, dict[str, Any]] = {  # of every address
+    404: {"model": ErrorRecord, "description": "There is no such run, crosscoder, latent or concept."},
+    422: {"model": ErrorRecord, "description": "A value in the address or body is wrong."},
 }
 SAFETENSORS = "application/octet-stream"
 BINARY: dict[int | str, dict[str, Any]] = {
@@ -32,14 +33,14 @@ BINARY: dict[int | str, dict[str, Any]] = {
 def add(app: FastAPI, site: Site) -> None:
     """Add the addresses. They come before the pages, whose numbers would not read `3.json`."""
 
-    @app.get(ROOT + "/latent/{latent}.json", tags=[DATA], response_model=LatentRecord, responses=ERRORS, summary="A latent")
+    @app.get(ROOT + "/latent/{latent}.json", tags=[DATA], response_model=LatentRecord, summary="A latent")
     @site.in_turn
     def latent_json(run: str, name: str, latent: int) -> Response:
         """Everything that the page of a latent shows: measures, verdict, your note, activity, twins, tokens and examples."""
         coder = site.coder(run, name)
         return _data(latent_record(coder, site.row(coder, latent)).model_dump())
 
-    @app.get(CONCEPTS + "/{concept}.json", tags=[DATA], response_model=ConceptRecord, responses=ERRORS, summary="A concept")
+    @app.get(CONCEPTS + "/{concept}.json", tags=[DATA], response_model=ConceptRecord, summary="A concept")
     @site.in_turn
     def concept_json(run: str, concept: int) -> Response:
         """Everything that the page of a concept shows: measures, evidence, your note, its latents, tokens and examples."""
@@ -47,7 +48,7 @@ def add(app: FastAPI, site: Site) -> None:
 
     @app.get(
         ROOT + "/latent/{latent}/directions.safetensors",
-        tags=[DATA], response_class=Response, responses=ERRORS | BINARY, summary="The directions of a latent",
+        tags=[DATA], response_class=Response, responses=BINARY, summary="The directions of a latent",
     )  # fmt: skip
     @site.in_turn
     def latent_file(run: str, name: str, latent: int) -> Response:
@@ -60,7 +61,7 @@ def add(app: FastAPI, site: Site) -> None:
 
     @app.get(
         CONCEPTS + "/{concept}/directions.safetensors",
-        tags=[DATA], response_class=Response, responses=ERRORS | BINARY, summary="The mean contribution of a concept",
+        tags=[DATA], response_class=Response, responses=BINARY, summary="The mean contribution of a concept",
     )  # fmt: skip
     @site.in_turn
     def concept_file(run: str, concept: int) -> Response:

@@ -71,14 +71,21 @@ def serve(
 
 
 @contextmanager
-def serving(directories: Sequence[Path], cache: Path, live: bool = True, stalled: float = STALLED) -> Iterator[str]:
+def serving(
+    directories: Sequence[Path],
+    cache: Path,
+    live: bool = True,
+    stalled: float = STALLED,
+    embed_in: tuple[str, ...] = (),
+) -> Iterator[str]:
     """Serve on a free port of loopback while the block runs; yields the address.
 
     Args:
         stalled: seconds in which a request has to arrive.
+        embed_in: origins whose pages may show cards in a frame.
     """
     with listen("127.0.0.1", 0) as listening:
-        server = _server(directories, "127.0.0.1", None, (), live, cache, stalled)
+        server = _server(directories, "127.0.0.1", None, (), live, cache, stalled, embed_in)
         thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
         thread.start()
         try:

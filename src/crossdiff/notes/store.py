@@ -227,7 +227,7 @@ class Notes:
             yield database
 
     def _open(self) -> sqlite3.Connection:
-        """A connection for reading, which undoes what a killed writer left; to an empty database if nothing was ever written."""
+        """A connection for reading, which undoes what a killed writer left; to an empty database if there is no file."""
         is_there = self.path.is_file() and self.path.stat().st_size > 0
         name = f"{self.path.resolve().as_uri()}?mode=rw" if is_there else ":memory:"
         database = sqlite3.connect(name, uri=is_there, timeout=PATIENCE)
