@@ -23,7 +23,8 @@ from crossdiff.cli import run_command
 from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.notes.exchange import export_notes, import_notes
-from crossdiff.notes.store import LONGEST_LIST, Notebook, Notes, Place, Stale, Subject, Value, check_value, notes_path
+from crossdiff.notes.note import LONGEST_LIST, Place, Subject, Value, check_value
+from crossdiff.notes.store import Notebook, Notes, Stale, notes_path
 from opened import write_run
 
 PLACE = Place("/runs/demo", "batchtopk")
@@ -101,7 +102,7 @@ def test_a_clock_that_is_behind_does_not_hide_an_edit(notes: Notes, book: Notebo
 def test_two_processes_and_threads_at_once_lose_nothing(notes: Notes, book: Notebook, tmp_path: Path) -> None:
     """Two processes and four threads write 20 notes each, to one list and one comment; all 120 are there."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom crossdiff.notes.store import *\n"
+        "import sys\nfrom pathlib import Path\nfrom crossdiff.notes.store import Notebook, Notes, Place\n"
         "book = Notebook(Notes(Path(sys.argv[1])), 'latent', sys.argv[2], Place('r', 'c'))\n"
         "for n in range(20): book.edit(n, {f'list/{sys.argv[3]}': 'yes', 'comment': f'{sys.argv[3]} {n}'})\n"
     )

@@ -17,8 +17,9 @@ from crossdiff.files import read_json
 from crossdiff.integrity import intact
 from crossdiff.latents.ranking import by_rank
 from crossdiff.notes.identity import concept_notes, latent_notes
+from crossdiff.notes.note import Note
 from crossdiff.notes.of_run import RunNotes
-from crossdiff.notes.store import Note, Notebook, Notes
+from crossdiff.notes.store import Notebook, Notes
 from crossdiff.report.cards import Card, card_of, example_view
 from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_title
 from crossdiff.report.concept_reading import COMMAND, check_concept, concept_of, read_concepts

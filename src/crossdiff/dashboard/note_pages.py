@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
@@ -21,7 +21,8 @@ from crossdiff.dashboard.records import NoteRecord, note_record
 from crossdiff.dashboard.site import DATA, ROOT, Site, is_partial, json_body
 from crossdiff.errors import UserError
 from crossdiff.notes.exchange import NotesFile, export_notes, import_notes
-from crossdiff.notes.store import LABEL, Note, Notebook, Stale
+from crossdiff.notes.note import LABEL, Note
+from crossdiff.notes.store import Notebook, Stale
 
 CHOOSE = "Both texts are below: make one of them, and save."
 FORM = "application/x-www-form-urlencoded"
@@ -45,6 +46,14 @@ class MergedRecord(BaseModel):
 
     subjects: int
     new: int
+
+
+class Page(NamedTuple):
+    """The page that a note was posted from: its template, its path, and what makes the values of the template."""
+
+    template: str
+    path: str
+    values: Callable[[], dict[str, Any]]
 
 
 class Row(NamedTuple):
@@ -81,8 +90,8 @@ def add(app: FastAPI, site: Site) -> None:
     def write_latent(request: Request, run: str, name: str, latent: int, pairs: Pairs) -> Response:
         coder = site.coder(run, name)
         row = site.row(coder, latent)
-        page = "latent.html.j2", latent_page(coder, row, whole=False, raw=False)
-        return _written(site, request, coder.notes, latent, f"{coder.path}/latent/{latent}", pairs, page)
+        page = Page("latent.html.j2", f"{coder.path}/latent/{latent}", lambda: latent_page(coder, row, whole=False, raw=False))
+        return _written(site, request, coder.notes, latent, pairs, page)
 
     @app.post(CONCEPTS + "/{concept}/notes", summary="Note on a concept", **form)
     async def note_concept(request: Request, run: str, concept: int) -> Response:
@@ -92,8 +101,8 @@ def add(app: FastAPI, site: Site) -> None:
     @site.in_turn
     def write_concept(request: Request, run: str, concept: int, pairs: Pairs) -> Response:
         found = concepts_with(site, run, concept)
-        page = "concept.html.j2", concept_page(found, concept)
-        return _written(site, request, found.notes, concept, f"{found.path}/{concept}", pairs, page)
+        page = Page("concept.html.j2", f"{found.path}/{concept}", lambda: concept_page(found, concept))
+        return _written(site, request, found.notes, concept, pairs, page)
 
     @app.get("/notes")
     @site.in_turn
@@ -133,9 +142,7 @@ def add(app: FastAPI, site: Site) -> None:
         return RedirectResponse(f"/notes?merged={merged.n_new}", 303)
 
 
-def _written(
-    site: Site, request: Request, book: Notebook, number: int, path: str, pairs: Pairs, page: tuple[str, dict[str, Any]]
-) -> Response:
+def _written(site: Site, request: Request, book: Notebook, number: int, pairs: Pairs, page: Page) -> Response:
     """Write what was posted. What could not be written stays in the form, beside what is there now."""
     status, typed, problem, back = 200, {}, "", ""
     try:
@@ -152,13 +159,12 @@ def _written(
         typed = {key: value for key, value in pairs if key in (LABEL, "comment")}
     if "application/json" in request.headers.get("accept", ""):
         return _as_json(book.note(number), status, problem)
-    shown = my_note(book, path, number, back, typed, problem)
+    shown = my_note(book, page.path, number, back, typed, problem)
     if is_partial(request):
         return site.page("my_note.html.j2", status, my=shown)
     if status != 200:
-        template, values = page
-        return site.page(template, status, **values | {"my": shown})
-    return RedirectResponse(path + quote(back, safe="?=&%:+") + "#notes", 303)
+        return site.page(page.template, status, **page.values() | {"my": shown})
+    return RedirectResponse(page.path + quote(back, safe="?=&%:+") + "#notes", 303)
 
 
 def _as_json(note: Note, status: int, problem: str) -> JSONResponse:

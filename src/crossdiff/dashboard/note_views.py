@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
-from crossdiff.notes.store import COMMENT, LABEL, LIST, STAR, Note, Notebook, check_value
+from crossdiff.notes.note import COMMENT, LABEL, LIST, STAR, Note, check_value
+from crossdiff.notes.store import Notebook
 
 
 class Earlier(NamedTuple):

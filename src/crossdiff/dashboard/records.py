@@ -11,7 +11,7 @@ from crossdiff.dashboard.catalogue import TOP as TOP_LATENT
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.concepts import PER_QUANTILE, TOP, Concepts
 from crossdiff.dashboard.side_tables import Promoted
-from crossdiff.notes.store import Note
+from crossdiff.notes.note import Note
 from crossdiff.report.cards import Card
 from crossdiff.report.concept_cards import concept_card
 from crossdiff.report.concept_reading import concept_of

@@ -103,7 +103,7 @@ class Site:
 
     def problem(self, request: Request, status: int, message: str) -> Response:
         """What went wrong, as a page or as a part of one; or as JSON where that was asked for."""
-        if request.url.path.endswith(".json"):
+        if request.url.path.endswith(".json") and EDITION not in request.headers:  # pages of the dashboard send it
             return JSONResponse({"error": message}, status)
         # The page tells htmx to swap errors in as well, so that the message appears where the error happened.
         template = "problem.html.j2" if is_partial(request) else "error.html.j2"

@@ -11,7 +11,8 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from crossdiff.errors import UserError
-from crossdiff.notes.store import Notes, Place, Subject, Value, check_value
+from crossdiff.notes.note import Place, Subject, Value, check_value
+from crossdiff.notes.store import Notes
 
 EPOCH, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 FORMAT = "crossdiff notes 1"

@@ -12,7 +12,8 @@ from pathlib import Path
 import polars as pl
 
 from crossdiff.files import fingerprint, sha256
-from crossdiff.notes.store import Notebook, Notes, Place
+from crossdiff.notes.note import Place
+from crossdiff.notes.store import Notebook, Notes
 from crossdiff.run_manifest import MANIFEST, RunManifest
 
 CONCEPTS = "concepts"

@@ -10,7 +10,8 @@ from typing import SupportsIndex
 import polars as pl
 
 from crossdiff.errors import UserError, check_latents
-from crossdiff.notes.store import COMMENT, KINDS, LABEL, LIST, STAR, Note, Notebook
+from crossdiff.notes.note import COMMENT, KINDS, LABEL, LIST, STAR, Note
+from crossdiff.notes.store import Notebook
 
 COLUMNS = {"note_label": pl.String(), "starred": pl.Boolean(), "comment": pl.String(), "lists": pl.List(pl.String)}
 

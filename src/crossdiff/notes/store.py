@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from crossdiff.errors import UserError
+from crossdiff.notes.note import COMMENT, LABEL, Note, Place, Subject, Value, check_value
 
 VERSION = 1
 """Version of the file, in SQLite's `user_version`."""
 PATIENCE = 10.0
 """Seconds that a writer waits for another one."""
-FRESH = 50_000_000
-"""Nanoseconds after a change in which another change may not be seen from the time of the file."""
-LABEL, STAR, COMMENT, LIST = "label", "star", "comment", "list/"
-"""Fields; that of a list is followed by its name. The value of a star or a list is "yes" or ""."""
-LONGEST = {LABEL: 200, COMMENT: 20_000}
-LONGEST_LIST = 60
-KINDS = ("latent", "concept")
 _TABLES = """
     CREATE TABLE IF NOT EXISTS value(
         subject TEXT NOT NULL, field TEXT NOT NULL, time INTEGER NOT NULL, value TEXT NOT NULL,
@@ -41,77 +35,6 @@ def notes_path() -> Path:
     """The file of the user's notes."""
     home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(home) / "crossdiff" / "notes.sqlite"
-
-
-class Subject(NamedTuple):
-    """What a note is about. `of` is the digest of the results (`notes.identity`), so a run may move, and other results under
-    the same name have other subjects."""
-
-    kind: str
-    of: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.kind}/{self.of}/{self.number}"
-
-    @classmethod
-    def read(cls, text: str) -> Subject:
-        kind, of, number = text.split("/")
-        return cls(kind, of, int(number))
-
-
-class Place(NamedTuple):
-    """Where a note was made: the folder of the run, and the name of the crosscoder, or `concepts`."""
-
-    run: str
-    results: str
-
-
-class Value(NamedTuple):
-    """What a field had at a time (microseconds since 1970)."""
-
-    field: str
-    time: int
-    value: str
-
-
-@dataclass(frozen=True)
-class Note:
-    """What the user noted about one latent or concept.
-
-    Attributes:
-        lists: names of the lists that it is on, sorted.
-        times: when each field was last changed, in microseconds since 1970.
-    """
-
-    label: str = ""
-    star: bool = False
-    comment: str = ""
-    lists: tuple[str, ...] = ()
-    times: Mapping[str, int] = field(default_factory=dict, compare=False)
-
-    def __bool__(self) -> bool:
-        return bool(self.label or self.star or self.comment or self.lists)
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The note in plain text; without lines if it is empty."""
-        first = " ".join(filter(None, ["\N{BLACK STAR}" if self.star else "", self.label]))
-        on = f"on your lists: {', '.join(self.lists)}" if self.lists else ""
-        return tuple(filter(None, [first, on, *self.comment.splitlines()]))
-
-    def _with(self, at: Value) -> Note:
-        times = {**self.times, at.field: at.time}
-        if at.field.startswith(LIST):
-            rest = {each for each in self.lists if each != at.field.removeprefix(LIST)}
-            own = {at.field.removeprefix(LIST)} if at.value else set()
-            return replace(self, lists=tuple(sorted(rest | own)), times=times)
-        if at.field == STAR:
-            return replace(self, star=bool(at.value), times=times)
-        is_label = at.field == LABEL
-        return replace(
-            self, label=at.value if is_label else self.label, comment=self.comment if is_label else at.value, times=times
-        )
 
 
 class Stale(UserError):
@@ -138,6 +61,8 @@ class Notes:
         self.path = path or notes_path()
         self.problem = ""
         self._read: tuple[object, dict[Subject, Note], dict[Subject, Place]] = (None, {}, {})
+        self._held: tuple[int, sqlite3.Connection] | None = None
+        self._turn = threading.Lock()
 
     def all(self) -> Mapping[Subject, Note]:
         """Every note, also one that was emptied. If the file cannot be read there is none, and `problem` says why."""
@@ -200,37 +125,52 @@ class Notes:
 
     def every_value(self) -> dict[Subject, list[Value]]:
         """All values of all notes, the oldest first."""
-        found: dict[Subject, list[Value]] = {}
         with self._reading() as database:
-            for subject, *row in database.execute("SELECT subject, field, time, value FROM value ORDER BY 1, 2, 3, 4"):
-                found.setdefault(Subject.read(subject), []).append(Value(*row))
-        return found
+            return _every_value(database)
 
     def _current(self) -> tuple[object, dict[Subject, Note], dict[Subject, Place]]:
-        state = _state(self.path)  # before the rows, which are never older than it
-        if state != self._read[0]:
+        with self._turn:
             try:
-                newest = {subject: _newest(values) for subject, values in self.every_value().items()}
-                with self._reading() as database:
-                    rows = database.execute("SELECT subject, run, results FROM place").fetchall()
+                with self._explained():
+                    state = self._state()
+                    if state != self._read[0]:
+                        self._read = state, *self._everything()
+                self.problem = ""
             except UserError as error:
-                self.problem, self._read = f"{error}", (object(), {}, {})  # the next page tries again
-                return self._read
-            notes = {subject: _note(values) for subject, values in newest.items()}
-            self.problem = ""
-            self._read = state, notes, {Subject.read(row[0]): Place(*row[1:]) for row in rows}
-        return self._read
+                self.problem, self._read, self._held = f"{error}", (object(), {}, {}), None  # the next page tries again
+            return self._read
+
+    def _state(self) -> object:
+        """What changes with every transaction of others. The file is never opened but by SQLite: closing it would end the
+        locks that SQLite holds in this process."""
+        try:
+            inode = self.path.stat().st_ino
+        except FileNotFoundError:
+            self._held = None
+            return None
+        if self._held is None or self._held[0] != inode:
+            self._held = inode, self._open(any_thread=True)
+        return inode, self._held[1].execute("PRAGMA data_version").fetchone()[0], id(self._held[1])
+
+    def _everything(self) -> tuple[dict[Subject, Note], dict[Subject, Place]]:
+        if self._held is None:
+            return {}, {}
+        database = self._held[1]
+        self._check_version(database)
+        notes = {subject: Note.of(_newest(values)) for subject, values in _every_value(database).items()}
+        rows = database.execute("SELECT subject, run, results FROM place")
+        return notes, {Subject.read(subject): Place(*row) for subject, *row in rows}
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._explained(), closing(self._open()) as database:
             yield database
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, any_thread: bool = False) -> sqlite3.Connection:
         """A connection for reading, which undoes what a killed writer left; to an empty database if there is no file."""
         is_there = self.path.is_file() and self.path.stat().st_size > 0
         name = f"{self.path.resolve().as_uri()}?mode=rw" if is_there else ":memory:"
-        database = sqlite3.connect(name, uri=is_there, timeout=PATIENCE)
+        database = sqlite3.connect(name, uri=is_there, timeout=PATIENCE, check_same_thread=not any_thread)
         if not is_there:
             database.executescript(_TABLES)
         else:
@@ -341,38 +281,6 @@ class Notebook:
         )
 
 
-def check_value(name: str, value: str) -> str:
-    """A value that a field can have, without white space around it.
-
-    Raises:
-        UserError: it is too long or has characters that no file can hold; or there is no such field.
-    """
-    if name.startswith(LIST):
-        _check_list(name.removeprefix(LIST))
-    elif name not in (LABEL, STAR, COMMENT):
-        raise UserError(f"a note has no field {name[:60]!r}; it has a label, a star, a comment and lists")
-    text = value.replace("\r\n", "\n").strip()
-    if name == LABEL:
-        text = " ".join(text.split())
-    if name not in LONGEST and text not in ("yes", ""):
-        raise UserError(f"{name} is {text[:40]!r}; expected yes, or nothing")
-    if len(text) > LONGEST.get(name, 3):
-        raise UserError(f"the {name} has {len(text):,} characters; at most {LONGEST[name]:,} are kept, so shorten it")
-    _check_characters(name, text)
-    return text
-
-
-def _check_list(name: str) -> None:
-    if not name or name != " ".join(name.split()) or len(name) > LONGEST_LIST:
-        raise UserError(f"{name[:80]!r} is not the name of a list; expected 1 to {LONGEST_LIST} characters on one line")
-    _check_characters("name of the list", name)
-
-
-def _check_characters(name: str, text: str) -> None:
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"the {name} has a character that cannot be stored; type it again without that one")
-
-
 def _insert(database: sqlite3.Connection, subject: Subject, values: Sequence[Value]) -> None:
     rows = [(str(subject), *value) for value in values]
     database.executemany("INSERT OR IGNORE INTO value(subject, field, time, value) VALUES (?, ?, ?, ?)", rows)
@@ -383,19 +291,8 @@ def _newest(values: Sequence[Value]) -> list[Value]:
     return list({value.field: value for value in values}.values())
 
 
-def _note(values: Iterator[Value] | Sequence[Value]) -> Note:
-    note = Note()
-    for value in values:
-        note = note._with(value)
-    return note
-
-
-def _state(path: Path) -> object:
-    """What changes with every transaction. Nothing here may open the file: closing it would end the locks that SQLite holds."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        return error.errno
-    if time.time_ns() - found.st_mtime_ns < FRESH:  # the next change may get the same time
-        return object()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _every_value(database: sqlite3.Connection) -> dict[Subject, list[Value]]:
+    found: dict[str, list[Value]] = {}
+    for subject, *row in database.execute("SELECT subject, field, time, value FROM value ORDER BY 1, 2, 3, 4"):
+        found.setdefault(subject, []).append(Value(*row))
+    return {Subject.read(subject): values for subject, values in found.items()}

@@ -14,7 +14,7 @@ from crossdiff.report.concept_cards import ConceptCard
 from crossdiff.report.records import SAME
 
 if TYPE_CHECKING:
-    from crossdiff.notes.store import Note
+    from crossdiff.notes.note import Note
     from crossdiff.report.look import LookSection
 
 OPEN_EXAMPLES = 3
