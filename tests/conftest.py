@@ -47,6 +47,12 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_notes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The notes that tests write, or would read, are not those of the user."""
+    os.environ["XDG_DATA_HOME"] = str(tmp_path_factory.mktemp("data"))
+
+
 def make_tokenizer() -> Any:
     """Byte-level, no merges: every byte a token, and five special ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

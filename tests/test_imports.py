@@ -40,15 +40,16 @@ ALLOWED = {
     "truth": FOUNDATION | {"activations", "crosscoder", "latents", "concepts"},
     "causal": FOUNDATION | {"models", "text", "activations", "crosscoder", "latents"},
     "interp": FOUNDATION | {"activations", "crosscoder", "latents"},
-    "report": FOUNDATION | {"text", "latents", "look", "interp"},
+    "notes": FOUNDATION,
+    "report": FOUNDATION | {"text", "latents", "look", "interp", "notes"},
     "progress": set(),
     "corpus": {"config", "errors", "files", "pairs"},
     "text_activations": FOUNDATION | {"models", "text", "activations", "crosscoder", "report"},
     "notebook": {"errors", "report", "text_activations"},
-    "diff": FOUNDATION | {"models", "activations", "crosscoder", "latents", "report", "text_activations", "notebook"},
+    "diff": FOUNDATION | {"models", "activations", "crosscoder", "latents", "notes", "report", "text_activations", "notebook"},
     "published": FOUNDATION | {"text", "activations", "crosscoder", "latents", "report", "diff"},
     "dashboard": FOUNDATION
-    | {"models", "text", "activations", "latents", "look", "causal", "report"}
+    | {"models", "text", "activations", "latents", "look", "causal", "notes", "report"}
     | {"text_activations", "diff"},
     "stages": FOUNDATION
     | {"corpus", "progress", "pairs", "models", "text", "activations", "crosscoder", "latents", "concepts", "compare", "truth"}
@@ -66,6 +67,8 @@ ALLOWED = {
         "truth",
         "interp",
         "published",
+        "notes",
+        "diff",
         "corpus",
     }
     | {"corpus", "stages", "dashboard"},

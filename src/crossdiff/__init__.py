@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from crossdiff.crosscoder.train import train
     from crossdiff.diff import Diff, open
     from crossdiff.errors import UserError
+    from crossdiff.notes.of_run import RunNotes
     from crossdiff.published.hub import load, load_table, pull, push
     from crossdiff.text_activations import Activations
 
     __version__: str
 
 __all__ = [
-    "Activations", "Crosscoder", "CrosscoderConfig", "Diff", "RunConfig", "Store", "UserError", "__version__", "load",
-    "load_table", "open", "pull", "push", "train",
+    "Activations", "Crosscoder", "CrosscoderConfig", "Diff", "RunConfig", "RunNotes", "Store", "UserError", "__version__",
+    "load", "load_table", "open", "pull", "push", "train",
 ]  # fmt: skip
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "CrosscoderConfig": "config",
     "Diff": "diff",
     "RunConfig": "config",
+    "RunNotes": "notes.of_run",
     "Store": "activations.store",
     "UserError": "errors",
     "load": "published.hub",

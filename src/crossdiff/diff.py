@@ -14,6 +14,9 @@ import polars as pl
 from crossdiff.config import CrosscoderConfig, HarvestConfig, RunConfig, default_crosscoder, validate
 from crossdiff.errors import UserError, check_latents
 from crossdiff.latents.ranking import by_rank
+from crossdiff.notes.identity import concept_notes, latent_notes
+from crossdiff.notes.of_run import RunNotes
+from crossdiff.notes.store import Notebook, Notes
 from crossdiff.report.cards import card_of
 from crossdiff.report.concept_cards import concept_card
 from crossdiff.report.concept_choices import choices, concept_labels
@@ -128,7 +131,7 @@ class Diff:
         number = index(concept)
         examples = read_examples(found.folder / "examples.sqlite", [number], COMMAND)[number]
         record = concept_of(found, number, examples)
-        return ConceptView(record, concept_card(record, found))
+        return ConceptView(record, concept_card(record, found), self.notes.concept(number))
 
     @cached_property
     def _found(self) -> RunConcepts | None:
@@ -139,6 +142,20 @@ class Diff:
         if self._found is None:
             raise UserError(f"{self.path} has no concepts; run `crossdiff concepts {self.path}` first")
         return self._found
+
+    @cached_property
+    def notes(self) -> RunNotes:
+        """Your labels, stars, comments and lists for the run's latents and concepts: see `RunNotes`."""
+        notes = Notes()
+
+        def books(unit: str) -> tuple[Notebook, int, str]:
+            if unit == "latent":
+                return latent_notes(notes, self.folder), self.latents.height, self.name
+            found = self._concepts
+            book = concept_notes(notes, found.folder, found.table, found.members)
+            return book, found.table.height, "the run"
+
+        return RunNotes(books)
 
     @cached_property
     def look(self) -> NotebookLook:
@@ -234,7 +251,7 @@ class Diff:
         """
         record = self._record(latent)
         predicts = predicted(read_behaviours(self.folder)).get(record.latent, ())
-        return LatentView(record, card_of(self.name, record, predicts))
+        return LatentView(record, card_of(self.name, record, predicts), self.notes.latent(record.latent))
 
     def activations(self, text: Text, latents: Sequence[int] | None = None) -> Activations:
         """Run both models on a text and return where latents are active. The first call loads the models.

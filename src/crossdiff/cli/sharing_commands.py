@@ -21,6 +21,8 @@ def add(commands: Commands) -> None:
     text = "address to listen on; readers of any but a loopback address need a token [127.0.0.1]"
     parser.add_argument("--host", default="127.0.0.1", help=text)
     parser.add_argument("--name", nargs="+", default=[], metavar="HOST", help="other host names of this machine")
+    text = "addresses of other pages that may show cards in a frame, such as https://wiki.example.org [none but its own]"
+    parser.add_argument("--embed-in", nargs="+", default=[], metavar="ORIGIN", help=text)
     parser.add_argument("--no-live", action="store_true", help="load no models: tables and examples only")
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="write pictures of every page there instead of serving")
 
@@ -37,6 +39,14 @@ def add(commands: Commands) -> None:
     parser.add_argument("--format", choices=LAYOUTS, help=text)
     text = "the page to write, such as page.html; with --format, the folder"
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help=text)
+
+    summary = "write your notes on latents and concepts (labels, stars, comments, lists) as JSON, or merge those of a file"
+    parser = commands.add("notes", summary, notes, abbreviations=False)
+    parser.add_argument("action", choices=["export", "import"])
+    text = "export: the file to write; import: the file to merge, of whose values the newest count and the others are kept"
+    parser.add_argument("file", type=Path, help=text)
+    text = "export: only the notes on the present results of these runs [all notes]"
+    parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="RUN", help=text)
 
     parser = commands.add("push", "publish a run on the Hugging Face Hub, with a generated model card", push)
     parser.add_argument("run", type=Path, help="run directory; it is only read")
@@ -93,7 +103,7 @@ def dashboard(args: Namespace) -> None:
         return
     from crossdiff.dashboard.serve import serve
 
-    serve(args.directories, args.host, args.port, tuple(args.name), not args.no_live)
+    serve(args.directories, args.host, args.port, tuple(args.name), not args.no_live, tuple(args.embed_in))
 
 
 def export(args: Namespace) -> None:
@@ -118,6 +128,30 @@ def export(args: Namespace) -> None:
     n_concepts, n_latents = export_page(args.directory, args.crosscoder, args.latents, args.concepts, args.output)
     parts = [f"{n} {what}" for n, what in ((n_concepts, "concepts"), (n_latents, "latents")) if n]
     print(f"{' and '.join(parts) or 'nothing'} written to {args.output}")
+
+
+def notes(args: Namespace) -> None:
+    from crossdiff.notes.exchange import export_notes, import_notes
+    from crossdiff.notes.store import Notes
+
+    mine = Notes()
+    if args.action == "import":
+        if args.runs:
+            raise UserError("--runs chooses what is exported; an import merges all notes of the file, so omit it")
+        try:
+            text = args.file.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {args.file}: {error.strerror}") from None
+        merged = import_notes(mine, text, str(args.file))
+        print(f"notes on {merged.n_subjects} latents and concepts, {merged.n_new} new values, merged into {mine.path}")
+        return
+    from crossdiff.diff import open as open_run
+    from crossdiff.files import write_text
+
+    coders = [open_run(run, name) for run in args.runs for name in open_run(run).names]
+    found = export_notes(mine, {digest for coder in coders for digest in coder.notes.digests} if args.runs else None)
+    write_text(args.file, found.model_dump_json(indent=1) + "\n")
+    print(f"notes on {len(found.notes)} latents and concepts written to {args.file}")
 
 
 def push(args: Namespace) -> None:

@@ -13,7 +13,16 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
-from crossdiff.dashboard import comparisons, concept_pages, live_pages, live_prompts, look_pages, pages
+from crossdiff.dashboard import (
+    comparisons,
+    concept_pages,
+    live_pages,
+    live_prompts,
+    look_pages,
+    note_pages,
+    pages,
+    program_pages,
+)
 from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue
 from crossdiff.dashboard.current import Current
@@ -34,6 +43,7 @@ def create_app(
     host: str = "127.0.0.1",
     token: str | None = None,
     names: tuple[str, ...] = (),
+    embed_in: tuple[str, ...] = (),
 ) -> ASGIApp:
     """The application behind its guard.
 
@@ -42,20 +52,23 @@ def create_app(
         host: the address that the server listens on.
         token: secret that readers must present; None on loopback.
         names: further host names of the server.
+        embed_in: origins whose pages may show cards in a frame.
     """
-    return Guard(Current(Site(catalogue, live, cache), _application), host, token, names)
+    return Guard(Current(Site(catalogue, live, cache), _application), host, token, names, embed_in)
 
 
 def _application(site: Site) -> FastAPI:
     """The application that shows one set of results."""
-    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="crossdiff", docs_url=None, redoc_url=None, openapi_url=None, responses=program_pages.ERRORS)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
+    program_pages.add(app, site)
     concept_pages.add(app, site)  # before those of a crosscoder, whose name is never `concepts` or `look`
     look_pages.add(app, site)
     _add_pages(app, site)
     live_pages.add(app, site)
     live_prompts.add(app, site)
     comparisons.add(app, site)
+    note_pages.add(app, site)
     _add_errors(app, site)
     for search in site.search.values():
         search.start()
@@ -160,19 +173,19 @@ def _written(rows: pl.DataFrame, kind: str) -> bytes:
 
 def _add_errors(app: FastAPI, site: Site) -> None:
     @app.exception_handler(UserError)
-    def user_error(request: Request, error: UserError) -> HTMLResponse:
+    def user_error(request: Request, error: UserError) -> Response:
         return site.problem(request, 422, f"{error}.")
 
     @app.exception_handler(Busy)
-    def busy(request: Request, error: Busy) -> HTMLResponse:
+    def busy(request: Request, error: Busy) -> Response:
         return site.problem(request, 503, "Too many requests are waiting for the models. Try again in a moment.")
 
     @app.exception_handler(StarletteHTTPException)
-    def http_error(request: Request, error: StarletteHTTPException) -> HTMLResponse:
+    def http_error(request: Request, error: StarletteHTTPException) -> Response:
         message = "There is no such page." if error.detail == "Not Found" else str(error.detail)
         return site.problem(request, error.status_code, message)
 
     @app.exception_handler(RequestValidationError)
-    def malformed(request: Request, error: RequestValidationError) -> HTMLResponse:
+    def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         return site.problem(request, 422, f"{first['loc'][-1]}: {first['msg']}.")

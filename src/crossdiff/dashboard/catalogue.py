@@ -23,6 +23,8 @@ from crossdiff.errors import UserError
 from crossdiff.files import read_json
 from crossdiff.latents.ranking import RANKED, title
 from crossdiff.look.reading import read_look
+from crossdiff.notes.identity import concept_notes, latent_notes
+from crossdiff.notes.store import Notes
 from crossdiff.report.cards import Card, card_of
 from crossdiff.report.chain import StepLine, read_chain, step_lines
 from crossdiff.report.concept_records import RunConcepts
@@ -52,7 +54,7 @@ class Coder:
         indexed: name, size and time of the files that the search index is made from.
     """
 
-    def __init__(self, run: str, edition: Edition, report: RunReport, coder: CrosscoderReport) -> None:
+    def __init__(self, run: str, edition: Edition, report: RunReport, coder: CrosscoderReport, notes: Notes) -> None:
         self.run = run
         self.edition = edition
         self.report = report
@@ -66,6 +68,7 @@ class Coder:
         self.predicted = predicted(coder.behaviours)
         self.concepts: Concepts | None = None
         self.look: RunLook | None = None
+        self.notes = latent_notes(notes, self.folder)
         paths = [self.folder / name for name in INDEXED]
         self.indexed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
         hold(self, "database", "_activity", "_chain", "_promoted", "_neighbours", "_twins", "causal")
@@ -74,6 +77,11 @@ class Coder:
     def path(self) -> str:
         """The address of its pages."""
         return f"/run/{self.run}/{quote(self.name, safe='')}"
+
+    @property
+    def embed_path(self) -> str:
+        """The beginning of the addresses of its cards that other pages may show."""
+        return f"/embed/{self.run}/{quote(self.name, safe='')}"
 
     @property
     def compares(self) -> bool:
@@ -112,10 +120,10 @@ class Coder:
         return latent_of(row, self.database, top=top, per_quantile=per_quantile)
 
     def label(self, latent: int) -> str | None:
-        """Its explanation, or that of its concept; None if neither has one."""
-        explanation = self._explanations.get(latent)
-        concept = None if self.concepts is None or explanation else self.concepts.of_latent(self.name, latent)
-        return explanation if concept is None or self.concepts is None else self.concepts.labels.get(concept)
+        """The user's label, else its explanation, else the label or explanation of its concept; None if there is none."""
+        label = self.notes.note(latent).label or self._explanations.get(latent)
+        concept = None if self.concepts is None or label else self.concepts.of_latent(self.name, latent)
+        return label if concept is None or self.concepts is None else self.concepts.label(concept)
 
     @cached_property
     def _explanations(self) -> dict[int, str]:
@@ -206,12 +214,16 @@ def _rows_of(latent: int, table: pl.DataFrame) -> list[dict[str, Any]]:
 class Catalogue:
     """All runs by their addresses.
 
+    Args:
+        notes: the user's notes; default: those in the user's data folder.
+
     Raises:
         UserError: a run cannot be read; a `BeingReplaced` says that its results were replaced meanwhile.
     """
 
-    def __init__(self, directories: Sequence[Path]) -> None:
+    def __init__(self, directories: Sequence[Path], notes: Notes | None = None) -> None:
         self.directories = tuple(directories)
+        self.notes = notes or Notes()
         self.editions: dict[str, Edition] = {}
         self.coders: dict[tuple[str, str], Coder] = {}
         self.reports: dict[str, RunReport] = {}
@@ -229,14 +241,15 @@ class Catalogue:
     def _add(self, slug: str, edition: Edition, report: RunReport) -> None:
         self.reports[slug] = report
         for coder in report.crosscoders:
-            self.coders[slug, coder.name] = Coder(slug, edition, report, coder)
+            self.coders[slug, coder.name] = Coder(slug, edition, report, coder, self.notes)
         if report.concepts is not None:
             self._add_concepts(slug, report.concepts)
 
     def _add_concepts(self, slug: str, found: RunConcepts) -> None:
         own = [coder for coder in self if coder.run == slug]
         paths = {coder.name: coder.path for coder in own}
-        concepts = self.concepts[slug] = Concepts(slug, found, paths, self.reports[slug].titles)
+        notes = concept_notes(self.notes, found.folder, found.table, found.members)
+        concepts = self.concepts[slug] = Concepts(slug, found, paths, self.reports[slug].titles, notes)
         hold(concepts, "database", "_activity", "_chain", "_trainings", "_promoted")
         for coder in own:
             coder.concepts = concepts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from fastapi import FastAPI, HTTPException
@@ -11,7 +11,8 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from crossdiff.dashboard.concepts import LIST_PAGE, TRAINING_NUS, Concepts
 from crossdiff.dashboard.lists import Place, kept
-from crossdiff.dashboard.queries import page_numbers
+from crossdiff.dashboard.note_views import my_note
+from crossdiff.dashboard.queries import page_numbers, parse_noted
 from crossdiff.dashboard.site import Site
 from crossdiff.report import concept_wording, wording
 from crossdiff.report.cards import Display
@@ -28,12 +29,13 @@ def add(app: FastAPI, site: Site) -> None:
 
     @app.get(ROOT)
     @site.in_turn
-    def concepts(run: str, verdict: str = "", every: bool = False, page: int = 1) -> Response:
+    def concepts(run: str, verdict: str = "", every: bool = False, page: int = 1, noted: str = "") -> Response:
         found = _concepts_of(site, run)
         if found is None:
             return RedirectResponse("/", 303)
         _check_verdict(verdict)
-        return site.page("concept_list.html.j2", **_list(found, site.catalogue.reports[run], verdict, every, page))
+        chosen = Chosen(verdict, every, parse_noted({"noted": noted}))
+        return site.page("concept_list.html.j2", **_list(found, site.catalogue.reports[run], chosen, page))
 
     @app.get(ROOT + "/{concept}")
     @site.in_turn
@@ -45,15 +47,40 @@ def add(app: FastAPI, site: Site) -> None:
         tint: str = "",
         verdict: str = "",
         every: bool | None = None,
+        noted: str = "",
     ) -> HTMLResponse:
-        found = _concepts_of(site, run)
-        if found is None or not 0 <= concept < found.found.table.height:
-            n = 0 if found is None else found.found.table.height
-            raise HTTPException(404, f"There is no concept {concept}: this run has {n}.")
+        found = concepts_with(site, run, concept)
         _check_verdict(verdict)
-        place = None if every is None else _place(found, concept, verdict, every)
-        values = _page(found, concept, Display.of(context, whitespace, tint), place)
+        chosen = None if every is None else Chosen(verdict, every, parse_noted({"noted": noted}))
+        place = None if chosen is None else _place(found, concept, chosen)
+        values = concept_page(found, concept, Display.of(context, whitespace, tint), place)
         return site.page("concept.html.j2", **values)
+
+
+class Chosen(NamedTuple):
+    """Which concepts a list has, see `Concepts.chosen`."""
+
+    verdict: str
+    every: bool
+    noted: str
+
+    @property
+    def carried(self) -> str:
+        """The query part of the address of a concept that was opened from the list."""
+        noted = {"noted": self.noted} if self.noted else {}
+        return "?" + urlencode({"verdict": self.verdict, "every": str(self.every).lower(), **noted})
+
+    def of(self, concepts: Concepts) -> list[int]:
+        return concepts.chosen(self.verdict or None, self.every, self.noted)
+
+
+def concepts_with(site: Site, run: str, concept: int) -> Concepts:
+    """The concepts of a run that has this one."""
+    found = _concepts_of(site, run)
+    if found is None or not 0 <= concept < found.found.table.height:
+        n = 0 if found is None else found.found.table.height
+        raise HTTPException(404, f"There is no concept {concept}: this run has {n}.")
+    return found
 
 
 def _concepts_of(site: Site, run: str) -> Concepts | None:
@@ -67,14 +94,9 @@ def _check_verdict(verdict: str) -> None:
         raise HTTPException(422, f"verdict must be one of {', '.join(wording.VERDICTS)}.")
 
 
-def _carried(verdict: str, every: bool) -> str:
-    """The query part of the address of a concept that was opened from a list."""
-    return "?" + urlencode({"verdict": verdict, "every": str(every).lower()})
-
-
-def _place(concepts: Concepts, number: int, verdict: str, every: bool) -> Place | None:
+def _place(concepts: Concepts, number: int, chosen: Chosen) -> Place | None:
     """Where a concept is in a list; None if the list does not have it."""
-    numbers, carried = concepts.chosen(verdict or None, every), _carried(verdict, every)
+    numbers, carried = chosen.of(concepts), chosen.carried
     if number not in numbers:
         return None
     at = numbers.index(number)
@@ -83,9 +105,9 @@ def _place(concepts: Concepts, number: int, verdict: str, every: bool) -> Place 
     return Place(at + 1, len(numbers), previous, following, path, carried)
 
 
-def _list(concepts: Concepts, report: RunReport, verdict: str, every: bool, page: int) -> dict[str, Any]:
+def _list(concepts: Concepts, report: RunReport, chosen: Chosen, page: int) -> dict[str, Any]:
     """A page of the list of concepts."""
-    numbers = concepts.chosen(verdict or None, every)
+    numbers = chosen.of(concepts)
     n_pages = max(1, -(-len(numbers) // LIST_PAGE))
     at = min(max(1, page), n_pages)
     return {
@@ -94,18 +116,20 @@ def _list(concepts: Concepts, report: RunReport, verdict: str, every: bool, page
         "introduction": [*concept_wording.introduction(concepts.found), *concept_wording.controls(concepts.found)],
         "rows": concepts.rows(numbers[(at - 1) * LIST_PAGE : at * LIST_PAGE]),
         "n_rows": len(numbers),
-        "counts": concepts.counts(every),
-        "verdict": verdict,
-        "every": every,
+        "counts": concepts.counts(chosen.every),
+        "verdict": chosen.verdict,
+        "every": chosen.every,
+        "noted": chosen.noted,
+        "notes": concepts.notes.by_number(),
         "can_choose": concepts.found.summary.needed is not None,
-        "carried": _carried(verdict, every),
+        "carried": chosen.carried,
         "page_numbers": page_numbers(at, n_pages),
         "page": at,
         "n_pages": n_pages,
     }
 
 
-def _page(concepts: Concepts, number: int, display: Display, place: Place | None) -> dict[str, Any]:
+def concept_page(concepts: Concepts, number: int, display: Display, place: Place | None) -> dict[str, Any]:
     """The page of one concept; `place` is its place in the list that it was opened from."""
     n = concepts.found.table.height
     beside = (number - 1 if number else None, number + 1 if number + 1 < n else None)
@@ -130,6 +154,7 @@ def _page(concepts: Concepts, number: int, display: Display, place: Place | None
         "promoted": concepts.promoted(number),
         "activity": activity[:MAX_ACTIVITY_ROWS],
         "n_activity": len(activity),
+        "my": my_note(concepts.notes, f"{concepts.path}/{number}", number, "" if place is None else place.carried),
         "place": place,
         "previous": previous,
         "following": following,

@@ -10,6 +10,7 @@ import polars as pl
 
 from crossdiff.dashboard.side_tables import Activity, OpenExamples, Promoted, PromotedTokens
 from crossdiff.latents.ranking import RECONSTRUCTIONS
+from crossdiff.notes.store import Notebook
 from crossdiff.report import wording
 from crossdiff.report.cards import Display, ExampleView, example_views
 from crossdiff.report.chain import StepLine, read_chain, step_lines
@@ -33,7 +34,7 @@ TITLES = 20_000
 
 
 class ConceptRow(NamedTuple):
-    """A concept in a list."""
+    """A concept in a list; `explanation` is the user's label if there is one."""
 
     number: int
     title: Title | None
@@ -59,10 +60,13 @@ class Member(NamedTuple):
 class Concepts:
     """The concepts of one run: `paths` has the address of each of its crosscoders by name, `titles` the names of its models."""
 
-    def __init__(self, run: str, found: RunConcepts, paths: Mapping[str, str], titles: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: str, found: RunConcepts, paths: Mapping[str, str], titles: Mapping[str, str], notes: Notebook
+    ) -> None:
         self.run = run
         self.titles = titles
         self.found = found
+        self.notes = notes
         self.ranked = ranked(found)
         self._paths = paths
         self.title = lru_cache(TITLES)(self._title)
@@ -71,6 +75,10 @@ class Concepts:
     def labels(self) -> dict[int, str]:
         """The explanations of the concepts that have one."""
         return dict(self.found.table.select("concept", "explanation").drop_nulls().rows())
+
+    def label(self, number: int) -> str | None:
+        """The user's label, or its explanation; None if there is neither."""
+        return self.notes.note(number).label or self.labels.get(number)
 
     @property
     def path(self) -> str:
@@ -89,11 +97,14 @@ class Concepts:
     def database(self) -> OpenExamples:
         return OpenExamples(self.found.folder / "examples.sqlite", COMMAND)
 
-    def chosen(self, verdict: str | None, every: bool) -> list[int]:
-        """The concepts of a verdict, or of all; only those that replicate unless `every` or there is one training."""
+    def chosen(self, verdict: str | None, every: bool, noted: str = "") -> list[int]:
+        """The concepts of a verdict, or of all; only those that replicate unless `every` or there is one training; and only
+        those with a note, see `Notebook.numbers`, if one is asked for."""
         rows = self.ranked if verdict is None else self.ranked.filter(verdict=verdict)
         if not every and self.found.summary.needed is not None:
             rows = rows.filter("replicated")
+        if noted:
+            rows = rows.filter(pl.col("concept").is_in(self.notes.numbers(noted)))
         return rows["concept"].to_list()
 
     def rows(self, numbers: Sequence[int]) -> list[ConceptRow]:
@@ -103,7 +114,7 @@ class Concepts:
         for number in numbers:
             concept = concept_of(self.found, number, ())
             found.append(ConceptRow(
-                number, self.title(number), concept.explanation, tuple(map(visible, concept.tokens)),
+                number, self.title(number), self.label(number), tuple(map(visible, concept.tokens)),
                 sign_of(wording.words(concept.verdict), verdict_mark(concept.verdict)),
                 f"{concept.n_trainings} of {n}", wording.share(concept.energy),
                 tuple(prediction_words(prediction) for prediction in told(concept)),
@@ -130,17 +141,21 @@ class Concepts:
 
     def members(self, number: int) -> list[Member]:
         """Its latents, in the order of the trainings."""
-        rows = self.found.members.filter(pl.col("concept") == number).to_dicts()
         return [
             Member(
-                row["training"], row["latent"], self._page_of(row["training"], row["latent"]),
+                row["training"], row["latent"], self.page_of(row["training"], row["latent"]),
                 sign_of(wording.words(row["verdict"]), verdict_mark(row["verdict"])), wording.share(row["energy"]),
                 wording.fixed(row["correlation"]),
             )
-            for row in rows
+            for row in self.member_rows(number)
         ]  # fmt: skip
 
-    def _page_of(self, training: str, latent: int) -> str | None:
+    def member_rows(self, number: int) -> list[dict[str, Any]]:
+        """Rows of members.parquet: its latents, in the order of the trainings."""
+        return self.found.members.filter(pl.col("concept") == number).to_dicts()
+
+    def page_of(self, training: str, latent: int) -> str | None:
+        """The page of a latent; None if the dashboard has none."""
         path = self._paths.get(training)
         return None if path is None else f"{path}/latent/{latent}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -62,8 +63,11 @@ class Lists:
         self._listed = lru_cache(KEPT)(self._made)
 
     def of(self, coder: Coder, query: Query) -> Listed:
-        """The list of a query."""
-        return self._listed(coder, query.of_list)
+        """The list of a query. Notes may change at any time, so what they leave out is not kept."""
+        latents, found = self._listed(coder, replace(query.of_list, noted=""))
+        if query.noted:
+            latents = latents[np.isin(latents, list(coder.notes.numbers(query.noted)))]
+        return Listed(latents, found)
 
     def _made(self, coder: Coder, query: Query) -> Listed:
         found = self._search[coder.path].find(query.search) if query.search else None

@@ -12,9 +12,10 @@ from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.live import Busy, Hear
 from crossdiff.dashboard.live_actions import Done, Lost, as_json, carry_out, keep, recall
 from crossdiff.dashboard.live_form import Form, continued, edited, read_form, read_json
+from crossdiff.dashboard.live_records import LiveRecord, LiveRequest
 from crossdiff.dashboard.live_stream import BUSY, MEDIA_TYPE, Line, stream
 from crossdiff.dashboard.live_views import Shown, active_on, shared_character, show
-from crossdiff.dashboard.site import ROOT, Site, is_partial
+from crossdiff.dashboard.site import DATA, ROOT, Site, is_partial, json_body
 from crossdiff.errors import UserError
 from crossdiff.report.examples import visible
 
@@ -79,8 +80,13 @@ def add(app: FastAPI, site: Site) -> None:
         site.row(coder, latent)
         return page(coder, Form(order="chosen", chosen=str(latent), steer=str(latent)))
 
-    @app.post(ROOT + "/live")
+    @app.post(
+        ROOT + "/live",
+        tags=[DATA], status_code=201, response_model=LiveRecord, summary="A live prompt",
+        openapi_extra=json_body(LiveRequest),
+    )  # fmt: skip
     async def live_act(request: Request, run: str, name: str) -> Response:
+        """Both models read a prompt, or answer it and read it with the answer."""
         try:
             pairs = await posted(request)
         except HTTPException as refused:
@@ -127,9 +133,10 @@ def add(app: FastAPI, site: Site) -> None:
         found.set()
         return Response(status_code=204)
 
-    @app.get(ROOT + "/live/{key}.json")
+    @app.get(ROOT + "/live/{key}.json", tags=[DATA], response_model=LiveRecord, summary="A live prompt that was kept")
     @site.in_turn
     def kept_json(run: str, name: str, key: str) -> Response:
+        """A prompt that was carried out before, by the key in its address."""
         coder = site.coder(run, name)
         try:
             return data(coder, recall(site.kept, coder, key), key)

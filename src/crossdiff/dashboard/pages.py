@@ -13,6 +13,7 @@ from crossdiff.dashboard.briefs import briefs
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.concepts import ConceptRow, Concepts
 from crossdiff.dashboard.lists import Lists, Place, kept
+from crossdiff.dashboard.note_views import my_note
 from crossdiff.dashboard.queries import MINOR, SHOWN, Query, page_numbers
 from crossdiff.dashboard.search import Found, Search
 from crossdiff.latents.ranking import RANKS, title
@@ -72,7 +73,7 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
             "headline": concept_wording.lead(report),
             "concepts": catalogue.concepts.get(slug),
             "look": catalogue.looks.get(slug),
-            "rows": _first_concepts(catalogue.concepts.get(slug)),
+            "rows": partial(_first_concepts, catalogue.concepts.get(slug)),  # whose labels may change
             "one_decoder": wording.one_decoder(report),
             "answer": wording.answer(report),
             "names": [coder.title for coder in report.crosscoders],
@@ -115,6 +116,7 @@ def table(coder: Coder, query: Query, search: Search, lists: Lists) -> dict[str,
         "schema": coder.table.schema,
         "verdicts": [verdict for verdict in wording.VERDICTS if verdict in set(coder.table["verdict"].unique())],
         "search_state": search.state,
+        "notes": coder.notes.by_number(),
     }
 
 
@@ -154,6 +156,7 @@ def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Plac
     """The page of a latent; `place` is its place in the list that it was opened from."""
     latent = coder.latent(row)
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
+    back = "" if place is None else place.carried
     previous, following = coder.beside(row["latent"]) if place is None else (place.previous, place.following)
     activity = coder.activity(row["latent"])
     concepts = coder.concepts
@@ -178,6 +181,7 @@ def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Plac
         "neighbours": coder.neighbours(row["latent"]),
         "twins": coder.twins(row["latent"]),
         "promoted": coder.promoted(row["latent"]),
+        "my": my_note(coder.notes, f"{coder.path}/latent/{row['latent']}", row["latent"], back),
         "place": place,
         "previous": previous,
         "following": following,

@@ -75,7 +75,7 @@ class Entry:
 @dataclass(frozen=True)
 class Query:
     """The query of a table's address. Without `sort`, the latents of a search come in the order of their matches, and all
-    others by rank_sum."""
+    others by rank_sum. `noted` keeps those with a note, see `Notebook.numbers`."""
 
     search: str = ""
     sort: str = ""
@@ -83,6 +83,7 @@ class Query:
     filters: tuple[Filter, ...] = ()
     page: int = 1
     show: tuple[str, ...] = ()
+    noted: str = ""
     entry: Entry = field(default=Entry(), compare=False)
 
     @property
@@ -110,6 +111,8 @@ class Query:
         if new.sort:
             pairs += [("sort", new.sort), ("dir", "desc" if new.descending else "asc")]
         pairs += [("f", str(each)) for each in new.filters] + [("show", column) for column in new.show]
+        if new.noted:
+            pairs.append(("noted", new.noted))
         if new.page > 1:
             pairs.append(("page", str(new.page)))
         return pairs
@@ -150,7 +153,15 @@ def parse(pairs: Sequence[tuple[str, str]], schema: Mapping[str, Any]) -> Query:
     search = last.get("q", "").strip()[:200]
     if (sort, direction, search) == ("rank_sum", "asc", ""):
         sort = ""  # as without it
-    return Query(search, sort, direction == "desc", tuple(dict.fromkeys(filters)), int(page), show, entry)
+    return Query(search, sort, direction == "desc", tuple(dict.fromkeys(filters)), int(page), show, parse_noted(last), entry)
+
+
+def parse_noted(last: Mapping[str, str]) -> str:
+    """Which notes a list is about: `starred`, `any`, `list:NAME`, or "" for all rows."""
+    noted = last.get("noted", "")
+    if noted not in ("", "starred", "any") and not noted.startswith("list:"):
+        raise UserError(f"noted is {noted[:40]!r}; expected starred, any, or list: followed by the name of a list")
+    return noted
 
 
 def _entry(last: Mapping[str, str], schema: Mapping[str, Any]) -> Entry:

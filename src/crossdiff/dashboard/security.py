@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import re
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from crossdiff.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 256 * 1024
@@ -29,6 +32,8 @@ POLICY = "; ".join([
     "frame-ancestors 'none'",
     "base-uri 'none'",
 ])  # fmt: skip
+EMBEDDED = "/embed/"
+"""Beginning of the paths of cards that other pages may show in a frame."""
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
@@ -37,6 +42,23 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+
+
+def embedded_headers(origins: tuple[str, ...]) -> dict[str, str]:
+    """The headers of a card that pages of this server and of these origins may show in a frame. It has no scripts and no forms.
+
+    Raises:
+        UserError: an origin is not one.
+    """
+    for origin in origins:
+        if not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?", origin):
+            raise UserError(f"--embed-in {origin!r} is not the origin of a page; expected one like https://wiki.example.org")
+    policy = [
+        "default-src 'none'", "style-src 'self'", "style-src-attr 'unsafe-inline'", "img-src data:", "form-action 'none'",
+        " ".join(["frame-ancestors 'self'", *origins]), "base-uri 'none'",
+    ]  # fmt: skip
+    shared = {"cross-origin-resource-policy": "cross-origin"} if origins else {}
+    return HEADERS | {"content-security-policy": "; ".join(policy)} | shared
 
 
 def is_loopback(host: str) -> bool:
@@ -60,12 +82,16 @@ class Guard:
         bound: the address that the server listens on.
         token: secret that a reader must present once; None on loopback.
         names: further host names of the server.
+        embed_in: origins whose pages may show cards in a frame.
     """
 
-    def __init__(self, app: ASGIApp, bound: str, token: str | None, names: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, bound: str, token: str | None, names: tuple[str, ...] = (), embed_in: tuple[str, ...] = ()
+    ) -> None:
         self.app = app
         self.bound = bound
         self.token = token
+        self.embedded = embedded_headers(embed_in)
         self.allowed = set(LOOPBACK) | {bound, *names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,7 +104,8 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
+                own = self.embedded if scope["path"].startswith(EMBEDDED) else HEADERS
+                for name, value in own.items():
                     headers[name] = value
                 headers.setdefault("cache-control", "no-store")
             await send(message)

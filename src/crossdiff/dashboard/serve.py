@@ -40,8 +40,9 @@ def _server(
     live: bool,
     cache: Path,
     stalled: float = STALLED,
+    embed_in: tuple[str, ...] = (),
 ) -> uvicorn.Server:
-    app = create_app(Catalogue(directories), Live(live), cache, host, token, names)
+    app = create_app(Catalogue(directories), Live(live), cache, host, token, names, embed_in)
     # The guard checks addresses itself, so proxy headers are ignored. An access log would contain readers' searches.
     return uvicorn.Server(uvicorn.Config(
         app, http=connections(stalled), ws="none", log_level="warning", access_log=False, proxy_headers=False,
@@ -49,11 +50,18 @@ def _server(
     ))  # fmt: skip
 
 
-def serve(directories: Sequence[Path], host: str, port: int, names: tuple[str, ...] = (), live: bool = True) -> None:
+def serve(
+    directories: Sequence[Path],
+    host: str,
+    port: int,
+    names: tuple[str, ...] = (),
+    live: bool = True,
+    embed_in: tuple[str, ...] = (),
+) -> None:
     """Serve until interrupted. Beyond loopback, readers need a token, which is part of the printed address."""
     listening = listen(host, port)
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    server = _server(directories, host, token, names, live, cache_folder())
+    server = _server(directories, host, token, names, live, cache_folder(), embed_in=embed_in)
     shown = names[0] if names else host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listening.getsockname()[1]}/"
     print(f"The dashboard is at {address}{f'?token={token}' if token else ''}  (Ctrl+C stops it)", flush=True)
@@ -63,14 +71,21 @@ def serve(directories: Sequence[Path], host: str, port: int, names: tuple[str, .
 
 
 @contextmanager
-def serving(directories: Sequence[Path], cache: Path, live: bool = True, stalled: float = STALLED) -> Iterator[str]:
+def serving(
+    directories: Sequence[Path],
+    cache: Path,
+    live: bool = True,
+    stalled: float = STALLED,
+    embed_in: tuple[str, ...] = (),
+) -> Iterator[str]:
     """Serve on a free port of loopback while the block runs; yields the address.
 
     Args:
         stalled: seconds in which a request has to arrive.
+        embed_in: origins whose pages may show cards in a frame.
     """
     with listen("127.0.0.1", 0) as listening:
-        server = _server(directories, "127.0.0.1", None, (), live, cache, stalled)
+        server = _server(directories, "127.0.0.1", None, (), live, cache, stalled, embed_in)
         thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
         thread.start()
         try:

@@ -13,7 +13,8 @@ from typing import Any
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import HTTPException, Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel
 
 from crossdiff.dashboard import charts, pages
 from crossdiff.dashboard.catalogue import Catalogue, Coder
@@ -25,6 +26,8 @@ from crossdiff.files import fingerprint
 
 ROOT = "/run/{run}/{name}"
 """Address of a crosscoder's pages."""
+DATA = "data"
+"""Tag of the addresses that are for programs."""
 EDITION = "crossdiff-edition"
 """Header by which a page says which results it shows when it asks for a part."""
 CACHED_POINTS = 8
@@ -98,8 +101,10 @@ class Site:
         text = self.templates.get_template(template).render(**shared, **values)
         return HTMLResponse(text, status, headers)
 
-    def problem(self, request: Request, status: int, message: str) -> HTMLResponse:
-        """What went wrong, as a page or as a part of one."""
+    def problem(self, request: Request, status: int, message: str) -> Response:
+        """What went wrong, as a page or as a part of one; or as JSON where that was asked for."""
+        if request.url.path.endswith(".json") and EDITION not in request.headers:  # pages of the dashboard send it
+            return JSONResponse({"error": message}, status)
         # The page tells htmx to swap errors in as well, so that the message appears where the error happened.
         template = "problem.html.j2" if is_partial(request) else "error.html.j2"
         return self.page(template, status, phrase=HTTPStatus(status).phrase, message=message)
@@ -129,6 +134,11 @@ def own_threads(n: int) -> Callable[[Page], Callable[..., Awaitable[Response]]]:
         return made
 
     return decorate
+
+
+def json_body(model: type[BaseModel], kind: str = "application/json") -> dict[str, Any]:
+    """What the description of an address says of the body of its requests, which it reads by itself."""
+    return {"requestBody": {"required": True, "content": {kind: {"schema": model.model_json_schema()}}}}
 
 
 def is_partial(request: Request) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from crossdiff.config import RunConfig
 from crossdiff.errors import UserError
+from crossdiff.notes.note import Note
 from crossdiff.report import concept_wording, overview
 from crossdiff.report.cards import Card, example_view
 from crossdiff.report.concept_cards import ConceptCard, concept_card, plain_title
@@ -59,26 +60,31 @@ class Examples(tuple[Example, ...]):
 
 
 class LatentView:
-    """One latent: `record` has its measures and examples. A notebook shows it as the card of the report."""
+    """One latent: `record` has its measures and examples, `note` is what you noted. A notebook shows it as the card of the
+    report."""
 
-    def __init__(self, record: Latent, card: Card) -> None:
+    def __init__(self, record: Latent, card: Card, note: Note) -> None:
         self.record = record
+        self.note = note
         self._card = card
 
     def __repr__(self) -> str:
         lines = [f"latent {self.record.latent}: {self._card.sign.name} ({self.record.verdict_reason})"]
         lines += [f"  {name:<34}{value}" for name, value, _ in self._card.measures]
-        return "\n".join([*lines, f"  {'active tokens':<34}{self._card.fires_on}"])
+        lines += [f"  {'active tokens':<34}{self._card.fires_on}"]
+        return "\n".join([*lines, *(f"  {line}" for line in self.note.lines)])
 
     def _repr_html_(self) -> str:
-        return fragment(cards=[self._card])
+        return fragment(cards=[self._card], notes={self.record.latent: self.note})
 
 
 class ConceptView:
-    """One concept: `record` has its measures and examples. A notebook shows it as the card of the report."""
+    """One concept: `record` has its measures and examples, `note` is what you noted. A notebook shows it as the card of the
+    report."""
 
-    def __init__(self, record: Concept, card: ConceptCard) -> None:
+    def __init__(self, record: Concept, card: ConceptCard, note: Note) -> None:
         self.record = record
+        self.note = note
         self._card = card
 
     def __repr__(self) -> str:
@@ -86,10 +92,11 @@ class ConceptView:
         if name is None and self.record.examples:
             name = "{}«{}»{}".format(*plain_title(self.record.examples[0]))
         lines = [f"concept {self.record.number}: {name}", f"  {self._card.verdict}"]
-        return "\n".join([*lines, *(f"  {rung.name:<28}{rung.state}: {rung.why}" for rung in self._card.rungs)])
+        lines += [f"  {rung.name:<28}{rung.state}: {rung.why}" for rung in self._card.rungs]
+        return "\n".join([*lines, *(f"  {line}" for line in self.note.lines)])
 
     def _repr_html_(self) -> str:
-        return fragment(concepts=[self._card])
+        return fragment(concepts=[self._card], notes={self.record.number: self.note})
 
 
 def run_view(path: Path, config: RunConfig) -> RunView:

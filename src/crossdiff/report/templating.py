@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -17,6 +17,7 @@ from crossdiff.report.concept_cards import ConceptCard
 from crossdiff.report.records import SAME
 
 if TYPE_CHECKING:
+    from crossdiff.notes.note import Note
     from crossdiff.report.look import LookSection
     from crossdiff.report.notebook_views import RunView
 
@@ -88,12 +89,13 @@ def fragment(
     concepts: Sequence[ConceptCard] = (),
     look: LookSection | None = None,
     run: RunView | None = None,
+    notes: Mapping[int, Note] | None = None,
 ) -> str:
     """HTML of cards of latents or concepts, of texts under a title and a note, of a first look, or of a whole run. It needs no
-    script, no other file and no network."""
+    script, no other file and no network. `notes` are the user's on the cards, by number."""
     page = environment().get_template("inline.html.j2").render(
         cards=cards, concepts=concepts, views=views, title=title, note=note, look=look, run=run, style=Markup(scoped_style()),
-        crosscoders=() if run is None else run.crosscoders,
+        crosscoders=() if run is None else run.crosscoders, notes=notes or {},
     )  # fmt: skip
     # A blank line would end the fragment where Markdown is read around it.
     return "\n".join(line for line in page.splitlines() if line.strip())
