@@ -182,7 +182,7 @@ def test_live_prompts_run_on_the_device(runs: tuple[Path, Path]) -> None:
         answers = [part.answer for part in live.answer(coder, text, wanted, 3)]
         lenses = [lens.up for lens in live.lens(coder, 3)]
         own = opened.activations("the sea").values
-        parts = (own, reading.v, sides.base, sides.chat)
+        parts = (own, reading.v, *sides.parts.values())
         return [str(opened.pair.device), answers, reading.latent.tolist(), lenses, sides.bias, *(p.tolist() for p in parts)]
 
     expected = asked(runs[0])

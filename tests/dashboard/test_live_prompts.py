@@ -113,7 +113,7 @@ def test_sides_add_up_to_the_stored_activation(coder: Coder, live: Live) -> None
     latent = int(coder.table.sort("n_active")["latent"][-1])
     example = coder.database.examples(latent)[0]
     sides = live.sides(coder, latent, example.tokens.ids)
-    total = sides.base + sides.chat + sides.bias
+    total = sum(sides.parts.values()) + sides.bias
     active = [position for position, token in enumerate(example.tokens) if token.activation > 0]
     np.testing.assert_allclose(total[active], [example.tokens[position].activation for position in active], rtol=2e-3)
 

@@ -120,7 +120,7 @@ def test_a_published_crosscoder_gives_the_results_of_the_run_it_came_from(
     assert len(diff.activations("the cold sea").latents) > 0
     capsys.readouterr()
     run_command(["run", str(run)])
-    assert capsys.readouterr().out.count("already done") == 8  # overlap counts twice
+    assert capsys.readouterr().out.count("already done") == 9  # overlap counts twice
 
 
 def test_what_follows_the_analysis_works_and_a_changed_file_is_read_again(

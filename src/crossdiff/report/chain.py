@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from crossdiff.config import RunConfig, validate
 from crossdiff.latents.ranking import RANKED, title
 from crossdiff.report import wording
 from crossdiff.report.concept_records import RunConcepts
 from crossdiff.report.tables import estimate, read_table
-from crossdiff.yaml_files import read_yaml
 
 CHAIN_FILE = "chain.parquet"
 SHADES = 8
@@ -80,13 +78,6 @@ class StepLine(NamedTuple):
     norms: str
     ratios: tuple[str, ...]
     change: str
-
-
-def titles_of(directory: Path) -> dict[str, str]:
-    """What the models of a run are called, by source, in the order of the training."""
-    path = directory / "config.yaml"
-    config = validate(RunConfig, read_yaml(path), str(path)) if path.is_file() else RunConfig()
-    return config.titles
 
 
 def read_chain(folder: Path, unit: str, command: str) -> pl.DataFrame | None:

@@ -19,7 +19,6 @@ from crossdiff.interp.summary import summarise
 from crossdiff.latents.ranking import by_rank, plausible
 from crossdiff.latents.settings import analysis_settings, verdict_settings
 from crossdiff.look.reading import OVERLAP_FILE, read_look, with_overlap
-from crossdiff.report.chain import titles_of
 from crossdiff.report.concept_reading import FOLDER as CONCEPTS
 from crossdiff.report.concept_reading import read_concepts
 from crossdiff.report.examples import TOP_EXAMPLES, ExampleDatabase
@@ -94,6 +93,13 @@ def read_run(directory: Path, names: Sequence[str] | None = None) -> RunReport:
         titles=titles_of(directory),
         labels=_read_labels(directory / DOCUMENTS),
     )
+
+
+def titles_of(directory: Path) -> dict[str, str]:
+    """What the models of a run are called, by source, in the order of the training."""
+    path = directory / "config.yaml"
+    config = validate(RunConfig, read_yaml(path), str(path)) if path.is_file() else RunConfig()
+    return config.titles
 
 
 def _crosscoder_folders(directory: Path, names: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
