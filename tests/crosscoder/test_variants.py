@@ -118,7 +118,7 @@ def test_views() -> None:
     assert paired.written(h, 2 * h)["base"].tolist() == [[2.0, 4.0]]
     with pytest.raises(UserError, match=r"inputs\.source 'draft' is not in the store; it has base, chat"):
         view_of(SingleConfig(source="draft"), ("base", "chat"))
-    with pytest.raises(UserError, match="inputs.of has .base., which is not in the store; it has a, b, c"):
+    with pytest.raises(UserError, match=r"inputs\.of has 'base', which is not in the store; it has a, b, c"):
         view_of(DifferenceConfig(), ("a", "b", "c"))
 
 
