@@ -262,3 +262,26 @@ def test_stored_promoted_tokens_need_no_model(run: Path, tmp_path: Path) -> None
     (own / "batchtopk" / "promoted.parquet").write_bytes(b"PAR1 and no more")
     answer = requests_to(own, tmp_path / "cache").get(f"{BATCHTOPK}/latent/3")
     assert answer.status_code == 422 and "run `crossdiff analyze` again" in unescape(answer.text)
+
+
+def chip(page: str, verdict: str) -> str:
+    """The address of a verdict's chip, whose text begins with its glyph."""
+    found = re.findall(r'<a class="chip[^"]*" href="([^"]*)"[^>]*><span class="sign"[^>]*>[^<]*</span>&nbsp;([^<]*)</a>', page)
+    return next(unescape(link) for link, name in found if name == verdict)
+
+
+def test_a_verdict_is_added_to_the_query_and_removed_again(client: Any) -> None:
+    """Latents 0 to 6 are chat-specific; the others of the first twenty have other verdicts."""
+    asked = f"{BATCHTOPK}?q=the&sort=latent&dir=desc&f=latent%3A%3A20&page=1"
+    one = chip(client.get(asked).text, "chat-specific")
+    assert one == f"{BATCHTOPK}?q=the&sort=latent&dir=desc&f=latent%3A%3A20&f=verdict%3Dchat_specific"
+    assert "verdict is chat-specific" in text_of(client.get(one).text)
+    assert chip(client.get(one).text, "chat-specific") == asked.removesuffix("&page=1")
+
+
+def test_several_verdicts_combine(run: Path, client: Any) -> None:
+    table = pl.read_parquet(run / "batchtopk" / "latents.parquet")
+    other = next(verdict for verdict in table["verdict"].to_list() if verdict != "chat_specific")
+    both = table.filter(pl.col("verdict").is_in(["chat_specific", other]), pl.col("latent") >= 3)
+    page = client.get(f"{BATCHTOPK}?f=verdict=chat_specific&f=verdict={other}&f=latent:3:&sort=latent").text
+    assert latents_of(page) == sorted(both["latent"].to_list())[:25] and both["verdict"].n_unique() == 2
