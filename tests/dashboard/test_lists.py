@@ -56,7 +56,7 @@ def text_of(html: str) -> str:
 
 def cells(page: str, latent: int) -> str:
     """The text of a latent's row."""
-    row = page[page.index(f'<tr data-href="{BATCHTOPK}/latent/{latent}?') :]
+    row = page[page.index(f'data-href="{BATCHTOPK}/latent/{latent}?') :]
     return text_of(row[: row.index("</tr>")])
 
 
@@ -179,7 +179,7 @@ def test_the_list_of_a_latent_on_the_second_page_leads_back_to_it(client: Any) -
     page = client.get(f"{BATCHTOPK}?page=2").text
     latent = latents_of(page)[0]
     opened = client.get(f"{BATCHTOPK}/latent/{latent}?list=1").text
-    assert "26 of 60 in this list" in text_of(opened) and f"{BATCHTOPK}?page=2" in links(opened, "page=2")
+    assert "26 of 60 in this list" in text_of(opened) and f"{BATCHTOPK}?page=2#row-{latent}" in links(opened, "page=2")
 
 
 def test_without_a_list_or_outside_of_it_latents_follow_by_number(client: Any) -> None:
@@ -285,3 +285,34 @@ def test_several_verdicts_combine(run: Path, client: Any) -> None:
     both = table.filter(pl.col("verdict").is_in(["chat_specific", other]), pl.col("latent") >= 3)
     page = client.get(f"{BATCHTOPK}?f=verdict=chat_specific&f=verdict={other}&f=latent:3:&sort=latent").text
     assert latents_of(page) == sorted(both["latent"].to_list())[:25] and both["verdict"].n_unique() == 2
+
+
+def test_words_in_quotes_stay_together(index: Search, tmp_path: Path) -> None:
+    """The texts are "The knowledge of tides". "of knowledge" is nowhere, and `greetings in the morning` explains latent 5."""
+    assert index.find('"knowledge of"').latents.tolist() == [0, 1, 2]
+    assert index.find('"knowledge tides"').latents.tolist() == index.find('"of knowledge"').latents.tolist() == []
+    assert index.find('"in the" greetings').latents.tolist() == [5] and not len(index.find('"the in" greetings').latents)
+    assert index.find('"knowledge of ti').latents.tolist() == [0, 1, 2]  # the open end may be the beginning of a word
+    assert index.find('"knowledge of ti"').latents.tolist() == []
+    client = requests_to(index.coder.directory, tmp_path / "cache")
+    page = client.get(BATCHTOPK, params={"q": '"of tides"'}).text
+    assert latents_of(page) == [2, 0, 1]  # as active as anywhere on `of`, a quarter as active on `tides`, on neither
+    opened = client.get(f"{BATCHTOPK}/latent/0", params={"q": '"of tides"', "list": "1"}).text
+    outlined = {text_of(text).strip() for text in re.findall(r'class="t[^"]*found"[^>]*>([^<]*)<', opened)}
+    assert outlined == {"of", "tides", "outlined"}
+    assert 'found"' not in client.get(f"{BATCHTOPK}/latent/0").text
+
+
+def test_words_side_by_side_come_first(index: Search) -> None:
+    """Without quotes all three have both words; adjacent ones count more than any weight of words apart."""
+    apart, adjacent = index.find("tides knowledge"), index.find("knowledge of")
+    assert (apart.n_adjacent, adjacent.n_adjacent) == (0, 3)
+    assert adjacent.weights.min() > 12 * EXPLAINED >= apart.weights.max()
+    assert "3 have them side by side" in match_words(adjacent, 3)
+
+
+def test_the_list_leads_back_to_its_row(client: Any) -> None:
+    for opened, row in ((links(client.get(LIST).text, "/latent/5?")[0], "row-5"), (f"{CONCEPTS}/2?verdict=&every=false", "row-2")):
+        up = next(at["href"] for tag, at in Elements(client.get(opened).text).found if at.get("data-key") == "u" and "#" in at["href"])
+        assert up.endswith(f"#{row}")
+        assert [at["id"] for _, at in Elements(client.get(up).text).found if at.get("id") == row] == [row]

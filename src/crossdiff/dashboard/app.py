@@ -145,7 +145,9 @@ def _add_pages(app: FastAPI, site: Site) -> None:
         row, asked = site.row(found, latent), request.query_params.multi_items()
         listed = parse(asked, found.table.schema) if LIST in dict(asked) else None
         place = None if listed is None else site.lists.place(found, listed, latent)
-        values = pages.latent_page(found, row, Display.of(context, whitespace, tint), place)
+        values = pages.latent_page(
+            found, row, Display.of(context, whitespace, tint), place, "" if listed is None else listed.search
+        )
         return site.page("latent.html.j2", **values)
 
     @app.get(ROOT + "/latent/{latent}/brief")

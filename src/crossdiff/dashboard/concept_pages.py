@@ -101,7 +101,7 @@ def _place(concepts: Concepts, number: int, chosen: Chosen) -> Place | None:
         return None
     at = numbers.index(number)
     previous, following = (numbers[i] if 0 <= i < len(numbers) else None for i in (at - 1, at + 1))
-    path = f"{concepts.path}{carried}&page={at // LIST_PAGE + 1}"
+    path = f"{concepts.path}{carried}&page={at // LIST_PAGE + 1}#row-{number}"
     return Place(at + 1, len(numbers), previous, following, path, carried)
 
 
