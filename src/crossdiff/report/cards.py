@@ -123,7 +123,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         anchor=anchor_of(crosscoder, latent.latent),
         latent=latent.latent,
         sign=sign_of(wording.words(latent.verdict), verdict_mark(latent.verdict)),
-        reason=latent.verdict_reason,
+        reason=wording.reason(latent.verdict_reason),
         predicts=predicts,
         measures=_measures(latent),
         fires_on=fires_on(latent.shares),

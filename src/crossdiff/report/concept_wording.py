@@ -181,7 +181,7 @@ def verdict_words(concept: Concept) -> str:
     """The verdict in plain words with its intervals."""
     words = KINDS.get(concept.verdict, ("", wording.words(concept.verdict).capitalize()))[1]
     if concept.verdict == "undecided":
-        return f"{words}: {concept.verdict_reason}."
+        return f"{words}: {wording.reason(concept.verdict_reason)}."
     error = wording.interval(concept.nu_error)
     reconstruction, published = (f"{wording.interval(getattr(concept, nu))}" for nu in RECONSTRUCTIONS)
     judges, other = map(bias_of, RECONSTRUCTIONS)
