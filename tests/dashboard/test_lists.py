@@ -312,7 +312,36 @@ def test_words_side_by_side_come_first(index: Search) -> None:
 
 
 def test_the_list_leads_back_to_its_row(client: Any) -> None:
-    for opened, row in ((links(client.get(LIST).text, "/latent/5?")[0], "row-5"), (f"{CONCEPTS}/2?verdict=&every=false", "row-2")):
-        up = next(at["href"] for tag, at in Elements(client.get(opened).text).found if at.get("data-key") == "u" and "#" in at["href"])
+    for opened, row in (
+        (links(client.get(LIST).text, "/latent/5?")[0], "row-5"),
+        (f"{CONCEPTS}/2?verdict=&every=false", "row-2"),
+    ):
+        up = next(
+            at["href"] for tag, at in Elements(client.get(opened).text).found if at.get("data-key") == "u" and "#" in at["href"]
+        )
         assert up.endswith(f"#{row}")
         assert [at["id"] for _, at in Elements(client.get(up).text).found if at.get("id") == row] == [row]
+
+
+def test_a_number_that_is_none_is_refused_in_plain_words(client: Any) -> None:
+    answer = client.get(f"{BATCHTOPK}/latent?number=abc")
+    assert answer.status_code == 422 and "number is 'abc': expected a whole number." in unescape(answer.text)
+
+
+def test_concepts_that_were_replaced_are_out_of_date(run: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / run.name)
+    shutil.rmtree(own / "concepts")
+    client = requests_to(own, tmp_path / "cache")
+    assert "has no concepts yet" in client.get("/").text
+    (own / "old" / "20260101-000000-1-2-causal-concepts").mkdir(parents=True)
+    assert "has no concepts yet" in requests_to(own, tmp_path / "cache").get("/").text
+    (own / "old" / "20260101-000000-1-2-concepts").mkdir()
+    page = text_of(requests_to(own, tmp_path / "cache").get("/").text)
+    assert "out of date: they were made from an earlier analysis" in page and "has no concepts yet" not in page
+
+
+def test_reasons_have_true_minus_signs() -> None:
+    from crossdiff.report.wording import reason
+
+    stored = "nu_error -0.00 [-0.01, 0.00] and chat-specific 0.5-0.6"
+    assert reason(stored) == "nu_error 0.00 [\N{MINUS SIGN}0.01, 0.00] and chat-specific 0.5-0.6"

@@ -34,6 +34,8 @@ from crossdiff.errors import UserError
 from crossdiff.report.cards import Display
 
 HERE = Path(__file__).parent
+PLAIN = {"int_parsing": "expected a whole number", "bool_parsing": "expected true or false", "missing": "it is missing"}
+"""What is wrong with a field of an address, by the name of pydantic's error."""
 
 
 def create_app(
@@ -190,4 +192,5 @@ def _add_errors(app: FastAPI, site: Site) -> None:
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return site.problem(request, 422, f"{first['loc'][-1]}: {first['msg']}.")
+        found = f"{first['loc'][-1]} is {str(first.get('input'))[:40]!r}"
+        return site.problem(request, 422, f"{found}: {PLAIN.get(first['type'], first['msg'])}.")

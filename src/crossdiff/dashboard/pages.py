@@ -90,14 +90,15 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
         "untrained": [look for slug, look in catalogue.looks.items() if slug not in catalogue.reports],
         "overlay": charts.norm_overlay(comparing) if comparing else None,
         "kl": charts.kl_bars(coders),
+        "kl_replaced": any(concept_wording.set_aside(coder.directory, f"causal-{coder.name}") for coder in coders),
     }
 
 
 def _first_concepts(concepts: Concepts | None) -> list[ConceptRow]:
-    """The first concepts that a short list shows."""
+    """The first concepts of the list of concepts."""
     if concepts is None:
         return []
-    return concepts.rows([concept.number for concept in concept_wording.leading(concepts.found)[:HOME_CONCEPTS]])
+    return concepts.rows(concepts.chosen(None, every=False)[:HOME_CONCEPTS])
 
 
 def table(coder: Coder, query: Query, search: Search, lists: Lists) -> dict[str, Any]:
@@ -154,10 +155,8 @@ def coder_page(coder: Coder) -> dict[str, Any]:
     }
 
 
-def latent_page(
-    coder: Coder, row: dict[str, Any], display: Display, place: Place | None, search: str = ""
-) -> dict[str, Any]:
-    """The page of a latent; `place` is its place in the list that it was opened from, and `search` what that list looked for."""
+def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Place | None, search: str = "") -> dict[str, Any]:
+    """The page of a latent; `place` is its place in the list that it was opened from, `search` what that list looked for."""
     latent = coder.latent(row)
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
     back = "" if place is None else place.carried

@@ -91,7 +91,9 @@ class Search:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(partial)) as index, index:
                 index.execute("CREATE TABLE words (word TEXT PRIMARY KEY, latents BLOB, weights BLOB) WITHOUT ROWID")
-                index.execute("CREATE VIRTUAL TABLE texts USING fts5 (text, content='', tokenize='unicode61 remove_diacritics 0')")
+                index.execute(
+                    "CREATE VIRTUAL TABLE texts USING fts5 (text, content='', tokenize='unicode61 remove_diacritics 0')"
+                )
                 index.executemany("INSERT INTO words VALUES (?, ?, ?)", self._words(index))
             partial.replace(self.path)
             self.state = "ready"
@@ -160,7 +162,9 @@ class Search:
         """The largest weight `[latent]` of the words from `first` to before `end`; -1 for a latent that has none of them."""
         best = np.full(int(self.coder.table["latent"].max() or 0) + 1, -1, np.int16)  # type: ignore[arg-type]
         with self._reading() as index:
-            for latents, weights in index.execute("SELECT latents, weights FROM words WHERE word >= ? AND word < ?", (first, end)):
+            for latents, weights in index.execute(
+                "SELECT latents, weights FROM words WHERE word >= ? AND word < ?", (first, end)
+            ):
                 at = np.frombuffer(latents, "<i4")  # each latent once
                 best[at] = np.maximum(best[at], np.frombuffer(weights, "u1"))
         return best
@@ -198,7 +202,7 @@ def plain_word(word: str) -> str:
 
 
 class Phrase(NamedTuple):
-    """Words that stand side by side: those within quotes, or one word. `is_open`: the last one may be the beginning of a word."""
+    """Words that stand side by side: those within quotes, or one word. `is_open`: the last may be the beginning of a word."""
 
     words: tuple[str, ...]
     is_open: bool

@@ -155,6 +155,8 @@ def _measures(latent: Latent) -> tuple[Measure, ...]:
             "rank sum", rank_sum, f"rank by {' plus rank by '.join(map(title, RANKED))}; the lowest is the most chat-specific"
         ),
     )
+    if math.isnan(latent.delta_norm) and math.isnan(latent.nu_error.value):
+        found = tuple(measure for measure in found if measure.value != wording.UNDEFINED)  # one decoder, or both vanish
     if math.isnan(latent.alone.value):
         return found
     meaning = "nats by which it reduces the KL to the chat model when patched alone into the base model; 95% interval"
