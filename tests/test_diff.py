@@ -132,7 +132,7 @@ def test_concepts_are_a_table_and_each_a_card(run_path: Path, tmp_path: Path) ->
     assert run.concepts["n_trainings"].to_list() == [3, 4, 4, 1, 1] and run.concepts["explanation"].is_null().all()
     view = run.concept(0)
     page = view._repr_html_()
-    assert view.record.verdict == "chat_specific" and "replicated 3 of 4 trainings" in page
+    assert view.record.verdict == "chat_specific" and "replicated in 3 of 4 trainings" in page
     assert "<script>alert(1)</script>" not in page and "&lt;script&gt;alert(1)" in page
     assert page.count("<div") == page.count("</div>") and "\n\n" not in page and "@scope (.crossdiff)" in page
     text = repr(view)

@@ -123,7 +123,7 @@ def test_one_training_alone_lists_all_concepts(run: Path, tmp_path: Path) -> Non
     client = requests_to(single, tmp_path / "cache")
     # By energy: 3 has 0.3, 0 has 0.2, 2 has 0.05.
     assert concepts_in(client, CONCEPTS) == [3, 0, 2, 1, 4]
-    assert "all, also unconfirmed" not in client.get(CONCEPTS).text
+    assert "all, including those not replicated" not in client.get(CONCEPTS).text
     assert "one training only" in client.get(f"{CONCEPTS}/0").text
 
 

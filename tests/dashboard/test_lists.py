@@ -56,7 +56,7 @@ def text_of(html: str) -> str:
 
 def cells(page: str, latent: int) -> str:
     """The text of a latent's row."""
-    row = page[page.index(f'<tr data-href="{BATCHTOPK}/latent/{latent}?') :]
+    row = page[page.index(f'data-href="{BATCHTOPK}/latent/{latent}?') :]
     return text_of(row[: row.index("</tr>")])
 
 
@@ -179,7 +179,7 @@ def test_the_list_of_a_latent_on_the_second_page_leads_back_to_it(client: Any) -
     page = client.get(f"{BATCHTOPK}?page=2").text
     latent = latents_of(page)[0]
     opened = client.get(f"{BATCHTOPK}/latent/{latent}?list=1").text
-    assert "26 of 60 in this list" in text_of(opened) and f"{BATCHTOPK}?page=2" in links(opened, "page=2")
+    assert "26 of 60 in this list" in text_of(opened) and f"{BATCHTOPK}?page=2#row-{latent}" in links(opened, "page=2")
 
 
 def test_without_a_list_or_outside_of_it_latents_follow_by_number(client: Any) -> None:
@@ -262,3 +262,86 @@ def test_stored_promoted_tokens_need_no_model(run: Path, tmp_path: Path) -> None
     (own / "batchtopk" / "promoted.parquet").write_bytes(b"PAR1 and no more")
     answer = requests_to(own, tmp_path / "cache").get(f"{BATCHTOPK}/latent/3")
     assert answer.status_code == 422 and "run `crossdiff analyze` again" in unescape(answer.text)
+
+
+def chip(page: str, verdict: str) -> str:
+    """The address of a verdict's chip, whose text begins with its glyph."""
+    found = re.findall(r'<a class="chip[^"]*" href="([^"]*)"[^>]*><span class="sign"[^>]*>[^<]*</span>&nbsp;([^<]*)</a>', page)
+    return next(unescape(link) for link, name in found if name == verdict)
+
+
+def test_a_verdict_is_added_to_the_query_and_removed_again(client: Any) -> None:
+    """Latents 0 to 6 are chat-specific; the others of the first twenty have other verdicts."""
+    asked = f"{BATCHTOPK}?q=the&sort=latent&dir=desc&f=latent%3A%3A20&page=1"
+    one = chip(client.get(asked).text, "chat-specific")
+    assert one == f"{BATCHTOPK}?q=the&sort=latent&dir=desc&f=latent%3A%3A20&f=verdict%3Dchat_specific"
+    assert "verdict is chat-specific" in text_of(client.get(one).text)
+    assert chip(client.get(one).text, "chat-specific") == asked.removesuffix("&page=1")
+
+
+def test_several_verdicts_combine(run: Path, client: Any) -> None:
+    table = pl.read_parquet(run / "batchtopk" / "latents.parquet")
+    other = next(verdict for verdict in table["verdict"].to_list() if verdict != "chat_specific")
+    both = table.filter(pl.col("verdict").is_in(["chat_specific", other]), pl.col("latent") >= 3)
+    page = client.get(f"{BATCHTOPK}?f=verdict=chat_specific&f=verdict={other}&f=latent:3:&sort=latent").text
+    assert latents_of(page) == sorted(both["latent"].to_list())[:25] and both["verdict"].n_unique() == 2
+
+
+def test_words_in_quotes_stay_together(index: Search, tmp_path: Path) -> None:
+    """The texts are "The knowledge of tides". "of knowledge" is nowhere, and `greetings in the morning` explains latent 5."""
+    assert index.find('"knowledge of"').latents.tolist() == [0, 1, 2]
+    assert index.find('"knowledge tides"').latents.tolist() == index.find('"of knowledge"').latents.tolist() == []
+    assert index.find('"in the" greetings').latents.tolist() == [5] and not len(index.find('"the in" greetings').latents)
+    assert index.find('"knowledge of ti').latents.tolist() == [0, 1, 2]  # the open end may be the beginning of a word
+    assert index.find('"knowledge of ti"').latents.tolist() == []
+    client = requests_to(index.coder.directory, tmp_path / "cache")
+    page = client.get(BATCHTOPK, params={"q": '"of tides"'}).text
+    assert latents_of(page) == [2, 0, 1]  # as active as anywhere on `of`, a quarter as active on `tides`, on neither
+    opened = client.get(f"{BATCHTOPK}/latent/0", params={"q": '"of tides"', "list": "1"}).text
+    outlined = {text_of(text).strip() for text in re.findall(r'class="t[^"]*found"[^>]*>([^<]*)<', opened)}
+    assert outlined == {"of", "tides", "outlined"}
+    assert 'found"' not in client.get(f"{BATCHTOPK}/latent/0").text
+
+
+def test_words_side_by_side_come_first(index: Search) -> None:
+    """Without quotes all three have both words; adjacent ones count more than any weight of words apart."""
+    apart, adjacent = index.find("tides knowledge"), index.find("knowledge of")
+    assert (apart.n_adjacent, adjacent.n_adjacent) == (0, 3)
+    assert adjacent.weights.min() > 12 * EXPLAINED >= apart.weights.max()
+    assert "3 have them side by side" in match_words(adjacent, 3)
+
+
+def test_the_list_leads_back_to_its_row(client: Any) -> None:
+    for opened, row in (
+        (links(client.get(LIST).text, "/latent/5?")[0], "row-5"),
+        (f"{CONCEPTS}/2?verdict=&every=false", "row-2"),
+    ):
+        up = next(
+            at["href"] for tag, at in Elements(client.get(opened).text).found if at.get("data-key") == "u" and "#" in at["href"]
+        )
+        assert up.endswith(f"#{row}")
+        assert [at["id"] for _, at in Elements(client.get(up).text).found if at.get("id") == row] == [row]
+
+
+def test_a_number_that_is_none_is_refused_in_plain_words(client: Any) -> None:
+    answer = client.get(f"{BATCHTOPK}/latent?number=abc")
+    assert answer.status_code == 422 and "number is 'abc': expected a whole number." in unescape(answer.text)
+
+
+def test_concepts_that_were_replaced_are_out_of_date(run: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / run.name)
+    shutil.rmtree(own / "concepts")
+    client = requests_to(own, tmp_path / "cache")
+    assert "has no concepts yet" in client.get("/").text
+    (own / "old" / "20260101-000000-1-2-causal-concepts").mkdir(parents=True)
+    assert "has no concepts yet" in requests_to(own, tmp_path / "cache").get("/").text
+    (own / "old" / "20260101-000000-1-2-concepts").mkdir()
+    page = text_of(requests_to(own, tmp_path / "cache").get("/").text)
+    assert "out of date: they were made from an earlier analysis" in page and "has no concepts yet" not in page
+
+
+def test_reasons_have_true_minus_signs() -> None:
+    from crossdiff.report.wording import reason
+
+    stored = "nu_error -0.00 [-0.01, 0.00] and chat-specific 0.5-0.6"
+    assert reason(stored) == "nu_error 0.00 [\N{MINUS SIGN}0.01, 0.00] and chat-specific 0.5-0.6"

@@ -25,7 +25,7 @@ from crossdiff.cli import run_command
 from crossdiff.dashboard.catalogue import slugs
 from crossdiff.dashboard.live import Live
 from crossdiff.dashboard.queries import Query, parse, select
-from crossdiff.dashboard.search import ranges
+from crossdiff.dashboard.search import phrases
 from crossdiff.errors import UserError
 from crossdiff.report.examples import ExampleDatabase
 
@@ -164,8 +164,8 @@ def test_search_finds_explanations_and_examples(client: Any) -> None:
 
 
 def test_the_last_word_may_be_the_beginning_of_one() -> None:
-    assert ranges('Who "Caf\u00e9') == [("who", "who\0"), ("cafe", "cafe\U0010ffff")]
-    assert ranges("*()") == []
+    assert [phrase.ranges for phrase in phrases('Who "Caf\u00e9')] == [[("who", "who\0")], [("cafe", "cafe\U0010ffff")]]
+    assert phrases("*()") == []
 
 
 def test_htmx_gets_the_table_alone_and_its_address(client: Any) -> None:

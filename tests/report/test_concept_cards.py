@@ -170,10 +170,10 @@ def test_few_words_say_the_verdict(run: Path) -> None:
     assert f"and {judges} in what other latents explain (nu_reconstruction without bias; {other} with bias)" in cards[0].verdict
     assert cards[1].verdict.startswith("Changed (rotated): both models have it, in another direction (cosine of the two 0.90)")
     assert cards[0].chips == (
-        "replicated 3 of 4 trainings",
+        "replicated in 3 of 4 trainings",
         "predicts identity before the answer, AUROC 0.97 [0.92, 0.99]",
     )
-    assert cards[1].chips == ("replicated 4 of 4 trainings",)  # at chance it predicts nothing
+    assert cards[1].chips == ("replicated in 4 of 4 trainings",)  # at chance it predicts nothing
 
 
 def test_the_terminal_begins_with_the_concepts(run: Path) -> None:
@@ -186,7 +186,7 @@ def test_the_model_card_lists_the_concepts_as_text(run: Path) -> None:
     (run / "l1" / "config.json").write_text("{}")
     card = model_card(read_run(run), "me/x", "mit", HarvestConfig(), {})
     assert card.index("The chat model has 2 concepts") < card.index("## What single latents show")
-    assert "(chat-specific; replicated 3 of 4 trainings; predicts identity" in card and "run.concept(0)" in card
+    assert "(chat-specific; replicated in 3 of 4 trainings; predicts identity" in card and "run.concept(0)" in card
     assert DANGER not in card and markdown("a*b <i>|[x]") == r"a\*b \<i\>\|\[x\]"
 
 

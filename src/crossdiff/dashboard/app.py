@@ -34,6 +34,8 @@ from crossdiff.errors import UserError
 from crossdiff.report.cards import Display
 
 HERE = Path(__file__).parent
+PLAIN = {"int_parsing": "expected a whole number", "bool_parsing": "expected true or false", "missing": "it is missing"}
+"""What is wrong with a field of an address, by the name of pydantic's error."""
 
 
 def create_app(
@@ -145,7 +147,9 @@ def _add_pages(app: FastAPI, site: Site) -> None:
         row, asked = site.row(found, latent), request.query_params.multi_items()
         listed = parse(asked, found.table.schema) if LIST in dict(asked) else None
         place = None if listed is None else site.lists.place(found, listed, latent)
-        values = pages.latent_page(found, row, Display.of(context, whitespace, tint), place)
+        values = pages.latent_page(
+            found, row, Display.of(context, whitespace, tint), place, "" if listed is None else listed.search
+        )
         return site.page("latent.html.j2", **values)
 
     @app.get(ROOT + "/latent/{latent}/brief")
@@ -188,4 +192,5 @@ def _add_errors(app: FastAPI, site: Site) -> None:
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return site.problem(request, 422, f"{first['loc'][-1]}: {first['msg']}.")
+        found = f"{first['loc'][-1]} is {str(first.get('input'))[:40]!r}"
+        return site.problem(request, 422, f"{found}: {PLAIN.get(first['type'], first['msg'])}.")

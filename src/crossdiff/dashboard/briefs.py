@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from crossdiff.dashboard.catalogue import Coder
-from crossdiff.dashboard.search import CONTEXTS, ranges, spans
+from crossdiff.dashboard.search import CONTEXTS, Phrase, found_in, phrases, spans, together
+from crossdiff.report.cards import ExampleView
 from crossdiff.report.concept_cards import Title, title_of
 from crossdiff.report.examples import TOKENS_AFTER, TOKENS_BEFORE, Example, joined, strongest_text, visible
 
@@ -15,6 +16,23 @@ TOKENS = 4
 """Strongest tokens that are shown."""
 BEFORE, AFTER = 12, 6
 """Tokens of a snippet on either side of the marked one."""
+
+
+def with_words(views: Sequence[ExampleView], search: str) -> list[ExampleView]:
+    """Examples whose tokens are marked `found` where they are part of the search's words."""
+    asked = phrases(search)
+    return [_with_words(view, asked) for view in views]
+
+
+def _with_words(view: ExampleView, asked: Sequence[Phrase]) -> ExampleView:
+    texts = [piece.text for piece in view.pieces]
+    where = spans(texts)
+    hits = found_in(where.words, asked)
+    marked = tuple(
+        piece if hits.isdisjoint(where.at(at, len(text))) else piece._replace(classes=f"{piece.classes} found")
+        for at, (piece, text) in enumerate(zip(view.pieces, texts, strict=True))
+    )
+    return view._replace(pieces=marked)
 
 
 class Brief(NamedTuple):
@@ -48,17 +66,19 @@ def _brief(label: str | None, examples: Sequence[Example], search: str) -> Brief
 
 
 def _match(examples: Sequence[Example], search: str) -> Example | None:
-    """The example with one of the words, at the word's token on which the latent is most active; None if none has one."""
-    wanted, best = ranges(search), None
-    for example in examples if wanted else ():
+    """The example with the search's words, at the token of them on which the latent is most active; None if none has one.
+    Examples that have all of them side by side come before the others."""
+    asked, best, best_rank = phrases(search), None, (False, 0.0)
+    for example in examples if asked else ():
         first = max(0, example.position - TOKENS_BEFORE)
         tokens = example.tokens[first : example.position + TOKENS_AFTER + 1]
         groups = list(joined(tokens))
         where = spans([text for _, text in groups])
-        hits = {at for at, word in enumerate(where.words) if any(low <= word < end for low, end in wanted)}
+        adjacent, hits = together(asked).places(where.words), found_in(where.words, asked)
         for at, (own, text) in enumerate(groups) if hits else ():
             activation, position = max((tokens[each].activation, -each) for each in range(own.start, own.stop))
-            is_better = best is None or activation > best.activation
-            if is_better and not hits.isdisjoint(where.at(at, len(text))):
-                best = replace(example, position=first - position, activation=activation)
+            of = where.at(at, len(text))
+            rank = (not adjacent.isdisjoint(of), activation)
+            if not hits.isdisjoint(of) and (best is None or rank > best_rank):
+                best, best_rank = replace(example, position=first - position, activation=activation), rank
     return best

@@ -101,7 +101,7 @@ def _place(concepts: Concepts, number: int, chosen: Chosen) -> Place | None:
         return None
     at = numbers.index(number)
     previous, following = (numbers[i] if 0 <= i < len(numbers) else None for i in (at - 1, at + 1))
-    path = f"{concepts.path}{carried}&page={at // LIST_PAGE + 1}"
+    path = f"{concepts.path}{carried}&page={at // LIST_PAGE + 1}#row-{number}"
     return Place(at + 1, len(numbers), previous, following, path, carried)
 
 
@@ -136,6 +136,7 @@ def concept_page(concepts: Concepts, number: int, display: Display, place: Place
     previous, following = beside if place is None else (place.previous, place.following)
     activity = concepts.activity(number)
     trainings = [row | {nu: wording.interval(estimate(row, nu)) for nu in TRAINING_NUS} for row in concepts.trainings(number)]
+    verdict = concepts.found.table["verdict"][number]
     return {
         "concepts": concepts,
         "number": number,
@@ -150,6 +151,7 @@ def concept_page(concepts: Concepts, number: int, display: Display, place: Place
         "changes": MEANINGS,
         "shown": kept(None, display),
         "trainings": trainings,
+        "differs": any(row["verdict"] != verdict for row in trainings),
         "nus": TRAINING_NUS,
         "promoted": concepts.promoted(number),
         "activity": activity[:MAX_ACTIVITY_ROWS],

@@ -92,6 +92,6 @@ class Lists:
             at + 1, len(latents),
             int(latents[at - 1]) if at else None,
             int(latents[at + 1]) if at + 1 < len(latents) else None,
-            coder.path + query.of_list.address(page=at // PAGE_SIZE + 1),
+            coder.path + query.of_list.address(page=at // PAGE_SIZE + 1) + f"#row-{latent}",
             query.carried,
         )  # fmt: skip

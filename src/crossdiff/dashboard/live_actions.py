@@ -99,7 +99,7 @@ def _steering(coder: Coder, form: Form) -> Steering:
     if form.concept.strip():
         strengths = {**dict.fromkeys(_members(coder, whole(form.concept.strip())), form.strength), **strengths}
     if not strengths:
-        raise UserError("no latent to steer with is chosen; give its number, for example one from below the text")
+        raise UserError("no latent to steer with is chosen; give its number; those that are active are listed below the text")
     check_latents(strengths, coder.table.height, coder.title)
     (latent, strength), *others = strengths.items()
     choices: dict[str, Any] = {"mode": form.mode, "model": form.model, "tokens": form.tokens}

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from crossdiff.dashboard import charts
-from crossdiff.dashboard.briefs import briefs
+from crossdiff.dashboard.briefs import briefs, with_words
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.concepts import ConceptRow, Concepts
 from crossdiff.dashboard.lists import Lists, Place, kept
@@ -90,14 +90,15 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
         "untrained": [look for slug, look in catalogue.looks.items() if slug not in catalogue.reports],
         "overlay": charts.norm_overlay(comparing) if comparing else None,
         "kl": charts.kl_bars(coders),
+        "kl_replaced": any(concept_wording.set_aside(coder.directory, f"causal-{coder.name}") for coder in coders),
     }
 
 
 def _first_concepts(concepts: Concepts | None) -> list[ConceptRow]:
-    """The first concepts that a short list shows."""
+    """The first concepts of the list of concepts."""
     if concepts is None:
         return []
-    return concepts.rows([concept.number for concept in concept_wording.leading(concepts.found)[:HOME_CONCEPTS]])
+    return concepts.rows(concepts.chosen(None, every=False)[:HOME_CONCEPTS])
 
 
 def table(coder: Coder, query: Query, search: Search, lists: Lists) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def table(coder: Coder, query: Query, search: Search, lists: Lists) -> dict[str,
         "page_numbers": page_numbers(page.number, page.n_pages),
         "briefs": briefs(coder, [row["latent"] for row in page.rows], query.search),
         "matches": None if found is None else match_words(found, page.n_rows),
+        "n_adjacent": 0 if found is None else found.n_adjacent,
         "columns": columns,
         "minor": [column for column in MINOR if column not in (query.column, *query.show)],
         "schema": coder.table.schema,
@@ -129,7 +131,8 @@ def match_words(found: Found, n_shown: int) -> str:
     )  # fmt: skip
     parts = [f"{n:,} {where}" for n, where in counted if n]
     filtered = "" if n_shown == len(found.latents) else f", of which the filters leave {n_shown:,}"
-    return f"{wording.latents(len(found.latents))} with these words: {', '.join(parts)}{filtered}" if parts else ""
+    first = f". {found.n_adjacent:,} {'has' if found.n_adjacent == 1 else 'have'} them side by side" if found.n_adjacent else ""
+    return f"{wording.latents(len(found.latents))} with these words: {', '.join(parts)}{filtered}{first}" if parts else ""
 
 
 def coder_page(coder: Coder) -> dict[str, Any]:
@@ -152,8 +155,8 @@ def coder_page(coder: Coder) -> dict[str, Any]:
     }
 
 
-def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Place | None) -> dict[str, Any]:
-    """The page of a latent; `place` is its place in the list that it was opened from."""
+def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Place | None, search: str = "") -> dict[str, Any]:
+    """The page of a latent; `place` is its place in the list that it was opened from, `search` what that list looked for."""
     latent = coder.latent(row)
     norms = row["norm_base"] + row["norm_chat"] if coder.compares else 0.0
     back = "" if place is None else place.carried
@@ -170,7 +173,8 @@ def latent_page(coder: Coder, row: dict[str, Any], display: Display, place: Plac
         "card": coder.card(replace(latent, examples=())),
         "percentiles": coder.percentiles(row),
         "base_share": row["norm_base"] / norms if norms else None,
-        "views": example_views(latent.examples, latent.max_activation, display),
+        "views": with_words(example_views(latent.examples, latent.max_activation, display), search),
+        "search": search,
         "has_strengths": coder.database.has_strengths,
         "correlated": coder.database.correlated(row["latent"]),
         "activity": activity[:MAX_ACTIVITY_ROWS],

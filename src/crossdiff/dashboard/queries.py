@@ -13,6 +13,7 @@ import polars as pl
 from crossdiff.dashboard.search import Found
 from crossdiff.errors import UserError
 from crossdiff.latents.ranking import RECONSTRUCTIONS, by_rank
+from crossdiff.report import wording
 
 PAGE_SIZE = 25
 BESIDE = 2
@@ -30,7 +31,10 @@ LIST = "list"
 
 @dataclass(frozen=True)
 class Filter:
-    """`column:low:high` keeps numbers between two ends, of which one may be empty; `column=text` keeps one text."""
+    """`column:low:high` keeps numbers between two ends, of which one may be empty; `column=text` keeps one text.
+
+    Several texts of one column are alternatives, see `Query.expressions`.
+    """
 
     column: str
     low: float | None = None
@@ -46,7 +50,7 @@ class Filter:
     def words(self) -> str:
         """The filter in words."""
         if self.equals is not None:
-            return f"{self.column} is {self.equals.replace('_', ' ')}"
+            return f"{self.column} is {wording.words(self.equals)}"
         if self.low is None or self.high is None:
             return f"{self.column} {f'≥ {self.low:g}' if self.high is None else f'≤ {self.high:g}'}"
         return f"{self.column} {self.low:g} to {self.high:g}"
@@ -124,6 +128,24 @@ class Query:
 
     def without(self, gone: Filter) -> str:
         return self.address(filters=tuple(each for each in self.filters if each != gone), page=1)
+
+    def toggled(self, column: str, text: str) -> str:
+        """The address with `column=text` added to the filters, or removed from them."""
+        wanted = Filter(column, equals=text)
+        return self.without(wanted) if wanted in self.filters else self.address(filters=(*self.filters, wanted), page=1)
+
+    def has(self, column: str, text: str) -> bool:
+        """Whether a filter asks for this text of a column."""
+        return Filter(column, equals=text) in self.filters
+
+    def expressions(self) -> list[pl.Expr]:
+        """Which rows the filters keep. Of several `column=text` of one column a row has to meet one, of all others each."""
+        texts: dict[str, list[pl.Expr]] = {}
+        for each in self.filters:
+            if each.equals is not None:
+                texts.setdefault(each.column, []).append(each.expression())
+        ends = [each.expression() for each in self.filters if each.equals is None]
+        return [*ends, *map(pl.any_horizontal, texts.values())]
 
 
 def parse(pairs: Sequence[tuple[str, str]], schema: Mapping[str, Any]) -> Query:
@@ -231,7 +253,7 @@ def _end(value: float | None) -> str:
 def select(table: pl.DataFrame, query: Query, found: Found | None) -> pl.DataFrame:
     """The rows of a query in its order, undefined values last. By rank_sum, the default, chat-specific latents come first; the
     latents of a search, `found`, come in the order of their matches, and equal ones by rank_sum."""
-    rows = table.lazy().with_row_index("row").filter(*(each.expression() for each in query.filters))
+    rows = table.lazy().with_row_index("row").filter(*query.expressions())
     first: list[pl.Expr] = []
     if found is not None:
         matches = pl.LazyFrame({"latent": found.latents, "match": found.weights}).cast({"latent": table.schema["latent"]})

@@ -2,7 +2,7 @@
 
 The run itself is only read, so the index is in the user's cache, under a name that changes with the files it is built from. The
 first start builds it in the background. For each word the index holds the latents that have it in their explanation or in the
-contexts of their strongest examples, each with a weight.
+contexts of their strongest examples, each with a weight. A full-text table has the same texts for phrases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -30,14 +30,18 @@ from crossdiff.errors import UserError
 from crossdiff.files import open_sqlite
 from crossdiff.report.examples import TOKENS_AFTER, TOKENS_BEFORE, ExampleDatabase
 
-FORMAT = 2
+FORMAT = 3
 CONTEXTS = 5
 """Strongest examples of a latent whose text is indexed."""
+TEXTS = 1 + CONTEXTS
+"""Texts of a latent: its explanation and its contexts. A phrase is within one of them."""
 BATCH = 2000
 MAX_WORDS = 12
 EXPLAINED, FULL = 255, 100
 """Weight of a word of the explanation, and of a word on which a latent is as active as anywhere. A word on which it is less
 active has as many hundredths; one on which it is not active has 0."""
+ADJACENT = 1 + EXPLAINED * MAX_WORDS
+"""Added to the weight of a latent that has all words of a search side by side, which then comes before all others."""
 _WORD = re.compile("(?:[^\\W_]|[\u0300-\u036f])+")
 
 
@@ -49,12 +53,14 @@ class Found(NamedTuple):
         weights: `[latent]`, the sum of the words' weights.
         n_explained: number of latents with a word in their explanation.
         n_active: number of the others that are active on a word.
+        n_adjacent: number of latents that have the words of a search without quotes side by side, 0 for a single word.
     """
 
     latents: npt.NDArray[np.int64]
     weights: npt.NDArray[np.int64]
     n_explained: int
     n_active: int
+    n_adjacent: int = 0
 
 
 def cache_folder() -> Path:
@@ -85,7 +91,10 @@ class Search:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(partial)) as index, index:
                 index.execute("CREATE TABLE words (word TEXT PRIMARY KEY, latents BLOB, weights BLOB) WITHOUT ROWID")
-                index.executemany("INSERT INTO words VALUES (?, ?, ?)", self._words())
+                index.execute(
+                    "CREATE VIRTUAL TABLE texts USING fts5 (text, content='', tokenize='unicode61 remove_diacritics 0')"
+                )
+                index.executemany("INSERT INTO words VALUES (?, ?, ?)", self._words(index))
             partial.replace(self.path)
             self.state = "ready"
         except (OSError, sqlite3.Error, UserError) as error:
@@ -93,10 +102,12 @@ class Search:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _words(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """Every word with its latents and their weights, as bytes of int32 and uint8."""
+    def _words(self, index: sqlite3.Connection) -> Iterator[tuple[str, bytes, bytes]]:
+        """Every word with its latents and their weights, as bytes of int32 and uint8. The texts are written on the way."""
         found: dict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("i"), array("B")))
-        for latent, weights in self._weights():
+        for latent, weights, texts in self._weights():
+            rows = [(latent * TEXTS + at, " ".join(text)) for at, text in enumerate(texts)]
+            index.executemany("INSERT INTO texts (rowid, text) VALUES (?, ?)", rows)
             for word, weight in weights.items():
                 latents, own = found[word]
                 latents.append(latent)
@@ -105,8 +116,8 @@ class Search:
             latents, own = found[word]
             yield word, np.array(latents, "<i4").tobytes(), own.tobytes()
 
-    def _weights(self) -> Iterator[tuple[int, dict[str, int]]]:
-        """Every latent with the weights of its words."""
+    def _weights(self) -> Iterator[tuple[int, dict[str, int], list[list[str]]]]:
+        """Every latent with the weights of its words, and the words of its explanation and of each context in their order."""
         table, database = self.coder.table, self.coder.database
         explanations = table["explanation"].to_list() if self.coder.has_explanations else [None] * table.height
         said = dict(zip(table["latent"].to_list(), explanations, strict=True))
@@ -121,40 +132,62 @@ class Search:
                     contexts[latent].append(tuple(example))
             for latent in range(first, first + BATCH):
                 if latent in said:
-                    weights = dict.fromkeys(words(said[latent] or ""), EXPLAINED)
-                    _add_contexts(weights, contexts[latent], database)
-                    yield latent, weights
+                    explanation = words(said[latent] or "")
+                    weights = dict.fromkeys(explanation, EXPLAINED)
+                    yield latent, weights, [explanation, *_add_contexts(weights, contexts[latent], database)]
 
     def find(self, text: str) -> Found:
-        """The latents that have all the words in their explanation or contexts; the last word may be the beginning of one."""
+        """The latents that have all words and phrases in their explanation or contexts; see `phrases`."""
         if self.state != "ready":
             reason = "the search index is being built; try again in a moment" if self.state == "building" else self.state
             raise UserError(reason)
-        best = [self._best(*range_of) for range_of in ranges(text)]
+        asked = phrases(text)
+        best = [self._best(*each) for phrase in asked for each in phrase.ranges]
         if not best:
             return Found(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0)
         weights = np.stack(best)
-        latents = np.flatnonzero((weights >= 0).all(0))
+        has_all = (weights >= 0).all(0)
+        for phrase in asked:
+            if len(phrase.words) > 1:
+                has_all &= self._with(phrase, len(has_all))
+        latents = np.flatnonzero(has_all)
         found = weights[:, latents]
         explained = (found == EXPLAINED).any(0)
         active = ((found > 0) & (found <= FULL)).any(0) & ~explained
-        return Found(latents, found.sum(0, dtype=np.int64), int(explained.sum()), int(active.sum()))
+        adjacent = self._with(together(asked), len(has_all))[latents] if len(asked) > 1 else np.zeros(len(latents), bool)
+        order = found.sum(0, dtype=np.int64) + ADJACENT * adjacent
+        return Found(latents, order, int(explained.sum()), int(active.sum()), int(adjacent.sum()))
 
     def _best(self, first: str, end: str) -> npt.NDArray[np.int16]:
         """The largest weight `[latent]` of the words from `first` to before `end`; -1 for a latent that has none of them."""
         best = np.full(int(self.coder.table["latent"].max() or 0) + 1, -1, np.int16)  # type: ignore[arg-type]
+        with self._reading() as index:
+            for latents, weights in index.execute(
+                "SELECT latents, weights FROM words WHERE word >= ? AND word < ?", (first, end)
+            ):
+                at = np.frombuffer(latents, "<i4")  # each latent once
+                best[at] = np.maximum(best[at], np.frombuffer(weights, "u1"))
+        return best
+
+    def _with(self, phrase: Phrase, n: int) -> npt.NDArray[np.bool_]:
+        """Which of the latents 0 to n - 1 have a phrase in one of their texts."""
+        found = np.zeros(n, bool)
+        with self._reading() as index:
+            rows = [row for (row,) in index.execute("SELECT rowid FROM texts WHERE texts MATCH ?", (phrase.match,))]
+            found[np.array(rows, np.int64) // TEXTS] = True
+        return found
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The index, opened once per thread; an error says what to do."""
         try:
             if not hasattr(self._own, "database"):
                 self._own.database = open_sqlite(self.path, any_thread=True)
-            rows = self._own.database.execute("SELECT latents, weights FROM words WHERE word >= ? AND word < ?", (first, end))
-            for latents, weights in rows:
-                at = np.frombuffer(latents, "<i4")  # each latent once
-                best[at] = np.maximum(best[at], np.frombuffer(weights, "u1"))
+            yield self._own.database
         except (sqlite3.Error, ValueError, IndexError) as error:
             raise UserError(
                 f"the search index {self.path} cannot be read ({error}); delete it and restart the dashboard"
             ) from error
-        return best
 
 
 def words(text: str) -> list[str]:
@@ -168,10 +201,57 @@ def plain_word(word: str) -> str:
     return "".join(letter for letter in unicodedata.normalize("NFKD", word.casefold()) if not unicodedata.combining(letter))
 
 
-def ranges(text: str) -> list[tuple[str, str]]:
-    """What is looked up for each word: all words from the first to before the second. The last word may be a beginning."""
-    wanted = words(text)[:MAX_WORDS]
-    return [(word, word + ("\U0010ffff" if at == len(wanted) - 1 else "\0")) for at, word in enumerate(wanted)]
+class Phrase(NamedTuple):
+    """Words that stand side by side: those within quotes, or one word. `is_open`: the last may be the beginning of a word."""
+
+    words: tuple[str, ...]
+    is_open: bool
+
+    @property
+    def ranges(self) -> list[tuple[str, str]]:
+        """What is looked up for each word: all words from the first to before the second."""
+        ends = ["\0"] * (len(self.words) - 1) + ["\U0010ffff" if self.is_open else "\0"]
+        return [(word, word + end) for word, end in zip(self.words, ends, strict=True)]
+
+    @property
+    def match(self) -> str:
+        """The phrase as full-text search expects it; the words have no quotes."""
+        return f'"{" ".join(self.words)}"{" *" if self.is_open else ""}'
+
+    def places(self, text: Sequence[str]) -> set[int]:
+        """Where a text, given as words, has the words of the phrase."""
+        wanted = self.ranges
+        starts = (
+            at
+            for at in range(len(text) - len(wanted) + 1)
+            if all(low <= word < end for word, (low, end) in zip(text[at : at + len(wanted)], wanted, strict=True))
+        )
+        return {at + each for at in starts for each in range(len(wanted))}
+
+
+def phrases(text: str) -> list[Phrase]:
+    """The words of a search, of which those within double quotes stay together. The last word may be the beginning of one
+    unless a quote closes it."""
+    parts = text.split('"')  # every second one is within quotes
+    found: list[Phrase] = []
+    room = MAX_WORDS
+    for at, part in enumerate(parts):
+        own = words(part)[:room]
+        room -= len(own)
+        found += [Phrase(tuple(own), False)] if at % 2 and own else [Phrase((word,), False) for word in own]
+    if found and words(parts[-1]):
+        found[-1] = found[-1]._replace(is_open=True)
+    return found
+
+
+def together(asked: Sequence[Phrase]) -> Phrase:
+    """All words of a search side by side."""
+    return Phrase(tuple(word for phrase in asked for word in phrase.words), asked[-1].is_open)
+
+
+def found_in(text: Sequence[str], asked: Sequence[Phrase]) -> set[int]:
+    """Where a text, given as words, has one of the words or phrases; see `Phrase.places`."""
+    return set().union(*(phrase.places(text) for phrase in asked))
 
 
 class Spans(NamedTuple):
@@ -197,13 +277,17 @@ def spans(texts: Sequence[str]) -> Spans:
     return Spans([plain_word(each[0]) for each in found], [e.start() for e in found], [e.end() for e in found], begins)
 
 
-def _add_contexts(weights: dict[str, int], contexts: list[tuple[int, bytes, bytes, bytes]], database: ExampleDatabase) -> None:
-    """Add the words of a latent's examples, each of them position, token ids, positions and activations."""
-    highest = 0.0
+def _add_contexts(
+    weights: dict[str, int], contexts: list[tuple[int, bytes, bytes, bytes]], database: ExampleDatabase
+) -> list[list[str]]:
+    """Add the words of a latent's examples, each of them position, token ids, positions and activations; returns the words of
+    each in their order."""
+    highest, texts = 0.0, []
     for position, token_ids, positions, activations in contexts:
         first, end = max(0, position - TOKENS_BEFORE), position + TOKENS_AFTER + 1
         groups = list(database.characters(np.frombuffer(token_ids, "<i4")[first:end].tolist()))
         where = spans([text for _, text in groups])
+        texts.append(where.words)
         for word in where.words:
             weights.setdefault(word, 0)
         values = dict(zip(np.frombuffer(positions, "<i4").tolist(), np.frombuffer(activations, "<f4").tolist(), strict=True))
@@ -213,6 +297,7 @@ def _add_contexts(weights: dict[str, int], contexts: list[tuple[int, bytes, byte
                 for part_of in where.at(at, len(text)):
                     word, weight = where.words[part_of], max(1, round(FULL * value / highest))
                     weights[word] = max(weights[word], weight)
+    return texts
 
 
 def _fingerprint(coder: Coder) -> str:

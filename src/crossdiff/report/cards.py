@@ -123,7 +123,7 @@ def card_of(crosscoder: str, latent: Latent, predicts: tuple[str, ...]) -> Card:
         anchor=anchor_of(crosscoder, latent.latent),
         latent=latent.latent,
         sign=sign_of(wording.words(latent.verdict), verdict_mark(latent.verdict)),
-        reason=latent.verdict_reason,
+        reason=wording.reason(latent.verdict_reason),
         predicts=predicts,
         measures=_measures(latent),
         fires_on=fires_on(latent.shares),
@@ -155,6 +155,8 @@ def _measures(latent: Latent) -> tuple[Measure, ...]:
             "rank sum", rank_sum, f"rank by {' plus rank by '.join(map(title, RANKED))}; the lowest is the most chat-specific"
         ),
     )
+    if math.isnan(latent.delta_norm) and math.isnan(latent.nu_error.value):
+        found = tuple(measure for measure in found if measure.value != wording.UNDEFINED)  # one decoder, or both vanish
     if math.isnan(latent.alone.value):
         return found
     meaning = "nats by which it reduces the KL to the chat model when patched alone into the base model; 95% interval"

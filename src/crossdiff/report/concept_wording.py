@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from crossdiff.latents.ranking import RECONSTRUCTIONS, bias_of
@@ -75,7 +77,14 @@ def missing(report: RunReport) -> str:
     """What to do where a run has no concepts."""
     if not any(coder.compares for coder in report.crosscoders):
         return "This run has no concepts, because none of its crosscoders reads both models."
+    if set_aside(report.directory, "concepts"):
+        return f"The concepts of this run are out of date: they were made from an earlier analysis. The command {HOW} RUN finds them."
     return f"This run has no concepts yet, only single latents. The command {HOW} RUN groups them into concepts."
+
+
+def set_aside(directory: Path, stage: str) -> bool:
+    """Whether a run has replaced results of a stage, named as in the folder `old`, such as `concepts` or `causal-l1`."""
+    return any(re.fullmatch(rf"[\d-]+-{re.escape(stage)}", path.name) for path in (directory / "old").glob("*"))
 
 
 def headline(concepts: RunConcepts) -> str:
@@ -181,7 +190,7 @@ def verdict_words(concept: Concept) -> str:
     """The verdict in plain words with its intervals."""
     words = KINDS.get(concept.verdict, ("", wording.words(concept.verdict).capitalize()))[1]
     if concept.verdict == "undecided":
-        return f"{words}: {concept.verdict_reason}."
+        return f"{words}: {wording.reason(concept.verdict_reason)}."
     error = wording.interval(concept.nu_error)
     reconstruction, published = (f"{wording.interval(getattr(concept, nu))}" for nu in RECONSTRUCTIONS)
     judges, other = map(bias_of, RECONSTRUCTIONS)
@@ -196,7 +205,7 @@ def replicated_words(concept: Concept, n_trainings: int) -> str:
     """In how many of the trainings the concept is."""
     if concept.replicated is None:
         return "one training only"
-    state = "replicated" if concept.replicated else "not replicated:"
+    state = "replicated in" if concept.replicated else "not replicated: in"
     return f"{state} {concept.n_trainings} of {n_trainings} trainings"
 
 

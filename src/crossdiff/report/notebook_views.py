@@ -69,7 +69,7 @@ class LatentView:
         self._card = card
 
     def __repr__(self) -> str:
-        lines = [f"latent {self.record.latent}: {self._card.sign.name} ({self.record.verdict_reason})"]
+        lines = [f"latent {self.record.latent}: {self._card.sign.name} ({self._card.reason})"]
         lines += [f"  {name:<34}{value}" for name, value, _ in self._card.measures]
         lines += [f"  {'active tokens':<34}{self._card.fires_on}"]
         return "\n".join([*lines, *(f"  {line}" for line in self.note.lines)])

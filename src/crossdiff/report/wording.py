@@ -132,6 +132,11 @@ def fixed(value: float, decimals: int = 2) -> str:
     return UNDEFINED if math.isnan(value) else _minus(f"{value:.{decimals}f}")
 
 
+def reason(text: str) -> str:
+    """The stored reason of a verdict with true minus signs, and without a sign before 0."""
+    return re.sub(r"(?<![\w.])-\d[\d,]*(?:\.\d+)?", lambda found: _minus(found[0]), text)
+
+
 def interval(estimate: Estimate[float], decimals: int = 2) -> str:
     """0.86 [0.79, 0.92]; the value alone when it has no interval."""
     if math.isnan(estimate.value) or math.isnan(estimate.low) or math.isnan(estimate.high):

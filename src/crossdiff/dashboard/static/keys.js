@@ -7,18 +7,27 @@ function move(step) {
   const all = rows();
   if (!all.length) return;
   const at = all.findIndex(row => row.classList.contains("current"));
-  const next = all[Math.min(all.length - 1, Math.max(0, at + step))];
-  all.forEach(row => row.classList.toggle("current", row === next));
-  next.querySelector("a").focus();
-  next.scrollIntoView({ block: "nearest" });
+  mark(all[Math.min(all.length - 1, Math.max(0, at + step))]);
 }
+function mark(current) {
+  rows().forEach(row => row.classList.toggle("current", row === current));
+  current.querySelector("a").focus({ preventScroll: true });
+  current.scrollIntoView({ block: "nearest" });
+}
+// A list that was reached from one of its pages begins at the row of that page.
+const left = location.hash.startsWith("#row-") && document.getElementById(location.hash.slice(1));
+if (left) mark(left);
 function focusOn(id) { const field = document.getElementById(id); if (field) { field.focus(); field.select(); } }
 function showKeys(shown) {
   const list = document.getElementById("keys"), button = document.querySelector("[data-keys]");
   list.hidden = !shown;
   button.setAttribute("aria-expanded", String(shown));
 }
-function toggleKeys() { showKeys(document.getElementById("keys").hidden); }
+// The list names the keys that work on this page.
+function toggleKeys() {
+  for (const entry of document.querySelectorAll("[data-needs]")) entry.hidden = !document.querySelector(entry.dataset.needs);
+  showKeys(document.getElementById("keys").hidden);
+}
 // The link of the key that is nearest to the content: one in the page before one in its bar.
 function follow(key) {
   const link = document.querySelector(`main [data-key=${key}]`) || document.querySelector(`.bar [data-key=${key}]`);
