@@ -7,6 +7,7 @@ import shutil
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def client(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return requests_to(run, tmp_path_factory.mktemp("cache"), live=True)
 
 
-def post(client: Any, **fields: str) -> Any:
+def post(client: Any, **fields: Any) -> Any:
     return client.post(f"{CODER}/live", data=fields, headers={"origin": ADDRESS}, follow_redirects=True)
 
 
@@ -113,7 +114,7 @@ def test_sides_add_up_to_the_stored_activation(coder: Coder, live: Live) -> None
     latent = int(coder.table.sort("n_active")["latent"][-1])
     example = coder.database.examples(latent)[0]
     sides = live.sides(coder, latent, example.tokens.ids)
-    total = sides.base + sides.chat + sides.bias
+    total = sum(sides.parts.values()) + sides.bias
     active = [position for position, token in enumerate(example.tokens) if token.activation > 0]
     np.testing.assert_allclose(total[active], [example.tokens[position].activation for position in active], rtol=2e-3)
 
@@ -227,6 +228,35 @@ def test_an_answer_becomes_a_turn(client: Any) -> None:
     assert page.count('name="content"') == 3 and page.count('class="turn assistant"') == 1  # and room for the next message
 
 
+@pytest.mark.parametrize("again", ["answer-base", "answer-both", "steer", "answer-chat"])
+def test_the_same_question_is_answered_again_while_nothing_else_was_asked(coder: Coder, live: Live, again: str) -> None:
+    """The first answer is not part of the question: the texts are those of the question alone."""
+    asked = Form(turns=(Turn("user", "hi the sea"),), length=5, steer="1")
+    answered = carry_out(live, coder, asked, "answer-chat").next_form
+    assert [turn.role for turn in answered.turns] == ["user", "assistant", "user"]
+    done, expected = carry_out(live, coder, answered, again), carry_out(live, coder, asked, again)
+    assert [part.reading.ids for part in done.parts] == [part.reading.ids for part in expected.parts]
+    assert done.form == asked and done.next_form == expected.next_form
+    follow = replace(answered, turns=(*answered.turns[:-1], Turn("user", "and then")))
+    assert carry_out(live, coder, follow, again).form == follow
+
+
+def test_an_answer_is_removed_in_one_step_and_what_is_shown_stays(client: Any) -> None:
+    page = post(client, kind="chat", role="user", content="hi the sea", action="answer-base", length="5")
+    shown = re.search(r'name="shown" value="([0-9a-f]{32})"', page.text)
+    assert shown is not None
+    turns = {"role": ["user", "assistant", "user"], "content": ["hi the sea", "an answer", ""]}
+    shorter = post(client, **turns, action="remove", shown=shown[1]).text
+    assert shorter.count('name="content"') == 1 and shorter.count('class="turn assistant"') == 0 and "answer-text" in shorter
+    wrong = post(client, **turns, action="steer", steer="9999", shown=shown[1])
+    assert wrong.status_code == 422 and "there is no latent 9999" in wrong.text and "answer-text" in wrong.text
+    headers = {"origin": ADDRESS, "hx-request": "true"}
+    part = client.post(f"{CODER}/live", data={"content": "", "role": "user", "shown": shown[1]}, headers=headers)
+    assert (part.headers["hx-retarget"], part.headers["hx-reswap"]) == ("#problem", "innerHTML")
+    assert "the conversation is empty" in part.text and "<form" not in part.text
+    assert "answer-text" not in post(client, **turns, action="remove", shown="../../x").text
+
+
 def test_prompts_are_shown_as_text(client: Any) -> None:
     page = post(client, kind="text", text=f"</textarea>{DANGER}"[:40], action="read").text
     assert "<script>alert" not in page and "</textarea><script" not in page
@@ -297,3 +327,7 @@ def test_a_conversation_grows_and_shrinks() -> None:
     assert form is not None and form.turns == (Turn("user", "a"), Turn("assistant", ""))
     shorter = edited(form, "remove")
     assert shorter is not None and shorter.turns == (Turn("user", "a"),)
+    answered = Form(turns=(Turn("user", "a"), Turn("assistant", "b"), Turn("user", "")))
+    assert edited(answered, "remove") == shorter
+    typed = replace(answered, turns=(*answered.turns[:2], Turn("user", "c")))
+    assert edited(typed, "remove") == replace(answered, turns=answered.turns[:2])

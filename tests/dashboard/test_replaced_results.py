@@ -180,7 +180,7 @@ def test_a_part_for_a_page_of_replaced_results_is_refused(changing: Path, tmp_pa
         answer = client.get(path, headers=own)
         assert answer.status_code == 409 and "Reload the page" in answer.text and "<html" not in answer.text
     answer = client.post(LIVE, data={"action": "add"}, headers=own)
-    assert (answer.status_code, answer.headers["hx-retarget"]) == (409, "#result")
+    assert (answer.status_code, answer.headers["hx-retarget"]) == (409, "#problem")
     assert client.get(BATCHTOPK, headers={"hx-request": "true"}).status_code == 200
 
 

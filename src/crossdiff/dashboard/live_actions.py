@@ -11,7 +11,7 @@ import polars as pl
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.kept import Kept
 from crossdiff.dashboard.live import Hear, Live, Wanted
-from crossdiff.dashboard.live_form import Form, continued, whole
+from crossdiff.dashboard.live_form import Form, continued, question, whole
 from crossdiff.dashboard.readings import Part
 from crossdiff.errors import UserError, check_latents
 from crossdiff.report.concept_reading import check_concept
@@ -50,7 +50,7 @@ class Done:
 
 
 def carry_out(live: Live, coder: Coder, form: Form, action: str, hear: Hear = lambda number, name, text: True) -> Done:
-    """Read the text, or let the models answer and read it with the answers.
+    """Read the text, or let the models answer its last question and read it with the answers.
 
     Args:
         hear: gets the answers while they are written; see `Live.answer`.
@@ -59,6 +59,7 @@ def carry_out(live: Live, coder: Coder, form: Form, action: str, hear: Hear = la
     if action == "read":
         return Done(form, action, (Part(live.read(coder, form.prompt())),))
     answers = wanted(coder, form, action)
+    form = question(form)
     prompt = form.prompt()
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         raise UserError("the conversation ends with an answer; type the next message, or remove the answer, then ask again")

@@ -59,10 +59,26 @@ def add(app: FastAPI, site: Site) -> None:
         status: int = 200,
         partial: bool = False,
         headers: dict[str, str] | None = None,
+        continues: bool = False,
     ) -> HTMLResponse:
         template = "live_form.html.j2" if partial else "live.html.j2"
         values = {"coder": coder, "form": form, "shown": shown, "problem": problem, "not_kept": site.kept.problem}
-        return site.page(template, 200 if partial else status, headers, **values)
+        return site.page(template, 200 if partial else status, headers, continues=continues, **values)
+
+    def failed(coder: Coder, form: Form, pairs: Pairs, problem: str, status: int, partial: bool) -> HTMLResponse:
+        """A problem beside what is shown and typed, which stays."""
+        if partial:
+            headers = {"HX-Retarget": "#problem", "HX-Reswap": "innerHTML"}
+            return site.page("live_problem.html.j2", 200, headers, problem=problem)
+        return page(coder, form, shown_on(coder, pairs), problem, status)
+
+    def shown_on(coder: Coder, pairs: Pairs) -> Shown | None:
+        """The result on the page that was sent; None if there was none, or it is not kept any more."""
+        key = dict(pairs).get("shown", "")
+        try:
+            return show(coder, recall(site.kept, coder, key), key)
+        except Lost:
+            return None
 
     def data(coder: Coder, done: Done, key: str, status: int = 200) -> JSONResponse:
         own = address(coder, key)
@@ -111,16 +127,14 @@ def add(app: FastAPI, site: Site) -> None:
             form = read_form(pairs)
             changed = None if for_program else edited(form, action)
             if changed is not None:
-                return page(coder, changed, partial=is_partial(request))
+                return page(coder, changed, shown_on(coder, pairs), partial=is_partial(request))
             done = carry_out(site.live, coder, form, action)
         except UserError as problem:
             if for_program:
                 return error(422, f"{problem}.")
-            return page(coder, form, problem=f"{problem}.", status=422, partial=is_partial(request))
+            return failed(coder, form, pairs, f"{problem}.", 422, is_partial(request))
         except Busy:
-            if for_program:
-                return error(503, BUSY)
-            raise
+            return error(503, BUSY) if for_program else failed(coder, form, pairs, BUSY, 503, is_partial(request))
         key = keep(site.kept, coder, done)
         return data(coder, done, key, 201) if for_program else RedirectResponse(address(coder, key), 303)
 
@@ -160,7 +174,7 @@ def add(app: FastAPI, site: Site) -> None:
             answers = [part.answer for part in done.parts]
             if not 0 <= turn < len(answers) or answers[turn] is None:
                 raise HTTPException(404, f"There is no answer {turn}: this request has {len(answers)}, counted from 0.")
-            return page(coder, continued(done.form, str(answers[turn])))
+            return page(coder, continued(done.form, str(answers[turn])), continues=True)
         headers = {"HX-Push-Url": address(coder, key)}
         return page(coder, done.next_form, show(coder, done, key), partial=is_partial(request), headers=headers)
 
