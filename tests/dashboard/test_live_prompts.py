@@ -109,6 +109,37 @@ def test_a_latent_with_a_nu_out_of_range_is_not_among_the_most_specific(
     assert shown and shown == [latent for latent in active if latent % 2][: len(shown)]
 
 
+def test_chat_specific_latents_come_first_and_steered_ones_always(
+    coder: Coder, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two of the active latents with the verdict come by v / max, the larger share first; the others fill up by rank_sum."""
+    form = Form(turns=(Turn("user", QUESTION[0]["content"]),))
+    done = carry_out(live, coder, form, "read")
+    reading = done.parts[0].reading
+    first, second, *others = np.unique(reading.latent).tolist()
+    assert len(others) >= 2
+    maxima = {first: float(reading.of(first).max()) * 4, second: float(reading.of(second).max()) * 2}
+    changed = coder.table.with_columns(
+        delta_norm=pl.lit(0.95), rank_sum=pl.col("latent").cast(pl.Float64), nu_error=pl.lit(0.1),
+        nu_reconstruction_nobias=pl.lit(0.1), nu_reconstruction=pl.lit(0.1),
+        verdict=pl.when(pl.col("latent").is_in([first, second])).then(pl.lit("chat_specific")).otherwise(pl.lit("shared")),
+        max_activation=pl.col("latent").replace_strict(maxima, default=100.0, return_dtype=pl.Float64),
+    )  # fmt: skip
+    monkeypatch.setattr(coder, "table", changed)
+    shown = show(coder, done, "key").latents
+    assert [each.meaning.latent for each in shown] == [second, first, *others[:4]]
+    assert [each.meaning.sign.name for each in shown[1:3]] == ["chat-specific", "shared"]
+    silent = next(latent for latent in range(coder.table.height) if latent not in (first, second, *others))
+    steered = replace(done.parts[0], strengths=((others[-1], 1.0), (silent, 1.0)))
+    for order in ("specific", "active", "chosen"):
+        again = replace(done, form=replace(form, order=order, chosen=str(first)), parts=(done.parts[0], steered))
+        latents = [each.meaning.latent for each in show(coder, again, "key").latents]
+        assert latents[:2] == [others[-1], silent] and len(latents) == len(set(latents))
+    monkeypatch.setattr(Coder, "compares", property(lambda _: False))
+    strongest_first = sorted([first, second, *others], key=lambda latent: -reading.of(latent).max())[:6]
+    assert [each.meaning.latent for each in show(coder, done, "key").latents] == strongest_first
+
+
 def test_sides_add_up_to_the_stored_activation(coder: Coder, live: Live) -> None:
     """base part + chat part + bias is the pre-activation in v, which is the activation wherever the latent is active."""
     latent = int(coder.table.sort("n_active")["latent"][-1])
@@ -255,6 +286,15 @@ def test_an_answer_is_removed_in_one_step_and_what_is_shown_stays(client: Any) -
     assert (part.headers["hx-retarget"], part.headers["hx-reswap"]) == ("#problem", "innerHTML")
     assert "the conversation is empty" in part.text and "<form" not in part.text
     assert "answer-text" not in post(client, **turns, action="remove", shown="../../x").text
+
+
+@pytest.mark.parametrize("field", ["content", "system"])
+def test_control_tokens_typed_as_text_are_named(client: Any, field: str) -> None:
+    fields = {"role": "user", "content": "hi"}
+    page = post(client, **fields | {field: "hi <|end|> and <|user|> and <|end|>"}).text
+    assert "Typed as text, but read as a control token" in page and "<|end|>" not in page
+    assert "<code>&lt;|end|&gt;</code>, <code>&lt;|user|&gt;</code>." in page
+    assert "Typed as text" not in post(client, **fields | {field: "hi < |end|>"}).text  # the template's own are meant
 
 
 def test_prompts_are_shown_as_text(client: Any) -> None:
