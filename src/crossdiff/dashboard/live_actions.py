@@ -98,7 +98,7 @@ def _steering(coder: Coder, form: Form) -> Steering:
 
     strengths = form.steered()
     if form.concept.strip():
-        strengths = {**dict.fromkeys(_members(coder, whole(form.concept.strip())), form.strength), **strengths}
+        strengths = {**dict.fromkeys(members(coder, whole(form.concept.strip())), form.strength), **strengths}
     if not strengths:
         raise UserError("no latent to steer with is chosen; give its number, for example one from below the text")
     check_latents(strengths, coder.table.height, coder.title)
@@ -107,13 +107,12 @@ def _steering(coder: Coder, form: Form) -> Steering:
     return Steering(latent, strength=strength, others=tuple(others), **choices)
 
 
-def _members(coder: Coder, concept: int) -> list[int]:
+def members(coder: Coder, concept: int) -> list[int]:
     """The latents of a concept in this training."""
     if coder.concepts is None:
         raise UserError("this run has no concepts; `crossdiff concepts` finds them, or give numbers of latents")
     check_concept(coder.concepts.found, concept)
-    members = coder.concepts.found.members
-    found = members.filter((pl.col("concept") == concept) & (pl.col("training") == coder.name))["latent"].to_list()
+    found = coder.concepts.found.members.filter((pl.col("concept") == concept) & (pl.col("training") == coder.name))["latent"].to_list()
     if not found:
         raise UserError(
             f"concept {concept} has no latent in {coder.title}; steer with a training that has one, or with latents"

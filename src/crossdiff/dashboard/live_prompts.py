@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import FastAPI, HTTPException, Request
@@ -10,8 +11,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.live import Busy, Hear
-from crossdiff.dashboard.live_actions import Done, Lost, as_json, carry_out, keep, recall
-from crossdiff.dashboard.live_form import Form, continued, edited, read_form, read_json
+from crossdiff.dashboard.live_actions import Done, Lost, as_json, carry_out, keep, members, recall
+from crossdiff.dashboard.live_form import Form, continued, edited, read_form, read_json, whole
 from crossdiff.dashboard.live_records import LiveRecord, LiveRequest
 from crossdiff.dashboard.live_stream import BUSY, MEDIA_TYPE, Line, stream
 from crossdiff.dashboard.live_views import Shown, active_on, shared_character, show
@@ -62,8 +63,20 @@ def add(app: FastAPI, site: Site) -> None:
         continues: bool = False,
     ) -> HTMLResponse:
         template = "live_form.html.j2" if partial else "live.html.j2"
-        values = {"coder": coder, "form": form, "shown": shown, "problem": problem, "not_kept": site.kept.problem}
+        named = named_concept(coder, form.concept)
+        values = {"coder": coder, "form": form, "named": named, "shown": shown, "problem": problem, "not_kept": site.kept.problem}
         return site.page(template, 200 if partial else status, headers, continues=continues, **values)
+
+    def named_concept(coder: Coder, typed: str) -> dict[str, Any]:
+        """The concept of the form with its latents, or why there is none."""
+        if coder.concepts is None or not typed.strip():
+            return {}
+        try:
+            number = whole(typed.strip())
+            latents = members(coder, number)
+        except UserError as problem:
+            return {"problem": f"{problem}."}
+        return {"path": f"{coder.concepts.path}/{number}", "row": coder.concepts.rows([number])[0], "latents": latents}
 
     def failed(coder: Coder, form: Form, pairs: Pairs, problem: str, status: int, partial: bool) -> HTMLResponse:
         """A problem beside what is shown and typed, which stays."""
@@ -89,8 +102,11 @@ def add(app: FastAPI, site: Site) -> None:
 
     @app.get(ROOT + "/live")
     @site.in_turn
-    def live_page(run: str, name: str, latent: int | None = None) -> HTMLResponse:
+    def live_page(run: str, name: str, latent: int | None = None, concept: int | None = None) -> HTMLResponse:
         coder = site.coder(run, name)
+        if concept is not None:
+            members(coder, concept)
+            return page(coder, Form(concept=str(concept)))
         if latent is None:
             return page(coder, Form())
         site.row(coder, latent)
@@ -146,6 +162,11 @@ def add(app: FastAPI, site: Site) -> None:
             raise HTTPException(404, "This answer is not being written any more.")
         found.set()
         return Response(status_code=204)
+
+    @app.get(ROOT + "/live/concept")
+    @site.in_turn
+    def concept_name(run: str, name: str, concept: str = "") -> HTMLResponse:
+        return site.page("live_concept.html.j2", named=named_concept(site.coder(run, name), concept))
 
     @app.get(ROOT + "/live/{key}.json", tags=[DATA], response_model=LiveRecord, summary="A live prompt that was kept")
     @site.in_turn

@@ -34,11 +34,11 @@
 
   document.addEventListener("htmx:beforeSwap", event => {
     if (event.detail.target.id !== "live" || !form()) return;
-    const field = document.activeElement, isHere = document.getElementById("live").contains(field);
+    const field = document.activeElement, live = document.getElementById("live"), isHere = live.contains(field);
     const number = isHere && field.name ? [...document.getElementsByName(field.name)].indexOf(field) : -1;
     before = {
       top: pressed().getBoundingClientRect().top,
-      takesFocus: isHere || field === document.body,
+      takesFocus: isHere || field.contains(live), // a click on a disabled button leads to what is around it
       field: number >= 0 && field.tagName !== "BUTTON" ? { name: field.name, number } : null,
     };
   });
