@@ -112,7 +112,7 @@ def test_a_latent_with_a_nu_out_of_range_is_not_among_the_most_specific(
 def test_chat_specific_latents_come_first_and_steered_ones_always(
     coder: Coder, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two of the active latents with the verdict come by v / max, the larger share first; the others fill up by rank_sum."""
+    """The two of the active latents with the verdict come by v / max, the larger share first; the others by rank_sum."""
     form = Form(turns=(Turn("user", QUESTION[0]["content"]),))
     done = carry_out(live, coder, form, "read")
     reading = done.parts[0].reading

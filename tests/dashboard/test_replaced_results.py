@@ -82,15 +82,13 @@ def test_replaced_results_are_shown_with_a_notice(changing: Path, tmp_path: Path
     assert editions_in(client.get(LATENT).text) == {"second"}
 
 
-def test_a_notice_ends_after_an_hour_without_scripts(
-    changing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_notice_ends_after_an_hour_without_scripts(changing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = requests_to(changing, tmp_path / "cache")
     replace(changing, "second")
-    assert "<noscript>" in client.get(LATENT).text
+    assert '<noscript><p class="problem">' in client.get(LATENT).text
     monkeypatch.setattr(site, "NOTICE_HOURS", 0)
     later = client.get(LATENT).text
-    assert "<noscript>" not in later and re.search(r"<p [^>]*hidden data-notice=", later)
+    assert '<noscript><p class="problem">' not in later and re.search(r"<p [^>]*hidden data-notice=", later)
 
 
 def test_a_report_replaces_no_results(changing: Path, tmp_path: Path) -> None:

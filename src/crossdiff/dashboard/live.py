@@ -289,7 +289,11 @@ def _typed_control(tokenizer: Tokenizer, sequence: TokenSequence) -> tuple[str, 
     from crossdiff.text.chat import Flag
 
     special, ids = set(tokenizer.all_special_ids), sequence.token_ids.tolist()
-    typed = [i for i, flag in zip(ids, sequence.flags.tolist(), strict=True) if not flag & (Flag.BOS | Flag.TEMPLATE) and i in special]
+    typed = [
+        i
+        for i, flag in zip(ids, sequence.flags.tolist(), strict=True)
+        if not flag & (Flag.BOS | Flag.TEMPLATE) and i in special
+    ]
     return tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in dict.fromkeys(typed))
 
 

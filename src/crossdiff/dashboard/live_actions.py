@@ -112,7 +112,9 @@ def members(coder: Coder, concept: int) -> list[int]:
     if coder.concepts is None:
         raise UserError("this run has no concepts; `crossdiff concepts` finds them, or give numbers of latents")
     check_concept(coder.concepts.found, concept)
-    found = coder.concepts.found.members.filter((pl.col("concept") == concept) & (pl.col("training") == coder.name))["latent"].to_list()
+    found = coder.concepts.found.members.filter((pl.col("concept") == concept) & (pl.col("training") == coder.name))[
+        "latent"
+    ].to_list()
     if not found:
         raise UserError(
             f"concept {concept} has no latent in {coder.title}; steer with a training that has one, or with latents"

@@ -134,7 +134,7 @@ def question(form: Form) -> Form:
 
 
 def edited(form: Form, action: str) -> Form | None:
-    """The form with a message more or less; None if the action is another one. An answer goes with the empty message after it."""
+    """The form with a message more or less; None if the action is another one. An answer goes with an empty one after it."""
     if action == "add":
         role = "assistant" if form.turns[-1].role == "user" else "user"
         if len(form.turns) >= MAX_TURNS:

@@ -64,10 +64,17 @@ def add(app: FastAPI, site: Site) -> None:
     ) -> HTMLResponse:
         template = "live_form.html.j2" if partial else "live.html.j2"
         named = named_concept(coder, form.concept)
-        values = {"coder": coder, "form": form, "named": named, "shown": shown, "problem": problem, "not_kept": site.kept.problem}
+        values = {
+            "coder": coder,
+            "form": form,
+            "named": named,
+            "shown": shown,
+            "problem": problem,
+            "not_kept": site.kept.problem,
+        }
         return site.page(template, 200 if partial else status, headers, continues=continues, **values)
 
-    def named_concept(coder: Coder, typed: str) -> dict[str, Any]:
+    def named_concept(coder: Coder, typed: str) -> dict[str, Any] | str:
         """The concept of the form with its latents, or why there is none."""
         if coder.concepts is None or not typed.strip():
             return {}
@@ -75,7 +82,7 @@ def add(app: FastAPI, site: Site) -> None:
             number = whole(typed.strip())
             latents = members(coder, number)
         except UserError as problem:
-            return {"problem": f"{problem}."}
+            return f"{problem}."
         return {"path": f"{coder.concepts.path}/{number}", "row": coder.concepts.rows([number])[0], "latents": latents}
 
     def failed(coder: Coder, form: Form, pairs: Pairs, problem: str, status: int, partial: bool) -> HTMLResponse:

@@ -90,7 +90,8 @@ def _chosen_for_reader(coder: Coder, done: Done) -> list[int]:
     leaning = coder.table.filter(plausible() & (pl.col("delta_norm") >= CANDIDATE_DELTA_NORM))
     specific = coder.table.filter(verdict="chat_specific")
     ranks, maxima = (
-        dict(rows.select("latent", column).iter_rows()) for rows, column in ((leaning, "rank_sum"), (specific, "max_activation"))
+        dict(rows.select("latent", column).iter_rows())
+        for rows, column in ((leaning, "rank_sum"), (specific, "max_activation"))
     )
     return strongest(done.parts, "specific", ranks, SHOWN, maxima)
 

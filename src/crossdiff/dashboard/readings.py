@@ -124,5 +124,7 @@ def strongest(
     reached = {latent: float(v) for latent, v in zip(latents.tolist(), top, strict=True)}
     known = {latent: v / max(maxima[latent], v) for latent, v in reached.items() if latent in maxima} if maxima else {}
     specific = sorted(known, key=lambda latent: (-known[latent], latent))
-    ranked = sorted((rank_sum[latent], latent) for latent in reached if latent not in known and rank_sum.get(latent, np.nan) >= 0)
+    ranked = sorted(
+        (rank_sum[latent], latent) for latent in reached if latent not in known and rank_sum.get(latent, np.nan) >= 0
+    )
     return [*specific, *(latent for _, latent in ranked)][:n]
