@@ -172,6 +172,65 @@ def test_several_turns(page: Page, address: str) -> None:
     expect(page.locator("textarea[name=content]")).to_have_count(3)
 
 
+def test_one_question_goes_to_every_model_and_a_problem_wipes_nothing(page: Page, address: str, latents: list[int]) -> None:
+    ask(page, address, "answer-chat")
+    before = page.url
+    page.click("button[value=answer-base]")
+    page.wait_for_url(lambda url: url != before)
+    expect(page.locator(".answers h3")).to_have_text("base model")
+    assert page.locator("textarea[name=content]").count() == 3
+    page.fill("[name=steer]", "9999")
+    page.click("button[value=steer]")
+    expect(page.get_by_role("alert")).to_contain_text("there is no latent 9999")
+    assert page.locator(".answers h3").all_inner_texts() == ["base model"] and page.locator(".strip a").count() > 0
+    page.fill("[name=steer]", str(latents[0]))
+    page.locator("textarea[name=content]").first.fill("x" * 9000)
+    page.click("button.main")
+    expect(page.get_by_role("alert")).to_contain_text("the text has")
+    assert page.locator(".answers h3").all_inner_texts() == ["base model"]
+
+
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 500}, WIDE])
+def test_buttons_stay_under_the_pointer_and_the_focus_moves_on(page: Page, address: str, viewport: Any) -> None:
+    page.set_viewport_size(viewport)
+    page.goto(address + LIVE)
+    page.fill("textarea[name=content]", "hi the sea is cold")
+    page.fill("[name=length]", "8")
+
+    def press(action: str, times: int) -> None:
+        button, before = page.locator(f"button[value={action}]").last, page.url
+        button.scroll_into_view_if_needed()
+        top = page.evaluate(f"document.querySelector('button[value={action}]:not(.unseen)').getBoundingClientRect().top")
+        box = button.bounding_box()
+        assert box is not None
+        page.mouse.click(box["x"] + 5, box["y"] + 5, click_count=times, delay=20)
+        if action != "add":
+            page.wait_for_url(lambda url: url != before)
+            expect(page.locator(".answer-text").first).to_be_visible()
+        expect(page.locator("textarea[name=content]").last).to_be_focused()
+        after = page.evaluate(f"document.querySelector('button[value={action}]:not(.unseen)').getBoundingClientRect().top")
+        assert abs(after - top) < 2
+
+    press("answer-chat", 2)
+    assert page.locator("textarea[name=content]").count() == 3
+    page.keyboard.type("go on")
+    press("answer-base", 1)
+    assert page.locator("textarea[name=content]").count() == 5
+    page.keyboard.type("and more")
+    press("add", 1)
+    page.locator("textarea[name=content]").nth(2).focus()
+    before = page.url
+    page.keyboard.press("Control+Enter")
+    page.wait_for_url(lambda url: url != before)
+    expect(page.locator("textarea[name=content]").nth(2)).to_be_focused()
+
+
+def test_continuing_with_an_answer_leads_to_the_new_message(page: Page, address: str) -> None:
+    ask(page, address, "answer-both")
+    page.get_by_role("link", name="Continue with this answer").first.click()
+    expect(page.locator("textarea[name=content]").nth(2)).to_be_focused()
+
+
 def test_steering_with_several_latents_and_the_slider(page: Page, address: str, latents: list[int]) -> None:
     page.goto(address + LIVE)
     page.fill("[name=steer]", f"{latents[0]}, {latents[1]}:0.5")

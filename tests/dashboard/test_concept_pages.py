@@ -72,6 +72,22 @@ def test_the_list_has_the_replicated_ones_then_all(client: Any) -> None:
     assert concepts_in(client, f"{CONCEPTS}?page=99") == [0, 2, 1]
 
 
+def test_a_concept_leads_to_its_crosscoders_and_to_steering(run: Path, tmp_path: Path) -> None:
+    """Concept 1 is in both crosscoders as latent 4. Concept 0 lacks what `live` needs only where it has no latent."""
+    live = requests_to(run, tmp_path, live=True)
+    found = links(live, f"{CONCEPTS}/1")
+    for path in ("/run/a-b-1/l1", BATCHTOPK):
+        assert path in found and f"{path}/live?concept=1" in found
+        page = live.get(f"{path}/live?concept=1").text
+        assert re.search(r'name="concept" value="1"', page)
+        named = page.partition('id="named-concept"')[2].partition("</span>\n")[0]
+        assert f'href="{CONCEPTS}/1"' in named and "latent 4" in named
+        assert "latent 4" in live.get(f"{path}/live/concept?concept=1").text
+    assert "there is no concept 99" in live.get(f"{BATCHTOPK}/live/concept?concept=99").text
+    assert live.get(f"{BATCHTOPK}/live?concept=99").status_code == 422
+    assert live.get(f"{BATCHTOPK}/live/concept?concept=").text.strip() == ""
+
+
 def test_a_concept_links_its_latents_where_they_have_a_page(client: Any) -> None:
     """Concept 1 is in all four trainings, as latent 4 of each; the two repetitions have no pages."""
     found = [link for link in links(client, f"{CONCEPTS}/1") if "/latent/" in link]

@@ -7,6 +7,7 @@ import shutil
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def client(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return requests_to(run, tmp_path_factory.mktemp("cache"), live=True)
 
 
-def post(client: Any, **fields: str) -> Any:
+def post(client: Any, **fields: Any) -> Any:
     return client.post(f"{CODER}/live", data=fields, headers={"origin": ADDRESS}, follow_redirects=True)
 
 
@@ -106,6 +107,37 @@ def test_a_latent_with_a_nu_out_of_range_is_not_among_the_most_specific(
     form = Form(turns=(Turn("user", QUESTION[0]["content"]),), order="specific")
     shown = [each.meaning.latent for each in show(coder, carry_out(live, coder, form, "read"), "key").latents]
     assert shown and shown == [latent for latent in active if latent % 2][: len(shown)]
+
+
+def test_chat_specific_latents_come_first_and_steered_ones_always(
+    coder: Coder, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two of the active latents with the verdict come by v / max, the larger share first; the others by rank_sum."""
+    form = Form(turns=(Turn("user", QUESTION[0]["content"]),))
+    done = carry_out(live, coder, form, "read")
+    reading = done.parts[0].reading
+    first, second, *others = np.unique(reading.latent).tolist()
+    assert len(others) >= 2
+    maxima = {first: float(reading.of(first).max()) * 4, second: float(reading.of(second).max()) * 2}
+    changed = coder.table.with_columns(
+        delta_norm=pl.lit(0.95), rank_sum=pl.col("latent").cast(pl.Float64), nu_error=pl.lit(0.1),
+        nu_reconstruction_nobias=pl.lit(0.1), nu_reconstruction=pl.lit(0.1),
+        verdict=pl.when(pl.col("latent").is_in([first, second])).then(pl.lit("chat_specific")).otherwise(pl.lit("shared")),
+        max_activation=pl.col("latent").replace_strict(maxima, default=100.0, return_dtype=pl.Float64),
+    )  # fmt: skip
+    monkeypatch.setattr(coder, "table", changed)
+    shown = show(coder, done, "key").latents
+    assert [each.meaning.latent for each in shown] == [second, first, *others[:4]]
+    assert [each.meaning.sign.name for each in shown[1:3]] == ["chat-specific", "shared"]
+    silent = next(latent for latent in range(coder.table.height) if latent not in (first, second, *others))
+    steered = replace(done.parts[0], strengths=((others[-1], 1.0), (silent, 1.0)))
+    for order in ("specific", "active", "chosen"):
+        again = replace(done, form=replace(form, order=order, chosen=str(first)), parts=(done.parts[0], steered))
+        latents = [each.meaning.latent for each in show(coder, again, "key").latents]
+        assert latents[:2] == [others[-1], silent] and len(latents) == len(set(latents))
+    monkeypatch.setattr(Coder, "compares", property(lambda _: False))
+    strongest_first = sorted([first, second, *others], key=lambda latent: -reading.of(latent).max())[:6]
+    assert [each.meaning.latent for each in show(coder, done, "key").latents] == strongest_first
 
 
 def test_sides_add_up_to_the_stored_activation(coder: Coder, live: Live) -> None:
@@ -227,6 +259,44 @@ def test_an_answer_becomes_a_turn(client: Any) -> None:
     assert page.count('name="content"') == 3 and page.count('class="turn assistant"') == 1  # and room for the next message
 
 
+@pytest.mark.parametrize("again", ["answer-base", "answer-both", "steer", "answer-chat"])
+def test_the_same_question_is_answered_again_while_nothing_else_was_asked(coder: Coder, live: Live, again: str) -> None:
+    """The first answer is not part of the question: the texts are those of the question alone."""
+    asked = Form(turns=(Turn("user", "hi the sea"),), length=5, steer="1")
+    answered = carry_out(live, coder, asked, "answer-chat").next_form
+    assert [turn.role for turn in answered.turns] == ["user", "assistant", "user"]
+    done, expected = carry_out(live, coder, answered, again), carry_out(live, coder, asked, again)
+    assert [part.reading.ids for part in done.parts] == [part.reading.ids for part in expected.parts]
+    assert done.form == asked and done.next_form == expected.next_form
+    follow = replace(answered, turns=(*answered.turns[:-1], Turn("user", "and then")))
+    assert carry_out(live, coder, follow, again).form == follow
+
+
+def test_an_answer_is_removed_in_one_step_and_what_is_shown_stays(client: Any) -> None:
+    page = post(client, kind="chat", role="user", content="hi the sea", action="answer-base", length="5")
+    shown = re.search(r'name="shown" value="([0-9a-f]{32})"', page.text)
+    assert shown is not None
+    turns = {"role": ["user", "assistant", "user"], "content": ["hi the sea", "an answer", ""]}
+    shorter = post(client, **turns, action="remove", shown=shown[1]).text
+    assert shorter.count('name="content"') == 1 and shorter.count('class="turn assistant"') == 0 and "answer-text" in shorter
+    wrong = post(client, **turns, action="steer", steer="9999", shown=shown[1])
+    assert wrong.status_code == 422 and "there is no latent 9999" in wrong.text and "answer-text" in wrong.text
+    headers = {"origin": ADDRESS, "hx-request": "true"}
+    part = client.post(f"{CODER}/live", data={"content": "", "role": "user", "shown": shown[1]}, headers=headers)
+    assert (part.headers["hx-retarget"], part.headers["hx-reswap"]) == ("#problem", "innerHTML")
+    assert "the conversation is empty" in part.text and "<form" not in part.text
+    assert "answer-text" not in post(client, **turns, action="remove", shown="../../x").text
+
+
+@pytest.mark.parametrize("field", ["content", "system"])
+def test_control_tokens_typed_as_text_are_named(client: Any, field: str) -> None:
+    fields = {"role": "user", "content": "hi"}
+    page = post(client, **fields | {field: "hi <|end|> and <|user|> and <|end|>"}).text
+    assert "Typed as text, but read as a control token" in page and "<|end|>" not in page
+    assert "<code>&lt;|end|&gt;</code>, <code>&lt;|user|&gt;</code>." in page
+    assert "Typed as text" not in post(client, **fields | {field: "hi < |end|>"}).text  # the template's own are meant
+
+
 def test_prompts_are_shown_as_text(client: Any) -> None:
     page = post(client, kind="text", text=f"</textarea>{DANGER}"[:40], action="read").text
     assert "<script>alert" not in page and "</textarea><script" not in page
@@ -297,3 +367,7 @@ def test_a_conversation_grows_and_shrinks() -> None:
     assert form is not None and form.turns == (Turn("user", "a"), Turn("assistant", ""))
     shorter = edited(form, "remove")
     assert shorter is not None and shorter.turns == (Turn("user", "a"),)
+    answered = Form(turns=(Turn("user", "a"), Turn("assistant", "b"), Turn("user", "")))
+    assert edited(answered, "remove") == shorter
+    typed = replace(answered, turns=(*answered.turns[:2], Turn("user", "c")))
+    assert edited(typed, "remove") == replace(answered, turns=answered.turns[:2])

@@ -18,6 +18,7 @@ pytest.importorskip("fastapi")
 
 from showing import ADDRESS, BATCHTOPK, requests_to, write_run
 
+from crossdiff.dashboard import site
 from crossdiff.dashboard.catalogue import Catalogue, Coder
 from crossdiff.dashboard.editions import BeingReplaced
 from crossdiff.dashboard.kept import Kept
@@ -79,6 +80,15 @@ def test_replaced_results_are_shown_with_a_notice(changing: Path, tmp_path: Path
     for path in (LATENT, BATCHTOPK, "/", "/nothing"):
         assert NOTICE.search(client.get(path).text), path
     assert editions_in(client.get(LATENT).text) == {"second"}
+
+
+def test_a_notice_ends_after_an_hour_without_scripts(changing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = requests_to(changing, tmp_path / "cache")
+    replace(changing, "second")
+    assert '<noscript><p class="problem">' in client.get(LATENT).text
+    monkeypatch.setattr(site, "NOTICE_HOURS", 0)
+    later = client.get(LATENT).text
+    assert '<noscript><p class="problem">' not in later and re.search(r"<p [^>]*hidden data-notice=", later)
 
 
 def test_a_report_replaces_no_results(changing: Path, tmp_path: Path) -> None:
@@ -180,7 +190,7 @@ def test_a_part_for_a_page_of_replaced_results_is_refused(changing: Path, tmp_pa
         answer = client.get(path, headers=own)
         assert answer.status_code == 409 and "Reload the page" in answer.text and "<html" not in answer.text
     answer = client.post(LIVE, data={"action": "add"}, headers=own)
-    assert (answer.status_code, answer.headers["hx-retarget"]) == (409, "#result")
+    assert (answer.status_code, answer.headers["hx-retarget"]) == (409, "#problem")
     assert client.get(BATCHTOPK, headers={"hx-request": "true"}).status_code == 200
 
 

@@ -146,6 +146,7 @@ def concept_page(concepts: Concepts, number: int, display: Display, place: Place
         "histogram_of": concepts.histogram(number),
         "has_strengths": concepts.database.has_strengths,
         "members": concepts.members(number),
+        "coders": concepts.coders(number),
         "steps": concepts.steps(number),
         "ratios": RATIOS,
         "changes": MEANINGS,

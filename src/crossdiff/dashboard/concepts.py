@@ -150,6 +150,11 @@ class Concepts:
             for row in self.member_rows(number)
         ]  # fmt: skip
 
+    def coders(self, number: int) -> list[tuple[str, str]]:
+        """The trainings with one of its latents that have pages, each with its address."""
+        names = dict.fromkeys(row["training"] for row in self.member_rows(number))
+        return [(name, self._paths[name]) for name in names if name in self._paths]
+
     def member_rows(self, number: int) -> list[dict[str, Any]]:
         """Rows of members.parquet: its latents, in the order of the trainings."""
         return self.found.members.filter(pl.col("concept") == number).to_dicts()

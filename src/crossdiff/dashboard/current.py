@@ -46,7 +46,7 @@ class Current:
             if Headers(scope=scope).get(EDITION, site.edition) != site.edition:
                 answer = site.problem(Request(scope), 409, REPLACED)
                 if scope["method"] == "POST":  # what was typed stays on the page
-                    answer.headers.update({"hx-retarget": "#result", "hx-reswap": "innerHTML"})
+                    answer.headers.update({"hx-retarget": "#problem", "hx-reswap": "innerHTML"})
         await answer(scope, receive, send)
 
     def _renewed(self) -> tuple[Site, ASGIApp]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from crossdiff.dashboard.editions import Edition
     from crossdiff.diff import Diff
     from crossdiff.models.lens import Promoted
+    from crossdiff.text.chat import Tokenizer
     from crossdiff.text.sequences import TokenSequence
 
 MAX_NEW_TOKENS = 120
@@ -279,7 +280,21 @@ def _reading(diff: Diff, sequence: TokenSequence, answer: Sequence[int] = (), is
         latent=found.latent,
         v=found.v,
         answer_from=len(sequence.token_ids),
+        control=_typed_control(diff.pair.tokenizer, sequence),
     )
+
+
+def _typed_control(tokenizer: Tokenizer, sequence: TokenSequence) -> tuple[str, ...]:
+    """The control tokens of a prompt that neither the template nor the tokenizer has put there."""
+    from crossdiff.text.chat import Flag
+
+    special, ids = set(tokenizer.all_special_ids), sequence.token_ids.tolist()
+    typed = [
+        i
+        for i, flag in zip(ids, sequence.flags.tolist(), strict=True)
+        if not flag & (Flag.BOS | Flag.TEMPLATE) and i in special
+    ]
+    return tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in dict.fromkeys(typed))
 
 
 def _steerer(diff: Diff, coder: Coder) -> Steerer:

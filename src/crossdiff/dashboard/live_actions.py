@@ -11,7 +11,7 @@ import polars as pl
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.kept import Kept
 from crossdiff.dashboard.live import Hear, Live, Wanted
-from crossdiff.dashboard.live_form import Form, continued, whole
+from crossdiff.dashboard.live_form import Form, continued, question, whole
 from crossdiff.dashboard.readings import Part
 from crossdiff.errors import UserError, check_latents
 from crossdiff.report.concept_reading import check_concept
@@ -50,7 +50,7 @@ class Done:
 
 
 def carry_out(live: Live, coder: Coder, form: Form, action: str, hear: Hear = lambda number, name, text: True) -> Done:
-    """Read the text, or let the models answer and read it with the answers.
+    """Read the text, or let the models answer its last question and read it with the answers.
 
     Args:
         hear: gets the answers while they are written; see `Live.answer`.
@@ -59,6 +59,7 @@ def carry_out(live: Live, coder: Coder, form: Form, action: str, hear: Hear = la
     if action == "read":
         return Done(form, action, (Part(live.read(coder, form.prompt())),))
     answers = wanted(coder, form, action)
+    form = question(form)
     prompt = form.prompt()
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         raise UserError("the conversation ends with an answer; type the next message, or remove the answer, then ask again")
@@ -97,7 +98,7 @@ def _steering(coder: Coder, form: Form) -> Steering:
 
     strengths = form.steered()
     if form.concept.strip():
-        strengths = {**dict.fromkeys(_members(coder, whole(form.concept.strip())), form.strength), **strengths}
+        strengths = {**dict.fromkeys(members(coder, whole(form.concept.strip())), form.strength), **strengths}
     if not strengths:
         raise UserError("no latent to steer with is chosen; give its number; those that are active are listed below the text")
     check_latents(strengths, coder.table.height, coder.title)
@@ -106,13 +107,14 @@ def _steering(coder: Coder, form: Form) -> Steering:
     return Steering(latent, strength=strength, others=tuple(others), **choices)
 
 
-def _members(coder: Coder, concept: int) -> list[int]:
+def members(coder: Coder, concept: int) -> list[int]:
     """The latents of a concept in this training."""
     if coder.concepts is None:
         raise UserError("this run has no concepts; `crossdiff concepts` finds them, or give numbers of latents")
     check_concept(coder.concepts.found, concept)
-    members = coder.concepts.found.members
-    found = members.filter((pl.col("concept") == concept) & (pl.col("training") == coder.name))["latent"].to_list()
+    found = coder.concepts.found.members.filter((pl.col("concept") == concept) & (pl.col("training") == coder.name))[
+        "latent"
+    ].to_list()
     if not found:
         raise UserError(
             f"concept {concept} has no latent in {coder.title}; steer with a training that has one, or with latents"

@@ -127,15 +127,23 @@ def continued(form: Form, answer: str) -> Form:
     return replace(form, turns=(*written, Turn("assistant", answer), Turn("user", ""))[:MAX_TURNS])
 
 
+def question(form: Form) -> Form:
+    """The form without the answer that is followed by an empty message: nothing was asked since, so the same is asked again."""
+    is_answered = len(form.turns) > 1 and form.turns[-2].role == "assistant" and not form.turns[-1].content.strip()
+    return replace(form, turns=form.turns[:-2]) if form.kind == "chat" and is_answered else form
+
+
 def edited(form: Form, action: str) -> Form | None:
-    """The form with a message more or less; None if the action is another one."""
+    """The form with a message more or less; None if the action is another one. An answer goes with an empty one after it."""
     if action == "add":
         role = "assistant" if form.turns[-1].role == "user" else "user"
         if len(form.turns) >= MAX_TURNS:
             raise UserError(f"the conversation already has {MAX_TURNS} messages, the most that it can have here")
         return replace(form, turns=(*form.turns, Turn(role, "")))
     if action == "remove":
-        return replace(form, turns=form.turns[:-1] or (Turn("user", ""),))
+        shorter = question(form)
+        turns = form.turns[:-1] if shorter is form else shorter.turns
+        return replace(form, turns=turns or (Turn("user", ""),))
     return None
 
 

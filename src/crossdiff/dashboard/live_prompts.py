@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import FastAPI, HTTPException, Request
@@ -10,8 +11,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 
 from crossdiff.dashboard.catalogue import Coder
 from crossdiff.dashboard.live import Busy, Hear
-from crossdiff.dashboard.live_actions import Done, Lost, as_json, carry_out, keep, recall
-from crossdiff.dashboard.live_form import Form, continued, edited, read_form, read_json
+from crossdiff.dashboard.live_actions import Done, Lost, as_json, carry_out, keep, members, recall
+from crossdiff.dashboard.live_form import Form, continued, edited, read_form, read_json, whole
 from crossdiff.dashboard.live_records import LiveRecord, LiveRequest
 from crossdiff.dashboard.live_stream import BUSY, MEDIA_TYPE, Line, stream
 from crossdiff.dashboard.live_views import Shown, active_on, shared_character, show
@@ -59,10 +60,45 @@ def add(app: FastAPI, site: Site) -> None:
         status: int = 200,
         partial: bool = False,
         headers: dict[str, str] | None = None,
+        continues: bool = False,
     ) -> HTMLResponse:
         template = "live_form.html.j2" if partial else "live.html.j2"
-        values = {"coder": coder, "form": form, "shown": shown, "problem": problem, "not_kept": site.kept.problem}
-        return site.page(template, 200 if partial else status, headers, **values)
+        named = named_concept(coder, form.concept)
+        values = {
+            "coder": coder,
+            "form": form,
+            "named": named,
+            "shown": shown,
+            "problem": problem,
+            "not_kept": site.kept.problem,
+        }
+        return site.page(template, 200 if partial else status, headers, continues=continues, **values)
+
+    def named_concept(coder: Coder, typed: str) -> dict[str, Any] | str:
+        """The concept of the form with its latents, or why there is none."""
+        if coder.concepts is None or not typed.strip():
+            return {}
+        try:
+            number = whole(typed.strip())
+            latents = members(coder, number)
+        except UserError as problem:
+            return f"{problem}."
+        return {"path": f"{coder.concepts.path}/{number}", "row": coder.concepts.rows([number])[0], "latents": latents}
+
+    def failed(coder: Coder, form: Form, pairs: Pairs, problem: str, status: int, partial: bool) -> HTMLResponse:
+        """A problem beside what is shown and typed, which stays."""
+        if partial:
+            headers = {"HX-Retarget": "#problem", "HX-Reswap": "innerHTML"}
+            return site.page("live_problem.html.j2", 200, headers, problem=problem)
+        return page(coder, form, shown_on(coder, pairs), problem, status)
+
+    def shown_on(coder: Coder, pairs: Pairs) -> Shown | None:
+        """The result on the page that was sent; None if there was none, or it is not kept any more."""
+        key = dict(pairs).get("shown", "")
+        try:
+            return show(coder, recall(site.kept, coder, key), key)
+        except Lost:
+            return None
 
     def data(coder: Coder, done: Done, key: str, status: int = 200) -> JSONResponse:
         own = address(coder, key)
@@ -73,8 +109,11 @@ def add(app: FastAPI, site: Site) -> None:
 
     @app.get(ROOT + "/live")
     @site.in_turn
-    def live_page(run: str, name: str, latent: int | None = None) -> HTMLResponse:
+    def live_page(run: str, name: str, latent: int | None = None, concept: int | None = None) -> HTMLResponse:
         coder = site.coder(run, name)
+        if concept is not None:
+            members(coder, concept)
+            return page(coder, Form(concept=str(concept)))
         if latent is None:
             return page(coder, Form())
         site.row(coder, latent)
@@ -111,16 +150,14 @@ def add(app: FastAPI, site: Site) -> None:
             form = read_form(pairs)
             changed = None if for_program else edited(form, action)
             if changed is not None:
-                return page(coder, changed, partial=is_partial(request))
+                return page(coder, changed, shown_on(coder, pairs), partial=is_partial(request))
             done = carry_out(site.live, coder, form, action)
         except UserError as problem:
             if for_program:
                 return error(422, f"{problem}.")
-            return page(coder, form, problem=f"{problem}.", status=422, partial=is_partial(request))
+            return failed(coder, form, pairs, f"{problem}.", 422, is_partial(request))
         except Busy:
-            if for_program:
-                return error(503, BUSY)
-            raise
+            return error(503, BUSY) if for_program else failed(coder, form, pairs, BUSY, 503, is_partial(request))
         key = keep(site.kept, coder, done)
         return data(coder, done, key, 201) if for_program else RedirectResponse(address(coder, key), 303)
 
@@ -132,6 +169,11 @@ def add(app: FastAPI, site: Site) -> None:
             raise HTTPException(404, "This answer is not being written any more.")
         found.set()
         return Response(status_code=204)
+
+    @app.get(ROOT + "/live/concept")
+    @site.in_turn
+    def concept_name(run: str, name: str, concept: str = "") -> HTMLResponse:
+        return site.page("live_concept.html.j2", named=named_concept(site.coder(run, name), concept))
 
     @app.get(ROOT + "/live/{key}.json", tags=[DATA], response_model=LiveRecord, summary="A live prompt that was kept")
     @site.in_turn
@@ -160,7 +202,7 @@ def add(app: FastAPI, site: Site) -> None:
             answers = [part.answer for part in done.parts]
             if not 0 <= turn < len(answers) or answers[turn] is None:
                 raise HTTPException(404, f"There is no answer {turn}: this request has {len(answers)}, counted from 0.")
-            return page(coder, continued(done.form, str(answers[turn])))
+            return page(coder, continued(done.form, str(answers[turn])), continues=True)
         headers = {"HX-Push-Url": address(coder, key)}
         return page(coder, done.next_form, show(coder, done, key), partial=is_partial(request), headers=headers)
 

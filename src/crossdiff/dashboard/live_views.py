@@ -65,15 +65,13 @@ class Shown(NamedTuple):
     texts: tuple[TextView, ...]
     latents: tuple[LatentViews, ...]
     can_continue: bool
+    control: tuple[str, ...]
 
 
 def show(coder: Coder, done: Done, key: str) -> Shown:
-    """The views of a request."""
-    latents = check_shown(coder, done.form)
-    if not latents:
-        leaning = coder.table.filter(plausible() & (pl.col("delta_norm") >= CANDIDATE_DELTA_NORM))
-        ranks = dict(leaning.select("latent", "rank_sum").iter_rows())
-        latents = strongest(done.parts, "active" if done.form.order == "active" else "specific", ranks, SHOWN)
+    """The views of a request, those of the latents that steered first."""
+    steered = dict.fromkeys(latent for part in done.parts for latent, _ in part.strengths)
+    latents = list(dict.fromkeys([*steered, *(check_shown(coder, done.form) or _chosen_for_reader(coder, done))]))
     return Shown(
         key,
         tuple(map(_text_view, done.parts)),
@@ -82,7 +80,20 @@ def show(coder: Coder, done: Done, key: str) -> Shown:
             for meaning in meanings(coder, latents)
         ),
         can_continue=done.form.kind == "chat" and len(done.parts) > 1,
+        control=done.parts[0].reading.control,
     )
+
+
+def _chosen_for_reader(coder: Coder, done: Done) -> list[int]:
+    if done.form.order == "active" or not coder.compares:
+        return strongest(done.parts, "active", {}, SHOWN)
+    leaning = coder.table.filter(plausible() & (pl.col("delta_norm") >= CANDIDATE_DELTA_NORM))
+    specific = coder.table.filter(verdict="chat_specific")
+    ranks, maxima = (
+        dict(rows.select("latent", column).iter_rows())
+        for rows, column in ((leaning, "rank_sum"), (specific, "max_activation"))
+    )
+    return strongest(done.parts, "specific", ranks, SHOWN, maxima)
 
 
 def _text_view(part: Part) -> TextView:

@@ -22,6 +22,7 @@ class Reading:
         data: the bytes of each token that is not made of whole characters (see `TokenText`), and empty for the others.
         token, latent, v: `[pair]`, the active (token, latent) pairs and their activation.
         answer_from: position of the first token that a model wrote; the number of tokens if none did.
+        control: control tokens that were typed as text, each once.
     """
 
     texts: tuple[str, ...]
@@ -32,6 +33,7 @@ class Reading:
     latent: npt.NDArray[np.int64]
     v: npt.NDArray[np.float32]
     answer_from: int
+    control: tuple[str, ...] = ()
 
     def of(self, latent: int) -> npt.NDArray[np.float32]:
         """The latent's v on every token."""
@@ -58,7 +60,7 @@ class Reading:
             "v": [float(f"{v:.9g}") for v in self.v.tolist()],
         }
         tokens = {"texts": self.texts, "data": [each.hex() for each in self.data], "ids": self.ids, "flags": self.flags}
-        return {**tokens, **pairs, "answer_from": self.answer_from}
+        return {**tokens, **pairs, "answer_from": self.answer_from, "control": self.control}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Reading:
@@ -72,6 +74,7 @@ class Reading:
             np.array(found["latent"], np.int64),
             np.array(found["v"], np.float32),
             found["answer_from"],
+            tuple(found.get("control", ())),  # results that were kept earlier lack it
         )
 
 
@@ -103,12 +106,25 @@ class Part:
         return cls(**{**found, "reading": Reading.from_json(found["reading"]), "strengths": strengths})
 
 
-def strongest(parts: tuple[Part, ...], order: Order, rank_sum: Mapping[int, float], n: int) -> list[int]:
-    """The most active latents of all texts, or the active ones with the lowest `rank_sum`, which are the most chat-specific."""
+def strongest(
+    parts: tuple[Part, ...], order: Order, rank_sum: Mapping[int, float], n: int, maxima: Mapping[int, float] | None = None
+) -> list[int]:
+    """The most active latents of all texts; or the most chat-specific of the active ones.
+
+    Args:
+        rank_sum: of the latents that lean to the chat model; those with the lowest fill up what is left of `n`.
+        maxima: largest known activation of each latent whose verdict is chat-specific. They come first, by their activation
+            relative to it.
+    """
     latents, where = np.unique(np.concatenate([part.reading.latent for part in parts]), return_inverse=True)
     top = np.zeros(len(latents), np.float32)
     np.maximum.at(top, where, np.concatenate([part.reading.v for part in parts]))
     if order == "active":
         return [int(latents[i]) for i in np.argsort(-top, kind="stable")[:n]]
-    ranked = [(rank_sum[int(latent)], int(latent)) for latent in latents if rank_sum.get(int(latent), np.nan) >= 0]
-    return [latent for _, latent in sorted(ranked)[:n]]
+    reached = {latent: float(v) for latent, v in zip(latents.tolist(), top, strict=True)}
+    known = {latent: v / max(maxima[latent], v) for latent, v in reached.items() if latent in maxima} if maxima else {}
+    specific = sorted(known, key=lambda latent: (-known[latent], latent))
+    ranked = sorted(
+        (rank_sum[latent], latent) for latent in reached if latent not in known and rank_sum.get(latent, np.nan) >= 0
+    )
+    return [*specific, *(latent for _, latent in ranked)][:n]

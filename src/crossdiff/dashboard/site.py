@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache, wraps
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
@@ -31,12 +31,23 @@ DATA = "data"
 EDITION = "crossdiff-edition"
 """Header by which a page says which results it shows when it asks for a part."""
 CACHED_POINTS = 8
+NOTICE_HOURS = 1
+"""For how long a notice of replaced results stands on pages without JavaScript; with it, `notices.js` decides."""
 PAGES_AT_ONCE = 3
 """Threads for pages; more would only compete for the interpreter."""
 WAITING_AT_ONCE = 2 * WAITING
 """Threads for pages that wait for the models, or are turned away because too many wait."""
 
 Page = Callable[..., Response]
+
+
+class Notice(NamedTuple):
+    """Results that were replaced: which ones, when (milliseconds since 1970), whether that is recent, and in words."""
+
+    key: str
+    time: int
+    is_recent: bool
+    text: str
 
 
 class Site:
@@ -109,11 +120,16 @@ class Site:
         template = "problem.html.j2" if is_partial(request) else "error.html.j2"
         return self.page(template, status, phrase=HTTPStatus(status).phrase, message=message)
 
-    def _notices(self, run: str | None) -> list[str]:
+    def _notices(self, run: str | None) -> list[Notice]:
         """Which results were replaced, of those on the pages of a run, or of all."""
         return [
-            f"The results of {'this run' if run or len(self.catalogue.reports) == 1 else slug} were replaced at "
-            f"{time:%H:%M} on {time.day} {time:%B %Y}. This page shows the new ones."
+            Notice(
+                f"{slug} {self.catalogue.editions[slug].digest}",
+                int(time.timestamp() * 1000),
+                datetime.now() - time < timedelta(hours=NOTICE_HOURS),
+                f"The results of {'this run' if run or len(self.catalogue.reports) == 1 else slug} were replaced at "
+                f"{time:%H:%M} on {time.day} {time:%B %Y}. This page shows the new ones.",
+            )
             for slug, time in self.replaced.items()
             if run in (None, slug)
         ]

@@ -20,38 +20,75 @@
     }
   }
 
-  function show(...children) {
-    const result = document.getElementById("result");
-    result.replaceChildren(...children);
-    return result;
+  // A problem stands above what is shown, which stays.
+  function problem(text) {
+    const told = element("p", { className: "problem", role: "alert" }, element("b", {}, "This did not work: "), text);
+    document.getElementById("problem").replaceChildren(told);
   }
 
-  function problem(text) {
-    show(element("p", { className: "problem", role: "alert" }, element("b", {}, "This did not work: "), text));
+  // A new form is put in place of the one that was sent: its buttons stay where they were, under the pointer, and the focus goes
+  // to the new empty message, or back to the field that had it.
+  let sent = "read", before = null;
+  const buttonOf = action => form().querySelector(`button[value="${action}"]:not(.unseen)`);
+  const pressed = () => buttonOf(sent) || buttonOf("add"); // one that removes may be gone
+
+  document.addEventListener("htmx:beforeSwap", event => {
+    if (event.detail.target.id !== "live" || !form()) return;
+    const field = document.activeElement, live = document.getElementById("live"), isHere = live.contains(field);
+    const number = isHere && field.name ? [...document.getElementsByName(field.name)].indexOf(field) : -1;
+    before = {
+      top: pressed().getBoundingClientRect().top,
+      takesFocus: isHere || field.contains(live), // a click on a disabled button leads to what is around it
+      field: number >= 0 && field.tagName !== "BUTTON" ? { name: field.name, number } : null,
+    };
+  });
+
+  function stay() {
+    const live = document.getElementById("live"), moved = () => pressed().getBoundingClientRect().top - before.top;
+    window.scrollBy(0, moved());
+    if (moved() > 0) { // the page has become too short to scroll as far
+      live.style.paddingBottom = `${moved()}px`;
+      window.scrollBy(0, moved());
+    }
   }
+
+  document.addEventListener("htmx:afterSettle", event => {
+    if (event.target.id !== "live" || !before || !form()) return;
+    const message = [...form().querySelectorAll("[name=content]")].pop();
+    const isNext = /^(answer-chat|answer-base|add)$/.test(sent) && message.value === "" && message.checkVisibility();
+    const again = before.field && document.getElementsByName(before.field.name)[before.field.number];
+    if (before.takesFocus) (isNext ? message : again || pressed()).focus({ preventScroll: true });
+    stay();
+    before = null;
+  });
+  document.addEventListener("htmx:afterSwap", event => { if (event.target.id === "live" && before && form()) stay(); });
 
   async function write(own, button) {
     const headers = JSON.parse(document.body.getAttribute("hx-headers"));
     const action = own.getAttribute("action"); // own.action is the button of that name
     const body = new URLSearchParams(new FormData(own, button));
     const buttons = [...own.querySelectorAll("button:not(:disabled)")];
-    const cards = element("div", { className: "answers" });
+    const cards = element("div", { className: "answers partial" });
     const stop = element("button", { type: "button", className: "stop", disabled: true }, "Stop");
-    const state = element("p", { className: "note", role: "status" }, "The models are running. The first request also loads them.");
-    const result = show(element("p", { className: "actions" }, stop, state), cards);
+    const line = own.querySelector(".wait"), state = line.querySelector("[role=status]"), words = state.textContent;
+    const result = document.getElementById("result");
+    line.prepend(stop);
+    line.classList.add("running");
+    result.querySelector(".partial")?.remove();
+    result.prepend(cards); // what was shown stays below until the new result is complete
     for (const each of buttons) each.disabled = true;
     result.setAttribute("aria-busy", "true");
-    result.scrollIntoView({ block: "nearest" });
+    if (window.matchMedia("(pointer: coarse)").matches) result.scrollIntoView({ block: "nearest" });
     try {
       const answer = await fetch(action, { method: "POST", body, headers: { ...headers, accept: "application/x-ndjson", "HX-Request": "true" } });
       const kind = answer.headers.get("content-type") || "";
       if (!kind.startsWith("application/x-ndjson")) {
         const message = await answer.text();
-        if (kind.startsWith("text/html")) result.innerHTML = message; // the server has escaped it
+        if (kind.startsWith("text/html")) document.getElementById("problem").innerHTML = message; // the server has escaped it
         else problem(message);
         return;
       }
-      let address = "";
+      let address = "", failed = false;
       for await (const line of lines(answer.body)) {
         if (line.running) {
           stop.disabled = false;
@@ -61,6 +98,7 @@
             fetch(`${action}/stop/${line.running}`, { method: "POST", headers });
           };
         } else if (line.problem) {
+          failed = true;
           problem(line.problem);
         } else if (line.address) {
           address = line.address;
@@ -74,8 +112,7 @@
       }
       if (address) {
         await htmx.ajax("GET", address, { target: "#live", swap: "outerHTML" });
-        if (document.activeElement === document.body) document.getElementById("result").focus({ preventScroll: true });
-      } else if (!result.querySelector(".problem")) {
+      } else if (!failed) {
         problem("The connection to the server was lost. What you typed is still here; try again.");
       }
     } catch (error) {
@@ -83,14 +120,22 @@
       problem("The server cannot be reached. What you typed is still here; try again.");
     } finally {
       result.removeAttribute("aria-busy");
+      if (!cards.textContent) cards.remove();
+      stop.remove();
+      line.classList.remove("running");
+      state.textContent = words;
       for (const each of buttons) each.disabled = false;
+      if (document.activeElement === document.body && button.isConnected) button.focus({ preventScroll: true });
     }
   }
 
   // Before htmx, which would wait for the complete answer.
   document.addEventListener("submit", event => {
     const own = event.target, button = event.submitter;
-    if (own !== form() || !button || !/^(answer-|steer$)/.test(button.value)) return;
+    if (own !== form() || !button) return;
+    sent = button.value;
+    document.getElementById("problem").replaceChildren();
+    if (!/^(answer-|steer$)/.test(sent)) return;
     event.preventDefault();
     event.stopImmediatePropagation();
     write(own, button);
