@@ -337,7 +337,7 @@ def test_concepts_that_were_replaced_are_out_of_date(run: Path, tmp_path: Path) 
     assert "has no concepts yet" in requests_to(own, tmp_path / "cache").get("/").text
     (own / "old" / "20260101-000000-1-2-concepts").mkdir()
     page = text_of(requests_to(own, tmp_path / "cache").get("/").text)
-    assert "out of date: they were made from an earlier analysis" in page and "has no concepts yet" not in page
+    assert "out of date: made from an earlier analysis" in page and "has no concepts yet" not in page
 
 
 def test_reasons_have_true_minus_signs() -> None:

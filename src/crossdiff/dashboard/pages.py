@@ -95,10 +95,11 @@ def home(catalogue: Catalogue) -> dict[str, Any]:
 
 
 def _first_concepts(concepts: Concepts | None) -> list[ConceptRow]:
-    """The first concepts of the list of concepts."""
+    """The first concepts of the list: those that only the chat model has, or all if there are none."""
     if concepts is None:
         return []
-    return concepts.rows(concepts.chosen(None, every=False)[:HOME_CONCEPTS])
+    specific = concepts.chosen("chat_specific", every=False)
+    return concepts.rows((specific or concepts.chosen(None, every=False))[:HOME_CONCEPTS])
 
 
 def table(coder: Coder, query: Query, search: Search, lists: Lists) -> dict[str, Any]:

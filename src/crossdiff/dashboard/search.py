@@ -146,15 +146,15 @@ class Search:
         if not best:
             return Found(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0)
         weights = np.stack(best)
-        has_all = (weights >= 0).all(0)
+        has_all: npt.NDArray[np.bool_] = np.all(weights >= 0, axis=0)
         for phrase in asked:
             if len(phrase.words) > 1:
-                has_all &= self._with(phrase, len(has_all))
+                has_all &= self._with(phrase, weights.shape[1])
         latents = np.flatnonzero(has_all)
         found = weights[:, latents]
         explained = (found == EXPLAINED).any(0)
         active = ((found > 0) & (found <= FULL)).any(0) & ~explained
-        adjacent = self._with(together(asked), len(has_all))[latents] if len(asked) > 1 else np.zeros(len(latents), bool)
+        adjacent = self._with(together(asked), weights.shape[1])[latents] if len(asked) > 1 else np.zeros(len(latents), bool)
         order = found.sum(0, dtype=np.int64) + ADJACENT * adjacent
         return Found(latents, order, int(explained.sum()), int(active.sum()), int(adjacent.sum()))
 

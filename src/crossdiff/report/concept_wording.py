@@ -78,7 +78,9 @@ def missing(report: RunReport) -> str:
     if not any(coder.compares for coder in report.crosscoders):
         return "This run has no concepts, because none of its crosscoders reads both models."
     if set_aside(report.directory, "concepts"):
-        return f"The concepts of this run are out of date: they were made from an earlier analysis. The command {HOW} RUN finds them."
+        return (
+            f"The concepts of this run are out of date: made from an earlier analysis. The command {HOW} RUN finds them again."
+        )
     return f"This run has no concepts yet, only single latents. The command {HOW} RUN groups them into concepts."
 
 
