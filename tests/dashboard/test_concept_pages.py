@@ -80,7 +80,7 @@ def test_a_concept_leads_to_its_crosscoders_and_to_steering(run: Path, tmp_path:
         assert path in found and f"{path}/live?concept=1" in found
         page = live.get(f"{path}/live?concept=1").text
         assert re.search(r'name="concept" value="1"', page)
-        named = page.partition('id="named-concept"')[2].partition("</span>\n")[0]
+        named = page.partition('id="named-concept"')[2].partition("<select")[0]
         assert f'href="{CONCEPTS}/1"' in named and "latent 4" in named
         assert "latent 4" in live.get(f"{path}/live/concept?concept=1").text
     assert "there is no concept 99" in live.get(f"{BATCHTOPK}/live/concept?concept=99").text

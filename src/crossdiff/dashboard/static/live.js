@@ -46,8 +46,9 @@
   function stay() {
     const live = document.getElementById("live"), moved = () => pressed().getBoundingClientRect().top - before.top;
     window.scrollBy(0, moved());
-    if (moved() > 0) { // the page has become too short to scroll as far
-      live.style.paddingBottom = `${moved()}px`;
+    if (moved() > 0) { // the page is too short to scroll as far
+      const unfilled = Math.max(0, window.innerHeight - document.body.getBoundingClientRect().bottom - window.scrollY);
+      live.style.paddingBottom = `${Math.ceil(moved() + unfilled)}px`;
       window.scrollBy(0, moved());
     }
   }
