@@ -26,43 +26,34 @@
     document.getElementById("problem").replaceChildren(told);
   }
 
-  // A new form is put in place of the one that was sent: its buttons stay where they were, under the pointer, and the focus goes
-  // to the new empty message, or back to the field that had it.
+  // A new form is put in place of the one that was sent: the focus goes to the new empty message, or back to the field that had
+  // it. New messages move the buttons, so for a moment these take no click, which would be the second of a double click.
+  const SETTLING = 600;
   let sent = "read", before = null;
   const buttonOf = action => form().querySelector(`button[value="${action}"]:not(.unseen)`);
-  const pressed = () => buttonOf(sent) || buttonOf("add"); // one that removes may be gone
 
   document.addEventListener("htmx:beforeSwap", event => {
     if (event.detail.target.id !== "live" || !form()) return;
     const field = document.activeElement, live = document.getElementById("live"), isHere = live.contains(field);
     const number = isHere && field.name ? [...document.getElementsByName(field.name)].indexOf(field) : -1;
     before = {
-      top: pressed().getBoundingClientRect().top,
       takesFocus: isHere || field.contains(live), // a click on a disabled button leads to what is around it
       field: number >= 0 && field.tagName !== "BUTTON" ? { name: field.name, number } : null,
     };
   });
-
-  function stay() {
-    const live = document.getElementById("live"), moved = () => pressed().getBoundingClientRect().top - before.top;
-    window.scrollBy(0, moved());
-    if (moved() > 0) { // the page is too short to scroll as far
-      const unfilled = Math.max(0, window.innerHeight - document.body.getBoundingClientRect().bottom - window.scrollY);
-      live.style.paddingBottom = `${Math.ceil(moved() + unfilled)}px`;
-      window.scrollBy(0, moved());
-    }
-  }
 
   document.addEventListener("htmx:afterSettle", event => {
     if (event.target.id !== "live" || !before || !form()) return;
     const message = [...form().querySelectorAll("[name=content]")].pop();
     const isNext = /^(answer-chat|answer-base|add)$/.test(sent) && message.value === "" && message.checkVisibility();
     const again = before.field && document.getElementsByName(before.field.name)[before.field.number];
-    if (before.takesFocus) (isNext ? message : again || pressed()).focus({ preventScroll: true });
-    stay();
+    const button = buttonOf(sent) || buttonOf("add"); // one that removes may be gone
+    if (before.takesFocus) (isNext ? message : again || button).focus({ preventScroll: true });
+    const own = form();
+    own.classList.add("settling");
+    setTimeout(() => own.classList.remove("settling"), SETTLING);
     before = null;
   });
-  document.addEventListener("htmx:afterSwap", event => { if (event.target.id === "live" && before && form()) stay(); });
 
   async function write(own, button) {
     const headers = JSON.parse(document.body.getAttribute("hx-headers"));
