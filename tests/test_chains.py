@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,12 @@ def test_the_latent_table_compares_the_ends(run: Path) -> None:
     norms = coder.norms().double().numpy()
     np.testing.assert_allclose(table["norm_base"], norms[:, 0])
     np.testing.assert_allclose(table["norm_chat"], norms[:, 3])
-    ends = pl.read_parquet(run / "batchtopk" / "chain.parquet").filter(before="base", after="chat")
+    chain = pl.read_parquet(run / "batchtopk" / "chain.parquet")
+    for number, (before, after) in enumerate(pairwise(MODELS)):
+        step = chain.filter(before=before, after=after)
+        np.testing.assert_allclose(step["norm_before"], norms[:, number])
+        np.testing.assert_allclose(step["norm_after"], norms[:, number + 1])
+    ends = chain.filter(before="base", after="chat")
     assert ends["delta_norm"].equals(table["delta_norm"])
     health = read_json(run / "batchtopk" / "health.json")
     assert set(MODELS) <= set(health["heldout"]["fve"])

@@ -17,6 +17,7 @@ from crossdiff.crosscoder.view import identity
 from crossdiff.latents.decoder import SHARED
 from crossdiff.latents.ranking import RANKED
 from crossdiff.latents.scaling import Sums
+from crossdiff.sources import SOURCES
 
 CHANGES = {
     "appears": "verdict chat_specific: only the later model has it",
@@ -81,7 +82,7 @@ def of_pair(crosscoder: Crosscoder, sums: Sums, before: int, after: int) -> tupl
         decoder=columns(crosscoder.decoder),
         decoder_bias=columns(crosscoder.decoder_bias).flatten(),
         mean=crosscoder.mean[kept],
-        view=identity(tuple(crosscoder.sources[index] for index in kept)),
+        view=identity(SOURCES),
     )
     products = {target: values[directions][:, kept] for target, values in sums.products.items()}
     return restricted, replace(sums, directions=sums.directions[directions], products=products)
