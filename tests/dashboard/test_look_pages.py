@@ -96,7 +96,7 @@ def test_documents_come_by_their_mean_kl_and_by_number(client: Any, looked: Path
     assert [f"document {number} " in first for number in means["document"][:6]] == [True] * 5 + [False]
     assert f"document {means['document'][5]} " in client.get("/run/run/look/texts?page=2").text
     assert "document 3 " in client.get("/run/run/look/texts?document=3").text
-    for query, message in (("document=100000", "did not read document 100000"), ("document=x", "valid integer")):
+    for query, message in (("document=100000", "did not read document 100000"), ("document=x", "expected a whole number")):
         answer = client.get(f"/run/run/look/texts?{query}")
         assert answer.status_code in (404, 422) and message in answer.text
     assert client.get("/run/run/look/texts?page=99999").status_code == 200

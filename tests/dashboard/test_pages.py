@@ -203,7 +203,7 @@ def test_percentile_among_shared_latents(client: Any, run: Path) -> None:
     table = pl.read_parquet(run / "batchtopk" / "latents.parquet")
     shared = table.filter(pl.col("verdict") == "shared")["delta_norm"]
     smaller = sum(value < table["delta_norm"][30] for value in shared) / len(shared)
-    assert f"{100 * smaller:.0f}% for delta_norm" in client.get(f"{BATCHTOPK}/latent/30").text
+    assert f"{100 * smaller:.0f}% of them in delta_norm" in client.get(f"{BATCHTOPK}/latent/30").text
 
 
 def test_white_space_raw_and_as_signs(client: Any) -> None:

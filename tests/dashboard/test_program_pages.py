@@ -79,7 +79,7 @@ def test_the_json_of_a_concept_is_what_its_page_shows(client: Any) -> None:
     ("path", "status", "message"),
     [
         (f"{BATCHTOPK}/latent/999.json", 404, "There is no latent 999"),
-        (f"{BATCHTOPK}/latent/x.json", 422, "latent: "),
+        (f"{BATCHTOPK}/latent/x.json", 422, "latent is "),
         (f"{CONCEPTS}/9.json", 404, "There is no concept 9"),
         ("/run/none/batchtopk/latent/3.json", 404, "no such run"),
         ("/nothing.json", 404, "no such page"),
