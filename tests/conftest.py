@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,16 @@ def looked(tmp_path_factory: pytest.TempPathFactory, tiny_pair: tuple[Path, Path
     (folder / "settings.yaml").write_text(yaml.safe_dump(tiny_config(tiny_pair, tiny_texts, look={"depth_tokens": 500})))
     run_command(["look", str(folder / "run"), "--config", str(folder / "settings.yaml")])
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, for the tests that need a real browser."""
+    from playwright.sync_api import sync_playwright
+
+    from crossdiff.dashboard.screenshots import launch
+
+    with sync_playwright() as playwright:
+        started = launch(playwright)
+        yield started
+        started.close()

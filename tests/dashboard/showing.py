@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from crossdiff.dashboard.screenshots import WIDE
 from crossdiff.files import write_json
 from crossdiff.interp.explanation_table import FILE, SCHEMA
 from crossdiff.latents.example_schema import SCHEMA as EXAMPLES
@@ -84,3 +86,34 @@ def add_strengths(folder: Path) -> None:
         database.executemany("INSERT INTO histograms VALUES (?, ?, ?)", [(latent, 1.0, counts) for latent in (0, 3)])
         database.execute("INSERT INTO correlated VALUES (3, 0, 9, 0.75, 41)")
         database.execute("INSERT INTO metadata VALUES ('correlated_over', '131072')")
+
+
+@contextmanager
+def watched(browser: Any, address: str, patience: int, allowed: str = "") -> Iterator[Any]:
+    """A page that fails the test when it logs an error, breaks its policy, or asks another host.
+
+    Args:
+        patience: milliseconds that it waits for what is expected.
+        allowed: part of the text of errors that a test provokes, such as `status of 4`.
+    """
+    from playwright.sync_api import expect
+
+    opened = browser.new_page(viewport=WIDE)
+    opened.set_default_timeout(patience)
+    expect.set_options(timeout=patience)
+    problems: list[str] = []
+
+    def log(message: Any) -> None:
+        if message.type == "error" and not (allowed and allowed in message.text):
+            problems.append(message.text)
+
+    def ask(request: Any) -> None:
+        if not request.url.startswith((address, "data:", "blob:")):
+            problems.append(request.url)
+
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.on("console", log)
+    opened.on("request", ask)
+    yield opened
+    opened.close()
+    assert not problems

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from showing import BATCHTOPK, CONCEPTS, add_strengths, write_run
 
 from crossdiff.cli import run_command
-from crossdiff.dashboard.screenshots import find_chromium, launch
+from crossdiff.dashboard.screenshots import find_chromium
 from crossdiff.dashboard.serve import serving
 from crossdiff.report.html import render_html
 from crossdiff.report.reading import read_run
@@ -34,14 +34,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_strengths(directory / "batchtopk")
     (directory / "config.yaml").write_text("base: demo/base\nchat: demo/<chat>\n")
     return directory
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        started = launch(playwright)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

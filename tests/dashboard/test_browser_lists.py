@@ -13,10 +13,11 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
+from showing import watched
 
 from conftest import forget_digests
-from crossdiff.dashboard.screenshots import WIDE, find_chromium, launch
+from crossdiff.dashboard.screenshots import find_chromium
 from crossdiff.dashboard.serve import serving
 
 pytestmark = [
@@ -36,14 +37,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, analysed_run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(run: Path) -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        started = launch(playwright)
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def address(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serving([run], tmp_path_factory.mktemp("cache")) as found:
         yield found
@@ -51,20 +44,8 @@ def address(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Page]:
-    """A page that fails the test when its scripts or its policy do."""
-    opened = browser.new_page(viewport=WIDE)
-    opened.set_default_timeout(PATIENCE)
-    expect.set_options(timeout=PATIENCE)
-    problems: list[str] = []
-    opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("console", lambda message: problems.append(message.text) if _is_problem(message) else None)
-    yield opened
-    opened.close()
-    assert not problems
-
-
-def _is_problem(message: Any) -> bool:
-    return message.type == "error" and "status of 4" not in message.text
+    with watched(browser, address, PATIENCE, "status of 4") as opened:
+        yield opened
 
 
 def shown(page: Page) -> list[int]:

@@ -15,12 +15,12 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 
-from playwright.sync_api import Page, expect, sync_playwright
-from showing import write_links
+from playwright.sync_api import Page, expect
+from showing import watched, write_links
 
 from conftest import forget_digests
 from crossdiff.dashboard import live as live_module
-from crossdiff.dashboard.screenshots import WIDE, find_chromium, launch
+from crossdiff.dashboard.screenshots import find_chromium
 from crossdiff.dashboard.serve import serving
 
 pytestmark = [
@@ -41,14 +41,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, analysed_run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(run: Path) -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        started = launch(playwright)
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
@@ -61,17 +53,8 @@ def address(run: Path, cache: Path) -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Page]:
-    """A page that fails the test when it logs an error, breaks its policy, or asks another host."""
-    opened = browser.new_page(viewport=WIDE)
-    opened.set_default_timeout(PATIENCE)
-    expect.set_options(timeout=PATIENCE)
-    problems: list[str] = []
-    opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    opened.on("request", lambda request: None if request.url.startswith((address, "data:")) else problems.append(request.url))
-    yield opened
-    opened.close()
-    assert not problems
+    with watched(browser, address, PATIENCE) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -229,11 +212,11 @@ def test_the_second_click_of_a_double_click_does_nothing(page: Page, address: st
     page.fill("[name=length]", "8")
     page.evaluate("""document.addEventListener("htmx:afterSettle", event => {
         const button = event.target.querySelector("button[value=remove]"), box = button?.getBoundingClientRect();
-        if (button) window.hit = document.elementFromPoint(box.x + 5, box.y + 5) === button;
+        if (button) document.documentElement.dataset.hit = document.elementFromPoint(box.x + 5, box.y + 5) === button;
     })""")
     page.locator("button[value=answer-chat]").last.click()
     expect(page.locator("textarea[name=content]")).to_have_count(3)
-    assert page.evaluate("window.hit") is False, "no button takes a click at first"
+    expect(page.locator("html")).to_have_attribute("data-hit", "false")  # no button takes a click at first
     expect(page.locator("form.settling")).to_have_count(0)
     page.locator("button[value=remove]").last.click()
     expect(page.locator("textarea[name=content]")).to_have_count(1)

@@ -15,10 +15,10 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 
-from playwright.sync_api import Page, expect, sync_playwright
-from showing import BATCHTOPK, CONCEPTS, DANGER, write_run
+from playwright.sync_api import Page, expect
+from showing import BATCHTOPK, CONCEPTS, DANGER, watched, write_run
 
-from crossdiff.dashboard.screenshots import WIDE, find_chromium, launch
+from crossdiff.dashboard.screenshots import find_chromium
 from crossdiff.dashboard.serve import serving
 
 pytestmark = [
@@ -31,14 +31,6 @@ PATIENCE = 30_000
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        started = launch(playwright)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +58,8 @@ def address(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: t
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Page]:
-    """A page that fails the test when it logs an error or breaks its policy."""
-    opened = browser.new_page(viewport=WIDE)
-    opened.set_default_timeout(PATIENCE)
-    expect.set_options(timeout=PATIENCE)
-    problems: list[str] = []
-    opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("console", lambda message: problems.append(message.text) if _is_problem(message) else None)
-    yield opened
-    opened.close()
-    assert not problems
-
-
-def _is_problem(message: Any) -> bool:
-    return message.type == "error" and "status of 4" not in message.text
+    with watched(browser, "http://127.0.0.1:", PATIENCE, "status of 4") as opened:
+        yield opened
 
 
 def test_a_note_by_the_keyboard_alone(page: Page, address: str) -> None:

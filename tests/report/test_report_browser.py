@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import pytest
 
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from synthetic_run import latent_table, write_activations, write_concepts, write_crosscoder, write_look
 
-from crossdiff.dashboard.screenshots import find_chromium, launch
+from crossdiff.dashboard.screenshots import find_chromium
 from crossdiff.report.html import write_html
 from crossdiff.report.reading import read_run
 
@@ -36,14 +35,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = run / "report.html"
     write_html(read_run(run), path)
     return path.as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        started = launch(playwright)
-        yield started
-        started.close()
 
 
 def opened(browser: Any, address: str, **settings: Any) -> Page:
