@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from crossdiff.dashboard.screenshots import WIDE
 from crossdiff.files import write_json
 from crossdiff.interp.explanation_table import FILE, SCHEMA
 from crossdiff.latents.example_schema import SCHEMA as EXAMPLES
@@ -97,6 +96,8 @@ def watched(browser: Any, address: str, patience: int, allowed: str = "") -> Ite
         allowed: part of the text of errors that a test provokes, such as `status of 4`.
     """
     from playwright.sync_api import expect
+
+    from crossdiff.dashboard.screenshots import WIDE
 
     opened = browser.new_page(viewport=WIDE)
     opened.set_default_timeout(patience)
